@@ -1,0 +1,1 @@
+"""What people and API clients see: the only Flask views of the package."""
