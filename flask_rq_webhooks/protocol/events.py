@@ -1,0 +1,124 @@
+"""What happened: event types and the occurrence that becomes an event.
+
+Owns the vocabulary and the run key. Knows nothing of how events are stored, rendered or sent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+JOB_SUCCESS = "job.success"
+JOB_FAILURE = "job.failure"
+JOB_STOPPED = "job.stopped"
+JOB_CANCELED = "job.canceled"
+JOB_LOST = "job.lost"
+JOB_RETRYING = "job.retrying"
+JOB_BLOCKED = "job.blocked"
+WEBHOOK_PING = "webhook.ping"
+
+#: One of these ends every run.
+TERMINAL_TYPES = frozenset({JOB_SUCCESS, JOB_FAILURE, JOB_STOPPED, JOB_CANCELED, JOB_LOST})
+#: Sent only to those who ask for them by name.
+OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED})
+JOB_TYPES = TERMINAL_TYPES | OPTIONAL_TYPES
+
+#: Where the word comes from.
+SOURCE_CALLBACK = "callback"
+SOURCE_RECONCILED = "reconciled"
+SOURCE_APPLICATION = "application"
+
+_APPLICATION_TYPE = re.compile(r"[a-z0-9_]+(?:\.[a-z0-9_]+)+")
+
+
+def is_application_type(event_type: str) -> bool:
+    """Say whether *event_type* may be sent by an application: dotted lower-case words, not one of ours.
+
+    Source: Standard Webhooks, "Event types".
+    """
+    return (
+        len(event_type) <= 100
+        and _APPLICATION_TYPE.fullmatch(event_type) is not None
+        and not event_type.startswith(("job.", "webhook."))
+    )
+
+
+def format_time(moment: datetime) -> str:
+    """Return *moment* as RQ writes it into a job's hash: ``2024-01-01T00:00:00.000000Z``.
+
+    :param moment: aware; a naive one is taken as UTC, as RQ before 2.0 hands it out.
+    """
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def parse_time(text: str) -> datetime:
+    """Return the aware UTC time that :func:`format_time` or RQ wrote.
+
+    :raises ValueError: when *text* is not such a time.
+    """
+    moment = datetime.fromisoformat(text)
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def run_key(job_id: str, run: str, event_type: str, *, correction: bool = False) -> str:
+    """Return the key that makes an event of one run unique in SQL.
+
+    Every terminal type shares one key, so a run has one terminal event; a correction has its own.
+
+    :param run: the run's ``enqueued_at`` as :func:`format_time` writes it, or ``created:<created_at>``
+        where a job was never enqueued.
+    """
+    if event_type in TERMINAL_TYPES:
+        return f"{job_id}|{run}|{'correction' if correction else 'end'}"
+    return f"{job_id}|{run}|{event_type}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occurrence:
+    """One thing that happened, before it is stored as an event.
+
+    :param type: one of :data:`JOB_TYPES`, :data:`WEBHOOK_PING` or an application type.
+    :param occurred_at: aware UTC; the end of the run where it is known.
+    :param source: ``"callback"``, ``"reconciled"`` or ``"application"``.
+    :param job_id: RQ's id, ``None`` for application events.
+    :param run: identity of the run, see :func:`run_key`.
+    :param runid: what the host calls the run: from ``job.meta["runid"]`` or the first positional
+        argument; an endpoint's own run id goes before it when a payload is rendered.
+    :param result: JSON-safe return value; ``None`` unless the type is ``job.success``.
+    :param error: ``{"type", "message", "traceback"}``; only with ``job.failure``.
+    :param jobs: for trees, counts by status.
+    :param supersedes: id of the event this one corrects.
+    :param data: an application event's own object.
+    """
+
+    type: str
+    occurred_at: datetime
+    source: str
+    job_id: str | None = None
+    run: str | None = None
+    runid: str | None = None
+    func: str | None = None
+    queue: str | None = None
+    enqueued_at: datetime | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    result: Any = None
+    result_truncated: bool = False
+    error: Mapping[str, str] | None = None
+    scope: str = "job"
+    jobs: Mapping[str, int] | None = None
+    supersedes: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_key(self) -> str | None:
+        """Return the key unique in SQL, or ``None`` where an occurrence may be stored again and again."""
+        if self.job_id is None or self.run is None:
+            return None
+        key = run_key(self.job_id, self.run, self.type, correction=self.supersedes is not None)
+        return f"tree|{key}" if self.scope == "tree" else key

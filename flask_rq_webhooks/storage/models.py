@@ -1,0 +1,293 @@
+"""The seven tables.
+
+===============  ==============================================================================
+endpoint         where to: job-bound (came with a request) or standing (made by an operator)
+secret           what an endpoint signs with; several while one is being rotated
+watch            the promise to report a job to an endpoint
+event            one thing that happened; its id is the ``webhook-id``
+delivery         event × endpoint, with the exact bytes that are sent
+attempt          one HTTP request of a delivery
+dispatcher       one process that delivers, and one row of state they all share
+===============  ==============================================================================
+
+Times are aware UTC on every database. The tables are also copied, with plain column types, into the
+metadata of the host's ``db`` so that ``create_all`` and Flask-Migrate see them
+(:func:`copy_tables`). Holds no statements.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def new_id(prefix: str) -> str:
+    """Return a new id such as ``evt_01hk…``: sorts by creation time, 80 random bits, no dots.
+
+    Source: the ULID layout (48-bit milliseconds, 80-bit random, Crockford base 32), lower case.
+    """
+    number = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
+    return prefix + "_" + "".join(_ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware UTC time on every database; SQLite stores it without a zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"naive time {value!r}; pass an aware one")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    """Our own declarative base: the host's models are untouched."""
+
+    type_annotation_map = {datetime: UTCDateTime, str: Text, float: Float}
+
+
+Id = String(40)
+
+
+class Endpoint(Base):
+    """Where events go, and how they are rendered for it.
+
+    ``kind`` is ``"job"`` (came with a request) or ``"standing"``. ``headers`` is an encrypted JSON object,
+    ``events`` a JSON list of types, or ``None`` for all terminal ones. ``host`` is the normalised
+    destination host (with the port where it is not the default one), the unit of fairness and limits.
+    """
+
+    __tablename__ = "rq_webhooks_endpoint"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(10))
+    url: Mapped[str]
+    host: Mapped[str] = mapped_column(String(260))
+    headers: Mapped[str | None]
+    events: Mapped[str | None]
+    scope: Mapped[str] = mapped_column(String(10), default="job")
+    format: Mapped[str] = mapped_column(String(64), default="job")
+    sign_payload: Mapped[bool] = mapped_column(Boolean, default=False)
+    reference: Mapped[str | None] = mapped_column(String(256))
+    runid: Mapped[str | None]
+    timeout_s: Mapped[float | None]
+    max_attempts: Mapped[int | None] = mapped_column(Integer)
+    description: Mapped[str | None]
+    enabled: Mapped[bool] = mapped_column(Boolean, default=True)
+    disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None] = mapped_column(String(64))
+    failures: Mapped[int] = mapped_column(Integer, default=0)
+    failing_since: Mapped[datetime | None]
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+
+    __table_args__ = (Index("ix_rq_webhooks_endpoint_kind", "kind", "id"),)
+
+
+class Secret(Base):
+    """One signing secret of an endpoint, encrypted. ``expires_at`` is set when it is being rotated out."""
+
+    __tablename__ = "rq_webhooks_secret"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    endpoint_id: Mapped[str] = mapped_column(ForeignKey("rq_webhooks_endpoint.id", ondelete="CASCADE"), index=True)
+    secret: Mapped[str]
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+
+
+class Watch(Base):
+    """The promise to report a job to an endpoint.
+
+    ``status``: ``reserved`` (id handed out, job not yet seen) → ``open`` (job exists) → ``settled`` (its
+    ending is an event) or ``closed`` (nothing to report). ``run`` is the last run told; ``evidence`` a
+    callback's word that RQ has not yet committed (JSON outbox entry). ``endpoint_id`` is ``None`` for a
+    job only standing endpoints hear of.
+    """
+
+    __tablename__ = "rq_webhooks_watch"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    endpoint_id: Mapped[str | None] = mapped_column(ForeignKey("rq_webhooks_endpoint.id", ondelete="CASCADE"))
+    job_id: Mapped[str] = mapped_column(String(512))
+    status: Mapped[str] = mapped_column(String(10))
+    run: Mapped[str | None] = mapped_column(String(64))
+    evidence: Mapped[str | None]
+    missing_passes: Mapped[int] = mapped_column(Integer, default=0)
+    created_at: Mapped[datetime]
+    confirmed_at: Mapped[datetime | None]
+    settled_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("job_id", "endpoint_id", name="uq_rq_webhooks_watch_job_endpoint"),
+        Index("ix_rq_webhooks_watch_endpoint", "endpoint_id"),
+        Index("ix_rq_webhooks_watch_status", "status", "id"),
+    )
+
+
+class Event(Base):
+    """One stored occurrence. ``payload`` is the canonical JSON of everything formats render from."""
+
+    __tablename__ = "rq_webhooks_event"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    type: Mapped[str] = mapped_column(String(100))
+    run_key: Mapped[str | None] = mapped_column(String(700), unique=True)
+    job_id: Mapped[str | None] = mapped_column(String(512), index=True)
+    runid: Mapped[str | None]
+    source: Mapped[str] = mapped_column(String(12))
+    supersedes: Mapped[str | None] = mapped_column(Id)
+    payload: Mapped[str]
+    occurred_at: Mapped[datetime]
+    created_at: Mapped[datetime]
+
+    __table_args__ = (
+        Index("ix_rq_webhooks_event_runid", "runid", "id"),
+        Index("ix_rq_webhooks_event_created", "created_at"),
+    )
+
+
+class Delivery(Base):
+    """An event on its way to an endpoint.
+
+    ``status``: ``pending``, ``sending``, ``succeeded``, ``exhausted``, ``canceled``. ``body`` is what is
+    signed and sent, on every attempt. ``attempts`` counts recorded attempts; ``lease_id`` names the claim
+    that holds a ``sending`` row until ``lease_until``. ``trigger`` says why the next attempt is made.
+    """
+
+    __tablename__ = "rq_webhooks_delivery"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    event_id: Mapped[str] = mapped_column(ForeignKey("rq_webhooks_event.id", ondelete="CASCADE"))
+    endpoint_id: Mapped[str] = mapped_column(ForeignKey("rq_webhooks_endpoint.id", ondelete="CASCADE"))
+    host: Mapped[str] = mapped_column(String(260))
+    status: Mapped[str] = mapped_column(String(10))
+    trigger: Mapped[str] = mapped_column(String(10), default="scheduled")
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    max_attempts: Mapped[int] = mapped_column(Integer)
+    next_attempt_at: Mapped[datetime | None]
+    lease_id: Mapped[str | None] = mapped_column(Id)
+    lease_until: Mapped[datetime | None]
+    status_code: Mapped[int | None] = mapped_column(Integer)
+    error_code: Mapped[str | None] = mapped_column(String(16))
+    created_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("event_id", "endpoint_id", name="uq_rq_webhooks_delivery_event_endpoint"),
+        Index(
+            "ix_rq_webhooks_delivery_due",
+            "host",
+            "next_attempt_at",
+            postgresql_where=text("status = 'pending'"),
+            sqlite_where=text("status = 'pending'"),
+        ),
+        Index(
+            "ix_rq_webhooks_delivery_lease",
+            "lease_until",
+            postgresql_where=text("status = 'sending'"),
+            sqlite_where=text("status = 'sending'"),
+        ),
+        Index("ix_rq_webhooks_delivery_status", "status", "id"),
+        Index("ix_rq_webhooks_delivery_host", "host", "id"),
+        Index("ix_rq_webhooks_delivery_endpoint", "endpoint_id", "id"),
+        Index("ix_rq_webhooks_delivery_finished", "finished_at"),
+    )
+
+
+class Attempt(Base):
+    """One HTTP request. Headers are JSON objects with secrets masked; the body is cut to the stored cap."""
+
+    __tablename__ = "rq_webhooks_attempt"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    delivery_id: Mapped[str] = mapped_column(ForeignKey("rq_webhooks_delivery.id", ondelete="CASCADE"))
+    number: Mapped[int] = mapped_column(Integer)
+    trigger: Mapped[str] = mapped_column(String(10))
+    status: Mapped[str] = mapped_column(String(10))
+    status_code: Mapped[int | None] = mapped_column(Integer)
+    error_code: Mapped[str | None] = mapped_column(String(16))
+    error_detail: Mapped[str | None]
+    started_at: Mapped[datetime]
+    duration_ms: Mapped[float]
+    request_headers: Mapped[str | None]
+    response_headers: Mapped[str | None]
+    response_body: Mapped[bytes | None] = mapped_column(LargeBinary)
+    dispatcher_id: Mapped[str | None] = mapped_column(Id)
+
+    __table_args__ = (
+        UniqueConstraint("delivery_id", "number", name="uq_rq_webhooks_attempt_delivery_number"),
+        Index("ix_rq_webhooks_attempt_started", "started_at"),
+    )
+
+
+class Dispatcher(Base):
+    """One dispatcher process, and under the id :data:`SHARED` the state all of them share.
+
+    On the shared row ``namespace`` names our keys in Redis, ``paused_at`` stops all sending, and
+    ``lease_owner``/``lease_until`` say who reconciles. On the others ``heartbeat_at`` says who is alive.
+    """
+
+    __tablename__ = "rq_webhooks_dispatcher"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    hostname: Mapped[str | None] = mapped_column(String(255))
+    pid: Mapped[int | None] = mapped_column(Integer)
+    version: Mapped[str | None] = mapped_column(String(40))
+    started_at: Mapped[datetime | None]
+    heartbeat_at: Mapped[datetime | None]
+    namespace: Mapped[str | None] = mapped_column(String(16))
+    paused_at: Mapped[datetime | None]
+    lease_owner: Mapped[str | None] = mapped_column(Id)
+    lease_until: Mapped[datetime | None]
+
+
+#: Id of the row of :class:`Dispatcher` that all dispatchers share.
+SHARED = "shared"
+
+
+def copy_tables(metadata: MetaData) -> None:
+    """Copy our tables, with plain column types, into a host's *metadata*.
+
+    A type of ours would make the migrations that Flask-Migrate generates depend on this package.
+    """
+    for table in Base.metadata.sorted_tables:
+        if table.name in metadata.tables:
+            continue
+        copied: Any = table.to_metadata(metadata)
+        for column in copied.columns:
+            if isinstance(column.type, UTCDateTime):
+                column.type = DateTime(timezone=True)
