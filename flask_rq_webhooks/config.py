@@ -249,10 +249,10 @@ class Settings:
     """The settings of one app, typed and checked. One attribute per row of :data:`SETTINGS`."""
 
     enabled: bool
-    redis_url: str
+    redis_url: str = field(repr=False)
     attach: str
     outbox_maxlen: int
-    database_uri: str | None
+    database_uri: str | None = field(repr=False)
     bind_key: str | None
     timeout: float
     connect_timeout: float

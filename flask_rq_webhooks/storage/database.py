@@ -8,9 +8,10 @@ creating them.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,6 +42,8 @@ class Database:
         self.url = make_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.in_memory = self.is_sqlite and self.url.database in (None, "", ":memory:")
+        # One connection is shared by all threads there, so one transaction at a time.
+        self._turn = threading.RLock() if self.in_memory else nullcontext()
         self.engine = self._create_engine(dict(connect_args or {}), pool_size)
         if hasattr(os, "register_at_fork"):
             engine = weakref.ref(self.engine)
@@ -96,7 +99,7 @@ class Database:
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Connection]:
         try:
-            with self.engine.connect() as connection:
+            with self._turn, self.engine.connect() as connection:
                 connection = connection.execution_options(rq_webhooks_write=write)
                 with connection.begin():
                     yield connection

