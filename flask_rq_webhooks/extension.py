@@ -1,0 +1,254 @@
+"""The extension object: what a host app imports, and where everything is built once per app.
+
+Holds the host's hooks and nothing of any app: settings, connections and policies are in
+:class:`~flask_rq_webhooks.state.State`, one per app.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from flask import Flask
+
+from .capture import attach
+from .config import load_settings
+from .errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
+from .protocol.events import SOURCE_APPLICATION, Occurrence, is_application_type
+from .protocol.jsonsafe import to_json_safe
+from .protocol.payloads import FORMATS, PayloadFormat, custom_format
+from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, get_state
+from .storage.deliveries import IngestItem, ingest
+from .storage.models import copy_tables
+from .web import api, decorators, enqueueing
+
+if TYPE_CHECKING:
+    from flask_sqlalchemy import SQLAlchemy
+    from redis import Redis
+    from rq import Queue
+    from rq.job import Job
+
+View = TypeVar("View", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class RQWebhooks:
+    """Tell API clients by signed webhooks how their RQ jobs ended.
+
+    ::
+
+        db = SQLAlchemy()
+        webhooks = RQWebhooks(db=db)
+        webhooks.init_app(app)
+
+        @app.post("/build")
+        @webhooks.accepts_webhook
+        def build():
+            job = Queue("default", connection=redis).enqueue(build_rq)
+            return {"job_id": job.id}
+
+    :param app: an app to initialise at once.
+    :param db: the host's Flask-SQLAlchemy object: our tables go into its database, through an engine of
+        our own, and into its metadata for Flask-Migrate. Without it, ``RQ_WEBHOOKS_DATABASE_URI`` or
+        ``SQLALCHEMY_DATABASE_URI`` says where they are.
+    :param redis: a client, or a function that returns one, instead of ``RQ_WEBHOOKS_REDIS_URL``
+        (TLS, Sentinel).
+    :param instrument_rq: let plain ``rq.Queue`` objects inside decorated views carry the webhook, so that
+        no enqueuing code changes.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        db: SQLAlchemy | None = None,
+        *,
+        redis: Redis | Callable[[], Redis] | None = None,
+        instrument_rq: bool = False,
+    ) -> None:
+        self.db = db
+        self.authorize_function: Authorize | None = None
+        self.scrub_function: Scrub | None = None
+        self.error_envelope_function: ErrorEnvelope | None = None
+        self.formats: dict[str, PayloadFormat] = dict(FORMATS)
+        self._redis = redis
+        self._instrument_rq = instrument_rq
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Initialise *app*: check its settings, mount the blueprint, build its state.
+
+        Opens no connection, so it may come before ``db.init_app(app)``.
+
+        :raises ConfigurationError: for a bad setting, or when *app* was initialised before.
+        """
+        if EXTENSION_NAME in app.extensions:
+            raise ConfigurationError(
+                f"flask_rq_webhooks is already initialised for the app {app.name!r}; call init_app once, or "
+                "pass the app to RQWebhooks() and leave init_app out."
+            )
+        settings = load_settings(app.config)
+        if settings.format not in self.formats:
+            raise ConfigurationError(
+                f"RQ_WEBHOOKS_FORMAT is {settings.format!r}; known formats are {sorted(self.formats)}. Register "
+                "your own with @webhooks.payload_format before init_app."
+            )
+        db = self.db if self.db is not None else app.extensions.get("sqlalchemy")
+        state = State(app, settings, self, db=db, redis=self._redis)
+        if db is not None and settings.database_uri is None:
+            _show_tables(db, settings.bind_key)
+        app.extensions[EXTENSION_NAME] = state
+        app.register_blueprint(api.create_blueprint(state))
+        app.register_error_handler(InvalidWebhookError, decorators.answer_invalid)
+        app.register_error_handler(StorageUnavailableError, decorators.answer_unavailable)
+        if settings.attach == "all":
+            attach.set_default_attachment(enqueueing.attachment_for_current_app)
+        if self._instrument_rq:
+            attach.instrument()
+
+    # -- routes ---------------------------------------------------------------------------------------
+
+    @overload
+    def accepts_webhook(self, view: View, /) -> View: ...
+
+    @overload
+    def accepts_webhook(
+        self, /, *, events: Sequence[str] | None = None, scope: str = "job", runid: str = "runid"
+    ) -> Callable[[View], View]: ...
+
+    def accepts_webhook(
+        self,
+        view: View | None = None,
+        /,
+        *,
+        events: Sequence[str] | None = None,
+        scope: str = "job",
+        runid: str = "runid",
+    ) -> View | Callable[[View], View]:
+        """Let the clients of a view ask for a webhook with the jobs it enqueues.
+
+        Goes directly above the function, below decorators that check who is calling.
+
+        :param events: event types sent where the request names none; all terminal types by default.
+        :param scope: ``"job"``, or ``"tree"`` for one event about all jobs of the request and their children.
+        :param runid: name of the view argument that holds the host's run id.
+        """
+
+        def decorate(function: View) -> View:
+            return decorators.accepts_webhook(function, events=events, scope=scope, runid=runid)
+
+        return decorate if view is None else decorate(view)
+
+    def enqueue_with_webhook(
+        self,
+        queue: Queue,
+        func: Callable[..., Any] | str,
+        args: Sequence[Any] = (),
+        *,
+        timeout: int | str | None = None,
+        runid: str | None = None,
+        payload: Mapping[str, Any] | None = None,
+        **enqueue_options: Any,
+    ) -> Job:
+        """Enqueue one job and report it to the webhook that *payload* or the decorated request asks for.
+
+        :param queue: any RQ queue; it need not be ours nor instrumented.
+        :param payload: mapping with the webhook fields; without it, those of the decorated request.
+        :param enqueue_options: further arguments of ``rq.Queue.enqueue_call``.
+        :raises InvalidWebhookError: for bad fields in *payload*; nothing is enqueued.
+        :raises StorageUnavailableError: when the webhook cannot be registered; nothing is enqueued.
+        """
+        return enqueueing.enqueue_with_webhook(
+            get_state(), queue, func, args, runid=runid, payload=payload, timeout=timeout, **enqueue_options
+        )
+
+    def instrument_rq(self) -> None:
+        """Make plain ``rq.Queue`` objects carry the webhook inside decorated views. Idempotent."""
+        attach.instrument()
+
+    def uninstrument_rq(self) -> None:
+        """Undo :meth:`instrument_rq` for this process."""
+        attach.uninstrument()
+
+    def send(
+        self, event_type: str, data: Mapping[str, Any], *, runid: str | None = None
+    ) -> str:
+        """Send an application event to the standing endpoints that listen for it.
+
+        :param event_type: dotted lower-case words such as ``"model.published"``; ``job.`` and
+            ``webhook.`` are ours.
+        :param data: a JSON object.
+        :returns: the event's id, which receivers see as ``webhook-id``.
+        :raises ValueError: for another *event_type*.
+        :raises StorageUnavailableError: when the event cannot be stored.
+        """
+        if not is_application_type(event_type):
+            raise ValueError(
+                f"{event_type!r} is not an application event type; use dotted lower-case words that do not "
+                "begin with 'job.' or 'webhook.', such as 'model.published'."
+            )
+        state = get_state()
+        occurrence = Occurrence(
+            type=event_type,
+            occurred_at=datetime.now(UTC),
+            source=SOURCE_APPLICATION,
+            runid=runid,
+            data=to_json_safe(dict(data)),
+        )
+        (event,) = ingest(
+            state.database,
+            [IngestItem(occurrence)],
+            render=state.render,
+            max_attempts=state.settings.max_attempts,
+        )
+        return event.event_id
+
+    # -- the host's functions -------------------------------------------------------------------------
+
+    def authorize(self, function: Function) -> Function:
+        """Register the function that decides who may see and do what.
+
+        It is called with a permission, ``"status"`` (with ``job_id=`` and ``runid=``), ``"read"`` or
+        ``"manage"``, inside the request, and returns whether the caller has it. Until it is registered,
+        nothing is served.
+        """
+        self.authorize_function = function
+        return function
+
+    def scrub(self, function: Function) -> Function:
+        """Register a function that edits a payload (a dict) before it is stored, and returns it."""
+        self.scrub_function = function
+        return function
+
+    def payload_format(self, name: str) -> Callable[[Function], Function]:
+        """Register a payload format under *name*: a function from the ``job`` payload to a dict or bytes.
+
+        :raises ConfigurationError: when *name* is one of ours or already taken.
+        """
+
+        def register(function: Function) -> Function:
+            if name in self.formats:
+                raise ConfigurationError(f"The payload format {name!r} exists already; choose another name.")
+            self.formats[name] = custom_format(function)
+            return function
+
+        return register
+
+    def error_envelope(self, function: Function) -> Function:
+        """Register a function ``(code, message, details, status)`` that renders the body of a 400 or 503.
+
+        It returns what a view may return; the status is set afterwards.
+        """
+        self.error_envelope_function = function
+        return function
+
+
+def _show_tables(db: SQLAlchemy, bind_key: str | None) -> None:
+    """Put our tables into the metadata that ``db.create_all`` and Flask-Migrate look at."""
+    if bind_key not in db.metadatas:
+        from sqlalchemy import MetaData
+
+        db.metadatas[bind_key] = MetaData(info={"bind_key": bind_key})
+    copy_tables(db.metadatas[bind_key])
+

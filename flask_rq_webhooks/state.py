@@ -1,0 +1,243 @@
+"""What one app needs, built once: settings, database, Redis, keys, policies, formats.
+
+Lives in ``app.extensions["rq_webhooks"]``. Everything that opens a connection is built on first use, so
+that ``init_app`` works before ``db.init_app`` and without any server. Knows nothing of requests, views,
+or how deliveries travel.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from flask import Flask, current_app, has_app_context
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from .capture.outbox import Outbox
+from .config import Settings
+from .errors import ConfigurationError
+from .protocol.payloads import PayloadFormat, RenderContext
+from .protocol.retry import RetryPolicy
+from .protocol.urls import UrlPolicy
+from .storage.crypto import Cipher
+from .storage.database import Database
+from .storage.dispatchers import shared_namespace
+
+if TYPE_CHECKING:
+    from flask_sqlalchemy import SQLAlchemy
+
+    from .protocol.events import Occurrence
+    from .storage.models import Endpoint
+
+EXTENSION_NAME = "rq_webhooks"
+
+Authorize = Callable[..., bool]
+Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
+ErrorEnvelope = Callable[..., Any]
+
+
+class Hooks(Protocol):
+    """The host's own functions, kept on the extension object and shared by its apps."""
+
+    authorize_function: Authorize | None
+    scrub_function: Scrub | None
+    error_envelope_function: ErrorEnvelope | None
+    formats: Mapping[str, PayloadFormat]
+
+
+class State:
+    """Everything of one app. Read-only for its users; built lazily and only once, by whichever thread.
+
+    :param app: the app; its config was read into *settings*.
+    :param hooks: the extension object.
+    :param db: the host's Flask-SQLAlchemy object, or ``None``.
+    :param redis: a client, a function that returns one, or ``None`` for ``REDIS_URL``.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        settings: Settings,
+        hooks: Hooks,
+        *,
+        db: SQLAlchemy | None = None,
+        redis: Redis | Callable[[], Redis] | None = None,
+    ) -> None:
+        self.app = app
+        self.settings = settings
+        self.hooks = hooks
+        self.url_policy = UrlPolicy(
+            allow_http=settings.allow_http,
+            allow_networks=settings.allow_networks,
+            deny_networks=settings.deny_networks,
+            allowed_domains=settings.allowed_domains,
+            blocked_ports=settings.blocked_ports,
+            allow_nat64=settings.allow_nat64,
+        )
+        self.retry_policy = RetryPolicy(
+            schedule=settings.retry_schedule, statuses=frozenset(settings.retry_statuses)
+        )
+        self._db = db
+        self._redis_source = redis
+        self._lock = threading.RLock()
+        self._built: dict[str, Any] = {}
+
+    def _once(self, name: str, build: Callable[[], Any]) -> Any:
+        try:
+            return self._built[name]
+        except KeyError:
+            with self._lock:
+                if name not in self._built:
+                    self._built[name] = build()
+                return self._built[name]
+
+    @property
+    def formats(self) -> Mapping[str, PayloadFormat]:
+        """Return the payload formats by name: ours and the host's."""
+        return self.hooks.formats
+
+    @property
+    def database(self) -> Database:
+        """Return our own database access.
+
+        :raises ConfigurationError: when no setting says where it is.
+        """
+        return cast(Database, self._once("database", self._build_database))
+
+    @property
+    def cipher(self) -> Cipher:
+        """Return what encrypts secrets and headers at rest.
+
+        :raises ConfigurationError: when there is neither ``SECRET_KEY`` nor ``ENCRYPTION_KEYS``.
+        """
+        config = self.app.config
+        return cast(
+            Cipher,
+            self._once(
+                "cipher",
+                lambda: Cipher.from_config(
+                    self.settings.encryption_keys,
+                    config.get("SECRET_KEY"),
+                    config.get("SECRET_KEY_FALLBACKS") or (),
+                ),
+            ),
+        )
+
+    @property
+    def redis(self) -> Redis:
+        """Return a client for the Redis database RQ uses."""
+        return cast(Redis, self._once("redis", self._build_redis))
+
+    @property
+    def namespace(self) -> str:
+        """Return what tells our keys in Redis from those of another database's dispatchers."""
+        return cast(str, self._once("namespace", lambda: shared_namespace(self.database)))
+
+    @property
+    def outbox(self) -> Outbox:
+        """Return the stream the callbacks write to."""
+        return cast(
+            Outbox,
+            self._once(
+                "outbox",
+                lambda: Outbox(self.redis, self.namespace, maxlen=self.settings.outbox_maxlen),
+            ),
+        )
+
+    def render(self, endpoint: Endpoint | Any, event_id: str, occurrence: Occurrence) -> bytes:
+        """Return the bytes that tell *endpoint* of *occurrence*: signed and sent as they are.
+
+        :param endpoint: a row with ``format``, ``runid`` and ``reference``.
+        :raises ConfigurationError: when the endpoint's format is not registered in this process.
+        """
+        try:
+            render = self.formats[endpoint.format]
+        except KeyError:
+            raise ConfigurationError(
+                f"Payload format {endpoint.format!r} of endpoint {endpoint.id} is not registered here; "
+                "register it with @webhooks.payload_format in every process, the dispatcher included."
+            ) from None
+        settings = self.settings
+        return render(
+            occurrence,
+            RenderContext(
+                event_id=event_id,
+                runid=endpoint.runid or occurrence.runid,
+                reference=endpoint.reference,
+                traceback=settings.traceback,
+                include_result=settings.include_result,
+                max_bytes=settings.max_payload_bytes,
+            ),
+        )
+
+    def _build_database(self) -> Database:
+        url, connect_args = self._database_url()
+        return Database(url, connect_args=connect_args)
+
+    def _database_url(self) -> tuple[Any, dict[str, Any]]:
+        settings, config = self.settings, self.app.config
+        options = config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
+        connect_args = dict(options.get("connect_args") or {})
+        if settings.database_uri is not None:
+            return settings.database_uri, {}
+        if self._db is not None:
+            engines = self._host_engines(self._db)
+            if settings.bind_key not in engines:
+                raise ConfigurationError(
+                    f"RQ_WEBHOOKS_BIND_KEY is {settings.bind_key!r}, but SQLALCHEMY_BINDS has no such bind."
+                    if settings.bind_key is not None
+                    else "SQLALCHEMY_DATABASE_URI is not set; set it, RQ_WEBHOOKS_BIND_KEY or RQ_WEBHOOKS_DATABASE_URI."
+                )
+            return engines[settings.bind_key].url, connect_args
+        bind = (config.get("SQLALCHEMY_BINDS") or {}).get(settings.bind_key)
+        if isinstance(bind, Mapping):
+            return bind["url"], dict(bind.get("connect_args") or {})
+        url = bind if settings.bind_key is not None else config.get("SQLALCHEMY_DATABASE_URI")
+        if url is None:
+            raise ConfigurationError(
+                "flask_rq_webhooks does not know its database; set RQ_WEBHOOKS_DATABASE_URI or "
+                "SQLALCHEMY_DATABASE_URI, or pass db= to RQWebhooks."
+            )
+        return url, connect_args
+
+    def _host_engines(self, db: SQLAlchemy) -> Mapping[str | None, Any]:
+        try:
+            if has_app_context() and current_app._get_current_object() is self.app:  # type: ignore[attr-defined]
+                return db.engines
+            with self.app.app_context():
+                return db.engines
+        except RuntimeError as exc:
+            raise ConfigurationError(
+                "The SQLAlchemy object given to RQWebhooks is not initialised for this app; call "
+                "db.init_app(app) before the first request, or set RQ_WEBHOOKS_DATABASE_URI."
+            ) from exc
+
+    def _build_redis(self) -> Redis:
+        source = self._redis_source
+        if source is None:
+            return Redis.from_url(
+                self.settings.redis_url,
+                socket_connect_timeout=2,
+                socket_timeout=10,
+                health_check_interval=30,
+                # The client's own default retries hold a caller for seconds while Redis is down.
+                retry=Retry(NoBackoff(), 1),
+            )
+        return source() if not isinstance(source, Redis) and callable(source) else source
+
+
+def get_state(app: Flask | None = None) -> State:
+    """Return the state of *app*, or of the current app.
+
+    :raises ConfigurationError: when the extension was not initialised for it.
+    """
+    app = app or cast(Flask, current_app)
+    try:
+        return cast(State, app.extensions[EXTENSION_NAME])
+    except KeyError:
+        raise ConfigurationError(
+            f"flask_rq_webhooks is not initialised for the app {app.name!r}; call RQWebhooks(db=db).init_app(app)."
+        ) from None
