@@ -1,0 +1,76 @@
+# Every target builds the virtual environment it needs: a clean clone, Python 3.11 or newer, make and a
+# package index are enough. Another interpreter: make test PYTHON=python3.13
+PYTHON ?= python3
+VENV ?= .venv
+# Lines and branches of flask_rq_webhooks that the suite must reach, percent.
+COVERAGE ?= 90
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint format types docs package oldest clean
+
+help:  ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(VENV)/.demo  ## run every part on this machine and show three webhooks arriving
+	@$(BIN)/python -m example_app.demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev  ## run the whole suite with the coverage gate
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev  ## let ruff put things right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev  ## mypy --strict on the package and the example app
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev  ## build the documentation into docs/_build/html; any warning is an error
+	$(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build/html
+
+package: $(VENV)/.dev  ## build sdist and wheel into dist/ and check them
+	rm -rf dist build
+	$(INSTALL) build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+oldest: .venv-oldest/.oldest  ## run the server tests on the oldest supported versions
+	.venv-oldest/bin/python -m pytest -q -W default -p no:cacheprovider $(OLDEST_TESTS)
+
+OLDEST_TESTS ?= tests/acceptance tests/integration/capture
+
+clean:  ## remove what these targets made
+	rm -rf $(VENV) .venv-oldest build dist docs/_build htmlcov .coverage .coverage.* *.egg-info \
+		.mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- virtual environments: a stamp file per set of requirements, made again when setup.cfg changes ----
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "flask_rq_webhooks needs Python 3.11 or newer; $(PYTHON) is" \
+			"$$($(PYTHON) --version 2>&1). Say which to use: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python setup.cfg pyproject.toml
+	@echo "Installing into $(VENV) ..."
+	@$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml
+	@echo "Installing into $(VENV) ..."
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+.venv-oldest/.oldest: setup.cfg requirements/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements/oldest.txt --editable .
+	@touch $@
