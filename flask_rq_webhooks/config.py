@@ -313,7 +313,9 @@ def load_settings(config: Mapping[str, Any], environ: Mapping[str, str] | None =
     known = {PREFIX + setting.name for setting in SETTINGS}
     for key in config:
         if isinstance(key, str) and key.startswith(PREFIX) and key not in known:
-            raise ConfigurationError(f"{key} is not a setting of flask_rq_webhooks; see the configuration page.")
+            raise ConfigurationError(
+                f"{key} is not a setting of flask_rq_webhooks; see the configuration page."
+            )
     values: dict[str, Any] = {}
     for setting in SETTINGS:
         values[setting.name.lower()] = _read(setting, config, environ)
@@ -346,7 +348,9 @@ def _parse(setting: Setting, parse: Callable[[Any], Any], source: str, value: An
         return parse(value)
     except (ValueError, TypeError) as exc:
         shown = "the value (not shown)" if setting.name in _SECRET_NAMES else repr(value)
-        reason = "it was refused" if setting.name in _SECRET_NAMES and "expected" not in str(exc) else str(exc)
+        reason = (
+            "it was refused" if setting.name in _SECRET_NAMES and "expected" not in str(exc) else str(exc)
+        )
         raise ConfigurationError(
             f"{source} is {shown}, which is not usable: {reason}. {setting.about} Default: {setting.default!r}."
         ) from (None if setting.name in _SECRET_NAMES else exc)

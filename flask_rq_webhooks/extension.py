@@ -91,8 +91,8 @@ class RQWebhooks:
         settings = load_settings(app.config)
         if settings.format not in self.formats:
             raise ConfigurationError(
-                f"RQ_WEBHOOKS_FORMAT is {settings.format!r}; known formats are {sorted(self.formats)}. Register "
-                "your own with @webhooks.payload_format before init_app."
+                f"RQ_WEBHOOKS_FORMAT is {settings.format!r}; known formats are {sorted(self.formats)}. "
+                "Register your own with @webhooks.payload_format before init_app."
             )
         db = self.db if self.db is not None else app.extensions.get("sqlalchemy")
         state = State(app, settings, self, db=db, redis=self._redis)
@@ -171,9 +171,7 @@ class RQWebhooks:
         """Undo :meth:`instrument_rq` for this process."""
         attach.uninstrument()
 
-    def send(
-        self, event_type: str, data: Mapping[str, Any], *, runid: str | None = None
-    ) -> str:
+    def send(self, event_type: str, data: Mapping[str, Any], *, runid: str | None = None) -> str:
         """Send an application event to the standing endpoints that listen for it.
 
         :param event_type: dotted lower-case words such as ``"model.published"``; ``job.`` and
@@ -251,4 +249,3 @@ def _show_tables(db: SQLAlchemy, bind_key: str | None) -> None:
 
         db.metadatas[bind_key] = MetaData(info={"bind_key": bind_key})
     copy_tables(db.metadatas[bind_key])
-

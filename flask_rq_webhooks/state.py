@@ -189,7 +189,7 @@ class State:
                 raise ConfigurationError(
                     f"RQ_WEBHOOKS_BIND_KEY is {settings.bind_key!r}, but SQLALCHEMY_BINDS has no such bind."
                     if settings.bind_key is not None
-                    else "SQLALCHEMY_DATABASE_URI is not set; set it, RQ_WEBHOOKS_BIND_KEY or RQ_WEBHOOKS_DATABASE_URI."
+                    else "SQLALCHEMY_DATABASE_URI is not set; set it, or RQ_WEBHOOKS_DATABASE_URI."
                 )
             return engines[settings.bind_key].url, connect_args
         bind = (config.get("SQLALCHEMY_BINDS") or {}).get(settings.bind_key)
@@ -239,5 +239,6 @@ def get_state(app: Flask | None = None) -> State:
         return cast(State, app.extensions[EXTENSION_NAME])
     except KeyError:
         raise ConfigurationError(
-            f"flask_rq_webhooks is not initialised for the app {app.name!r}; call RQWebhooks(db=db).init_app(app)."
+            f"flask_rq_webhooks is not initialised for the app {app.name!r}; "
+            "call RQWebhooks(db=db).init_app(app)."
         ) from None

@@ -74,7 +74,7 @@ class Process:
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | str = ROOT) -> None:
         command = [sys.executable, *arguments[1:]] if arguments[0] == "python" else list(arguments)
-        self.log = tempfile.NamedTemporaryFile(mode="w+b", suffix=".log", delete=False)
+        self.log = tempfile.NamedTemporaryFile(suffix=".log", delete=False)  # noqa: SIM115  (closed by stop)
         self.popen = subprocess.Popen(
             command,
             stdout=self.log,
@@ -146,7 +146,9 @@ def rq_worker(redis_url: str, *queues: str, burst: bool = False, worker_class: s
 
 
 @contextmanager
-def valkey_server(data_dir: Path | None = None, port: int | None = None, **config: Any) -> Iterator[ValkeyHandle]:
+def valkey_server(
+    data_dir: Path | None = None, port: int | None = None, **config: Any
+) -> Iterator[ValkeyHandle]:
     """Start a Valkey server on a port the kernel chose; stop it by pid at the end."""
     handle = ValkeyHandle(data_dir=data_dir, port=port, config=config)
     handle.start()
@@ -335,7 +337,9 @@ class Receiver:
 
     def wait_for(self, count: int, timeout: float = 30) -> list[Received]:
         """Wait until *count* requests have arrived and return all of them."""
-        wait_until(lambda: len(self.received) >= count, timeout=timeout, what=f"{count} requests at the receiver")
+        wait_until(
+            lambda: len(self.received) >= count, timeout=timeout, what=f"{count} requests at the receiver"
+        )
         return list(self.received)
 
     def close(self) -> None:
