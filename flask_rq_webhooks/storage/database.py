@@ -8,24 +8,28 @@ creating them.
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeGuard
 
-from sqlalchemy import Connection, Engine, create_engine, event, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, create_engine, event, func, literal, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import StaticPool
 
-from ..errors import StorageUnavailableError
-from .models import Base
+from ..errors import ConfigurationError, StorageUnavailableError
+from .models import Base, UTCDateTime
 
 #: Seconds a SQLite writer waits for another one, and a pool for a free connection.
 BUSY_TIMEOUT = 5.0
+
+#: The first SQLite with ``RETURNING``, which claiming and ingesting are built on.
+MINIMUM_SQLITE = (3, 35, 0)
 
 
 class Database:
@@ -34,7 +38,11 @@ class Database:
     :param url: SQLAlchemy URL. An in-memory SQLite gets a database of its own, created at once.
     :param connect_args: passed to the driver, as the host's engine does (TLS and the like).
     :param pool_size: connections kept; as many again may be opened for a moment.
+    :raises ConfigurationError: when SQLite itself is too old.
     """
+
+    #: Host the last claim of this process ended with; the next one goes on behind it. A hint, not state.
+    claim_after: str = ""
 
     def __init__(
         self, url: str | URL, *, connect_args: dict[str, Any] | None = None, pool_size: int = 5
@@ -42,6 +50,11 @@ class Database:
         self.url = make_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.in_memory = self.is_sqlite and self.url.database in (None, "", ":memory:")
+        if self.is_sqlite and sqlite3.sqlite_version_info < MINIMUM_SQLITE:
+            raise ConfigurationError(
+                f"SQLite {sqlite3.sqlite_version} is too old for flask_rq_webhooks, which needs 3.35; use a "
+                "Python built with a newer one, or PostgreSQL."
+            )
         # One connection is shared by all threads there, so one transaction at a time.
         self._turn = threading.RLock() if self.in_memory else nullcontext()
         self.engine = self._create_engine(dict(connect_args or {}), pool_size)
@@ -61,11 +74,15 @@ class Database:
                 max_overflow=pool_size,
                 pool_timeout=BUSY_TIMEOUT,
                 pool_pre_ping=True,
+                hide_parameters=True,  # errors are logged, and parameters are URLs and results
             )
         connect_args.setdefault("timeout", BUSY_TIMEOUT)
+        self._busy_timeout_s = float(connect_args["timeout"])
         if self.in_memory:
             connect_args["check_same_thread"] = False
-            engine = create_engine("sqlite://", connect_args=connect_args, poolclass=StaticPool)
+            engine = create_engine(
+                "sqlite://", connect_args=connect_args, poolclass=StaticPool, hide_parameters=True
+            )
         else:
             engine = create_engine(
                 self.url,
@@ -73,43 +90,82 @@ class Database:
                 pool_size=pool_size,
                 max_overflow=pool_size,
                 pool_timeout=BUSY_TIMEOUT,
+                hide_parameters=True,
             )
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def write(
+        self, *, busy_timeout_s: float | None = None, single_statement: bool = False
+    ) -> Iterator[Connection]:
         """Open one transaction that writes; commit at the end, roll back on an exception.
 
-        :raises StorageUnavailableError: when the database cannot be reached or stays locked.
+        :param busy_timeout_s: SQLite: wait no longer than this for another writer.
+        :param single_statement: the caller executes exactly one statement. PostgreSQL then runs it as a
+            transaction of its own, which saves the round trips of ``BEGIN`` and ``COMMIT``.
+        :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
+            tables.
         """
-        with self._transaction(write=True) as connection:
+        options: dict[str, Any] = {
+            "rq_webhooks_write": True,
+        }
+        if self.is_sqlite:
+            options["rq_webhooks_busy_timeout_s"] = busy_timeout_s
+        elif single_statement:
+            options["isolation_level"] = "AUTOCOMMIT"
+        with self._transaction(options) as connection:
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Open one transaction that only reads.
+        """Open a connection that only reads: one snapshot on SQLite, one per statement on PostgreSQL.
 
-        :raises StorageUnavailableError: when the database cannot be reached.
+        :raises StorageUnavailableError: when the database cannot be reached or lacks our tables.
         """
-        with self._transaction(write=False) as connection:
+        options: dict[str, Any] = {"rq_webhooks_write": False}
+        if not self.is_sqlite:
+            # READ COMMITTED takes a new snapshot per statement anyway; so spare BEGIN and ROLLBACK.
+            options["isolation_level"] = "AUTOCOMMIT"
+        with self._transaction(options) as connection:
             yield connection
 
     @contextmanager
-    def _transaction(self, *, write: bool) -> Iterator[Connection]:
+    def _transaction(self, options: dict[str, Any]) -> Iterator[Connection]:
         try:
             with self._turn, self.engine.connect() as connection:
-                connection = connection.execution_options(rq_webhooks_write=write)
-                with connection.begin():
-                    yield connection
+                connection = connection.execution_options(**options)
+                try:
+                    with connection.begin():
+                        yield connection
+                finally:
+                    if options.get("rq_webhooks_busy_timeout_s") is not None:
+                        _set_busy_timeout(connection, self._busy_timeout_s)
         except (DBAPIError, PoolTimeoutError) as exc:
+            if is_missing_schema(exc):
+                raise StorageUnavailableError(
+                    f"The tables of flask_rq_webhooks in {self.url!r} are missing or older than "
+                    f"this version; run `flask rq-webhooks init-db` or your migrations: {exc.orig}"
+                ) from exc
             if is_unavailable(exc):
                 raise StorageUnavailableError(
                     f"The database of flask_rq_webhooks ({self.url!r}) cannot be used now: "
                     f"{type(exc).__name__}: {getattr(exc, 'orig', exc)}"
                 ) from exc
             raise
+
+    def clock(self, offset_s: float = 0.0) -> ColumnElement[datetime]:
+        """Return the database's clock as an expression, *offset_s* seconds from now.
+
+        Leases of several machines are compared by it alone. It goes on inside a transaction.
+        """
+        if self.is_sqlite:
+            return literal(datetime.now(UTC) + timedelta(seconds=offset_s), UTCDateTime)
+        moment: ColumnElement[datetime] = func.clock_timestamp(type_=UTCDateTime)
+        if not offset_s:
+            return moment
+        return moment.op("+", return_type=UTCDateTime())(func.make_interval(0, 0, 0, 0, 0, 0, offset_s))
 
     def now(self, connection: Connection) -> datetime:
         """Return the database's clock: leases of several machines are compared by it alone.
@@ -123,12 +179,23 @@ class Database:
 
     def create_tables(self) -> None:
         """Create the tables that are missing."""
-        with self._transaction(write=True) as connection:
+        with self.write() as connection:
             Base.metadata.create_all(connection)
 
     def dispose(self) -> None:
         """Close every pooled connection."""
         self.engine.dispose()
+
+
+def is_missing_schema(exc: SQLAlchemyError) -> TypeGuard[DBAPIError]:
+    """Say whether *exc* means that a table or column of ours does not exist."""
+    if not isinstance(exc, DBAPIError):
+        return False
+    if type(exc.orig).__name__ in {"UndefinedTable", "UndefinedColumn"}:
+        return "rq_webhooks_" in str(exc.orig) or "rq_webhooks_" in (exc.statement or "")
+    return str(exc.orig).startswith(("no such table: rq_webhooks_", "no such column: rq_webhooks_")) or (
+        " has no column named " in str(exc.orig) and "table rq_webhooks_" in str(exc.orig)
+    )
 
 
 def is_unavailable(exc: SQLAlchemyError) -> bool:
@@ -139,11 +206,31 @@ def is_unavailable(exc: SQLAlchemyError) -> bool:
         return False
     if exc.connection_invalidated:
         return True
-    text = str(exc.orig).lower()
-    sqlite_states = ("database is locked", "unable to open database", "disk i/o error", "readonly database")
-    return type(exc.orig).__name__ in {
-        "OperationalError", "InterfaceError", "AdminShutdown", "CannotConnectNow", "ConnectionTimeout",
-    } and (type(exc.orig).__module__.split(".")[0] != "sqlite3" or any(state in text for state in sqlite_states))  # fmt: skip
+    if isinstance(exc.orig, sqlite3.Error):
+        return str(exc.orig).lower().startswith(_SQLITE_UNAVAILABLE)
+    return type(exc.orig).__name__ in _UNAVAILABLE
+
+
+#: Names of the drivers' errors, as psycopg's class per SQLSTATE, that mean: not now.
+_UNAVAILABLE = {
+    "OperationalError",
+    "InterfaceError",
+    "AdminShutdown",
+    "CrashShutdown",
+    "CannotConnectNow",
+    "ConnectionTimeout",
+    "TooManyConnections",
+    "DeadlockDetected",
+    "LockNotAvailable",
+}
+_SQLITE_UNAVAILABLE = (
+    "database is locked",
+    "database table is locked",
+    "unable to open database",
+    "disk i/o error",
+    "attempt to write a readonly database",
+    "database or disk is full",
+)
 
 
 def _prepare_sqlite(dbapi_connection: Any, _record: Any) -> None:
@@ -151,14 +238,27 @@ def _prepare_sqlite(dbapi_connection: Any, _record: Any) -> None:
     cursor = dbapi_connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA foreign_keys=ON")
+    # FULL: a registration we answered for survives a power failure too. One fsync of the log per commit,
+    # measured 0.3 ms against 0.02 ms for NORMAL, which only survives the death of the process; ingest and
+    # record commit per batch and do not feel it.
+    cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
+    options = connection.get_execution_options()
+    if options.get("rq_webhooks_busy_timeout_s") is not None:
+        _set_busy_timeout(connection, options["rq_webhooks_busy_timeout_s"])
     # A transaction that reads first and writes later cannot wait for another writer (SQLITE_BUSY at
     # once); one that says IMMEDIATE waits its turn.
-    write = connection.get_execution_options().get("rq_webhooks_write", True)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("rq_webhooks_write", True) else "BEGIN")
+
+
+def _set_busy_timeout(connection: Connection, seconds: float) -> None:
+    # On the driver's connection: through SQLAlchemy it would come after BEGIN, which is what has to wait.
+    raw = connection.connection.driver_connection
+    if isinstance(raw, sqlite3.Connection):
+        raw.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}").close()
 
 
 def _forget_connections(engine: weakref.ref[Engine]) -> None:

@@ -40,7 +40,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+#: Crockford base 32, lower case: no letter that reads as another.
+ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
 def new_id(prefix: str) -> str:
@@ -49,7 +50,7 @@ def new_id(prefix: str) -> str:
     Source: the ULID layout (48-bit milliseconds, 80-bit random, Crockford base 32), lower case.
     """
     number = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
-    return prefix + "_" + "".join(_ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
+    return prefix + "_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -122,7 +123,9 @@ class Secret(Base):
     __tablename__ = "rq_webhooks_secret"
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
-    endpoint_id: Mapped[str] = mapped_column(ForeignKey("rq_webhooks_endpoint.id", ondelete="CASCADE"), index=True)
+    endpoint_id: Mapped[str] = mapped_column(
+        ForeignKey("rq_webhooks_endpoint.id", ondelete="CASCADE"), index=True
+    )
     secret: Mapped[str]
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]

@@ -1,0 +1,165 @@
+"""Who delivers, and the one row of state all dispatchers share.
+
+Owns heartbeats, the pause switch, the reconcile lease and the namespace of our keys in Redis. Knows
+nothing of deliveries.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from datetime import datetime
+from typing import cast
+
+from sqlalchemy import delete, exists, or_, select, update
+
+from ..version import __version__
+from .database import Database
+from .models import ALPHABET, SHARED, Dispatcher
+from .upsert import insert_or_ignore, insert_or_update
+
+#: Seconds after its last heartbeat for which a dispatcher counts as alive.
+ALIVE_S = 30.0
+
+
+def shared_namespace(database: Database) -> str:
+    """Return the namespace of our keys in Redis, made up once per SQL database.
+
+    Two apps with two SQL databases on one Redis so never touch each other's entries. Safe when several
+    processes ask for the first time at once.
+    """
+    query = select(Dispatcher.namespace).where(Dispatcher.id == SHARED)
+    with database.read() as connection:
+        namespace = connection.execute(query).scalar_one_or_none()
+    if namespace is not None:
+        return namespace
+    with database.write() as connection:
+        made_up = "".join(secrets.choice(ALPHABET) for _ in range(8))
+        connection.execute(insert_or_ignore(database, Dispatcher).values(id=SHARED, namespace=made_up))
+        connection.execute(
+            update(Dispatcher)
+            .where(Dispatcher.id == SHARED, Dispatcher.namespace.is_(None))
+            .values(namespace=made_up)
+        )
+        return cast(str, connection.execute(query).scalar_one())
+
+
+def heartbeat(database: Database, dispatcher_id: str, *, started: bool) -> None:
+    """Say that a dispatcher is alive.
+
+    :param started: ``True`` with the first heartbeat of a process.
+    """
+    with database.write(single_statement=True) as connection:
+        values = {
+            "hostname": socket.gethostname()[:255],
+            "pid": os.getpid(),
+            "version": __version__,
+            "heartbeat_at": database.clock(),
+        }
+        if started:
+            values["started_at"] = database.clock()
+        connection.execute(
+            insert_or_update(
+                database, Dispatcher, {"id": dispatcher_id, **values}, index=("id",), changes=values
+            )
+        )
+
+
+def sign_off(database: Database, dispatcher_id: str) -> None:
+    """Forget a dispatcher that ended in good order, and give back its reconcile lease."""
+    with database.write() as connection:
+        connection.execute(delete(Dispatcher).where(Dispatcher.id == dispatcher_id, Dispatcher.id != SHARED))
+        connection.execute(
+            update(Dispatcher)
+            .where(Dispatcher.id == SHARED, Dispatcher.lease_owner == dispatcher_id)
+            .values(lease_owner=None, lease_until=None)
+        )
+
+
+def forget_dead(database: Database, *, older_than_s: float = 86400.0) -> int:
+    """Forget dispatchers without a heartbeat for *older_than_s* seconds; return how many."""
+    with database.write(single_statement=True) as connection:
+        return connection.execute(
+            delete(Dispatcher).where(
+                Dispatcher.id != SHARED, Dispatcher.heartbeat_at < database.clock(-older_than_s)
+            )
+        ).rowcount
+
+
+def dispatcher_alive(database: Database, max_age_s: float = ALIVE_S) -> bool:
+    """Say whether any dispatcher had a heartbeat within *max_age_s* seconds."""
+    with database.read() as connection:
+        return bool(
+            connection.execute(
+                select(
+                    exists().where(
+                        Dispatcher.id != SHARED, Dispatcher.heartbeat_at >= database.clock(-max_age_s)
+                    )
+                )
+            ).scalar_one()
+        )
+
+
+def pause(database: Database) -> None:
+    """Stop all sending, until :func:`resume`; what is in flight is finished."""
+    shared_namespace(database)  # makes sure that the shared row exists
+    with database.write(single_statement=True) as connection:
+        connection.execute(
+            update(Dispatcher)
+            .where(Dispatcher.id == SHARED, Dispatcher.paused_at.is_(None))
+            .values(paused_at=database.clock())
+        )
+
+
+def resume(database: Database) -> None:
+    """Go on sending."""
+    with database.write(single_statement=True) as connection:
+        connection.execute(update(Dispatcher).where(Dispatcher.id == SHARED).values(paused_at=None))
+
+
+def paused_since(database: Database) -> datetime | None:
+    """Return since when all sending is paused, or ``None``."""
+    with database.read() as connection:
+        return connection.execute(
+            select(Dispatcher.paused_at).where(Dispatcher.id == SHARED)
+        ).scalar_one_or_none()
+
+
+def is_paused(database: Database) -> bool:
+    """Say whether all sending is paused."""
+    return paused_since(database) is not None
+
+
+def take_reconcile_lease(database: Database, owner: str, seconds: float) -> bool:
+    """Take or extend the right to reconcile; one dispatcher at a time has it.
+
+    :param owner: id of the dispatcher.
+    :param seconds: how long it lasts, on the database's clock.
+    :returns: whether *owner* has it now.
+    """
+    shared_namespace(database)  # makes sure that the shared row exists
+    with database.write(single_statement=True) as connection:
+        taken = connection.execute(
+            update(Dispatcher)
+            .where(
+                Dispatcher.id == SHARED,
+                or_(
+                    Dispatcher.lease_owner.is_(None),
+                    Dispatcher.lease_owner == owner,
+                    Dispatcher.lease_until < database.clock(),
+                ),
+            )
+            .values(lease_owner=owner, lease_until=database.clock(seconds))
+        )
+    return taken.rowcount == 1
+
+
+def drop_reconcile_lease(database: Database, owner: str) -> None:
+    """Give the right to reconcile back, if *owner* has it."""
+    with database.write(single_statement=True) as connection:
+        connection.execute(
+            update(Dispatcher)
+            .where(Dispatcher.id == SHARED, Dispatcher.lease_owner == owner)
+            .values(lease_owner=None, lease_until=None)
+        )

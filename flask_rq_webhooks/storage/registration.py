@@ -1,0 +1,375 @@
+"""Endpoints and watches: what was promised to whom.
+
+Owns the rows that a request's webhook fields become (register, before the view), the confirmation of the
+jobs the view enqueued (after it), and the standing endpoints operators make. Knows nothing of requests
+and of Redis: it is told which jobs exist.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Executable, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from .crypto import Cipher
+from .database import Database
+from .models import Attempt, Delivery, Endpoint, Secret, Watch, new_id
+from .upsert import insert_or_ignore, insert_or_update
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a secret goes on signing beside its successor.
+ROTATION_GRACE_S = 86400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewEndpoint:
+    """An endpoint before it is stored; everything was validated.
+
+    :param url: normalised.
+    :param host: the unit of fairness and limits, see :class:`~.models.Endpoint`.
+    :param headers: custom headers, in the clear.
+    :param secret: signs every delivery; ``None`` for none of its own.
+    :param events: types it hears of; ``None`` for all terminal ones. ``"*"`` on a standing endpoint: every
+        type there is.
+    """
+
+    url: str
+    host: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secret: str | None = field(default=None, repr=False)
+    events: tuple[str, ...] | None = None
+    scope: str = "job"
+    format: str = "job"
+    sign_payload: bool = False
+    reference: str | None = None
+    runid: str | None = None
+    timeout_s: float | None = None
+    max_attempts: int | None = None
+    kind: str = "job"
+    description: str | None = None
+
+
+def register(
+    database: Database,
+    cipher: Cipher,
+    endpoint: NewEndpoint,
+    *,
+    namespace: str,
+    reserved_job_id: str | None,
+    now: datetime | None = None,
+) -> str:
+    """Store an endpoint, its secret, and the watch that reserves a job's id, in one short transaction.
+
+    :param namespace: see :func:`~.dispatchers.shared_namespace`; becomes part of the id.
+    :param reserved_job_id: id that the first job of the view will get; ``None`` where no job is expected,
+        as for a standing endpoint.
+    :returns: the endpoint's id.
+    :raises StorageUnavailableError: when the database cannot be reached or stays locked.
+    """
+    now = now or datetime.now(UTC)
+    endpoint_id = new_id("ep" + namespace)
+    statements: list[Any] = [insert(Endpoint).values(_endpoint_values(cipher, endpoint, endpoint_id, now))]
+    if endpoint.secret is not None:
+        statements.append(insert(Secret).values(_secret_values(cipher, endpoint.secret, endpoint_id, now)))
+    if reserved_job_id is not None:
+        statements.append(
+            insert(Watch).values(
+                id=new_id("wat"),
+                endpoint_id=endpoint_id,
+                job_id=reserved_job_id,
+                status="reserved",
+                missing_passes=0,
+                created_at=now,
+            )
+        )
+    if not database.is_sqlite:
+        # One statement, one round trip: its inserts are checked against each other when all are done.
+        *first, last = statements
+        for number, statement in enumerate(first):
+            last = last.add_cte(statement.cte(f"new_{number}"))
+        statements = [last]
+    _execute(database, statements)
+    return endpoint_id
+
+
+def confirm(
+    database: Database,
+    endpoint_id: str,
+    *,
+    existing: Sequence[str],
+    unseen: Sequence[str],
+    reserved_job_id: str | None,
+    busy_timeout_s: float | None = None,
+) -> None:
+    """Note which jobs the view really enqueued. May be repeated; no watch ever goes backwards.
+
+    :param existing: ids of jobs that are in Redis: their watches are ``open`` now.
+    :param unseen: ids of jobs created but not in Redis, such as those of a pipeline not yet executed:
+        ``reserved``, until reconcile meets them.
+    :param reserved_job_id: the id given to :func:`register`. Used by no job, its watch is ``closed``.
+    :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
+        itself, in a transaction that ends only after we answer.
+    :raises StorageUnavailableError: when the database cannot be written now; the caller then leaves the
+        word in the outbox.
+    """
+    now = datetime.now(UTC)
+    existing = list(dict.fromkeys(existing))
+    unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
+    statements: list[Executable] = []
+    if existing:
+        rows = [
+            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
+             "missing_passes": 0, "created_at": now, "confirmed_at": now}
+            for job_id in existing
+        ]  # fmt: skip
+        statements.append(
+            insert_or_update(
+                database, Watch, rows,
+                index=("job_id", "endpoint_id"),
+                changes={"status": "open", "confirmed_at": now},
+                where=Watch.status == "reserved",
+            )
+        )  # fmt: skip
+    if unseen:
+        rows = [
+            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
+             "missing_passes": 0, "created_at": now}
+            for job_id in unseen
+        ]  # fmt: skip
+        statements.append(insert_or_ignore(database, Watch).values(rows))
+    if reserved_job_id is not None and reserved_job_id not in existing and reserved_job_id not in unseen:
+        statements.append(
+            update(Watch)
+            .where(
+                Watch.endpoint_id == endpoint_id, Watch.job_id == reserved_job_id, Watch.status == "reserved"
+            )
+            .values(status="closed", settled_at=now)
+        )
+    try:
+        _execute(database, statements, busy_timeout_s=busy_timeout_s)
+    except IntegrityError:
+        # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.
+        if endpoint_exists(database, endpoint_id):
+            raise
+        logger.warning("Jobs of the endpoint %r cannot be confirmed: it does not exist here.", endpoint_id)
+
+
+def endpoint_exists(database: Database, endpoint_id: str) -> bool:
+    """Say whether *endpoint_id* is ours; callbacks may name one that is pruned or foreign."""
+    with database.read() as connection:
+        return connection.execute(select(Endpoint.id).where(Endpoint.id == endpoint_id)).first() is not None
+
+
+def waiting_for_host(database: Database, host: str, *, at_most: int | None = None) -> int:
+    """Return how many unfinished deliveries go to *host*.
+
+    :param at_most: stop counting there; the answer is then never larger.
+    """
+    unfinished = select(Delivery.id).where(Delivery.host == host, Delivery.status.in_(["pending", "sending"]))
+    with database.read() as connection:
+        return connection.execute(
+            select(func.count()).select_from(unfinished.limit(at_most).subquery())
+        ).scalar_one()
+
+
+# Standing endpoints
+
+
+def create_standing(
+    database: Database, cipher: Cipher, endpoint: NewEndpoint, *, namespace: str, now: datetime | None = None
+) -> str:
+    """Store a standing endpoint and return its id."""
+    if endpoint.kind != "standing":
+        raise ValueError(f"expected kind 'standing', got {endpoint.kind!r}")
+    return register(database, cipher, endpoint, namespace=namespace, reserved_job_id=None, now=now)
+
+
+#: What :func:`update_standing` may change; the rest has functions of its own.
+CHANGEABLE = frozenset(
+    {"url", "host", "headers", "events", "format", "sign_payload", "timeout_s", "max_attempts",
+     "description", "reference", "runid"}
+)  # fmt: skip
+
+
+def update_standing(database: Database, cipher: Cipher, endpoint_id: str, changes: Mapping[str, Any]) -> bool:
+    """Change a standing endpoint. Waiting deliveries go to the new URL; their bytes stay what they are.
+
+    :param changes: attributes of :class:`NewEndpoint`, those in :data:`CHANGEABLE`. ``url`` and ``host``
+        go together.
+    :returns: whether there is such an endpoint.
+    """
+    unknown = set(changes) - CHANGEABLE
+    if unknown:
+        raise ValueError(f"cannot change {sorted(unknown)}")
+    if ("url" in changes) != ("host" in changes):
+        raise ValueError("url and host go together")
+    values = dict(changes)
+    if "headers" in values:
+        values["headers"] = _encrypted_headers(cipher, values["headers"])
+    if "events" in values:
+        values["events"] = _events_json(values["events"])
+    with database.write() as connection:
+        changed = connection.execute(
+            update(Endpoint)
+            .where(Endpoint.id == endpoint_id, Endpoint.kind == "standing")
+            .values(**values, updated_at=database.clock())
+        ).rowcount
+        if changed and "host" in changes:
+            connection.execute(
+                update(Delivery)
+                .where(
+                    Delivery.endpoint_id == endpoint_id,
+                    Delivery.status == "pending",
+                    Delivery.host != changes["host"],
+                )
+                .values(host=changes["host"])
+            )
+    return changed == 1
+
+
+def rotate_secret(
+    database: Database,
+    cipher: Cipher,
+    endpoint_id: str,
+    secret: str,
+    *,
+    grace_s: float = ROTATION_GRACE_S,
+    now: datetime | None = None,
+) -> bool:
+    """Give a standing endpoint a new secret; the old ones go on signing beside it for *grace_s* seconds.
+
+    :returns: whether there is such an endpoint.
+    """
+    now = now or datetime.now(UTC)
+    with database.write() as connection:
+        # The update also makes two rotations at once wait for each other.
+        found = connection.execute(
+            update(Endpoint)
+            .where(Endpoint.id == endpoint_id, Endpoint.kind == "standing")
+            .values(updated_at=now)
+        ).rowcount
+        if not found:
+            return False
+        connection.execute(
+            delete(Secret).where(Secret.endpoint_id == endpoint_id, Secret.expires_at <= database.clock())
+        )
+        connection.execute(
+            update(Secret)
+            .where(Secret.endpoint_id == endpoint_id, Secret.expires_at.is_(None))
+            .values(expires_at=database.clock(grace_s))
+        )
+        connection.execute(insert(Secret).values(_secret_values(cipher, secret, endpoint_id, now)))
+    return True
+
+
+def enable_standing(database: Database, endpoint_id: str) -> bool:
+    """Let a standing endpoint get deliveries again, with a clean record.
+
+    What happened meanwhile is delivered by :func:`~.operating.recover`.
+
+    :returns: whether there is such an endpoint.
+    """
+    return _set_enabled(database, endpoint_id, enabled=True, reason=None)
+
+
+def disable_standing(database: Database, endpoint_id: str, *, reason: str = "operator") -> bool:
+    """Stop a standing endpoint from getting new deliveries. Those that wait go on; cancel them apart.
+
+    :returns: whether there is such an endpoint.
+    """
+    return _set_enabled(database, endpoint_id, enabled=False, reason=reason)
+
+
+def delete_standing(database: Database, endpoint_id: str, *, batch: int = 1000) -> bool:
+    """Delete a standing endpoint with its deliveries and attempts, in bounded transactions.
+
+    :returns: whether there was such an endpoint.
+    """
+    if not disable_standing(database, endpoint_id, reason="deleted"):
+        return False
+    some = select(Delivery.id).where(Delivery.endpoint_id == endpoint_id).limit(batch)
+    while True:
+        with database.write() as connection:
+            ids = connection.execute(some).scalars().all()
+            if not ids:
+                # In the transaction that saw no delivery; one made meanwhile goes by cascade.
+                connection.execute(delete(Endpoint).where(Endpoint.id == endpoint_id))
+                return True
+            connection.execute(delete(Attempt).where(Attempt.delivery_id.in_(ids)))
+            connection.execute(delete(Delivery).where(Delivery.id.in_(ids)))
+
+
+def _set_enabled(database: Database, endpoint_id: str, *, enabled: bool, reason: str | None) -> bool:
+    with database.write(single_statement=True) as connection:
+        changed = connection.execute(
+            update(Endpoint)
+            .where(Endpoint.id == endpoint_id, Endpoint.kind == "standing")
+            .values(
+                enabled=enabled,
+                disabled_reason=reason,
+                disabled_at=None if enabled else func.coalesce(Endpoint.disabled_at, database.clock()),
+                failures=0,
+                failing_since=None,
+                updated_at=database.clock(),
+            )
+        )
+    return changed.rowcount == 1
+
+
+def _endpoint_values(
+    cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime
+) -> dict[str, Any]:
+    return {
+        "id": endpoint_id,
+        "kind": endpoint.kind,
+        "url": endpoint.url,
+        "host": endpoint.host,
+        "headers": _encrypted_headers(cipher, endpoint.headers),
+        "events": _events_json(endpoint.events),
+        "scope": endpoint.scope,
+        "format": endpoint.format,
+        "sign_payload": endpoint.sign_payload,
+        "reference": endpoint.reference,
+        "runid": endpoint.runid,
+        "timeout_s": endpoint.timeout_s,
+        "max_attempts": endpoint.max_attempts,
+        "description": endpoint.description,
+        "enabled": True,
+        "failures": 0,
+        "created_at": now,
+        "updated_at": now,
+    }
+
+
+def _secret_values(cipher: Cipher, secret: str, endpoint_id: str, now: datetime) -> dict[str, Any]:
+    return {
+        "id": new_id("sec"),
+        "endpoint_id": endpoint_id,
+        "secret": cipher.encrypt(secret),
+        "created_at": now,
+    }
+
+
+def _encrypted_headers(cipher: Cipher, headers: Mapping[str, str]) -> str | None:
+    return cipher.encrypt(json.dumps(dict(headers))) if headers else None
+
+
+def _events_json(events: Sequence[str] | None) -> str | None:
+    return None if events is None else json.dumps(list(events))
+
+
+def _execute(
+    database: Database, statements: Sequence[Executable], *, busy_timeout_s: float | None = None
+) -> None:
+    if not statements:
+        return
+    with database.write(busy_timeout_s=busy_timeout_s, single_statement=len(statements) == 1) as connection:
+        for statement in statements:
+            connection.execute(statement)
