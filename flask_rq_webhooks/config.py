@@ -221,7 +221,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("FORMAT", _text, "job", "Payload format where a request names none."),
     Setting("TRACEBACK", _choice("full", "last", "none"), "full", "How much of a traceback a failure payload carries."),
     Setting("INCLUDE_RESULT", _boolean, True, "Whether success payloads carry the job's result."),
-    Setting("MAX_PAYLOAD_BYTES", _integer(4096, 16 * 2**20), 262_144, "Larger results are left out and marked."),
+    Setting("MAX_PAYLOAD_BYTES", _integer(4096, 2**20), 262_144, "Larger results are left out and marked."),
     Setting("HEADER_PREFIX", _header_prefix, "X-Webhook", "First part of the X-Webhook-* header names."),
     Setting("USER_AGENT", _header_value, f"flask-rq-webhooks/{__version__}", "User-Agent of every request sent."),
     Setting("TRANSPORT", _choice("requests"), "requests", "How bytes travel."),
