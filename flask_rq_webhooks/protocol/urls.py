@@ -1,0 +1,526 @@
+"""Which URLs and addresses a webhook may go to.
+
+Owns parsing, the address table and what of a URL may be shown. A URL is judged twice: by
+:meth:`UrlPolicy.check_url` before it is stored and again before it is used, and every address its name
+resolves to by :meth:`UrlPolicy.check_address` before a connection is opened. Knows nothing of DNS,
+sockets, requests or the database.
+
+The standard library's ``is_global`` is not used: its answers differ between Python versions and miss
+ranges (multicast, 168.63.129.16, NAT64, 6to4, IPv4-compatible addresses).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import idna
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
+
+from ..errors import BlockedURLError, ConfigurationError
+
+MAX_URL_LENGTH = 2048
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+#: No receiver of a stranger's webhook lives here. Source: IANA IPv4 Special-Purpose Address Registry,
+#: plus multicast, the deprecated 6to4 relays, and the two addresses clouds serve secrets on outside of it.
+_IPV4_DENIED = tuple(
+    ipaddress.IPv4Network(text)
+    for text in (
+        "0.0.0.0/8",  # "this network"; Linux connects 0.0.0.0 to itself
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # carrier-grade NAT; 100.100.100.200 is Alibaba's metadata
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # Azure's host agent, inside a public range
+        "169.254.0.0/16",  # link local; 169.254.169.254 is the metadata of most clouds
+        "172.16.0.0/12",
+        "192.0.0.0/24",  # 192.0.0.192 is Oracle's metadata
+        "192.0.2.0/24",
+        "192.31.196.0/24",
+        "192.52.193.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "192.175.48.0/24",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
+    )
+)
+#: Everything else in IPv6 is not, or not yet, the public internet.
+_IPV6_PUBLIC = ipaddress.IPv6Network("2000::/3")
+_IPV6_DENIED = tuple(
+    ipaddress.IPv6Network(text)
+    for text in (
+        "2001::/23",  # Teredo, ORCHID, benchmarking
+        "2001:db8::/32",
+        "2002::/16",  # 6to4: carries any IPv4 address
+        "3fff::/20",
+    )
+)
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_LOOPBACK: tuple[IPNetwork, ...] = (
+    ipaddress.IPv4Network("127.0.0.0/8"),
+    ipaddress.IPv6Network("::1/128"),
+)
+#: Upper half of an ISATAP interface identifier; the lower half is an IPv4 address (RFC 5214, 6.1).
+_ISATAP = (0x00005EFE, 0x02005EFE)
+
+#: Names that mean the machine itself or the cloud's metadata service, whatever DNS says.
+_LOCAL_NAMES = frozenset(
+    {
+        "localhost.localdomain",
+        "localhost6.localdomain6",
+        "metadata.google.internal",
+        "metadata.goog",
+        "instance-data.ec2.internal",
+    }
+)
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
+#: Controls, spaces of every script, line and paragraph separators, surrogates, backslash.
+_FORBIDDEN = re.compile(
+    "[\x00-\x20\\\\\x7f-\xa0\u1680\u180e\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ud800-\udfff\ufeff]"
+)
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_DOTS = re.compile("[.\u3002\uff0e\uff61]")
+_NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_DOTTED_QUAD = re.compile(rf"{_OCTET}(?:\.{_OCTET}){{3}}")
+_IPV6_TEXT = re.compile(r"[0-9A-Fa-f:.]{2,45}")
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
+#: What may stand in a path or query as it is (RFC 3986, 3.3 and 3.4); the same set urllib3 sends untouched.
+_TARGET_SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=:@/")
+
+_MESSAGES = {
+    "not_text": "The URL must be a string.",
+    "empty": "The URL is empty.",
+    "too_long": f"The URL is longer than {MAX_URL_LENGTH} characters.",
+    "characters": "The URL contains a space, a control character, a backslash or a lone surrogate.",
+    "scheme": "The URL must start with https://.",
+    "http": "http:// is not accepted here; use https://.",
+    "userinfo": "The URL must not contain a user name or password.",
+    "host": "The URL's host is not a valid host name or address.",
+    "idna": "The URL's host is not a valid internationalised name.",
+    "numeric_host": "An IPv4 address must be written as four decimal numbers.",
+    "port": "The URL's port must be a number from 1 to 65535.",
+    "ambiguous": "The URL is understood differently by different programs; write it plainly.",
+    "local_name": "The URL's host is a local name; a public host name is needed.",
+    "domain_not_allowed": "The URL's host is not one of the allowed domains.",
+    "port_blocked": "The URL's port is not allowed.",
+    "denied_network": "The destination address is in a network that is not allowed.",
+    "private_address": "The destination address is not a public one.",
+    "address": "The destination is not an IP address.",
+}
+
+
+def _refuse(code: str, cause: BaseException | None = None) -> NoReturn:
+    raise BlockedURLError(_MESSAGES[code], code=code) from cause
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedURL:
+    """A URL that was parsed strictly and may be used, as far as can be said without DNS.
+
+    :param url: normalised: ASCII, no fragment, no default port, host in lower case. Checking it again
+        gives the same.
+    :param scheme: ``"http"`` or ``"https"``.
+    :param host: ASCII, lower case, without brackets or trailing dot.
+    :param port: the given or the scheme's own.
+    :param target: path and query, the bytes of the request line.
+    :param host_key: what counts as one destination: the host, with its port where that is not the
+        scheme's own.
+    """
+
+    url: str
+    scheme: str
+    host: str
+    port: int
+    target: str
+    host_key: str
+
+
+class UrlPolicy:
+    """Decide where webhooks may go.
+
+    Immutable; one instance serves all threads.
+
+    :param allow_http: development and tests: ``http://`` to loopback and to *allow_networks* becomes
+        possible, and loopback addresses reachable.
+    :param allow_networks: private networks that may be reached.
+    :param deny_networks: networks that may not be reached; wins over *allow_networks*.
+    :param allowed_domains: if any is given, only these hosts and their sub-domains. ``"*.example.com"`` or
+        ``".example.com"`` means the sub-domains alone.
+    :param blocked_ports: ports that may not be reached.
+    :param allow_nat64: judge addresses in ``64:ff9b::/96`` by the IPv4 address they carry.
+    :raises ConfigurationError: naming the entry that is not a network, a domain or a port.
+    """
+
+    def __init__(
+        self,
+        *,
+        allow_http: bool = False,
+        allow_networks: Iterable[str | IPNetwork] = (),
+        deny_networks: Iterable[str | IPNetwork] = (),
+        allowed_domains: Iterable[str] = (),
+        blocked_ports: Iterable[int] = (),
+        allow_nat64: bool = False,
+    ) -> None:
+        self._allow_http = bool(allow_http)
+        self._allow_networks = _networks("ALLOW_NETWORKS", allow_networks)
+        self._deny_networks = _networks("DENY_NETWORKS", deny_networks)
+        self._allowed_domains = tuple(
+            _domain(entry) for entry in _entries("ALLOWED_DOMAINS", allowed_domains)
+        )
+        self._blocked_ports = frozenset(_blocked_port(entry) for entry in blocked_ports)
+        self._allow_nat64 = bool(allow_nat64)
+        self._loopback_allowed = self._allow_http or any(
+            network.version == loopback.version and network.overlaps(loopback)
+            for network in self._allow_networks
+            for loopback in _LOOPBACK
+        )
+
+    def check_url(self, url: str) -> CheckedURL:
+        """Parse *url* strictly and refuse what may not be a destination.
+
+        A literal address is judged here already; a name only when :meth:`check_address` sees what it
+        resolves to.
+
+        :param url: untrusted text.
+        :raises BlockedURLError: with one of the codes ``not_text``, ``empty``, ``too_long``, ``characters``,
+            ``scheme``, ``http``, ``userinfo``, ``host``, ``idna``, ``numeric_host``, ``port``, ``ambiguous``,
+            ``local_name``, ``domain_not_allowed``, ``port_blocked``, ``denied_network``, ``private_address``.
+        """
+        scheme, authority, rest = _split(url)
+        if scheme == "http" and not self._allow_http:
+            _refuse("http")
+        raw_host, raw_port = _split_authority(authority)
+        port = _parse_port(raw_port, scheme)
+        address: IPAddress | None = _parse_literal(raw_host)
+        host = _ascii_host(raw_host) if address is None else str(address)
+        if address is None and _NUMERIC_LABEL.fullmatch(host.rpartition(".")[2]):
+            if not _DOTTED_QUAD.fullmatch(raw_host):
+                _refuse("numeric_host")
+            address = ipaddress.IPv4Address(raw_host)
+
+        if self._allowed_domains and not _covered(host, self._allowed_domains):
+            _refuse("domain_not_allowed")
+        if address is not None:
+            self.check_address(host, port, scheme=scheme)
+        else:
+            self._check_name(host, scheme)
+            if port in self._blocked_ports:
+                _refuse("port_blocked")
+
+        shown_host = f"[{host}]" if ":" in host else host
+        is_default = port == _DEFAULT_PORTS[scheme]
+        netloc = shown_host if is_default else f"{shown_host}:{port}"
+        target = _target(rest)
+        normalised = f"{scheme}://{netloc}{target}"
+        if len(normalised) > MAX_URL_LENGTH:
+            _refuse("too_long")
+        _check_agreement(url, raw_host, raw_port)
+        _check_agreement(normalised, host, None if is_default else str(port))
+        return CheckedURL(
+            url=normalised,
+            scheme=scheme,
+            host=host,
+            port=port,
+            target=target,
+            host_key=host if is_default else netloc,
+        )
+
+    def check_address(self, ip: str, port: int, *, scheme: str = "https") -> None:
+        """Refuse an address no connection may be opened to.
+
+        To be called with every address a name resolved to, before the first packet.
+
+        :param ip: the address as text, without zone.
+        :param port: the port to be connected to.
+        :param scheme: plain ``http`` may only go to loopback and to the allowed networks.
+        :raises BlockedURLError: with one of the codes ``address``, ``port_blocked``, ``denied_network``,
+            ``private_address``, ``http``.
+        """
+        if not isinstance(port, int) or not 1 <= port <= 65535:
+            _refuse("port")
+        if port in self._blocked_ports:
+            _refuse("port_blocked")
+        address = _parse_address(ip)
+        if _inside(address, self._deny_networks):
+            _refuse("denied_network")
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+            if _inside(address, self._deny_networks):
+                _refuse("denied_network")
+        if _inside(address, self._allow_networks) or (self._allow_http and _inside(address, _LOOPBACK)):
+            return
+        if isinstance(address, ipaddress.IPv6Address) and self._allow_nat64 and address in _NAT64:
+            address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+            if _inside(address, self._deny_networks):
+                _refuse("denied_network")
+        if not _is_public(address):
+            _refuse("private_address")
+        if scheme != "https":
+            _refuse("http")
+
+    def _check_name(self, host: str, scheme: str) -> None:
+        if host == "localhost" or host.endswith(".localhost"):
+            if not self._loopback_allowed:
+                _refuse("local_name")
+            return
+        if self._allow_networks:
+            return  # an operator's own names, of whatever form, may lead there; their addresses are judged
+        if scheme == "http":
+            _refuse("http")
+        if host in _LOCAL_NAMES or ("." not in host and not self._allowed_domains):
+            _refuse("local_name")
+
+
+def redact_url(url: object) -> str:
+    """Return what of *url* may be shown to people and written to logs.
+
+    Scheme, host and port stay; user name, query and fragment go; of the path only plain words, versions
+    and short numbers stay, since many services put their secret there. Never raises.
+
+    :param url: any text, also a malformed URL.
+    """
+    if not isinstance(url, str):
+        return "…"
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://([^/?#\\]*)([^?#]*)", url, re.ASCII | re.DOTALL)
+    if match is None:
+        return "…"
+    scheme, authority, path = match.groups()
+    host = authority.rpartition("@")[2]
+    if not re.fullmatch(r"[\w.:\[\]-]{1,260}", host):
+        host = "…"
+    segments = [segment if _is_plain_segment(segment) else "…" for segment in path.split("/")[:32]]
+    return f"{scheme.lower()}://{host}{'/'.join(segments)}"
+
+
+_PLAIN_WORD = (
+    r"(?:[a-z]{1,15}[0-9]{0,2}"  # hooks, v2, step10
+    r"|[A-Z]{1,6}"
+    r"|(?:[A-Z]?[a-z]{2,12})(?:[A-Z][a-z]{2,12}){0,3}"  # Hooks, webHooks, JobDoneHook
+    r"|[0-9]{1,4})"
+)
+_PLAIN_SEGMENT = re.compile(rf"{_PLAIN_WORD}(?:[-_.]{_PLAIN_WORD}){{0,3}}", re.ASCII)
+
+
+def _is_plain_segment(segment: str) -> bool:
+    if segment == "":
+        return True
+    if len(segment) > 32 or not _PLAIN_SEGMENT.fullmatch(segment):
+        return False
+    return sum(character.isdigit() for character in segment) <= 6
+
+
+def _split(url: Any) -> tuple[str, str, str]:
+    """Return scheme, authority and the rest, which is empty or begins with ``/``, ``?`` or ``#``."""
+    if not isinstance(url, str):
+        _refuse("not_text")
+    if not url:
+        _refuse("empty")
+    if len(url) > MAX_URL_LENGTH:
+        _refuse("too_long")
+    if _FORBIDDEN.search(url):
+        _refuse("characters")
+    match = _SCHEME.match(url)
+    if match is None or match[1].lower() not in _DEFAULT_PORTS:
+        _refuse("scheme")
+    after = url[match.end() :]
+    end = next((index for index, character in enumerate(after) if character in "/?#"), len(after))
+    return match[1].lower(), after[:end], after[end:]
+
+
+def _split_authority(authority: str) -> tuple[str, str | None]:
+    if "@" in authority:
+        _refuse("userinfo")
+    if authority.startswith("["):
+        host, bracket, after = authority.partition("]")
+        if not bracket or (after and not after.startswith(":")):
+            _refuse("host")
+        return host + bracket, after[1:] if after else None
+    host, colon, port = authority.partition(":")
+    if not host or ":" in port:
+        _refuse("host")
+    return host, port if colon else None
+
+
+def _parse_port(text: str | None, scheme: str) -> int:
+    if text is None:
+        return _DEFAULT_PORTS[scheme]
+    if not _PORT.fullmatch(text) or int(text) > 65535:
+        _refuse("port")
+    return int(text)
+
+
+def _parse_literal(host: str) -> ipaddress.IPv6Address | None:
+    if not host.startswith("["):
+        return None
+    text = host[1:-1]
+    if not _IPV6_TEXT.fullmatch(text):  # no zone, no IPvFuture
+        _refuse("host")
+    try:
+        return ipaddress.IPv6Address(text)
+    except ValueError as exc:
+        _refuse("host", exc)
+
+
+def _ascii_host(host: str) -> str:
+    """Return the host name in lower case and ASCII, without trailing dot."""
+    if len(host) > 254:
+        _refuse("host")
+    labels = _DOTS.split(host) if not host.isascii() else host.lower().split(".")
+    if len(labels) > 1 and labels[-1] == "":
+        labels.pop()
+    ascii_labels = [_ascii_label(label) for label in labels]
+    if not host.isascii() and not any(label.startswith("xn--") for label in ascii_labels):
+        _refuse("idna")  # other programs may not see the host in it that we do, such as 127。0。0。1
+    name = ".".join(ascii_labels)
+    if len(name) > 253:
+        _refuse("host")
+    return name
+
+
+def _ascii_label(label: str) -> str:
+    """Return one label as an A-label or as letters, digits and hyphens (RFC 5890, 2.3)."""
+    try:
+        if label.isascii():
+            label = label.lower()
+            if label.startswith("xn--"):
+                idna.ulabel(label)
+        else:
+            label = idna.encode(label, uts46=True, std3_rules=True).decode("ascii")
+            if not label.startswith("xn--"):  # ｅxample, ①②⑦: ASCII in disguise
+                _refuse("idna")
+    except (UnicodeError, ValueError, IndexError) as exc:
+        _refuse("idna", exc)
+    if not _LABEL.fullmatch(label):
+        _refuse("host")
+    return label
+
+
+def _target(rest: str) -> str:
+    """Return path and query as they go over the wire."""
+    rest = rest.partition("#")[0]
+    path, mark, query = rest.partition("?")
+    return (_escape(path, _TARGET_SAFE) or "/") + mark + _escape(query, _TARGET_SAFE | {"?"})
+
+
+def _escape(text: str, safe: frozenset[str]) -> str:
+    if not text.strip("/") or all(character in safe for character in text):
+        return text
+    escaped = []
+    index = 0
+    while index < len(text):
+        character = text[index]
+        if character == "%" and _ESCAPE.match(text, index):
+            escaped.append(text[index : index + 3].upper())
+            index += 3
+            continue
+        escaped.append(
+            character if character in safe else "".join(f"%{byte:02X}" for byte in character.encode())
+        )
+        index += 1
+    return "".join(escaped)
+
+
+def _check_agreement(url: str, host: str, port: str | None) -> None:
+    """Refuse what the two parsers on the way to the socket read differently from us."""
+    expected_host = host.strip("[]").lower()
+    expected_port = None if port is None else int(port)
+    try:
+        by_stdlib = urlsplit(url)
+        seen = [(by_stdlib.hostname, by_stdlib.port, by_stdlib.username)]
+        if host.isascii():  # urllib3 encodes other hosts by itself, so the normalised form is compared
+            by_urllib3 = parse_url(url)
+            seen.append(((by_urllib3.host or "").strip("[]").lower(), by_urllib3.port, by_urllib3.auth))
+    except (ValueError, LocationParseError) as exc:
+        _refuse("ambiguous", exc)
+    if any(parsed != (expected_host, expected_port, None) for parsed in seen):
+        _refuse("ambiguous")
+
+
+def _parse_address(ip: Any) -> IPAddress:
+    if not isinstance(ip, str) or "%" in ip:
+        _refuse("address")
+    try:
+        return ipaddress.ip_address(ip)
+    except ValueError as exc:
+        _refuse("address", exc)
+
+
+def _inside(address: IPAddress, networks: tuple[IPNetwork, ...]) -> bool:
+    return any(address in network for network in networks)
+
+
+def _is_public(address: IPAddress) -> bool:
+    if isinstance(address, ipaddress.IPv4Address):
+        return not _inside(address, _IPV4_DENIED)
+    if address not in _IPV6_PUBLIC or _inside(address, _IPV6_DENIED):
+        return False
+    return (int(address) >> 32) & 0xFFFFFFFF not in _ISATAP
+
+
+def _domains(entries: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(entries, str):
+        raise ConfigurationError(f"ALLOWED_DOMAINS must be a list, not the text {entries!r}.")
+    return tuple(_domain(entry) for entry in entries)
+
+
+def _networks(setting: str, entries: Iterable[str | IPNetwork]) -> tuple[IPNetwork, ...]:
+    if isinstance(entries, str):
+        raise ConfigurationError(f"{setting} must be a list, not the text {entries!r}.")
+    networks = []
+    for entry in entries:
+        try:
+            networks.append(ipaddress.ip_network(entry))
+        except ValueError as exc:
+            raise ConfigurationError(
+                f"{setting} contains {entry!r}, which is not a network; write it like '10.1.0.0/16'."
+            ) from exc
+    return tuple(networks)
+
+
+def _blocked_port(entry: Any) -> int:
+    if isinstance(entry, bool) or not isinstance(entry, int) or not 1 <= entry <= 65535:
+        raise ConfigurationError(f"BLOCKED_PORTS contains {entry!r}; expected a number from 1 to 65535.")
+    return entry
+
+
+def _domain(entry: Any) -> str:
+    """Return the entry in ASCII; a leading dot means the sub-domains alone."""
+    try:
+        if not isinstance(entry, str) or not entry.isprintable():
+            _refuse("host")
+        if entry.startswith("["):
+            return str(_parse_literal(entry))
+        name = entry.removeprefix("*")
+        sub_domains_only = name.startswith(".")
+        ascii_name = _ascii_host(name.removeprefix("."))
+    except BlockedURLError as exc:
+        raise ConfigurationError(
+            f"ALLOWED_DOMAINS contains {entry!r}, which is not a host name; write it like 'example.com' "
+            "(without scheme, port or path; sub-domains are included)."
+        ) from exc
+    return f".{ascii_name}" if sub_domains_only else ascii_name
+
+
+def _covered(host: str, domains: tuple[str, ...]) -> bool:
+    if ":" in host or _DOTTED_QUAD.fullmatch(host):
+        return host in domains
+    return any(
+        host.endswith(domain) if domain.startswith(".") else host == domain or host.endswith(f".{domain}")
+        for domain in domains
+    )
