@@ -180,9 +180,7 @@ class UrlPolicy:
         self._allow_http = bool(allow_http)
         self._allow_networks = _networks("ALLOW_NETWORKS", allow_networks)
         self._deny_networks = _networks("DENY_NETWORKS", deny_networks)
-        self._allowed_domains = tuple(
-            _domain(entry) for entry in _entries("ALLOWED_DOMAINS", allowed_domains)
-        )
+        self._allowed_domains = _domains(allowed_domains)
         self._blocked_ports = frozenset(_blocked_port(entry) for entry in blocked_ports)
         self._allow_nat64 = bool(allow_nat64)
         self._loopback_allowed = self._allow_http or any(
