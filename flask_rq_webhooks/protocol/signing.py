@@ -103,9 +103,7 @@ def signature_headers(
     return {
         STANDARD_SIGNATURE_HEADER: " ".join(entries),
         f"{header_prefix}-Signature": body_signature(secrets[0], body),
-        f"{header_prefix}-Timestamp": moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-        if iso_timestamp
-        else str(timestamp),
+        f"{header_prefix}-Timestamp": sent,
     }
 
 
