@@ -1,0 +1,293 @@
+"""The process that delivers: threads that ingest, send and show signs of life, and an orderly end.
+
+Owns the life of the process: threads survive their errors, signals end it, periodic jobs run in the main
+thread. What the threads do is in :mod:`~flask_rq_webhooks.delivery.ingest` and
+:mod:`~flask_rq_webhooks.delivery.sender`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from redis import RedisError
+
+from ..errors import StorageUnavailableError
+from ..storage.deliveries import free_expired_leases, prune
+from ..storage.dispatchers import forget_dead, heartbeat, sign_off
+from ..storage.models import new_id
+from .ingest import Ingest
+from .limits import RateLimiter
+from .notices import Notices
+from .sender import Sender
+from .transport import RequestsTransport, Transport
+
+if TYPE_CHECKING:
+    from ..state import State
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between heartbeats; expired leases are looked for just as often.
+HEARTBEAT_S = 5.0
+#: Seconds without a finished step after which a thread counts as stuck, and heartbeats cease.
+STUCK_S = 60.0
+#: Seconds between prunings.
+PRUNE_S = 3600.0
+#: First and longest pause after an error, seconds.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeriodicJob:
+    """Something the main thread does again and again.
+
+    The main thread, because RQ cleans its registries correctly only there.
+
+    :param name: for the log.
+    :param interval_s: seconds from one start to the next.
+    :param run: gets a function that says whether to stop early.
+    """
+
+    name: str
+    interval_s: float
+    run: Callable[[Callable[[], bool]], object]
+
+
+class Dispatcher:
+    """Deliver until told to stop.
+
+    :param state: the app's state.
+    :param transport: how bytes travel; ``requests`` adapters by default. A given one is not closed here.
+    :param concurrency: requests in flight at once; ``CONCURRENCY`` by default.
+    :param periodic: jobs of the main thread beside pruning.
+    :raises StorageUnavailableError: when SQL cannot be reached.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        *,
+        transport: Transport | None = None,
+        concurrency: int | None = None,
+        periodic: Sequence[PeriodicJob] = (),
+    ) -> None:
+        settings = state.settings
+        self.id = new_id("dsp")
+        self._state = state
+        self._concurrency = concurrency or settings.concurrency
+        self._limiter = RateLimiter(state.redis, settings.rate_limit_per_minute, namespace=state.namespace)
+        self._notices = Notices.from_settings(settings)
+        self._own_transport = transport is None
+        self._transport = transport or RequestsTransport(
+            state.url_policy, concurrency=self._concurrency, proxy_url=settings.proxy_url
+        )
+        self._sender = Sender(
+            state,
+            transport=self._transport,
+            limiter=self._limiter,
+            notices=self._notices,
+            concurrency=self._concurrency,
+            dispatcher_id=self.id,
+        )
+        self._ingest = Ingest(state, consumer=self.id, on_deliveries=self._sender.wake)
+        self._periodic = (*periodic, PeriodicJob(name="prune", interval_s=PRUNE_S, run=self._prune))
+        self._stop_requested = False
+        self._hurry = False
+        self._troubles: dict[str, type[BaseException]] = {}
+        self._alive_at: dict[str, float] = {}
+        self._outbox_empty_since: float | None = None
+        self._poke_read, self._poke_write = os.pipe()
+        os.set_blocking(self._poke_write, False)
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    def run(self, *, burst: bool = False) -> None:
+        """Work until :meth:`stop`, SIGTERM or SIGINT; then finish what is in flight and return.
+
+        A second signal does not wait: what is in flight is released and will be sent again, under the same
+        ``webhook-id``. May be called once.
+
+        :param burst: return as soon as the outbox is empty and nothing is due.
+        :raises StorageUnavailableError: when SQL cannot be reached at the start.
+        """
+        heartbeat(self._state.database, self.id, started=True)
+        logger.info(
+            "Dispatcher %s started: up to %d requests in flight, %d per host.",
+            self.id, self._concurrency, self._state.settings.concurrency_per_host,
+        )  # fmt: skip
+        work = {
+            "ingest": self._ingest.run_once,
+            "delivery": self._sender.step,
+            "heartbeat": self._show_life,
+        }
+        threads = [
+            threading.Thread(target=self._work, args=item, name=f"rq-webhooks-{item[0]}")
+            for item in work.items()
+        ]
+        with self._signals():
+            for thread in threads:
+                thread.start()
+            try:
+                self._run_periodic_jobs(burst=burst)
+            finally:
+                self._stop_requested = True
+                self._sender.wake()
+                for thread in threads:
+                    while thread.is_alive():  # one long join would keep Python from handling signals
+                        thread.join(0.1)
+                self._sender.finish(hurry=lambda: self._hurry)
+                self._close()
+        logger.info("Dispatcher %s stopped.", self.id)
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to finish what is in flight and return. May be called from any thread."""
+        self._stop_requested = True
+        self._poke()
+        self._sender.wake()
+
+    def _close(self) -> None:
+        if self._own_transport:
+            self._transport.close(wait=not self._hurry)
+        self._limiter.close()
+        self._notices.close()
+        os.close(self._poke_read)
+        os.close(self._poke_write)
+        try:
+            sign_off(self._state.database, self.id)
+        except StorageUnavailableError as exc:
+            logger.warning("Dispatcher %s could not sign off: %s", self.id, exc)
+
+    # -- the main thread ------------------------------------------------------------------------------
+
+    def _run_periodic_jobs(self, *, burst: bool) -> None:
+        due = {job.name: 0.0 for job in self._periodic}
+        while not self._stop_requested:
+            for job in self._periodic:
+                if time.monotonic() >= due[job.name] and not self._stop_requested:
+                    due[job.name] = time.monotonic() + job.interval_s
+                    self._attempt(job.name, partial(job.run, lambda: self._stop_requested))
+            if burst and self._nothing_left():
+                return
+            self._wait(0.01 if burst else min(due.values()) - time.monotonic())
+
+    def _nothing_left(self) -> bool:
+        """Say whether the outbox is empty and, looked at after that, nothing is due or in flight."""
+        try:
+            empty = self._ingest.is_idle()
+        except RedisError:
+            empty = False  # the ingest thread tells about it
+        if not empty:
+            self._outbox_empty_since = None
+            return False
+        if self._outbox_empty_since is None:
+            self._outbox_empty_since = time.monotonic()
+        idle_since = self._sender.idle_since
+        if idle_since is not None and idle_since >= self._outbox_empty_since:
+            return True
+        self._sender.wake()
+        return False
+
+    def _prune(self, _should_stop: Callable[[], bool]) -> None:
+        days = timedelta(days=self._state.settings.retention_days)
+        pruned = prune(self._state.database, datetime.now(UTC) - days)
+        forget_dead(self._state.database)
+        if pruned:
+            logger.info("Pruned: %s", pruned)
+
+    # -- signals --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        # Attributes and a pipe only: a lock taken here could be held by the very code interrupted.
+        self._hurry = self._stop_requested
+        self._stop_requested = True
+        self._poke()
+
+    def _poke(self) -> None:
+        try:
+            os.write(self._poke_write, b"x")
+        except OSError:
+            return  # full, so there is enough to read; or closed, so nobody waits
+
+    def _wait(self, timeout_s: float) -> None:
+        readable, _, _ = select.select([self._poke_read], [], [], max(0.0, timeout_s))
+        if readable:
+            os.read(self._poke_read, 4096)
+
+    # -- threads --------------------------------------------------------------------------------------
+
+    def _work(self, name: str, step: Callable[[], object]) -> None:
+        """Repeat *step* until the end; after an error with a growing pause."""
+        pause_s = FIRST_PAUSE_S
+        while not self._stop_requested:
+            if self._attempt(name, step):
+                pause_s = FIRST_PAUSE_S
+            else:
+                self._sleep(pause_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _attempt(self, name: str, step: Callable[[], object]) -> bool:
+        """Run *step* and say whether it went well: the one place where a thread survives its errors."""
+        try:
+            step()
+        except (StorageUnavailableError, RedisError) as exc:
+            self._alive_at[name] = time.monotonic()
+            if self._troubles.get(name) is not type(exc):
+                self._troubles[name] = type(exc)
+                logger.error(
+                    "%s: %s: %s. Nothing is lost; trying until it works.", name, type(exc).__name__, exc
+                )
+            return False
+        except Exception:
+            # Not counted as a sign of life: a thread that never gets through must not look healthy.
+            logger.exception("%s: an unexpected error; trying again.", name)
+            return False
+        self._alive_at[name] = time.monotonic()
+        if self._troubles.pop(name, None) is not None:
+            logger.warning("%s: works again.", name)
+        return True
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stop_requested and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+
+    def _show_life(self) -> None:
+        stuck = [
+            name
+            for name in ("ingest", "delivery")
+            if time.monotonic() - self._alive_at.setdefault(name, time.monotonic()) > STUCK_S
+        ]
+        if stuck:
+            logger.error(
+                "No heartbeat: %s has not got through for more than %.0f s.", " and ".join(stuck), STUCK_S
+            )
+        else:
+            heartbeat(self._state.database, self.id, started=False)
+        if free_expired_leases(self._state.database):
+            self._sender.wake()
+        self._sleep(HEARTBEAT_S)

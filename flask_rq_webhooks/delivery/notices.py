@@ -1,0 +1,100 @@
+"""Status notices on Redis pub/sub, for hosts that watch their runs there.
+
+Nobody depends on them: a notice that cannot be published is gone, and nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from redis import Redis, RedisError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from ..protocol.urls import redact_url
+
+if TYPE_CHECKING:
+    from ..config import Settings
+    from ..storage.deliveries import AttemptRecord
+
+logger = logging.getLogger(__name__)
+
+#: Where every attempt is told, as JSON.
+TELEMETRY_CHANNEL = "webhooks:telemetry"
+#: Seconds Redis may take, and seconds of silence after it failed.
+ANSWER_S, SILENCE_S = 0.25, 30.0
+
+
+class Notices:
+    """Publish what became of attempts.
+
+    :param redis: where to; ``None`` publishes nothing. Closed by :meth:`close`.
+    :param channel: channel of the status text, with ``{runid}`` in it; a job without a run id has none.
+    :param clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, redis: Redis | None, channel: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._redis = redis
+        self._channel = channel
+        self._clock = clock
+        self._silent_until = float("-inf")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Notices:
+        """Return what ``PUBSUB_URL`` and ``PUBSUB_CHANNEL`` ask for."""
+        redis = None
+        if settings.pubsub_url is not None:
+            redis = Redis.from_url(
+                settings.pubsub_url,
+                socket_timeout=ANSWER_S,
+                socket_connect_timeout=ANSWER_S,
+                retry=Retry(NoBackoff(), 0),
+            )
+        return cls(redis, settings.pubsub_channel)
+
+    def publish(self, recorded: Sequence[tuple[AttemptRecord, str]]) -> None:
+        """Publish what became of attempts in one round trip; after a failure, nothing for a while.
+
+        :param recorded: attempts, each with the status its delivery has now.
+        """
+        if self._redis is None or not recorded or self._clock() < self._silent_until:
+            return
+        try:
+            with self._redis.pipeline(transaction=False) as pipeline:
+                for record, status in recorded:
+                    for channel, text in self._texts(record, status):
+                        pipeline.publish(channel, text)
+                pipeline.execute()
+        except (RedisError, OSError) as exc:
+            self._silent_until = self._clock() + SILENCE_S
+            logger.warning(
+                "Status notices cannot be published (%s: %s); none for %.0f s.",
+                type(exc).__name__, exc, SILENCE_S,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._redis is not None:
+            self._redis.close()
+
+    def _texts(self, record: AttemptRecord, status: str) -> list[tuple[str, str]]:
+        delivery = record.delivery
+        telemetry = {
+            "job_id": delivery.job_id,
+            "runid": delivery.runid,
+            "url": redact_url(delivery.url),
+            "status": status,
+            "attempts": delivery.number,
+            "timestamp": record.started_at.timestamp() + record.duration_ms / 1000,
+        }
+        texts = [(TELEMETRY_CHANNEL, json.dumps(telemetry))]
+        if delivery.runid is not None or "{runid}" not in self._channel:
+            channel = self._channel.replace("{runid}", delivery.runid or "")
+            texts.append((channel, f"rq:{delivery.job_id} WEBHOOK {status} {delivery.event_type}"))
+        return texts
