@@ -76,7 +76,8 @@ _TRANSPORT_HEADERS = frozenset(
     {"accept-encoding", "connection", "content-length", "expect", "host", "transfer-encoding"}
 )
 
-Resolver = Callable[[str, int], Iterable[str]]
+#: ``(host, port) -> addresses``; answers shaped like those of :func:`socket.getaddrinfo` will do as well.
+Resolver = Callable[[str, int], Iterable[str | tuple[Any, ...]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,13 +141,12 @@ class Transport(Protocol):
         ...
 
 
-def system_resolver(host: str, port: int) -> list[str]:
-    """Return the addresses the operating system knows for *host*, best first.
+def system_resolver(host: str, port: int) -> list[tuple[Any, ...]]:
+    """Return what the operating system knows of *host*, best first.
 
-    :raises OSError: when there are none.
+    :raises OSError: when it knows nothing.
     """
-    answers = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    return [str(answer[4][0]) for answer in answers]
+    return list(socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM))
 
 
 def default_ssl_context(ca_file: str | None = None) -> ssl.SSLContext:
@@ -852,7 +852,9 @@ class _Lookups:
 
     def _resolve(self, key: tuple[str, int], future: Future[list[str]]) -> None:
         try:
-            answers: list[str] | None = list(dict.fromkeys(self._resolver(*key)))
+            answers: list[str] | None = list(
+                dict.fromkeys(_address(answer) for answer in self._resolver(*key))
+            )
             error: Exception | None = None
         except Exception as exc:  # handed to whoever waits; the slot must be given back
             answers, error = None, exc
@@ -863,6 +865,10 @@ class _Lookups:
             future.set_exception(error)
         else:
             future.set_result(answers or [])
+
+
+def _address(answer: str | tuple[Any, ...]) -> str:
+    return answer if isinstance(answer, str) else str(answer[4][0])
 
 
 class _Watchdog:

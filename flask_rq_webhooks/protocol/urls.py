@@ -295,7 +295,7 @@ def redact_url(url: object) -> str:
     """
     if not isinstance(url, str):
         return "…"
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://([^/?#\\]*)([^?#]*)", url, re.ASCII | re.DOTALL)
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://([^/?#]*)([^?#]*)", url, re.ASCII | re.DOTALL)
     if match is None:
         return "…"
     scheme, authority, path = match.groups()
