@@ -1,0 +1,380 @@
+"""From an occurrence to the bytes that are stored, signed and sent.
+
+Owns the three wire contracts (``job``, ``task``, ``standard``), how they are made to fit
+``MAX_PAYLOAD_BYTES``, and the canonical JSON kept of every event. Knows nothing of endpoints, headers and
+signatures.
+
+A body is serialised once, ASCII and compact; whoever stores it sends the same bytes on every attempt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any
+
+from .events import (
+    JOB_BLOCKED,
+    JOB_CANCELED,
+    JOB_FAILURE,
+    JOB_LOST,
+    JOB_RETRYING,
+    JOB_STOPPED,
+    JOB_SUCCESS,
+    JOB_TYPES,
+    Occurrence,
+    format_time,
+    parse_time,
+)
+from .jsonsafe import to_json_safe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderContext:
+    """What a payload says beside the occurrence, and how much of it.
+
+    :param event_id: the event's id, also its ``webhook-id``.
+    :param runid: the endpoint's own run id, which goes before the occurrence's; or ``None``.
+    :param reference: what the client sent as ``webhook_reference``.
+    :param traceback: ``"full"``, ``"last"`` (the innermost frame and the exception) or ``"none"``.
+    :param include_result: whether a result is sent; ``False`` sends ``null`` in its place.
+    :param max_bytes: larger payloads are cut, see :func:`fit`.
+    """
+
+    event_id: str
+    runid: str | None
+    reference: str | None
+    traceback: str
+    include_result: bool
+    max_bytes: int
+
+
+PayloadFormat = Callable[[Occurrence, RenderContext], bytes]
+
+#: ``task`` format: event type → (event_type, status). The states are those of Celery.
+_TASK_WORDS = MappingProxyType(
+    {
+        JOB_SUCCESS: ("task.completed", "SUCCESS"),
+        JOB_FAILURE: ("task.failed", "FAILURE"),
+        JOB_LOST: ("task.failed", "FAILURE"),
+        JOB_STOPPED: ("task.cancelled", "REVOKED"),
+        JOB_CANCELED: ("task.cancelled", "REVOKED"),
+        JOB_RETRYING: ("task.retrying", "RETRY"),
+        JOB_BLOCKED: ("task.blocked", "PENDING"),
+    }
+)
+
+#: Said where RQ has left no message of its own.
+_MESSAGES = MappingProxyType(
+    {
+        JOB_FAILURE: "The job failed; RQ has kept no error.",
+        JOB_LOST: "The job is gone from Redis without a recorded ending; its outcome is unknown.",
+        JOB_STOPPED: "The job was stopped.",
+        JOB_CANCELED: "The job was canceled.",
+        JOB_RETRYING: "The job failed and will be tried again.",
+        JOB_BLOCKED: "The job waits for a job that did not succeed.",
+    }
+)
+
+_CUT = "[cut]\n"
+
+
+def job_payload(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
+    """Return the ``job`` payload, keys in the order of the contract, small enough for *context*.
+
+    ``event``, ``job_id``, ``runid``, ``timestamp`` (unix seconds); ``result`` of a success, ``error`` of a
+    failure and wherever else one is known, ``data`` of application events; then ``id``, ``func``,
+    ``queue``, ``enqueued_at``, ``started_at``, ``ended_at``, ``source``, ``reference``, for a correction
+    ``supersedes``, for a tree ``scope`` and ``jobs``. What concerns a job only is absent from application
+    events and pings, but ``job_id`` is always there.
+    """
+    return fit(_job, occurrence, context)[0]
+
+
+def render_job(occurrence: Occurrence, context: RenderContext) -> bytes:
+    """Return the body of ``format="job"``, see :func:`job_payload`."""
+    return fit(_job, occurrence, context)[1]
+
+
+def render_task(occurrence: Occurrence, context: RenderContext) -> bytes:
+    """Return the body of ``format="task"``: sorted keys, compact, ASCII.
+
+    ``event_type``, ``timestamp`` (ISO 8601, UTC), ``task`` with ``id``, ``name`` (last component of the
+    function) and ``status``; then ``result`` of a success, else ``error``, a message. A stopped or
+    canceled job is ``task.cancelled``, a lost one ``task.failed`` with a message that says the outcome is
+    unknown; ``task.retrying`` (``RETRY``) and ``task.blocked`` (``PENDING``) only for those who ask for
+    them. Application events and pings have ``event_type``, ``timestamp`` and ``data``. ``reference`` and
+    ``supersedes`` are added where there is one.
+    """
+    return fit(_task, occurrence, context, sort_keys=True)[1]
+
+
+def render_standard(occurrence: Occurrence, context: RenderContext) -> bytes:
+    """Return the body of ``format="standard"``: ``type``, ``timestamp`` (ISO 8601, UTC) and ``data``.
+
+    ``data`` is the ``job`` payload without ``event`` and ``timestamp``; of an application event or a ping
+    it is the application's own object, as it is.
+
+    Source: Standard Webhooks, "Payload structure".
+    """
+    return fit(_standard, occurrence, context)[1]
+
+
+#: The formats that come with the package, by name.
+FORMATS: Mapping[str, PayloadFormat] = MappingProxyType(
+    {"job": render_job, "task": render_task, "standard": render_standard}
+)
+
+
+def custom_format(function: Callable[[dict[str, Any]], Mapping[str, Any] | bytes]) -> PayloadFormat:
+    """Return a format that hands the ``job`` payload to *function* and sends what it returns.
+
+    :param function: takes the payload as a dict of its own; returns a dict, sent as compact JSON, or the
+        bytes of the body. Its exceptions reach the caller; the size of what it returns is its own affair.
+    """
+
+    def render(occurrence: Occurrence, context: RenderContext) -> bytes:
+        body = function(job_payload(occurrence, context))
+        if isinstance(body, bytes):
+            return body
+        if isinstance(body, Mapping):
+            return _serialise(dict(body))
+        raise TypeError(
+            f"The payload format {getattr(function, '__name__', function)!r} returned "
+            f"{type(body).__name__}; return a dict or bytes."
+        )
+
+    return render
+
+
+def fit(
+    build: Callable[[Occurrence, RenderContext], dict[str, Any]],
+    occurrence: Occurrence,
+    context: RenderContext,
+    *,
+    sort_keys: bool = False,
+) -> tuple[dict[str, Any], bytes]:
+    """Return what *build* makes of *occurrence* and its bytes, at most ``context.max_bytes`` of them.
+
+    What goes first is what is large and least missed: the result or the data as a whole (``null``, and
+    ``result_truncated`` or ``data_truncated`` says so), the beginning of the traceback, the end of the
+    error message, then of other texts. The job's id is never cut.
+    """
+    payload = build(occurrence, context)
+    body = _serialise(payload, sort_keys=sort_keys)
+    if len(body) <= context.max_bytes:
+        return payload, body
+    excess = len(body) - context.max_bytes
+    for smaller in _smaller(occurrence, context, excess):
+        payload = build(*smaller)
+        body = _serialise(payload, sort_keys=sort_keys)
+        if len(body) <= context.max_bytes:
+            break
+    return payload, body
+
+
+def _smaller(
+    occurrence: Occurrence, context: RenderContext, excess: int
+) -> Iterator[tuple[Occurrence, RenderContext]]:
+    """Give ever smaller versions of what is told, *excess* bytes too large at first."""
+    error = occurrence.error
+    if error is None:
+        # Nothing else is large: the result, an application's data, or absurd names.
+        occurrence = replace(occurrence, result=None, data={}, result_truncated=True)
+        yield occurrence, context
+    else:
+        traceback = error.get("traceback") or ""
+        # One character is one byte of JSON at least, so cutting the excess may be enough.
+        for keep in (
+            len(traceback) - excess - len(_CUT) - 1,
+            context.max_bytes // 2,
+            context.max_bytes // 8,
+            0,
+        ):
+            if 0 <= keep < len(traceback):
+                cut = _CUT + traceback[len(traceback) - keep :] if keep else ""
+                occurrence = replace(occurrence, error={**error, "traceback": cut})
+                yield occurrence, context
+    for most in (1024, 256, 64, 16):
+        occurrence = replace(
+            occurrence,
+            runid=_cut(occurrence.runid, most),
+            func=_cut(occurrence.func, most, keep_end=True),
+            queue=_cut(occurrence.queue, most),
+            error=None
+            if occurrence.error is None
+            else {
+                **occurrence.error,
+                "type": _cut(occurrence.error.get("type"), most) or "",
+                "message": _cut(occurrence.error.get("message"), most) or "",
+            },
+        )
+        context = replace(
+            context, runid=_cut(context.runid, most), reference=_cut(context.reference, max(most, 256))
+        )
+        yield occurrence, context
+    if occurrence.error is not None:
+        yield replace(occurrence, error={**occurrence.error, "traceback": ""}), context
+
+
+def _cut(text: str | None, most: int, *, keep_end: bool = False) -> str | None:
+    if text is None or len(text) <= most:
+        return text
+    return "..." + text[3 - most :] if keep_end else text[: most - 3] + "..."
+
+
+def _serialise(payload: dict[str, Any], *, sort_keys: bool = False) -> bytes:
+    try:
+        text = json.dumps(payload, sort_keys=sort_keys, separators=(",", ":"), allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        # NaN in an outbox entry, an object in a scrubbed payload: converted rather than lost.
+        text = json.dumps(to_json_safe(payload), sort_keys=sort_keys, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii")
+
+
+def _job(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
+    return {
+        "event": occurrence.type,
+        "job_id": occurrence.job_id,
+        "runid": _runid(occurrence, context),
+        "timestamp": occurrence.occurred_at.timestamp(),
+        **_outcome(occurrence, context),
+        **_particulars(occurrence, context),
+    }
+
+
+def _standard(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
+    data: dict[str, Any]
+    if occurrence.type in JOB_TYPES:
+        data = {
+            "job_id": occurrence.job_id,
+            "runid": _runid(occurrence, context),
+            **_outcome(occurrence, context),
+            **_particulars(occurrence, context),
+        }
+    elif occurrence.result_truncated:
+        data = {"data_truncated": True}
+    else:
+        data = dict(occurrence.data)
+    return {"type": occurrence.type, "timestamp": format_time(occurrence.occurred_at), "data": data}
+
+
+def _task(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
+    payload: dict[str, Any] = {"timestamp": format_time(occurrence.occurred_at)}
+    if occurrence.type in _TASK_WORDS:
+        event_type, status = _TASK_WORDS[occurrence.type]
+        name = None if occurrence.func is None else occurrence.func.rpartition(".")[2]
+        payload["event_type"] = event_type
+        payload["task"] = {"id": occurrence.job_id, "name": name, "status": status}
+        if occurrence.type == JOB_SUCCESS:
+            payload.update(_outcome(occurrence, context))
+        else:
+            payload["error"] = (occurrence.error or {}).get("message") or _MESSAGES[occurrence.type]
+    else:
+        payload["event_type"] = occurrence.type
+        payload.update(_outcome(occurrence, context))
+    if context.reference is not None:
+        payload["reference"] = context.reference
+    if occurrence.supersedes is not None:
+        payload["supersedes"] = occurrence.supersedes
+    return payload
+
+
+def _runid(occurrence: Occurrence, context: RenderContext) -> str | None:
+    return occurrence.runid if context.runid is None else context.runid
+
+
+def _outcome(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
+    """Return what came of it: ``result``, ``error`` or ``data``."""
+    if occurrence.type == JOB_SUCCESS:
+        if occurrence.result_truncated:
+            return {"result": None, "result_truncated": True}
+        return {"result": occurrence.result if context.include_result else None}
+    if occurrence.type == JOB_FAILURE or occurrence.error is not None:
+        return {"error": _error(occurrence, context)}
+    if occurrence.type in JOB_TYPES:
+        return {}
+    if occurrence.result_truncated:
+        return {"data": None, "data_truncated": True}
+    return {"data": dict(occurrence.data)}
+
+
+def _error(occurrence: Occurrence, context: RenderContext) -> dict[str, str | None]:
+    error = occurrence.error or {}
+    traceback: str | None = error.get("traceback") or ""
+    if context.traceback == "none":
+        traceback = None
+    elif context.traceback == "last":
+        traceback = _last_frame(traceback or "")
+    message = error.get("message")
+    if message is None:
+        message = _MESSAGES.get(occurrence.type, "")
+    return {"type": error.get("type") or "Unknown", "message": message, "traceback": traceback}
+
+
+def _last_frame(traceback: str) -> str:
+    """Return the innermost frame and the exception: what a traceback ends with."""
+    start = traceback.rfind('\n  File "')
+    if start >= 0:
+        return traceback[start + 1 :]
+    return traceback.rstrip("\n").rpartition("\n")[2]
+
+
+def _particulars(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
+    """Return the keys that were added to the contract; they always come last."""
+    payload: dict[str, Any] = {"id": context.event_id}
+    if occurrence.type in JOB_TYPES:
+        payload["func"] = occurrence.func
+        payload["queue"] = occurrence.queue
+        for name in ("enqueued_at", "started_at", "ended_at"):
+            payload[name] = _time(getattr(occurrence, name))
+    payload["source"] = occurrence.source
+    payload["reference"] = context.reference
+    if occurrence.supersedes is not None:
+        payload["supersedes"] = occurrence.supersedes
+    if occurrence.scope == "tree":
+        payload["scope"] = occurrence.scope
+        payload["jobs"] = dict(occurrence.jobs or {})
+    return payload
+
+
+def _time(moment: datetime | None) -> str | None:
+    return None if moment is None else format_time(moment)
+
+
+_TIMES = ("occurred_at", "enqueued_at", "started_at", "ended_at")
+_OBJECTS = ("error", "jobs", "data")
+
+
+def occurrence_to_json(occurrence: Occurrence) -> str:
+    """Return the canonical JSON of *occurrence*: what is stored of an event, ASCII."""
+    values = {field.name: getattr(occurrence, field.name) for field in fields(occurrence)}
+    for name in _TIMES:
+        values[name] = _time(values[name])
+    for name in _OBJECTS:
+        values[name] = None if values[name] is None else dict(values[name])
+    return _serialise(values).decode("ascii")
+
+
+def occurrence_from_json(text: str) -> Occurrence:
+    """Return the occurrence that :func:`occurrence_to_json` wrote.
+
+    Fields a newer version may have added are left out; fields an older one did not know get their
+    default.
+
+    :raises ValueError: when *text* is not such JSON.
+    """
+    stored = json.loads(text)
+    if not isinstance(stored, dict):
+        raise ValueError(f"a stored event is not a JSON object but {type(stored).__name__}")
+    values = {field.name: stored[field.name] for field in fields(Occurrence) if field.name in stored}
+    for name in ("type", "source", "occurred_at"):
+        if not isinstance(values.get(name), str):
+            raise ValueError(f"a stored event has no {name!r}")
+    for name in _TIMES:
+        if values.get(name) is not None:
+            values[name] = parse_time(values[name])
+    return Occurrence(**values)
