@@ -1,0 +1,36 @@
+"""Who may see and do what: the host's own function decides, and nobody may anything until there is one.
+
+``status``
+    what became of the webhook of one job or run (``job_id``, ``runid``)
+``read``
+    everything of every webhook, details of failures included
+``manage``
+    change, resend, cancel, pause
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+from ..state import State
+
+logger = logging.getLogger(__name__)
+
+Permission = Literal["status", "read", "manage"]
+
+
+def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
+    """Ask the host whether the caller of this request has *permission*.
+
+    :param what: with ``"status"``: ``job_id`` and ``runid``, each a string or ``None``.
+    """
+    function = state.hooks.authorize_function
+    if function is None:
+        logger.warning(
+            "%r was refused: nothing of flask_rq_webhooks is served until the app says who may see it. "
+            "Register a function (permission, **what) -> bool with @webhooks.authorize.",
+            permission,
+        )
+        return False
+    return bool(function(permission, **what))

@@ -1,0 +1,250 @@
+"""What may be said over HTTP, in both directions, as marshmallow schemas.
+
+Owns the meaning of a request's webhook fields (:func:`load_webhook`) and of the API's inputs. Knows nothing
+of where the values came from, and nothing of storage.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
+
+from ..config import Settings
+from ..errors import BlockedURLError, InvalidWebhookError
+from ..protocol.events import JOB_TYPES
+from ..protocol.headers import validate_headers, validate_secret
+from ..protocol.urls import CheckedURL, UrlPolicy
+
+NOT_ACCEPTABLE = "The webhook fields of the request are not acceptable."
+
+#: Attempts a request may ask for, whatever the settings allow.
+MAX_RETRY_COUNT = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookRequest:
+    """The webhook fields of a request, checked.
+
+    :param url: normalised; see :class:`~flask_rq_webhooks.protocol.urls.CheckedURL`.
+    :param host: the unit of fairness and limits.
+    :param secret: exactly as sent.
+    :param events: ``None`` where the request names none.
+    :param format: name of a registered format.
+    :param sign_payload: sign with the server-wide secret where there is no own one.
+    :param timeout_s: deadline of one attempt, ``None`` for the configured one.
+    :param max_attempts: all attempts together, ``None`` for as many as configured.
+    """
+
+    url: str
+    host: str
+    format: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secret: str | None = field(default=None, repr=False)
+    events: tuple[str, ...] | None = None
+    sign_payload: bool = False
+    reference: str | None = None
+    timeout_s: float | None = None
+    max_attempts: int | None = None
+
+
+def load_webhook(
+    values: Mapping[str, Any], *, settings: Settings, url_policy: UrlPolicy, formats: Collection[str]
+) -> WebhookRequest:
+    """Check the webhook fields of a request.
+
+    :param values: raw values by field name, from JSON or a form; other names are passed over, ``None`` is
+        as if absent.
+    :param formats: names of the registered payload formats.
+    :raises InvalidWebhookError: with every reason of every field.
+    """
+    schema = webhook_schema(settings, url_policy, frozenset(formats))
+    try:
+        data = schema.load({name: value for name, value in values.items() if value is not None})
+    except ValidationError as exc:
+        # Without the cause: it holds the values, the secret among them.
+        raise InvalidWebhookError(NOT_ACCEPTABLE, details=flat_details(exc)) from None
+    if data.get("sign_payload") and "webhook_secret" not in data and settings.signing_secret is None:
+        why = "This server has no secret of its own to sign with; send webhook_secret."
+        raise InvalidWebhookError(NOT_ACCEPTABLE, details={"sign_payload": [why]})
+    checked: CheckedURL = data["webhook_url"]
+    events = data.get("webhook_events")
+    return WebhookRequest(
+        url=checked.url,
+        host=checked.host_key,
+        format=data.get("webhook_format", settings.format),
+        headers=data.get("webhook_headers", {}),
+        secret=data.get("webhook_secret"),
+        events=None if events is None else tuple(events),
+        sign_payload=data.get("sign_payload", False),
+        reference=data.get("webhook_reference"),
+        timeout_s=data.get("webhook_timeout"),
+        max_attempts=data.get("webhook_retry_count"),
+    )
+
+
+def flat_details(exc: ValidationError) -> dict[str, list[str]]:
+    """Return the reasons of a failed load as field name → sentences, however deep they were found."""
+    messages = exc.messages
+    if isinstance(messages, list):
+        return {"": [str(message) for message in messages]}
+    return {str(name): list(_sentences(value)) for name, value in messages.items()}
+
+
+def _sentences(value: Any) -> Iterable[str]:
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _sentences(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _sentences(item)
+    else:
+        yield str(value)
+
+
+# Fields
+
+
+class Text(fields.String):
+    """Text that every database can hold: no NUL, no lone surrogate."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        text = super()._deserialize(value, attr, data, **kwargs)
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValidationError("Expected text without NUL characters and lone surrogates.")
+        return text
+
+
+class WholeNumber(fields.Integer):
+    """A whole number, also as text; 2.5 is refused, not cut."""
+
+    def _validated(self, value: Any) -> Any:
+        if isinstance(value, float) and not value.is_integer():
+            raise ValidationError("Not a whole number.")
+        return super()._validated(value)
+
+
+class TextList(fields.List[str]):
+    """A list of text; in forms a JSON array, or items between commas."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(fields.String(), **kwargs)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> list[Any]:
+        if isinstance(value, str):
+            value = _from_json(value) if value.lstrip().startswith("[") else value.split(",")
+            if isinstance(value, list):
+                value = [item.strip() if isinstance(item, str) else item for item in value]
+        items = super()._deserialize(value, attr, data, **kwargs)
+        return list(dict.fromkeys(items))
+
+
+class HeaderObject(fields.Field[dict[str, str]]):
+    """Custom headers: an object, or the same as a JSON string."""
+
+    def __init__(self, header_prefix: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._header_prefix = header_prefix
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> dict[str, str]:
+        if isinstance(value, str):
+            value = _from_json(value)
+        try:
+            return validate_headers(value, header_prefix=self._header_prefix)
+        except InvalidWebhookError as exc:
+            raise ValidationError(exc.details["webhook_headers"]) from None
+
+
+class SecretText(fields.Field[str]):
+    """A signing secret, never trimmed."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        try:
+            return validate_secret(value)
+        except InvalidWebhookError as exc:
+            raise ValidationError(exc.details["webhook_secret"]) from None
+
+
+class TargetURL(fields.Field[CheckedURL]):
+    """A URL that the policy lets us send to, as far as can be said without asking DNS."""
+
+    def __init__(self, policy: UrlPolicy, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._policy = policy
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> CheckedURL:
+        if not isinstance(value, str):
+            raise ValidationError("Not a valid string.")
+        try:
+            return self._policy.check_url(value)
+        except BlockedURLError as exc:
+            raise ValidationError(str(exc)) from None
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValidationError("Not valid JSON.") from None
+
+
+# Schemas
+
+
+@lru_cache(maxsize=32)
+def webhook_schema(settings: Settings, url_policy: UrlPolicy, formats: frozenset[str]) -> Schema:
+    """Return the schema of a request's webhook fields; whatever else is in the request is passed over."""
+    most = min(MAX_RETRY_COUNT, settings.max_attempts)
+    schema = Schema.from_dict(
+        {
+            "webhook_url": TargetURL(url_policy, required=True),
+            "webhook_secret": SecretText(),
+            "webhook_headers": HeaderObject(settings.header_prefix),
+            "sign_payload": fields.Boolean(),
+            "webhook_events": TextList(
+                validate=[
+                    validate.Length(min=1, max=50, error="Expected at least one event type."),
+                    _each(_one_of(JOB_TYPES, "event type")),
+                ]
+            ),
+            "webhook_format": Text(validate=_one_of(formats, "format")),
+            "webhook_reference": Text(validate=validate.Length(max=256)),
+            "webhook_timeout": fields.Float(validate=_timeout_range(settings)),
+            "webhook_retry_count": WholeNumber(
+                validate=validate.Range(
+                    min=1, max=most, error=f"Expected the number of all attempts, from 1 to {most}."
+                )
+            ),
+        },
+        name="WebhookFields",
+    )
+    return schema(unknown=EXCLUDE)
+
+
+def _timeout_range(settings: Settings) -> validate.Range:
+    return validate.Range(
+        min=0,
+        min_inclusive=False,
+        max=settings.timeout,
+        error=f"Expected seconds, more than 0 and at most {settings.timeout:g}.",
+    )
+
+
+def _one_of(known: Collection[str], what: str) -> Callable[[str], None]:
+    def check(value: str) -> None:
+        if value not in known:
+            raise ValidationError(f"Unknown {what} {value[:100]!r}; known: {', '.join(sorted(known))}.")
+
+    return check
+
+
+def _each(check: Callable[[str], None]) -> Callable[[list[str]], None]:
+    def check_all(values: list[str]) -> None:
+        for value in values:
+            check(value)
+
+    return check_all
