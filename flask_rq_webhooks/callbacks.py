@@ -179,7 +179,7 @@ def _call_of(kind: str, job: Job, outcome: tuple[Any, ...]) -> tuple[Any, Any]:
     A stopped or abandoned job did not run in this process: it is a worker that must not import the user's
     modules, so there the job's data is read only as far as plain values go.
     """
-    if kind == "success" or isinstance(outcome[-1], TracebackType):
+    if kind == "success" or (kind == "failure" and isinstance(outcome[-1], TracebackType)):
         return _get(lambda: job.func_name), _get(lambda: job.args)
     call = _get(lambda: _plain(job.data))
     if isinstance(call, list | tuple) and len(call) == 4:

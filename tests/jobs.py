@@ -1,0 +1,155 @@
+"""Job functions and user callbacks that real workers run in the integration tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from rq.job import get_current_job
+
+
+def add(first: int, second: int) -> int:
+    return first + second
+
+
+def run(runid: str, *_more: Any) -> dict[str, str]:
+    return {"runid": runid}
+
+
+def fail(message: str = "no such basin") -> None:
+    raise ValueError(message)
+
+
+def fail_with_args(runid: str) -> None:
+    raise KeyError(runid)
+
+
+def sleep(seconds: float) -> str:
+    time.sleep(seconds)
+    return "woke up"
+
+
+def system_exit() -> None:
+    sys.exit(3)
+
+
+def kill_work_horse() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def same(value: Any) -> Any:
+    return value
+
+
+class Unprintable:
+    """Has no text and cannot be pickled."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no pickle")
+
+
+def unprintable() -> Unprintable:
+    return Unprintable()
+
+
+def unprintable_error() -> None:
+    class Broken(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    raise Broken
+
+
+def huge() -> str:
+    return "x" * (2 * 2**20)
+
+
+def own_job() -> Any:
+    return get_current_job()
+
+
+def overwrite_meta() -> str:
+    """Do what hosts do: save a job object whose meta knows nothing of what was there."""
+    job = get_current_job()
+    assert job is not None
+    job.meta = {"jobs:0,func:build": "child-1"}
+    job.save_meta()
+    job.save()
+    return "saved"
+
+
+def meta_runid() -> None:
+    job = get_current_job()
+    assert job is not None
+    job.meta["runid"] = "from-meta"
+    job.save_meta()
+
+
+# -- user callbacks -----------------------------------------------------------------------------------------
+
+
+def note_success(job: Any, connection: Any, result: Any) -> None:
+    connection.rpush("noted", f"success {job.id} {os.getpid()} {result!r}")
+
+
+def note_failure(job: Any, connection: Any, kind: Any, value: Any, traceback: Any) -> None:
+    connection.rpush("noted", f"failure {job.id} {kind.__name__} {value} {type(traceback).__name__}")
+
+
+def note_stopped(job: Any, connection: Any) -> None:
+    connection.rpush("noted", f"stopped {job.id} {os.getpid()}")
+
+
+class Callbacks:
+    """A static method is a function of a module to RQ, too."""
+
+    @staticmethod
+    def note_success(job: Any, connection: Any, result: Any) -> None:
+        connection.rpush("noted", f"static {job.id} {result!r}")
+
+
+def raise_on_success(job: Any, connection: Any, result: Any) -> None:
+    raise LookupError("the user's on_success")
+
+
+def raise_on_failure(job: Any, connection: Any, *exc_info: Any) -> None:
+    raise LookupError("the user's on_failure")
+
+
+def raise_on_stopped(job: Any, connection: Any) -> None:
+    raise LookupError("the user's on_stopped")
+
+
+def slow_on_success(job: Any, connection: Any, result: Any) -> None:
+    time.sleep(0.8)
+
+
+def too_slow_on_success(job: Any, connection: Any, result: Any) -> None:
+    time.sleep(10)
+
+
+def freeze_redis_on_success(job: Any, connection: Any, result: Any) -> None:
+    """Stop the server: what comes after this callback finds a Redis that does not answer."""
+    pid = int(connection.info("server")["process_id"])
+    os.kill(pid, signal.SIGSTOP)
+    connection_pid = os.fork()
+    if connection_pid == 0:
+        time.sleep(5)
+        os.kill(pid, signal.SIGCONT)
+        os._exit(0)
+
+
+async def coroutine_on_success(job: Any, connection: Any, result: Any) -> None:
+    raise AssertionError("nobody awaits this")
+
+
+async def coroutine_on_failure(job: Any, connection: Any, *exc_info: Any) -> None:
+    raise AssertionError("nobody awaits this")
