@@ -1,0 +1,58 @@
+"""The directive ``rq-webhooks-settings``: every row of the settings table, so that the page cannot drift."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
+from sphinx.application import Sphinx
+
+from flask_rq_webhooks.config import DEFAULT_RETRY_SCHEDULE, DEFAULT_RETRY_STATUSES, PREFIX, SETTINGS, Setting
+from flask_rq_webhooks.version import __version__
+
+#: Defaults that read better than their ``repr``.
+SPOKEN: dict[Any, str] = {
+    DEFAULT_RETRY_SCHEDULE: "``" + ", ".join(f"{delay:g}" for delay in DEFAULT_RETRY_SCHEDULE) + "``",
+    DEFAULT_RETRY_STATUSES: "``408, 409, 425, 429`` and ``500`` to ``599``",
+    f"flask-rq-webhooks/{__version__}": "``flask-rq-webhooks/<version>``",
+    (): "empty",
+}
+
+
+class SettingsTable(Directive):
+    """One target and one definition per setting: ``:ref:`setting-timeout```."""
+
+    has_content = False
+
+    def run(self) -> list[nodes.Node]:
+        lines: list[str] = []
+        for setting in SETTINGS:
+            lines += describe(setting)
+        container = nodes.container()
+        self.state.nested_parse(StringList(lines, source="flask_rq_webhooks/config.py"), 0, container)
+        return list(container.children)
+
+
+def describe(setting: Setting) -> list[str]:
+    """Return one setting as reStructuredText."""
+    default = SPOKEN.get(setting.default, f"``{setting.default!r}``")
+    lines = [
+        f".. _setting-{setting.name.lower().replace('_', '-')}:",
+        "",
+        f"``{PREFIX}{setting.name}``",
+        f"    {setting.about}",
+        "",
+        f"    Default: {default}.",
+    ]
+    if setting.env:
+        names = ", then ".join(f"``{name}``" for name in setting.env)
+        lines[-1] += f" Environment: {names}" + (" (total attempts)." if setting.parse_env else ".")
+    return [*lines, ""]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the directive."""
+    app.add_directive("rq-webhooks-settings", SettingsTable)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
