@@ -323,7 +323,12 @@ class RequestsTransport:
                 "error_code": "redirect",
                 "error_detail": f"redirects are not followed ({status})",
             }
-        body = raw.read(self._body_cap + 1, decode_content=False)
+        body = b""
+        # One byte more than is kept, so that a body of just that size is seen to have ended.
+        while chunk := raw.read(self._body_cap + 1 - len(body), decode_content=False):
+            body += chunk
+            if len(body) > self._body_cap:
+                break
         return outcome | {"response_body": body[: self._body_cap]}
 
 
@@ -659,6 +664,7 @@ class _Keeping:
     """What both kinds of pool do beside urllib3: tell the attempt of a kept connection, and drop old ones."""
 
     pool: queue.LifoQueue[Any] | None
+    close: Callable[[], None]
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         connection = super()._get_conn(timeout)  # type: ignore[misc]
@@ -747,6 +753,14 @@ class _PinnedAdapter(HTTPAdapter):
             pools = list(self._pools)
         for pool in pools:
             pool.close_idle()
+
+    def close(self) -> None:
+        """Close every kept connection now; urllib3 leaves it to the garbage collector."""
+        with self._pools_lock:
+            pools = list(self._pools)
+        for pool in pools:
+            pool.close()
+        super().close()
 
     def _pin(self, manager: PoolManager) -> None:
         # Replaced, not changed: urllib3 shares the original mapping among all managers of the process.
