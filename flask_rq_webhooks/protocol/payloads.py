@@ -188,15 +188,11 @@ def _smaller(
     else:
         traceback = error.get("traceback") or ""
         # One character is one byte of JSON at least, so cutting the excess may be enough.
-        for keep in (
-            len(traceback) - excess - len(_CUT) - 1,
-            context.max_bytes // 2,
-            context.max_bytes // 8,
-            0,
-        ):
-            if 0 <= keep < len(traceback):
-                cut = _CUT + traceback[len(traceback) - keep :] if keep else ""
-                occurrence = replace(occurrence, error={**error, "traceback": cut})
+        enough = len(traceback) - excess - len(_CUT) - 1
+        for keep in (enough, context.max_bytes // 2, context.max_bytes // 8, context.max_bytes // 16):
+            if 0 < keep < len(traceback):
+                error = {**error, "traceback": _CUT + traceback[-keep:]}
+                occurrence = replace(occurrence, error=error)
                 yield occurrence, context
     for most in (1024, 256, 64, 16):
         occurrence = replace(
