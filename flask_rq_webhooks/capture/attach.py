@@ -10,6 +10,7 @@ none.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import threading
@@ -109,6 +110,17 @@ class Queue(rq.Queue):
     def create_job(self, *args: Any, **kwargs: Any) -> Job:
         """Create a job as RQ does, with our callbacks where a webhook is asked for."""
         return _create_job(super().create_job, self, args, kwargs)
+
+
+def attached(queue: rq.Queue) -> rq.Queue:
+    """Return a copy of any queue that does what :class:`Queue` does; *queue* itself stays as it is."""
+    twin = copy.copy(queue)
+    twin.create_job = functools.partial(_create_twin_job, queue)  # type: ignore[method-assign]
+    return twin
+
+
+def _create_twin_job(queue: rq.Queue, *args: Any, **kwargs: Any) -> Job:
+    return _create_job(queue.create_job, queue, args, kwargs)
 
 
 _instrument_lock = threading.Lock()
