@@ -49,7 +49,16 @@ def new_id(prefix: str) -> str:
 
     Source: the ULID layout (48-bit milliseconds, 80-bit random, Crockford base 32), lower case.
     """
-    number = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
+    return _id(prefix, time.time_ns() // 1_000_000, secrets.randbits(80))
+
+
+def first_id_at(prefix: str, moment: datetime) -> str:
+    """Return what every id made at *moment* or later is not smaller than: a time as a bound for ids."""
+    return _id(prefix, max(0, int(moment.timestamp() * 1000)), 0)
+
+
+def _id(prefix: str, milliseconds: int, tail: int) -> str:
+    number = milliseconds << 80 | tail
     return prefix + "_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
 
 
@@ -80,6 +89,23 @@ class Base(DeclarativeBase):
 
 
 Id = String(40)
+
+# Status of a delivery.
+PENDING = "pending"
+SENDING = "sending"
+SUCCEEDED = "succeeded"
+EXHAUSTED = "exhausted"
+CANCELED = "canceled"
+
+# Status of a watch.
+RESERVED = "reserved"
+OPEN = "open"
+SETTLED = "settled"
+CLOSED = "closed"
+
+# Why an attempt is made.
+SCHEDULED = "scheduled"
+MANUAL = "manual"
 
 
 class Endpoint(Base):
@@ -157,6 +183,7 @@ class Watch(Base):
         UniqueConstraint("job_id", "endpoint_id", name="uq_rq_webhooks_watch_job_endpoint"),
         Index("ix_rq_webhooks_watch_endpoint", "endpoint_id"),
         Index("ix_rq_webhooks_watch_status", "status", "id"),
+        Index("ix_rq_webhooks_watch_settled", "settled_at"),
     )
 
 
@@ -178,6 +205,7 @@ class Event(Base):
 
     __table_args__ = (
         Index("ix_rq_webhooks_event_runid", "runid", "id"),
+        Index("ix_rq_webhooks_event_type", "type", "id"),
         Index("ix_rq_webhooks_event_created", "created_at"),
     )
 
@@ -186,7 +214,8 @@ class Delivery(Base):
     """An event on its way to an endpoint.
 
     ``status``: ``pending``, ``sending``, ``succeeded``, ``exhausted``, ``canceled``. ``body`` is what is
-    signed and sent, on every attempt. ``attempts`` counts recorded attempts; ``lease_id`` names the claim
+    signed and sent, on every attempt. ``host`` and ``event_type`` are copies that lists and claims are
+    indexed by. ``attempts`` counts recorded attempts; ``lease_id`` names the claim
     that holds a ``sending`` row until ``lease_until``. ``trigger`` says why the next attempt is made.
     """
 
@@ -196,6 +225,7 @@ class Delivery(Base):
     event_id: Mapped[str] = mapped_column(ForeignKey("rq_webhooks_event.id", ondelete="CASCADE"))
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("rq_webhooks_endpoint.id", ondelete="CASCADE"))
     host: Mapped[str] = mapped_column(String(260))
+    event_type: Mapped[str] = mapped_column(String(100))
     status: Mapped[str] = mapped_column(String(10))
     trigger: Mapped[str] = mapped_column(String(10), default="scheduled")
     body: Mapped[bytes] = mapped_column(LargeBinary)
@@ -219,6 +249,12 @@ class Delivery(Base):
             sqlite_where=text("status = 'pending'"),
         ),
         Index(
+            "ix_rq_webhooks_delivery_next",
+            "next_attempt_at",
+            postgresql_where=text("status = 'pending'"),
+            sqlite_where=text("status = 'pending'"),
+        ),
+        Index(
             "ix_rq_webhooks_delivery_lease",
             "lease_until",
             postgresql_where=text("status = 'sending'"),
@@ -227,6 +263,7 @@ class Delivery(Base):
         Index("ix_rq_webhooks_delivery_status", "status", "id"),
         Index("ix_rq_webhooks_delivery_host", "host", "id"),
         Index("ix_rq_webhooks_delivery_endpoint", "endpoint_id", "id"),
+        Index("ix_rq_webhooks_delivery_type", "event_type", "id"),
         Index("ix_rq_webhooks_delivery_finished", "finished_at"),
     )
 

@@ -1,0 +1,409 @@
+"""Claim: due deliveries are leased to one sender, fairly across hosts.
+
+Owns the two claim statements and everything a lease goes through until its attempt is recorded. Knows
+nothing of senders.
+
+How a claim stays fast and fair with a million deliveries due:
+
+1. *oldest*: the first :data:`WINDOW` due rows of the index on ``next_attempt_at``. Fewer than that are all
+   there are, and their hosts are the candidates.
+2. More: the hosts *in turn*. A recursive walk jumps from host to host in the index on
+   ``(host, next_attempt_at)``, beginning behind the host this process claimed last, and stops at as many
+   due hosts as rows are wanted. So neither the alphabet nor an old backlog decides who is served, and the
+   cost is that of the rows wanted, not of those due.
+3. *slots*: of each candidate the rows it has room for, ranked by how many requests the host then has in
+   flight; the lowest ranks win, among equals the longest due.
+4. PostgreSQL locks exactly those rows with ``SKIP LOCKED``, so that dispatchers at work at once share a
+   host's backlog instead of waiting for each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Float, Integer, String, bindparam, or_, select, text, update
+
+from .database import Database
+from .models import (
+    PENDING,
+    SENDING,
+    SHARED,
+    Delivery,
+    Dispatcher,
+    Endpoint,
+    Event,
+    Secret,
+    UTCDateTime,
+    new_id,
+)
+
+#: Due rows looked at before hosts are taken in turn instead.
+WINDOW = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimedDelivery:
+    """A delivery held by one sender until it is recorded, deferred, released, or its lease ends.
+
+    :param lease_id: proves that the row is still held.
+    :param number: of the attempt to be made, from 1.
+    :param headers: the endpoint's custom headers, an encrypted JSON object.
+    :param secrets: live ones, encrypted, newest first.
+    """
+
+    id: str
+    lease_id: str
+    number: int
+    trigger: str
+    max_attempts: int
+    body: bytes = field(repr=False)
+    host: str
+    event_id: str
+    event_type: str
+    job_id: str | None
+    endpoint_id: str
+    endpoint_kind: str
+    url: str = field(repr=False)
+    headers: str | None = field(repr=False)
+    secrets: tuple[str, ...] = field(repr=False)
+    sign_payload: bool
+    format: str
+    timeout_s: float | None
+
+
+def claim_due(
+    database: Database, *, limit: int, per_host: int, in_flight: Mapping[str, int], lease_s: float
+) -> list[ClaimedDelivery]:
+    """Lease due deliveries to the caller; nothing while sending is paused.
+
+    May return fewer than are due, where another dispatcher is claiming them at this moment.
+
+    :param limit: how many at most: the free places of the caller.
+    :param per_host: requests the caller may have in flight per host.
+    :param in_flight: how many it has, by host.
+    :param lease_s: seconds after which the deliveries are free again, on the database's clock.
+    """
+    if limit < 1:
+        return []
+    lease_id = new_id("lea")
+    after = database.claim_after
+    parameters: dict[str, Any] = {
+        "limit": limit,
+        "per_host": per_host,
+        "in_flight": json.dumps({host: count for host, count in in_flight.items() if count > 0}),
+        "window": WINDOW,
+        "after": after,
+        "lease_id": lease_id,
+    }
+    if database.is_sqlite:
+        with database.write() as connection:
+            now = database.now(connection)
+            parameters |= {"now": now, "lease_until": now + timedelta(seconds=lease_s)}
+            rows = connection.execute(_CLAIM_SQLITE, parameters).all()
+            turns = [(row.host <= after, row.host) for row in rows]
+            claimed = _load(database, connection, [row.id for row in rows], lease_id)
+    else:
+        with database.write(single_statement=True) as connection:
+            rows = connection.execute(_CLAIM_POSTGRESQL, parameters | {"lease_s": lease_s}).all()
+            # Not told from the hosts themselves: how they sort is the database's own affair.
+            turns = [(row.wrapped, row.turn) for row in rows]
+        with database.read() as connection:
+            claimed = _load(database, connection, [row.id for row in rows], lease_id)
+    if rows:
+        # Whom the walk met last it met after starting over, if it met anyone then.
+        database.claim_after = rows[max(range(len(rows)), key=turns.__getitem__)].host
+    return claimed
+
+
+def defer(database: Database, claimed: ClaimedDelivery, *, delay_s: float) -> bool:
+    """Put a claimed delivery off without spending an attempt, as for a rate limit.
+
+    :returns: whether the lease was still held.
+    """
+    with database.write(single_statement=True) as connection:
+        changed = connection.execute(
+            update(Delivery)
+            .where(
+                Delivery.id == claimed.id,
+                Delivery.lease_id == claimed.lease_id,
+                Delivery.status == SENDING,
+            )
+            .values(_FREE | {"next_attempt_at": database.clock(delay_s)})
+        )
+    return changed.rowcount == 1
+
+
+def release(database: Database, claimed: Sequence[ClaimedDelivery]) -> int:
+    """Give claimed deliveries back, due at once; return how many were still held."""
+    if not claimed:
+        return 0
+    released = 0
+    with database.write() as connection:
+        for lease_id in sorted({delivery.lease_id for delivery in claimed}):
+            ids = [delivery.id for delivery in claimed if delivery.lease_id == lease_id]
+            released += connection.execute(
+                update(Delivery)
+                .where(Delivery.id.in_(ids), Delivery.lease_id == lease_id, Delivery.status == SENDING)
+                .values(_FREE)
+            ).rowcount
+    return released
+
+
+def free_expired_leases(database: Database) -> int:
+    """Make deliveries due again whose sender was not heard of within its lease; return how many."""
+    with database.write(single_statement=True) as connection:
+        return connection.execute(
+            update(Delivery)
+            .where(Delivery.status == text("'sending'"), Delivery.lease_until < database.clock())
+            .values(_FREE)
+        ).rowcount
+
+
+def next_due_in(database: Database) -> float | None:
+    """Return in how many seconds the next delivery is due, 0 when one is; ``None`` when none waits.
+
+    While sending is paused nothing is due: ``None``.
+    """
+    earliest = (
+        select(Delivery.next_attempt_at)
+        .where(Delivery.status == text("'pending'"))
+        .order_by(Delivery.next_attempt_at)
+        .limit(1)
+    )
+    paused = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED)
+    with database.read() as connection:
+        due, now, paused_at = connection.execute(
+            select(earliest.scalar_subquery(), database.clock(), paused.scalar_subquery())
+        ).one()
+    if due is None or paused_at is not None:
+        return None
+    return max(0.0, (due - now).total_seconds())
+
+
+_FREE: dict[str, Any] = {"status": PENDING, "lease_id": None, "lease_until": None}
+
+
+def _load(
+    database: Database, connection: Connection, ids: Sequence[str], lease_id: str
+) -> list[ClaimedDelivery]:
+    if not ids:
+        return []
+    deliveries = connection.execute(
+        select(
+            Delivery.id,
+            Delivery.trigger,
+            Delivery.attempts,
+            Delivery.max_attempts,
+            Delivery.body,
+            Delivery.host,
+            Delivery.event_id,
+            Delivery.event_type,
+            Delivery.endpoint_id,
+            Event.job_id,
+            Endpoint.kind,
+            Endpoint.url,
+            Endpoint.headers,
+            Endpoint.sign_payload,
+            Endpoint.format,
+            Endpoint.timeout_s,
+        )
+        .join(Event, Event.id == Delivery.event_id)
+        .join(Endpoint, Endpoint.id == Delivery.endpoint_id)
+        .where(Delivery.id.in_(ids))
+        .order_by(Delivery.next_attempt_at)
+    ).all()
+    secrets: dict[str, list[str]] = defaultdict(list)
+    live = (
+        select(Secret.endpoint_id, Secret.secret)
+        .where(
+            Secret.endpoint_id.in_({row.endpoint_id for row in deliveries}),
+            or_(Secret.expires_at.is_(None), Secret.expires_at > database.clock()),
+        )
+        # Newest first: the one that does not expire, then the one that expires last.
+        .order_by(Secret.expires_at.is_not(None), Secret.expires_at.desc(), Secret.id.desc())
+    )
+    for endpoint_id, secret in connection.execute(live):
+        secrets[endpoint_id].append(secret)
+    return [
+        ClaimedDelivery(
+            id=row.id,
+            lease_id=lease_id,
+            number=row.attempts + 1,
+            trigger=row.trigger,
+            max_attempts=row.max_attempts,
+            body=row.body,
+            host=row.host,
+            event_id=row.event_id,
+            event_type=row.event_type,
+            job_id=row.job_id,
+            endpoint_id=row.endpoint_id,
+            endpoint_kind=row.kind,
+            url=row.url,
+            headers=row.headers,
+            secrets=tuple(secrets[row.endpoint_id]),
+            sign_payload=row.sign_payload,
+            format=row.format,
+            timeout_s=row.timeout_s,
+        )
+        for row in deliveries
+    ]
+
+
+# The statements. 'pending' is written out, not a parameter: only then do they match the partial indexes.
+
+_CLAIM_POSTGRESQL = text("""
+WITH RECURSIVE
+busy AS MATERIALIZED (
+    SELECT key AS host, value::integer AS requests FROM json_each_text(CAST(:in_flight AS json))
+),
+oldest AS MATERIALIZED (
+    SELECT d.host FROM rq_webhooks_delivery d
+    WHERE d.status = 'pending' AND d.next_attempt_at <= statement_timestamp()
+      AND NOT EXISTS (
+          SELECT FROM rq_webhooks_dispatcher s WHERE s.id = 'shared' AND s.paused_at IS NOT NULL)
+    ORDER BY d.next_attempt_at LIMIT :window
+),
+many AS MATERIALIZED (SELECT count(*) = :window AS yes FROM oldest),
+ahead(host, due, found, turn) AS (
+    SELECT CAST(:after AS text), false, 0, 0 FROM many WHERE yes
+    UNION ALL
+    SELECT n.host, n.due, a.found + n.due::integer, a.turn + 1
+    FROM ahead a CROSS JOIN LATERAL (
+        SELECT h.host,
+               EXISTS (SELECT FROM rq_webhooks_delivery d
+                       WHERE d.status = 'pending' AND d.host = h.host
+                         AND d.next_attempt_at <= statement_timestamp())
+               AND NOT EXISTS (SELECT FROM busy b WHERE b.host = h.host AND b.requests >= :per_host) AS due
+        FROM (SELECT d.host FROM rq_webhooks_delivery d
+              WHERE d.status = 'pending' AND d.host > a.host ORDER BY d.host LIMIT 1) h
+    ) n
+    WHERE a.found < :limit
+),
+wrapped(host, due, found, turn) AS (
+    SELECT CAST('' AS text), false, (SELECT max(found) FROM ahead), 0 FROM many WHERE yes
+    UNION ALL
+    SELECT n.host, n.due, w.found + n.due::integer, w.turn + 1
+    FROM wrapped w CROSS JOIN LATERAL (
+        SELECT h.host,
+               EXISTS (SELECT FROM rq_webhooks_delivery d
+                       WHERE d.status = 'pending' AND d.host = h.host
+                         AND d.next_attempt_at <= statement_timestamp())
+               AND NOT EXISTS (SELECT FROM busy b WHERE b.host = h.host AND b.requests >= :per_host) AS due
+        FROM (SELECT d.host FROM rq_webhooks_delivery d
+              WHERE d.status = 'pending' AND d.host > w.host AND d.host <= :after ORDER BY d.host LIMIT 1) h
+    ) n
+    WHERE w.found < :limit
+),
+candidates(host, wrapped, turn) AS (
+    SELECT DISTINCT o.host::text, false, 0 FROM oldest o, many WHERE NOT many.yes
+    UNION ALL SELECT host, false, turn FROM ahead WHERE due
+    UNION ALL SELECT host, true, turn FROM wrapped WHERE due
+),
+slots AS (
+    SELECT c.host, c.wrapped, c.turn, r.next_attempt_at,
+           coalesce(b.requests, 0)
+           + row_number() OVER (PARTITION BY c.host ORDER BY r.next_attempt_at) AS rank
+    FROM candidates c
+    LEFT JOIN busy b ON b.host = c.host
+    CROSS JOIN LATERAL (
+        SELECT d.next_attempt_at FROM rq_webhooks_delivery d
+        WHERE d.status = 'pending' AND d.host = c.host AND d.next_attempt_at <= statement_timestamp()
+        ORDER BY d.next_attempt_at
+        LIMIT greatest(0, least(CAST(:limit AS integer), :per_host - coalesce(b.requests, 0)))
+    ) r
+),
+quotas AS (
+    SELECT s.host, s.wrapped, s.turn, count(*) AS rows
+    FROM (SELECT * FROM slots ORDER BY rank, next_attempt_at LIMIT :limit) s
+    GROUP BY s.host, s.wrapped, s.turn
+),
+picked AS (
+    SELECT r.id, q.wrapped, q.turn
+    FROM quotas q CROSS JOIN LATERAL (
+        SELECT d.id FROM rq_webhooks_delivery d
+        WHERE d.status = 'pending' AND d.host = q.host AND d.next_attempt_at <= statement_timestamp()
+        ORDER BY d.next_attempt_at LIMIT q.rows
+        FOR UPDATE SKIP LOCKED
+    ) r
+)
+UPDATE rq_webhooks_delivery AS delivery
+SET status = 'sending', lease_id = :lease_id,
+    lease_until = clock_timestamp() + make_interval(secs => :lease_s)
+FROM picked
+WHERE delivery.id = picked.id AND delivery.status = 'pending'
+RETURNING delivery.id, delivery.host, picked.wrapped, picked.turn
+""").bindparams(
+    bindparam("limit", type_=Integer),
+    bindparam("per_host", type_=Integer),
+    bindparam("window", type_=Integer),
+    bindparam("after", type_=String),
+    bindparam("in_flight", type_=String),
+    bindparam("lease_id", type_=String),
+    bindparam("lease_s", type_=Float),
+)
+
+# On SQLite ``found`` counts what came before the row, as the walk itself may be named only once there.
+_CLAIM_SQLITE = text("""
+WITH RECURSIVE
+busy(host, requests) AS MATERIALIZED (SELECT key, value FROM json_each(:in_flight)),
+oldest(host) AS MATERIALIZED (
+    SELECT d.host FROM rq_webhooks_delivery d
+    WHERE d.status = 'pending' AND d.next_attempt_at <= :now
+      AND NOT EXISTS (
+          SELECT 1 FROM rq_webhooks_dispatcher s WHERE s.id = 'shared' AND s.paused_at IS NOT NULL)
+    ORDER BY d.next_attempt_at LIMIT :window
+),
+many(yes) AS MATERIALIZED (SELECT count(*) = :window FROM oldest),
+ahead(host, due, found) AS (
+    SELECT :after, 0, 0 FROM many WHERE yes
+    UNION ALL
+    SELECT n.host,
+           EXISTS (SELECT 1 FROM rq_webhooks_delivery d
+                   WHERE d.status = 'pending' AND d.host = n.host AND d.next_attempt_at <= :now)
+           AND NOT EXISTS (SELECT 1 FROM busy b WHERE b.host = n.host AND b.requests >= :per_host),
+           a.found + a.due
+    FROM ahead a CROSS JOIN rq_webhooks_delivery n ON n.rowid = (
+        SELECT d.rowid FROM rq_webhooks_delivery d
+        WHERE d.status = 'pending' AND d.host > a.host ORDER BY d.host LIMIT 1)
+    WHERE a.found + a.due < :limit
+),
+wrapped(host, due, found) AS (
+    SELECT '', 0, (SELECT max(found + due) FROM ahead) FROM many WHERE yes
+    UNION ALL
+    SELECT n.host,
+           EXISTS (SELECT 1 FROM rq_webhooks_delivery d
+                   WHERE d.status = 'pending' AND d.host = n.host AND d.next_attempt_at <= :now)
+           AND NOT EXISTS (SELECT 1 FROM busy b WHERE b.host = n.host AND b.requests >= :per_host),
+           w.found + w.due
+    FROM wrapped w CROSS JOIN rq_webhooks_delivery n ON n.rowid = (
+        SELECT d.rowid FROM rq_webhooks_delivery d
+        WHERE d.status = 'pending' AND d.host > w.host AND d.host <= :after ORDER BY d.host LIMIT 1)
+    WHERE w.found + w.due < :limit
+),
+candidates(host) AS (
+    SELECT DISTINCT o.host FROM oldest o, many WHERE NOT many.yes
+    UNION ALL SELECT host FROM ahead WHERE due
+    UNION ALL SELECT host FROM wrapped WHERE due
+),
+slots(row, rank, next_attempt_at) AS (
+    SELECT r.rowid,
+           coalesce(b.requests, 0) + row_number() OVER (PARTITION BY c.host ORDER BY r.next_attempt_at),
+           r.next_attempt_at
+    FROM candidates c
+    LEFT JOIN busy b ON b.host = c.host
+    CROSS JOIN rq_webhooks_delivery r ON r.rowid IN (
+        SELECT d.rowid FROM rq_webhooks_delivery d
+        WHERE d.status = 'pending' AND d.host = c.host AND d.next_attempt_at <= :now
+        ORDER BY d.next_attempt_at LIMIT :per_host)
+)
+UPDATE rq_webhooks_delivery
+SET status = 'sending', lease_id = :lease_id, lease_until = :lease_until
+WHERE rowid IN (
+    SELECT row FROM slots WHERE rank <= :per_host ORDER BY rank, next_attempt_at LIMIT :limit)
+RETURNING id, host
+""").bindparams(bindparam("now", type_=UTCDateTime), bindparam("lease_until", type_=UTCDateTime))
