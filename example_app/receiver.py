@@ -67,6 +67,7 @@ class Arrival:
     verified: bool
     problem: str | None
     status: int
+    headers: dict[str, str]
     body: str
 
 
@@ -128,6 +129,7 @@ class Receiver(ThreadingHTTPServer):
                     verified=problem is None,
                     problem=problem,
                     status=status,
+                    headers={name.lower(): value for name, value in headers.items()},
                     body=body.decode("utf-8", errors="replace"),
                 )
             )
