@@ -29,7 +29,8 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 
-highlight_language = "python"
+# Python where it is Python, plain text where it is not, and no warning about that.
+highlight_language = "default"
 html_theme = "furo"
 html_title = f"flask_rq_webhooks {release}"
 html_static_path = ["_static"]

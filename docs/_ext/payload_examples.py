@@ -49,7 +49,10 @@ ENDINGS = {
     ),
     "stopped": replace(SUCCESS, type="job.stopped", result=None),
     "application": Occurrence(
-        type="model.published", occurred_at=ENDED_AT, source="application", data={"model": "blue-creek", "version": 3}
+        type="model.published",
+        occurred_at=ENDED_AT,
+        source="application",
+        data={"model": "blue-creek", "version": 3},
     ),
 }
 CONTEXT = RenderContext(
