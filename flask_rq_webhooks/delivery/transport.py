@@ -264,6 +264,7 @@ class RequestsTransport:
         self._watchdog.watch(attempt)
         _thread.attempt = attempt
         try:
+            attempt.raise_if_fired()
             try:
                 return self._exchange(attempt, prepared)
             except _Failure as failure:
@@ -553,6 +554,10 @@ def _prepare(checked: CheckedURL, request: AttemptRequest) -> requests.PreparedR
 
 def _deadline_passed() -> _Failure:
     return _Failure("timeout", "the total deadline passed")
+
+
+def _transport_closed() -> _Failure:
+    return _Failure("internal", "the transport was closed")
 
 
 def _failure(exc: BaseException) -> _Failure:
@@ -896,6 +901,7 @@ class _Watchdog:
         self._condition = threading.Condition()
         self._attempts: set[_Attempt] = set()
         self._wakes_at = 0.0
+        self._aborted = False
         self._ended = False
         self._thread: threading.Thread | None = None
 
@@ -903,6 +909,8 @@ class _Watchdog:
         """End *attempt* at its deadline unless it is forgotten before."""
         with self._condition:
             self._attempts.add(attempt)
+            if self._aborted:
+                attempt.fire(_transport_closed())
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="rq-webhooks-watchdog", daemon=True)
                 self._thread.start()
@@ -915,11 +923,12 @@ class _Watchdog:
             self._attempts.discard(attempt)
 
     def abort(self) -> None:
-        """End every attempt now."""
+        """End every attempt now, and all that are still to come."""
         with self._condition:
+            self._aborted = True
             attempts = list(self._attempts)
         for attempt in attempts:
-            attempt.fire(_Failure("internal", "the transport was closed"))
+            attempt.fire(_transport_closed())
 
     def end(self) -> None:
         """End the thread."""
