@@ -1,0 +1,307 @@
+"""For those who receive: is this webhook from who shares my secret, and is it fresh?
+
+Standard library only; the decorator imports Flask where it is used. Knows nothing of how webhooks are
+made, stored and sent. ``docs/receivers`` has the same in one file each for Python, Node and the shell.
+
+::
+
+    from flask_rq_webhooks.receiver import verify
+
+    webhook = verify(request.get_data(), request.headers, secrets=["new secret", "old secret"])
+    if not already_seen(webhook.id):
+        handle(webhook.json)
+
+What is accepted:
+
+* ``webhook-signature`` (Standard Webhooks, ``v1``). Where this header is present it decides: one of its
+  entries must be right for one of the secrets. Other entries, malformed ones included, are passed over,
+  as a sender rotating its secret sends several. ``webhook-id`` and ``webhook-timestamp`` are required.
+* ``X-Webhook-Signature: sha256=<lower-case hex>``, only where ``webhook-signature`` is absent. It covers
+  the body alone: who has seen one such request can send it again at any later time. So nothing but the
+  body is taken from the request (``id`` and ``timestamp`` are ``None``), and a timestamp header is checked
+  where there is one. ``schemes=("v1",)`` refuses such requests; do so where the sender always sends both.
+
+What is refused: a header that decides anything and comes twice, characters other than printable ASCII,
+timestamps other than plain digits without leading zeros, base64 and hex other than the one canonical
+spelling. Signatures are compared in constant time.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hmac import compare_digest
+from typing import Any, Literal, ParamSpec
+
+from .errors import SignatureError
+from .protocol.signing import body_signature, standard_signature
+
+Secrets = str | bytes | Iterable[str | bytes]
+Headers = Mapping[Any, Any] | Iterable[tuple[Any, Any]]
+Body = bytes | bytearray | memoryview | str
+Scheme = Literal["v1", "sha256"]
+
+P = ParamSpec("P")
+
+_ID = "webhook-id"
+_TIMESTAMP = "webhook-timestamp"
+_SIGNATURE = "webhook-signature"
+
+# Twelve digits last until the year 33658; int() of many more is slow.
+_UNIX_SECONDS = re.compile(r"0|[1-9][0-9]{0,11}")
+_ISO_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?Z")
+# No full stop: it separates the id from the timestamp in what is signed.
+_EVENT_ID = re.compile(r"[!-\-/-~]{1,256}")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedWebhook:
+    """A webhook whose signature is right. Every field is covered by that signature.
+
+    :param id: ``webhook-id``: the same on every attempt, so remember it to do things once. ``None`` under
+        ``sha256``, which does not cover it; the ``job`` payload has it as ``id``, too.
+    :param timestamp: aware time of this attempt; ``None`` under ``sha256``.
+    :param body: the bytes that were signed.
+    :param scheme: ``"v1"`` or ``"sha256"``: which signature was right.
+    """
+
+    id: str | None
+    timestamp: datetime | None
+    body: bytes = field(repr=False)
+    scheme: Scheme = "v1"
+
+    @property
+    def json(self) -> Any:
+        """Return the body as JSON.
+
+        :raises ValueError: when it is none; a signature says who sent the bytes, not what they are.
+        """
+        return json.loads(self.body)
+
+
+def verify(
+    body: Body,
+    headers: Headers,
+    secrets: Secrets,
+    *,
+    tolerance: float = 300,
+    now: datetime | float | None = None,
+    header_prefix: str = "X-Webhook",
+    schemes: Collection[str] = ("v1", "sha256"),
+) -> VerifiedWebhook:
+    """Verify a received webhook.
+
+    :param body: the bytes as they came, before any parsing; a text is taken as its UTF-8 bytes.
+    :param headers: any mapping or pairs; names in any case, names and values ``str`` or ASCII ``bytes``.
+    :param secrets: the secret, or several of which one must fit; empty ones are passed over.
+    :param tolerance: seconds a timestamp may be off, in both directions, the limit included.
+    :param now: the time to compare with: aware (a naive one is taken as UTC), or unix seconds.
+    :param header_prefix: first part of the sender's ``X-Webhook-*`` headers.
+    :param schemes: signatures accepted; one that is not named is treated as absent.
+    :raises SignatureError: whatever is wrong, arguments of a wrong type included. Nothing else is raised.
+    """
+    try:
+        return _verify(body, headers, secrets, tolerance, now, header_prefix, schemes)
+    except SignatureError:
+        raise
+    except Exception as exc:
+        # Header and secret objects are a caller's own and may fail in any way; a receiver must refuse then.
+        raise SignatureError(f"The webhook could not be read ({type(exc).__name__}).") from exc
+
+
+def verified_webhook(
+    secrets: Secrets | Callable[[], Secrets],
+    *,
+    tolerance: float = 300,
+    header_prefix: str = "X-Webhook",
+    schemes: Collection[str] = ("v1", "sha256"),
+) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
+    """Let a Flask view run only for webhooks that verify; it finds the webhook in ``flask.g.webhook``.
+
+    Others get 401 and ``{"error": {"code": "invalid_signature", "message": …, "details": {}}}``. Put it
+    below ``@app.post``; sync and async views.
+
+    ::
+
+        @app.post("/hooks")
+        @verified_webhook(lambda: current_app.config["WEBHOOK_SECRETS"])
+        def hook():
+            print(g.webhook.json)
+            return "", 204
+
+    :param secrets: as for :func:`verify`, or a function that returns them, called for every request.
+    :param tolerance: as for :func:`verify`.
+    :param header_prefix: as for :func:`verify`.
+    :param schemes: as for :func:`verify`.
+    """
+    # Once here: an iterator would be empty at the second request.
+    kept: Any = secrets if callable(secrets) or isinstance(secrets, str | bytes) else tuple(secrets)
+
+    def refusal() -> Any:
+        import flask
+
+        try:
+            flask.g.webhook = verify(
+                flask.request.get_data(),
+                flask.request.headers,
+                kept() if callable(kept) else kept,
+                tolerance=tolerance,
+                header_prefix=header_prefix,
+                schemes=schemes,
+            )
+        except SignatureError as exc:
+            error = {"code": "invalid_signature", "message": str(exc), "details": {}}
+            return flask.jsonify(error=error), 401
+        return None
+
+    def decorate(view: Callable[P, Any]) -> Callable[P, Any]:
+        if inspect.iscoroutinefunction(view):
+
+            @functools.wraps(view)
+            async def async_view(*args: P.args, **kwargs: P.kwargs) -> Any:
+                answer = refusal()
+                return await view(*args, **kwargs) if answer is None else answer
+
+            return async_view
+
+        @functools.wraps(view)
+        def sync_view(*args: P.args, **kwargs: P.kwargs) -> Any:
+            answer = refusal()
+            return view(*args, **kwargs) if answer is None else answer
+
+        return sync_view
+
+    return decorate
+
+
+def _verify(
+    body: Body,
+    headers: Headers,
+    secrets: Secrets,
+    tolerance: float,
+    now: datetime | float | None,
+    header_prefix: str,
+    schemes: Collection[str],
+) -> VerifiedWebhook:
+    content = body.encode() if isinstance(body, str) else _bytes(body)
+    keys = _usable(secrets)
+    prefix = header_prefix.lower()
+    found = _headers(headers, {_ID, _TIMESTAMP, _SIGNATURE, f"{prefix}-signature", f"{prefix}-timestamp"})
+    current = _unix_time(now)
+
+    if _SIGNATURE in found and "v1" in schemes:
+        return _verify_standard(content, found, keys, tolerance, current)
+    if f"{prefix}-signature" not in found or "sha256" not in schemes:
+        accepted = {"v1": _SIGNATURE, "sha256": f"{header_prefix}-Signature"}
+        names = " and no ".join(name for scheme, name in accepted.items() if scheme in schemes)
+        raise SignatureError(f"The webhook has no {names} header.")
+    for name in (_TIMESTAMP, f"{prefix}-timestamp"):
+        if name in found:
+            _check_age(_seconds_of(name, found[name], iso=name != _TIMESTAMP), tolerance, current)
+    given = found[f"{prefix}-signature"].encode("ascii")
+    _require_match([given], (body_signature(key, content) for key in keys))
+    return VerifiedWebhook(None, None, content, "sha256")
+
+
+def _verify_standard(
+    content: bytes, found: Mapping[str, str], keys: Iterable[str | bytes], tolerance: float, current: float
+) -> VerifiedWebhook:
+    for name in (_ID, _TIMESTAMP):
+        if name not in found:
+            raise SignatureError(f"The webhook has no {name} header.")
+    event_id = found[_ID]
+    if _EVENT_ID.fullmatch(event_id) is None:
+        raise SignatureError("The webhook-id header is malformed.")
+    timestamp = int(_seconds_of(_TIMESTAMP, found[_TIMESTAMP], iso=False))
+    _check_age(timestamp, tolerance, current)
+    entries = [entry.encode("ascii") for entry in found[_SIGNATURE].split(" ")]
+    _require_match(entries, (standard_signature(key, event_id, timestamp, content) for key in keys))
+    return VerifiedWebhook(event_id, datetime.fromtimestamp(timestamp, UTC), content, "v1")
+
+
+def _require_match(given: Iterable[bytes], expected: Iterable[str]) -> None:
+    """Compare whole entries, prefix and all: there is one spelling of a signature, and nothing to parse.
+
+    :raises SignatureError: when none of *given* is one of *expected*.
+    """
+    wanted = [entry.encode("ascii") for entry in expected]
+    # A list, not a generator: how many comparisons are made does not depend on which one is right.
+    if not any([compare_digest(mine, theirs) for mine in wanted for theirs in given]):
+        raise SignatureError("No signature of the webhook fits the body and a known secret.")
+
+
+def _bytes(body: Any) -> bytes:
+    if isinstance(body, bytes | bytearray | memoryview):
+        return bytes(body)
+    raise SignatureError(f"The body is {type(body).__name__}; pass the bytes as they were received.")
+
+
+def _usable(secrets: Any) -> list[str | bytes]:
+    """Return the secrets that are not empty.
+
+    :raises SignatureError: when there is none, or one is no text.
+    """
+    listed = [secrets] if isinstance(secrets, str | bytes) else list(secrets)
+    for secret in listed:
+        if not isinstance(secret, str | bytes):
+            raise SignatureError(f"A secret is {type(secret).__name__}; secrets are str or bytes.")
+    usable = [secret for secret in listed if secret]
+    if isinstance(secrets, Mapping) or not usable:
+        raise SignatureError("There is no secret to verify the webhook with.")
+    return usable
+
+
+def _headers(headers: Any, wanted: Collection[str]) -> dict[str, str]:
+    """Return the *wanted* headers by lower-case name.
+
+    :raises SignatureError: when one comes twice or is no printable ASCII.
+    """
+    pairs = headers.items() if hasattr(headers, "items") else headers
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        plain = _ascii(name)
+        # ASCII first: lower() turns the Kelvin sign into a k.
+        key = None if plain is None else plain.lower()
+        if key not in wanted or key is None:
+            continue
+        if key in found:
+            raise SignatureError(f"The {key} header comes twice.")
+        text = _ascii(value)
+        if text is None or not text.isprintable():
+            raise SignatureError(f"The {key} header is malformed.")
+        found[key] = text
+    return found
+
+
+def _ascii(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    return value if isinstance(value, str) and value.isascii() else None
+
+
+def _unix_time(now: datetime | float | None) -> float:
+    if now is None:
+        return datetime.now(UTC).timestamp()
+    if isinstance(now, datetime):
+        return (now.replace(tzinfo=UTC) if now.tzinfo is None else now).timestamp()
+    return float(now)
+
+
+def _seconds_of(name: str, text: str, *, iso: bool) -> float:
+    if _UNIX_SECONDS.fullmatch(text):
+        return int(text)
+    if iso and _ISO_TIME.fullmatch(text):
+        return datetime.fromisoformat(text).timestamp()
+    raise SignatureError(f"The {name} header is malformed.")
+
+
+def _check_age(seconds: float, tolerance: float, current: float) -> None:
+    # "not within", rather than "beyond": every comparison with NaN is false.
+    if not abs(current - seconds) <= tolerance:
+        word = "old" if seconds < current else "new"
+        raise SignatureError(f"The webhook's timestamp is too {word}.")
