@@ -23,14 +23,12 @@ from ..errors import ConfigurationError, InvalidWebhookError, StorageUnavailable
 from ..protocol.events import JOB_TYPES
 from ..state import State, get_state
 from .fields import take_fields
-from .registering import DestinationBusyError, confirm_webhook, register_webhook
+from .registering import DestinationBusyError, confirm_webhook, mark_response, register_webhook
 from .schemas import WebhookRequest, load_webhook
 
 logger = logging.getLogger(__name__)
 
 View = TypeVar("View", bound=Callable[..., Any])
-
-REGISTERED_HEADER = "Webhook-Registered"
 
 #: Seconds after which a client may try again.
 RETRY_UNAVAILABLE_S, RETRY_BUSY_S = 5, 60
@@ -118,18 +116,15 @@ class _Options:
 
 
 class _Asked:
-    """What one request asks for, and what became of it.
-
-    :param wanted: ``None`` where nothing will be registered: webhooks are off, or the fields are bad.
-    """
+    """What one request asks for, and what became of it."""
 
     def __init__(self) -> None:
+        #: ``None`` where nothing will be registered: webhooks are off, or the fields are bad.
         self.wanted: WebhookRequest | None = None
         self.registered = False
 
     def mark(self, response: Response) -> Response:
-        response.headers[REGISTERED_HEADER] = "true" if self.registered else "false"
-        return response
+        return mark_response(response, registered=self.registered)
 
 
 class _Promise:

@@ -13,6 +13,7 @@ import uuid
 import weakref
 from collections.abc import Sequence
 
+from flask import Response
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 CONFIRM_BUSY_TIMEOUT_S = 0.05
 #: Seconds between two looks for a living dispatcher, and between two warnings that there is none.
 LOOK_EVERY_S, WARN_EVERY_S = 60.0, 300.0
+
+
+#: Says whether the jobs of a request will be reported.
+REGISTERED_HEADER = "Webhook-Registered"
 
 
 class DestinationBusyError(InvalidWebhookError):
@@ -133,6 +138,12 @@ def confirm_webhook(state: State, attachment: Attachment) -> bool:
         logger.info("Jobs %r are confirmed through the outbox: %s", job_ids, exc)
         _confirm_later(state, attachment.endpoint_id, existing)
     return registered
+
+
+def mark_response(response: Response, *, registered: bool) -> Response:
+    """Tell the client whether its jobs will be reported."""
+    response.headers[REGISTERED_HEADER] = "true" if registered else "false"
+    return response
 
 
 def _confirm_later(state: State, endpoint_id: str, job_ids: Sequence[str]) -> None:
