@@ -1,51 +1,48 @@
-"""What RQ keeps beside the few fields :mod:`~flask_rq_webhooks.capture.rq_state` reads for every callback.
+"""What RQ keeps beside the fields :mod:`~flask_rq_webhooks.capture.rq_state` reads for every callback.
 
-Owns the reads reconcile needs: a cheap probe of many jobs, whole records, results with their values,
-dependencies, dependents and children. Nothing here runs code of a pickle: values are loaded by an unpickler
-that knows plain data types only (RQ's own ``Job.fetch`` and ``Result.restore`` would import and call
-whatever a Redis writer names). Decides nothing.
+Owns the further reads reconcile and trees need: a cheap probe of many jobs, dependencies, dependents,
+children in meta, the call's name and run id. Nothing here runs code of a pickle: meta and calls are loaded
+by an unpickler that knows plain data types only, and puts a placeholder where anything else is (RQ's own
+``Job.fetch`` would import and call whatever a Redis writer names). Decides nothing.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import pickle  # noqa: S403  (only through _PlainUnpickler, which calls nothing but plain types)
+import pickle
 import zlib
-from base64 import b64decode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, cast
 
 from redis import Redis
 from rq.job import Job
-from rq.results import Result
+from rq.registry import StartedJobRegistry
 
-from ..protocol.events import format_time, parse_time
+from .rq_state import JobState, read_jobs
 
-#: Bytes of a pickle that are still looked into.
+#: Bytes of a call or of meta that are still looked into.
 MAX_PICKLE_BYTES = 8 * 2**20
-#: Results RQ keeps of one job.
-MAX_RESULTS = 10
+#: Jobs per pipeline.
+_CHUNK = 500
 
 _PROBE_FIELDS = ("status", "enqueued_at", "created_at", "origin")
-_RECORD_FIELDS = (
-    "status", "enqueued_at", "created_at", "started_at", "ended_at", "origin", "retries_left",
-    "repeat_intervals", "dependency_ids", "dependency_id", "allow_dependency_failures", "exc_info", "data",
-    "meta", "success_callback_name", "failure_callback_name", "stopped_callback_name",
+_DETAIL_FIELDS = (
+    "repeat_intervals", "dependency_ids", "dependency_id", "allow_dependency_failures", "data", "meta",
 )  # fmt: skip
-_CALLBACKS = "flask_rq_webhooks.callbacks."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """One job as RQ's hash has it. Times are ``None`` where RQ wrote none or nonsense.
+    """One existing job, with what ties it to others.
 
     :param run: identity of the current run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.
+    :param runid: what a callback would call the run: ``meta["runid"]``, else the first argument if a text.
     :param repeats: whether the job was enqueued with ``Repeat``.
     :param tokens: endpoint ids its callbacks carry.
-    :param exc_info: text of a failure that RQ 1.16 keeps in the hash.
+    :param exc: text of a failure that RQ 1.16 keeps in the hash.
     :param children: ids in meta under the prefix asked for.
     """
 
@@ -63,25 +60,9 @@ class JobRecord:
     repeats: bool = False
     dependency_ids: tuple[str, ...] = ()
     allow_dependency_failures: bool = False
-    exc_info: str | None = None
+    exc: str | None = None
     tokens: frozenset[str] = frozenset()
     children: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResultRecord:
-    """One entry of RQ's result stream.
-
-    :param kind: ``"success"``, ``"failure"``, ``"stopped"``, ``"retried"``.
-    :param value: the return value, where its pickle holds plain data only.
-    :param readable: ``False`` where there is a value that could not be loaded.
-    """
-
-    kind: str
-    at: datetime
-    exc: str | None = None
-    value: Any = None
-    readable: bool = True
 
 
 def job_key(job_id: str) -> str:
@@ -91,7 +72,7 @@ def job_key(job_id: str) -> str:
 
 
 def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes, bytes] | None]:
-    """Return status, run and queue of many jobs in one round trip, undecoded; ``None`` for absent ones.
+    """Return status, run and queue of many jobs, undecoded and as cheaply as can be; ``None`` if absent.
 
     The run is ``enqueued_at``, or empty for a job that was not enqueued yet.
     """
@@ -100,7 +81,7 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
     prefix = job_key("")
     with redis.pipeline(transaction=False) as pipeline:
         for job_id in job_ids:
-            pipeline.execute_command("HMGET", prefix + job_id, *_PROBE_FIELDS)
+            pipeline.execute_command("HMGET", prefix + job_id, *_PROBE_FIELDS)  # type: ignore[no-untyped-call]
         answers = pipeline.execute()
     return [
         # A heartbeat that came late leaves a hash with nothing else in it.
@@ -112,43 +93,28 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
 def read_records(
     redis: Redis, job_ids: Sequence[str], *, child_prefix: str | None = None
 ) -> dict[str, JobRecord]:
-    """Return the jobs that exist, in one round trip.
+    """Return the jobs that exist.
+
+    The state is read first: what a job noted in its meta before it ended is seen with its ending.
 
     :param child_prefix: also read the children named in meta under keys that begin so.
     """
     ids = list(dict.fromkeys(job_ids))
-    if not ids:
-        return {}
-    with redis.pipeline(transaction=False) as pipeline:
-        for job_id in ids:
-            pipeline.execute_command("HMGET", job_key(job_id), *_RECORD_FIELDS, NEVER_DECODE=True)
-        answers = pipeline.execute()
+    states = read_jobs(redis, ids)
+    present = [job_id for job_id in ids if states[job_id].created_at is not None]
     records = {}
-    for job_id, values in zip(ids, answers, strict=True):
-        record = _record(job_id, dict(zip(_RECORD_FIELDS, values, strict=True)), child_prefix)
-        if record is not None:
-            records[job_id] = record
+    for start in range(0, len(present), _CHUNK):
+        chunk = present[start : start + _CHUNK]
+        with redis.pipeline(transaction=False) as pipeline:
+            for job_id in chunk:
+                pipeline.execute_command(  # type: ignore[no-untyped-call]
+                    "HMGET", job_key(job_id), *_DETAIL_FIELDS, NEVER_DECODE=True
+                )
+            answers = pipeline.execute()
+        for job_id, values in zip(chunk, answers, strict=True):
+            details = dict(zip(_DETAIL_FIELDS, values, strict=True))
+            records[job_id] = _record(states[job_id], details, child_prefix)
     return records
-
-
-def read_result_records(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[ResultRecord]]:
-    """Return the results of jobs, oldest first, in one round trip."""
-    ids = list(dict.fromkeys(job_ids))
-    if not ids:
-        return {}
-    with redis.pipeline(transaction=False) as pipeline:
-        for job_id in ids:
-            pipeline.execute_command(
-                "XREVRANGE", Result.get_key(job_id), "+", "-", "COUNT", MAX_RESULTS, NEVER_DECODE=True
-            )
-        answers = pipeline.execute(raise_on_error=False)
-    results = {}
-    for job_id, entries in zip(ids, answers, strict=True):
-        if isinstance(entries, Exception):  # a key of another type under that name
-            entries = []
-        found = [_result(*entry) for entry in reversed(entries)]
-        results[job_id] = [result for result in found if result is not None]
-    return results
 
 
 def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]:
@@ -158,6 +124,22 @@ def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]
         job_id: None if probe is None else probe[0].decode("utf-8", "replace")
         for job_id, probe in zip(ids, probe_jobs(redis, ids), strict=True)
     }
+
+
+def uses_pickle(redis: Redis, queue: str) -> bool:
+    """Say whether the started jobs of *queue* were written by RQ's default serializer.
+
+    Judged by one of them; ``True`` where there is none.
+    """
+    # Entries are "<job id>", from RQ 2 on "<job id>:<execution id>".
+    entries: Any = redis.zrange(StartedJobRegistry(queue, connection=redis).key, 0, 0)
+    for entry in _texts(entries):
+        for job_id in (entry, entry.rpartition(":")[0]):
+            data = redis.hget(job_key(job_id), "data") if job_id else None
+            if data:
+                raw = _inflate(_raw(data))
+                return raw is None or raw[:1] == b"\x80"
+    return True
 
 
 def read_dependents(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[str]]:
@@ -183,70 +165,34 @@ def _raw(value: Any) -> bytes:
     return value.encode() if isinstance(value, str) else cast(bytes, value)
 
 
-def _record(job_id: str, fields: dict[str, Any], child_prefix: str | None) -> JobRecord | None:
-    created_at = _moment(fields["created_at"])
-    if created_at is None:
-        return None
-    enqueued_at = _moment(fields["enqueued_at"])
-    func, argument = _call(fields["data"])
-    meta = _load_hashed(fields["meta"]) if fields["meta"] else {}
+def _record(state: JobState, details: dict[str, Any], child_prefix: str | None) -> JobRecord:
+    func, argument = _call(details["data"])
+    meta = load_plain(details["meta"]) if details["meta"] else {}
     meta = meta if isinstance(meta, dict) else {}
     runid = meta.get("runid")
     return JobRecord(
-        job_id=job_id,
-        status=_text(fields["status"]),
-        run=format_time(enqueued_at) if enqueued_at is not None else "created:" + format_time(created_at),
-        created_at=created_at,
-        enqueued_at=enqueued_at,
-        started_at=_moment(fields["started_at"]),
-        ended_at=_moment(fields["ended_at"]),
-        queue=_text(fields["origin"]),
-        func=func,
+        job_id=state.job_id,
+        status=state.status,
+        run=cast(str, state.run),
+        created_at=cast(datetime, state.created_at),
+        enqueued_at=state.enqueued_at,
+        started_at=state.started_at,
+        ended_at=state.ended_at,
+        queue=state.queue,
+        func=func or state.func,
         runid=runid if isinstance(runid, str) else argument,
-        retries_left=_number(fields["retries_left"]),
-        repeats=fields["repeat_intervals"] is not None,
-        dependency_ids=_dependencies(fields),
-        allow_dependency_failures=_text(fields["allow_dependency_failures"]) == "1",
-        exc_info=_inflated_text(fields["exc_info"]),
-        tokens=frozenset(
-            token
-            for name in ("success_callback_name", "failure_callback_name", "stopped_callback_name")
-            if (token := _token(_text(fields[name]))) is not None
-        ),
+        retries_left=state.retries_left,
+        repeats=details["repeat_intervals"] is not None,
+        dependency_ids=_dependencies(details),
+        allow_dependency_failures=details["allow_dependency_failures"] == b"1",
+        exc=state.exc,
+        tokens=state.tokens,
         children=_children(meta, child_prefix) if child_prefix is not None else (),
     )
 
 
-def _moment(value: bytes | None) -> datetime | None:
-    if not value:
-        return None
-    try:
-        return parse_time(value.decode())
-    except ValueError:
-        return None
-
-
-def _text(value: bytes | None) -> str | None:
-    return value.decode("utf-8", "replace") if value else None
-
-
 def _texts(values: Iterable[bytes | str]) -> list[str]:
     return [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
-
-
-def _number(value: bytes | None) -> int | None:
-    try:
-        return int(value) if value else None
-    except ValueError:
-        return None
-
-
-def _token(callback_name: str | None) -> str | None:
-    """Return the endpoint id in ``flask_rq_webhooks.callbacks.<kind>.<token>[.<user's path>]``."""
-    if callback_name is None or not callback_name.startswith(_CALLBACKS):
-        return None
-    parts = callback_name.removeprefix(_CALLBACKS).split(".", 2)
-    return parts[1].partition("~")[0] if len(parts) > 1 else None
 
 
 def _dependencies(fields: dict[str, Any]) -> tuple[str, ...]:
@@ -257,7 +203,7 @@ def _dependencies(fields: dict[str, Any]) -> tuple[str, ...]:
             ids = None
         if isinstance(ids, list):
             return tuple(item for item in ids if isinstance(item, str))
-    return (cast(str, _text(fields["dependency_id"])),) if fields["dependency_id"] else ()
+    return (fields["dependency_id"].decode("utf-8", "replace"),) if fields["dependency_id"] else ()
 
 
 def _children(meta: dict[Any, Any], prefix: str) -> tuple[str, ...]:
@@ -267,44 +213,6 @@ def _children(meta: dict[Any, Any], prefix: str) -> tuple[str, ...]:
             ids = value if isinstance(value, list | tuple | set) else [value]
             children += [item for item in ids if isinstance(item, str) and item]
     return tuple(dict.fromkeys(children))
-
-
-def _result(entry_id: bytes, fields: Any) -> ResultRecord | None:
-    if not isinstance(fields, dict):  # RESP answers that redis-py was told not to decode
-        fields = dict(zip(fields[::2], fields[1::2], strict=False))
-    number = _number(fields.get(b"type"))
-    at = datetime.fromtimestamp(int(entry_id.split(b"-")[0]) / 1000, UTC)
-    exc = _inflated_text(_unbase64(fields.get(b"exc_string")))
-    if number == 1:
-        raw = _unbase64(fields.get(b"return_value"))
-        if raw is None:
-            return ResultRecord(kind="success", at=at)
-        value, readable = load_plain(raw)
-        return ResultRecord(kind="success", at=at, value=value if readable else None, readable=readable)
-    if number == 2:
-        # RQ records a stop as a failure with a sentence of its own.
-        stopped = exc is not None and exc.startswith("Job stopped by user")
-        return ResultRecord(kind="stopped" if stopped else "failure", at=at, exc=exc)
-    if number == 5:
-        return ResultRecord(kind="failure", at=at, exc="MaxRetriesExceeded: the job returned Retry too often")
-    kind = {3: "stopped", 4: "retried"}.get(number or 0)
-    return None if kind is None else ResultRecord(kind=kind, at=at, exc=exc)
-
-
-def _unbase64(value: bytes | None) -> bytes | None:
-    if not value:
-        return None
-    try:
-        return b64decode(value)
-    except ValueError:
-        return None
-
-
-def _inflated_text(value: bytes | None) -> str | None:
-    if not value:
-        return None
-    raw = _inflate(value)
-    return None if raw is None else raw.decode("utf-8", "replace")
 
 
 def _inflate(value: bytes) -> bytes | None:
@@ -320,16 +228,12 @@ def _inflate(value: bytes) -> bytes | None:
 def _call(data: bytes | None) -> tuple[str | None, str | None]:
     """Return the function's dotted name and the first positional argument where it is a text."""
     raw = _inflate(data) if data else None
-    call, _readable = load_plain(raw) if raw else (None, False)
+    call = load_plain(raw) if raw else None
     if not isinstance(call, tuple | list) or len(call) != 4:
         return None, None
     name, _instance, arguments, _keywords = call
     first = arguments[0] if isinstance(arguments, tuple | list) and arguments else None
     return name if isinstance(name, str) else None, first if isinstance(first, str) else None
-
-
-def _load_hashed(value: bytes) -> Any:
-    return load_plain(value)[0]
 
 
 # -- pickles ----------------------------------------------------------------------------------------------
@@ -344,6 +248,13 @@ _PLAIN_TYPES = {
     "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath"},
 }
+
+
+#: What a broken pickle raises.
+_BROKEN = (
+    pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError,
+    RecursionError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class _Opaque:
@@ -369,39 +280,25 @@ class _Opaque:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Loads plain data; what else there is becomes opaque and is noted."""
-
-    met_opaque = False
+    """Loads plain data; what else there is becomes opaque."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _PLAIN_TYPES.get(module, ()):
-            return super().find_class(module, name)
-        self.met_opaque = True
-        return _Opaque
+        return super().find_class(module, name) if name in _PLAIN_TYPES.get(module, ()) else _Opaque
 
     def persistent_load(self, _pid: object) -> Any:
-        self.met_opaque = True
         return _Opaque()
 
 
-def load_plain(raw: bytes) -> tuple[Any, bool]:
-    """Return what *raw* holds, pickled or JSON, and whether all of it is plain data.
-
-    Never imports or calls anything but the plain types of the standard library. Objects of other types are
-    replaced by a placeholder.
+def load_plain(raw: bytes) -> Any:
+    """Return what *raw* holds, with placeholders for what is no plain data; ``None`` if it is broken.
 
     :param raw: written by RQ's pickle or JSON serializer.
     """
     if len(raw) > MAX_PICKLE_BYTES:
-        return None, False
-    if raw[:1] != b"\x80":
-        try:
-            return json.loads(raw), True
-        except (ValueError, RecursionError):
-            return None, False
-    unpickler = _PlainUnpickler(io.BytesIO(raw))
+        return None
     try:
-        value = unpickler.load()
-    except Exception:  # noqa: BLE001  a pickle may fail in any way; the value is then simply not known
-        return None, False
-    return value, not unpickler.met_opaque
+        if raw[:1] == b"\x80":
+            return _PlainUnpickler(io.BytesIO(raw)).load()
+        return json.loads(raw)
+    except _BROKEN:
+        return None

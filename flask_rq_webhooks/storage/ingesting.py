@@ -404,8 +404,8 @@ def _receivers(
     began = _began_at(occurrence)
     for watch in watches:
         endpoint = endpoints.get(watch.endpoint_id)
-        if endpoint is None or watch.status == CLOSED:
-            continue
+        if endpoint is None or watch.status == CLOSED or occurrence.scope == "tree":
+            continue  # a tree is told to the one endpoint it was evaluated for
         if began is None or began >= endpoint.created_at - CLOCK_SKEW:
             chosen[endpoint.id] = endpoint
     if event.created:
@@ -438,7 +438,7 @@ def _settle_watches(
             named.discard(watch.endpoint_id)
             if _scope_of(watch.endpoint_id, endpoints) != occurrence.scope:
                 continue
-            if watch.status == CLOSED and watch.endpoint_id not in event.named:
+            if (watch.status == CLOSED or occurrence.scope == "tree") and watch.endpoint_id not in event.named:
                 continue
             # Runs sort by time; the word of an older one, brought late, does not hide a newer one.
             if (told.get(watch.id) or watch.run or "") <= run or run.startswith("created:"):

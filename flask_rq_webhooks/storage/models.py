@@ -264,7 +264,7 @@ class Delivery(Base):
         Index("ix_rq_webhooks_delivery_host", "host", "id"),
         Index("ix_rq_webhooks_delivery_endpoint", "endpoint_id", "id"),
         Index("ix_rq_webhooks_delivery_type", "event_type", "id"),
-        Index("ix_rq_webhooks_delivery_finished", "finished_at"),
+        Index("ix_rq_webhooks_delivery_finished", "finished_at", "status"),
     )
 
 

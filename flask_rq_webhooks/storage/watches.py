@@ -1,0 +1,485 @@
+"""What reconcile reads and notes of watches, and what trees remember of their members.
+
+Owns the statements behind :mod:`~flask_rq_webhooks.capture.reconcile` and
+:mod:`~flask_rq_webhooks.capture.trees`. Knows nothing of Redis: it is told what RQ says. Events and
+deliveries are made in :mod:`~flask_rq_webhooks.storage.ingesting` alone.
+
+A watch's ``run`` is the last run seen; ``settled_at`` says that this run was told. A watch of a tree's
+member (a job found below the root) has the status :data:`MEMBER` and keeps the member's last known status
+as its ``evidence``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Executable, and_, bindparam, func, insert, or_, select, update
+
+from ..protocol.events import TERMINAL_TYPES, run_key
+from .crypto import Cipher
+from .database import Database
+from .ingesting import EVERY_TYPE
+from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch, new_id
+from .registration import NewEndpoint, register
+from .upsert import insert_or_update
+
+#: Status of a watch on a job found below the root of a tree.
+MEMBER = "member"
+
+_CHUNK = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """As little of a watch as a pass over many of them needs."""
+
+    id: str
+    job_id: str
+    run: str | None
+    missing_passes: int
+    remarkable: bool
+    wants_blocked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchRow:
+    """A watch with what its endpoint says of it.
+
+    :param counts_from: runs that began earlier were not promised.
+    :param scope: ``"job"`` or ``"tree"``; ``"job"`` without an endpoint.
+    """
+
+    id: str
+    endpoint_id: str | None
+    job_id: str
+    status: str
+    run: str | None
+    evidence: str | None
+    missing_passes: int
+    created_at: datetime
+    settled_at: datetime | None
+    counts_from: datetime
+    scope: str
+    events: tuple[str, ...] | None
+
+    def wants(self, event_type: str) -> bool:
+        """Say whether the endpoint hears of *event_type*."""
+        if self.events is None:
+            return event_type in TERMINAL_TYPES
+        return event_type in self.events or EVERY_TYPE in self.events
+
+
+@dataclass(frozen=True, slots=True)
+class SettledRow:
+    """A watch whose run was told."""
+
+    id: str
+    endpoint_id: str | None
+    job_id: str
+    run: str
+    settled_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The event a run was told by."""
+
+    event_id: str
+    type: str
+    created_at: datetime
+
+
+@dataclass(slots=True)
+class Notes:
+    """What a pass found out about watches, written in one transaction by :func:`write_notes`."""
+
+    seen: dict[str, str] = field(default_factory=dict)
+    adopted: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
+    present: set[str] = field(default_factory=set)
+    closed: set[str] = field(default_factory=set)
+    over: set[str] = field(default_factory=set)
+    spent: set[str] = field(default_factory=set)
+    waiting_again: dict[str, str] = field(default_factory=dict)
+    repeating: set[str] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return any(
+            (self.seen, self.adopted, self.missing, self.present, self.closed, self.over, self.spent,
+             self.waiting_again, self.repeating)
+        )  # fmt: skip
+
+
+def glance_at_waiting(
+    database: Database, status: str, *, after: str, limit: int, all_want_blocked: bool = False
+) -> list[Glance]:
+    """Return one page of the watches with *status* (``open`` or ``reserved``), by id.
+
+    :param after: id of the last one of the page before; empty for the first page.
+    :param all_want_blocked: some standing endpoint hears of blocked jobs.
+    """
+    blocked = or_(Endpoint.events.like('%"job.blocked"%'), Endpoint.events.like(f'%"{EVERY_TYPE}"%'))
+    query = (
+        select(
+            Watch.id,
+            Watch.job_id,
+            Watch.run,
+            Watch.missing_passes,
+            or_(Watch.evidence.is_not(None), Watch.settled_at.is_not(None)),
+            and_(Endpoint.events.is_not(None), blocked),
+        )
+        .outerjoin(Endpoint, Endpoint.id == Watch.endpoint_id)
+        .where(Watch.status == status, Watch.id > after)
+        .order_by(Watch.id)
+        .limit(limit)
+    )
+    with database.read() as connection:
+        return [
+            Glance(id_, job_id, run, missing, bool(remarkable), all_want_blocked or bool(wants_blocked))
+            for id_, job_id, run, missing, remarkable, wants_blocked in connection.execute(query)
+        ]
+
+
+def load_watches(database: Database, ids: Sequence[str]) -> list[WatchRow]:
+    """Return the watches with these ids that still wait, with what their endpoints say."""
+    if not ids:
+        return []
+    rows: list[WatchRow] = []
+    with database.read() as connection:
+        for chunk in _chunks(ids):
+            query = _watch_query().where(Watch.id.in_(chunk), Watch.status.in_([RESERVED, OPEN]))
+            rows += [_watch_row(row) for row in connection.execute(query)]
+    return rows
+
+
+def load_settled(database: Database, *, since: datetime, after: str, limit: int) -> list[SettledRow]:
+    """Return one page of the watches that were settled at *since* or later, by id."""
+    query = (
+        select(Watch.id, Watch.endpoint_id, Watch.job_id, Watch.run, Watch.settled_at)
+        .where(Watch.settled_at >= since, Watch.status == SETTLED, Watch.run.is_not(None), Watch.id > after)
+        .order_by(Watch.id)
+        .limit(limit)
+    )
+    with database.read() as connection:
+        return [
+            SettledRow(id_, endpoint_id, job_id, run, settled_at)
+            for id_, endpoint_id, job_id, run, settled_at in connection.execute(query)
+            if run is not None and settled_at is not None
+        ]
+
+
+def told_endings(database: Database, runs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[Told]]:
+    """Return the terminal event of each run, and its correction behind it, where there are any.
+
+    :param runs: job id and run.
+    """
+    keys: dict[str, tuple[str, str]] = {}
+    for job_id, run in runs:
+        for correction in (False, True):
+            keys[run_key(job_id, run, "job.success", correction=correction)] = (job_id, run)
+    told: dict[tuple[str, str], list[Told]] = {}
+    with database.read() as connection:
+        for chunk in _chunks(sorted(keys)):
+            query = select(Event.run_key, Event.id, Event.type, Event.created_at, Event.supersedes).where(
+                Event.run_key.in_(chunk)
+            )
+            rows = sorted(connection.execute(query), key=lambda row: row.supersedes is not None)
+            for row in rows:
+                told.setdefault(keys[row.run_key], []).append(Told(row.id, row.type, row.created_at))
+    return told
+
+
+def known_keys(database: Database, keys: Iterable[str]) -> set[str]:
+    """Return those of *keys* under which an event is stored."""
+    found: set[str] = set()
+    with database.read() as connection:
+        for chunk in _chunks(sorted(set(keys))):
+            query = select(Event.run_key).where(Event.run_key.in_(chunk))
+            found.update(key for key in connection.execute(query).scalars() if key is not None)
+    return found
+
+
+def endings_of_job(database: Database, job_id: str) -> list[tuple[str, str, datetime]]:
+    """Return type, run key and time of every terminal event of a job alone, oldest first."""
+    query = (
+        select(Event.type, Event.run_key, Event.occurred_at)
+        .where(Event.job_id == job_id, Event.type.in_(sorted(TERMINAL_TYPES)))
+        .order_by(Event.occurred_at)
+    )
+    with database.read() as connection:
+        return [
+            (event_type, key, at)
+            for event_type, key, at in connection.execute(query)
+            if key is not None and not key.startswith("tree|")
+        ]
+
+
+def any_standing_wants(database: Database, event_type: str) -> bool:
+    """Say whether an enabled standing endpoint hears of *event_type*, one of the optional types."""
+    query = select(Endpoint.events).where(Endpoint.kind == "standing", Endpoint.enabled)
+    with database.read() as connection:
+        for events in connection.execute(query).scalars():
+            if events is not None and {event_type, EVERY_TYPE} & set(json.loads(events)):
+                return True
+    return False
+
+
+def write_notes(database: Database, notes: Notes, *, now: datetime | None = None) -> None:
+    """Write what a pass found out. A watch that ingest settled meanwhile stays as it is."""
+    if not notes:
+        return
+    now = now or datetime.now(UTC)
+    waiting = Watch.status.in_([RESERVED, OPEN])
+    this = Watch.id == bindparam("watch")
+    with database.write() as connection:
+        _each(
+            connection,
+            update(Watch).where(this, Watch.status == RESERVED).values(status=OPEN, confirmed_at=now),
+            notes.adopted,
+        )
+        newer = or_(Watch.run.is_(None), Watch.run < bindparam("seen"))
+        _each(
+            connection,
+            update(Watch)
+            .where(this, waiting, newer)
+            .values(run=bindparam("seen"), settled_at=None, missing_passes=0),
+            notes.seen,
+            "seen",
+        )
+        missing = update(Watch).where(this, waiting).values(missing_passes=Watch.missing_passes + 1)
+        _each(connection, missing, notes.missing)
+        _each(connection, update(Watch).where(this, waiting).values(missing_passes=0), notes.present)
+        _each(
+            connection,
+            update(Watch).where(this, waiting).values(status=CLOSED, settled_at=now),
+            notes.closed,
+        )
+        over = update(Watch).where(this, waiting, Watch.settled_at.is_not(None)).values(status=SETTLED)
+        _each(connection, over, notes.over)
+        _each(connection, update(Watch).where(this).values(evidence=None), notes.spent)
+        again = and_(Watch.status == SETTLED, Watch.run != bindparam("seen"))
+        _each(
+            connection,
+            update(Watch)
+            .where(this, again)
+            .values(status=OPEN, run=bindparam("seen"), settled_at=None, missing_passes=0),
+            notes.waiting_again,
+            "seen",
+        )
+        # Told, and open all the same: another run will come.
+        repeating = update(Watch).where(this, Watch.status == SETTLED).values(status=OPEN, missing_passes=0)
+        _each(connection, repeating, notes.repeating)
+
+
+def watch_job(
+    database: Database,
+    cipher: Cipher,
+    endpoint: NewEndpoint,
+    *,
+    namespace: str,
+    job_id: str,
+    counts_from: datetime | None = None,
+    now: datetime | None = None,
+) -> str:
+    """Promise to report a job that was enqueued elsewhere; reconcile will see to it.
+
+    :param endpoint: validated, of kind ``"job"``.
+    :param counts_from: when the job's current run began to wait, or the job was created: that run counts,
+        even if it has ended by now. Without it, only runs from now on count.
+    :returns: the endpoint's id.
+    :raises StorageUnavailableError: when the database cannot be written.
+    """
+    now = now or datetime.now(UTC)
+    endpoint_id = register(database, cipher, endpoint, namespace=namespace, reserved_job_id=None, now=now)
+    with database.write(single_statement=True) as connection:
+        connection.execute(
+            insert(Watch).values(
+                id=new_id("wat"),
+                endpoint_id=endpoint_id,
+                job_id=job_id,
+                status=OPEN,
+                missing_passes=0,
+                created_at=min(now, counts_from or now),
+                confirmed_at=now,
+            )
+        )
+    return endpoint_id
+
+
+# -- trees ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRow:
+    """One job of a tree as SQL remembers it.
+
+    :param root: whether a request enqueued it itself; the others were found below.
+    :param last_status: of a member, when it was last seen.
+    """
+
+    watch_id: str
+    endpoint_id: str
+    job_id: str
+    status: str
+    run: str | None
+    root: bool
+    last_status: str | None
+    missing_passes: int
+    created_at: datetime
+
+
+def open_trees(
+    database: Database, *, after: str = "", limit: int = 200, job_ids: Sequence[str] | None = None
+) -> list[str]:
+    """Return ids of endpoints with a tree that has not been told, by id.
+
+    :param job_ids: only trees these jobs are known to be part of.
+    """
+    query = (
+        select(Watch.endpoint_id)
+        .join(Endpoint, Endpoint.id == Watch.endpoint_id)
+        .where(
+            Watch.status.in_([OPEN, RESERVED, MEMBER]),
+            Endpoint.scope == "tree",
+            Endpoint.kind == "job",
+            Watch.endpoint_id > after,
+        )
+        .distinct()
+        .order_by(Watch.endpoint_id)
+        .limit(limit)
+    )
+    if job_ids is not None:
+        query = query.where(Watch.job_id.in_(list(job_ids)))
+    with database.read() as connection:
+        return [endpoint_id for endpoint_id in connection.execute(query).scalars() if endpoint_id is not None]
+
+
+def load_trees(database: Database, endpoint_ids: Sequence[str]) -> dict[str, list[TreeRow]]:
+    """Return the known jobs of each tree, in the order in which they became known."""
+    trees: dict[str, list[TreeRow]] = {endpoint_id: [] for endpoint_id in endpoint_ids}
+    with database.read() as connection:
+        for chunk in _chunks(sorted(trees)):
+            query = (
+                select(
+                    Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run, Watch.evidence,
+                    Watch.missing_passes, Watch.created_at, Watch.confirmed_at,
+                )
+                .where(Watch.endpoint_id.in_(chunk), Watch.status != CLOSED)
+                .order_by(Watch.id)
+            )  # fmt: skip
+            for row in connection.execute(query):
+                root = row.status != MEMBER
+                trees[row.endpoint_id].append(
+                    TreeRow(
+                        row.id, row.endpoint_id, row.job_id, row.status, row.run, root,
+                        None if root else row.evidence, row.missing_passes, row.created_at,
+                    )
+                )  # fmt: skip
+    return trees
+
+
+def remember_members(
+    database: Database,
+    endpoint_id: str,
+    *,
+    found: Mapping[str, str],
+    changed: Mapping[str, str],
+    now: datetime | None = None,
+) -> None:
+    """Note jobs found below a root, so that the tree is known when the root's own record is gone.
+
+    :param found: new members: job id → status.
+    :param changed: known members that changed: watch id → status.
+    """
+    if not found and not changed:
+        return
+    now = now or datetime.now(UTC)
+    with database.write() as connection:
+        rows = [
+            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": MEMBER,
+             "evidence": status, "missing_passes": 0, "created_at": now}
+            for job_id, status in sorted(found.items())
+        ]  # fmt: skip
+        for chunk in _chunks(rows):
+            connection.execute(
+                # A member of a tree that was told and began again.
+                insert_or_update(
+                    database, Watch, chunk,
+                    index=("job_id", "endpoint_id"), changes={"status": MEMBER}, where=Watch.status == CLOSED,
+                )
+            )  # fmt: skip
+        _each(
+            connection,
+            update(Watch)
+            .where(Watch.id == bindparam("watch"), Watch.status == MEMBER)
+            .values(evidence=bindparam("status_seen")),
+            dict(changed),
+            "status_seen",
+        )
+
+
+def settle_tree(database: Database, endpoint_id: str, *, run: str, now: datetime | None = None) -> None:
+    """Note that a tree was told: its roots are settled, its members need no look any more."""
+    now = now or datetime.now(UTC)
+    of_tree = Watch.endpoint_id == endpoint_id
+    with database.write() as connection:
+        connection.execute(
+            update(Watch)
+            .where(of_tree, Watch.status.in_([OPEN, RESERVED]))
+            .values(status=SETTLED, settled_at=now, missing_passes=0, run=func.coalesce(Watch.run, run))
+        )
+        connection.execute(update(Watch).where(of_tree, Watch.status == MEMBER).values(status=CLOSED))
+
+
+# -- parts ------------------------------------------------------------------------------------------------
+
+
+def _watch_query() -> Any:
+    return select(
+        Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run, Watch.evidence,
+        Watch.missing_passes, Watch.created_at, Watch.settled_at,
+        Endpoint.created_at.label("endpoint_created_at"), Endpoint.scope, Endpoint.events,
+    ).outerjoin(Endpoint, Endpoint.id == Watch.endpoint_id)  # fmt: skip
+
+
+def _watch_row(row: Any) -> WatchRow:
+    registered_at = row.endpoint_created_at or row.created_at
+    return WatchRow(
+        id=row.id,
+        endpoint_id=row.endpoint_id,
+        job_id=row.job_id,
+        status=row.status,
+        run=row.run,
+        evidence=row.evidence,
+        missing_passes=row.missing_passes,
+        created_at=row.created_at,
+        settled_at=row.settled_at,
+        counts_from=min(registered_at, row.created_at),
+        scope=row.scope or "job",
+        events=None if row.events is None else tuple(json.loads(row.events)),
+    )
+
+
+def _each(
+    connection: Connection,
+    statement: Executable,
+    what: Mapping[str, str] | set[str],
+    parameter: str | None = None,
+) -> None:
+    if not what:
+        return
+    if parameter is None:
+        rows = [{"watch": watch_id} for watch_id in sorted(what)]
+    else:
+        assert isinstance(what, Mapping)  # noqa: S101  (for the type checker)
+        rows = [{"watch": watch_id, parameter: what[watch_id]} for watch_id in sorted(what)]
+    connection.execute(statement, rows)
+
+
+def _chunks(items: Sequence[Any]) -> Iterable[list[Any]]:
+    for start in range(0, len(items), _CHUNK):
+        yield list(items[start : start + _CHUNK])
