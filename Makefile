@@ -44,7 +44,8 @@ package: $(VENV)/.dev  ## build sdist and wheel into dist/ and check them
 oldest: .venv-oldest/.oldest  ## run the server tests on the oldest supported versions
 	.venv-oldest/bin/python -m pytest -q -W default -p no:cacheprovider $(OLDEST_TESTS)
 
-OLDEST_TESTS ?= tests/acceptance tests/integration/capture
+OLDEST_TESTS ?= tests/acceptance tests/unit/test_callbacks.py tests/unit/test_attach.py $(wildcard tests/integration/test_capture_*.py) \
+	tests/integration/test_accepts_webhook.py tests/integration/test_enqueue_with_webhook.py
 
 clean:  ## remove what these targets made
 	rm -rf $(VENV) .venv-oldest build dist docs/_build htmlcov .coverage .coverage.* *.egg-info \

@@ -15,7 +15,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -23,6 +23,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from flask_rq_webhooks.errors import SignatureError
 from flask_rq_webhooks.receiver import verify
+
+#: Names and values as they came; as pairs, because a header that comes twice is a reason to refuse.
+Headers = Sequence[tuple[str, str]]
 
 #: More than any sender of ours sends by default, and a bound for everybody else.
 MAX_BODY_BYTES = 2**20
@@ -71,7 +74,7 @@ class Arrival:
     body: str
 
 
-def judge(body: bytes, headers: Mapping[str, str], secrets: Sequence[str]) -> str | None:
+def judge(body: bytes, headers: Headers, secrets: Sequence[str]) -> str | None:
     """Return ``None`` for a request that a holder of one of *secrets* signed just now, else what is wrong."""
     try:
         verify(body, headers, secrets)
@@ -101,7 +104,7 @@ class Receiver(ThreadingHTTPServer):
         """Return the address of the page."""
         return f"http://127.0.0.1:{self.server_port}"
 
-    def receive(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
+    def receive(self, path: str, headers: Headers, body: bytes) -> int:
         """Keep one request and return the status to answer with.
 
         401 for a bad signature, 503 for as many attempts as ``?fail=`` asks for, else 204.
@@ -129,7 +132,7 @@ class Receiver(ThreadingHTTPServer):
                     verified=problem is None,
                     problem=problem,
                     status=status,
-                    headers={name.lower(): value for name, value in headers.items()},
+                    headers={name.lower(): value for name, value in headers},
                     body=body.decode("utf-8", errors="replace"),
                 )
             )
@@ -163,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(413, "text/plain", b"")
             return
         body = self.rfile.read(int(length))
-        self._answer(self.server.receive(self.path, dict(self.headers.items()), body), "text/plain", b"")
+        self._answer(self.server.receive(self.path, self.headers.items(), body), "text/plain", b"")
 
     def do_GET(self) -> None:
         if self.path == "/":
@@ -186,9 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep quiet: the page shows more."""
 
 
-def _first(headers: Mapping[str, str], ending: str) -> str:
+def _first(headers: Headers, ending: str) -> str:
     # Header names have no case, and the sender chooses the first part of some (`X-Analysis-Event`).
-    return next((value for name, value in headers.items() if name.lower().endswith(ending)), "")
+    return next((value for name, value in headers if name.lower().endswith(ending)), "")
 
 
 def _indented(body: str) -> str:
