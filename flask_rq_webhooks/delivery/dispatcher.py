@@ -23,14 +23,17 @@ from typing import TYPE_CHECKING
 
 from redis import RedisError
 
+from ..capture.reconcile import Reconciler
 from ..errors import StorageUnavailableError
 from ..storage.deliveries import free_expired_leases, prune
-from ..storage.dispatchers import forget_dead, heartbeat, sign_off
+from ..storage.dispatchers import heartbeat, sign_off, take_reconcile_lease
 from ..storage.models import new_id
+from ..storage.operating import Pruned
 from .ingest import Ingest
 from .limits import RateLimiter
 from .notices import Notices
 from .sender import Sender
+from .telling import Teller
 from .transport import RequestsTransport, Transport
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ HEARTBEAT_S = 5.0
 STUCK_S = 60.0
 #: Seconds between prunings.
 PRUNE_S = 3600.0
+#: Seconds a pass of reconcile may take before another dispatcher starts one.
+LONGEST_PASS_S = 120.0
 #: First and longest pause after an error, seconds.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
@@ -56,11 +61,13 @@ class PeriodicJob:
 
     :param name: for the log.
     :param interval_s: seconds from one start to the next.
+    :param first_after_s: seconds until the first start.
     :param run: gets a function that says whether to stop early.
     """
 
     name: str
     interval_s: float
+    first_after_s: float = 0.0
     run: Callable[[Callable[[], bool]], object]
 
 
@@ -70,7 +77,7 @@ class Dispatcher:
     :param state: the app's state.
     :param transport: how bytes travel; ``requests`` adapters by default. A given one is not closed here.
     :param concurrency: requests in flight at once; ``CONCURRENCY`` by default.
-    :param periodic: jobs of the main thread beside pruning.
+    :param periodic: jobs of the main thread beside reconcile and pruning.
     :raises StorageUnavailableError: when SQL cannot be reached.
     """
 
@@ -100,8 +107,23 @@ class Dispatcher:
             concurrency=self._concurrency,
             dispatcher_id=self.id,
         )
-        self._ingest = Ingest(state, consumer=self.id, on_deliveries=self._sender.wake)
-        self._periodic = (*periodic, PeriodicJob(name="prune", interval_s=PRUNE_S, run=self._prune))
+        teller = Teller(state, on_deliveries=self._sender.wake)
+        self._ingest = Ingest(state, consumer=self.id, teller=teller)
+        self._reconciler = Reconciler(
+            state.database,
+            state.redis,
+            tell=teller.tell,
+            settings=settings,
+            outbox_key=state.outbox.key,
+        )
+        interval_s = settings.reconcile_interval
+        self._periodic = [
+            PeriodicJob(
+                name="reconcile", interval_s=interval_s, first_after_s=interval_s, run=self._reconcile
+            ),
+            PeriodicJob(name="prune", interval_s=PRUNE_S, first_after_s=PRUNE_S / 60, run=self._prune),
+            *periodic,
+        ]
         self._stop_requested = False
         self._hurry = False
         self._troubles: dict[str, type[BaseException]] = {}
@@ -118,7 +140,7 @@ class Dispatcher:
         A second signal does not wait: what is in flight is released and will be sent again, under the same
         ``webhook-id``. May be called once.
 
-        :param burst: return as soon as the outbox is empty and nothing is due.
+        :param burst: return as soon as the outbox is empty and nothing is due; no periodic jobs.
         :raises StorageUnavailableError: when SQL cannot be reached at the start.
         """
         heartbeat(self._state.database, self.id, started=True)
@@ -171,9 +193,10 @@ class Dispatcher:
     # -- the main thread ------------------------------------------------------------------------------
 
     def _run_periodic_jobs(self, *, burst: bool) -> None:
-        due = {job.name: 0.0 for job in self._periodic}
+        started = time.monotonic()
+        due = {job.name: started + job.first_after_s for job in self._periodic}
         while not self._stop_requested:
-            for job in self._periodic:
+            for job in () if burst else self._periodic:
                 if time.monotonic() >= due[job.name] and not self._stop_requested:
                     due[job.name] = time.monotonic() + job.interval_s
                     self._attempt(job.name, partial(job.run, lambda: self._stop_requested))
@@ -198,11 +221,18 @@ class Dispatcher:
         self._sender.wake()
         return False
 
+    def _reconcile(self, should_stop: Callable[[], bool]) -> None:
+        lease_s = max(LONGEST_PASS_S, 2 * self._state.settings.reconcile_interval)
+        if not take_reconcile_lease(self._state.database, self.id, lease_s):
+            return  # another dispatcher does it
+        report = self._reconciler.run_once(should_stop)
+        if report.told:
+            logger.info("Reconcile told of endings that no callback reported: %s", dict(report.told))
+
     def _prune(self, _should_stop: Callable[[], bool]) -> None:
         days = timedelta(days=self._state.settings.retention_days)
         pruned = prune(self._state.database, datetime.now(UTC) - days)
-        forget_dead(self._state.database)
-        if pruned:
+        if pruned != Pruned():
             logger.info("Pruned: %s", pruned)
 
     # -- signals --------------------------------------------------------------------------------------

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError
 
-from .. import signals
 from ..capture.rq_state import JobResult, JobState, read_jobs, read_results
 from ..errors import StorageUnavailableError
-from ..storage.deliveries import IngestedEvent, IngestItem, ingest, park_evidence
+from ..storage.deliveries import IngestItem, park_evidence
 from ..storage.registration import confirm
-from .hooks import safe_render, safe_scrub
+from .telling import Teller
 from .verdicts import Open, Verdict, judge, occurrence_of
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class Ingest:
 
     :param state: the app's state.
     :param consumer: name of this reader within the stream's group.
-    :param on_deliveries: called after a commit that made deliveries due.
+    :param teller: stores what was confirmed.
     :param clock: monotonic seconds.
     """
 
@@ -65,15 +64,13 @@ class Ingest:
         state: State,
         *,
         consumer: str,
-        on_deliveries: Callable[[], None] = lambda: None,
+        teller: Teller,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
         self._consumer = consumer
-        self._on_deliveries = on_deliveries
+        self._teller = teller
         self._clock = clock
-        self._render = safe_render(state)
-        self._scrub = safe_scrub(state)
         self._waiting: dict[str, _Waiting] = {}
         self._settled: list[str] = []
 
@@ -89,7 +86,7 @@ class Ingest:
         """
         return not self.waiting and self._state.outbox.length() == 0
 
-    def run_once(self, block_ms: int = 1000) -> int:
+    def run_once(self, block_ms: int = 300) -> int:
         """Read what has come, settle what can be settled, and return how many entries that were.
 
         :param block_ms: how long to wait for new entries; less while uncommitted ones are due for a look.
@@ -233,14 +230,7 @@ class Ingest:
 
     def _store_items(self, items: Sequence[tuple[_Waiting, IngestItem]]) -> None:
         try:
-            with self._state.app.app_context():  # the host's scrub function and formats may want one
-                events = ingest(
-                    self._state.database,
-                    [item for _waiting, item in items],
-                    render=self._render,
-                    max_attempts=self._state.settings.max_attempts,
-                    scrub=self._scrub,
-                )
+            self._teller.tell([item for _waiting, item in items])
         except (StorageUnavailableError, OperationalError, ProgrammingError, InternalError):
             raise  # about the database, not about an entry: everything stays in the stream
         except Exception as exc:  # a bad entry must never block the stream
@@ -252,7 +242,6 @@ class Ingest:
             self._reject(items[0][0], exc)
             return
         self._finish(waiting for waiting, _item in items)
-        self._announce(events)
 
     def _reject(self, waiting: _Waiting, exc: Exception) -> None:
         logger.error(
@@ -261,22 +250,6 @@ class Ingest:
         )  # fmt: skip
         self._state.outbox.reject(waiting.id, waiting.entry.to_json(), f"{type(exc).__name__}: {exc}")
         self._waiting.pop(waiting.id, None)
-
-    def _announce(self, events: Sequence[IngestedEvent]) -> None:
-        if any(event.created and event.deliveries for event in events):
-            self._on_deliveries()
-        if not signals.event_recorded.receivers:
-            return
-        with self._state.app.app_context():
-            for event in events:
-                if event.created:
-                    signals.emit(
-                        signals.event_recorded,
-                        self._state.app,
-                        event_id=event.event_id,
-                        event_type=event.type,
-                        job_id=event.job_id,
-                    )
 
 
 def _agrees(entry: OutboxEntry, verdict: Verdict) -> bool:

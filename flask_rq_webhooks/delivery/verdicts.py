@@ -7,7 +7,6 @@ committed wins. Only where RQ no longer knows does the callback's word stand.
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,6 +23,7 @@ from ..protocol.events import (
     parse_time,
 )
 from ..protocol.jsonsafe import dumps_capped
+from ..protocol.tracebacks import error_from_text
 
 if TYPE_CHECKING:
     from ..capture.outbox import OutboxEntry
@@ -119,6 +119,8 @@ def _judge_superseded(
 ) -> Verdict | Open:
     if entry.kind == "failure" and entry.retries_left:
         return Verdict(type=JOB_RETRYING)
+    if entry.kind == "stopped":
+        return Verdict(type=JOB_STOPPED)  # RQ's results call it a failure
     if results is None:
         return Open.NEEDS_RESULTS
     told_at = datetime.fromtimestamp(entry.at, UTC)
@@ -159,7 +161,7 @@ def occurrence_of(
         result, truncated = dumps_capped(entry.result, max_payload_bytes)
         truncated = truncated or entry.result_truncated
     elif verdict.type == JOB_FAILURE:
-        error = entry.error if entry.kind == "failure" else error_of(verdict.exc)
+        error = entry.error if entry.kind == "failure" else error_from_text(verdict.exc)
     ended_at = verdict.ended_at or told_at
     return Occurrence(
         type=verdict.type,
@@ -177,32 +179,6 @@ def occurrence_of(
         result_truncated=truncated,
         error=error,
     )
-
-
-_EXCEPTION_LINE = re.compile(r"([A-Za-z_][\w.]*)(?:: ?(.*))?", re.DOTALL)
-
-
-def error_of(exc: str | None) -> dict[str, str]:
-    """Return ``{"type", "message", "traceback"}`` from the traceback text RQ keeps.
-
-    The exception begins on the first unindented line behind the last frame; its message may have lines of
-    its own.
-    """
-    if not exc or not exc.strip():
-        return {
-            "type": "UnknownError",
-            "message": "RQ marked the job as failed after its work was done, and kept no reason.",
-            "traceback": "",
-        }
-    lines = exc.rstrip().splitlines()
-    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
-    start = frames[-1] + 1 if frames else 0
-    while start < len(lines) - 1 and lines[start].startswith(" "):
-        start += 1
-    match = _EXCEPTION_LINE.fullmatch("\n".join(lines[start:]))
-    if match is None:
-        return {"type": "UnknownError", "message": lines[-1].strip(), "traceback": exc}
-    return {"type": match[1].rpartition(".")[2], "message": match[2] or "", "traceback": exc}
 
 
 def _time(text: str | None) -> datetime | None:

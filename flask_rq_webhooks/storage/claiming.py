@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Float, Integer, String, bindparam, or_, select, text, update
+from sqlalchemy import Connection, Float, Integer, String, bindparam, func, or_, select, text, update
 
 from .database import Database
 from .models import (
@@ -52,6 +52,7 @@ class ClaimedDelivery:
 
     :param lease_id: proves that the row is still held.
     :param number: of the attempt to be made, from 1.
+    :param runid: what the host calls the run; the endpoint's own before the event's.
     :param headers: the endpoint's custom headers, an encrypted JSON object.
     :param secrets: live ones, encrypted, newest first.
     """
@@ -66,6 +67,7 @@ class ClaimedDelivery:
     event_id: str
     event_type: str
     job_id: str | None
+    runid: str | None
     endpoint_id: str
     endpoint_kind: str
     url: str = field(repr=False)
@@ -205,6 +207,7 @@ def _load(
             Delivery.event_type,
             Delivery.endpoint_id,
             Event.job_id,
+            func.coalesce(Endpoint.runid, Event.runid).label("runid"),
             Endpoint.kind,
             Endpoint.url,
             Endpoint.headers,
@@ -241,6 +244,7 @@ def _load(
             event_id=row.event_id,
             event_type=row.event_type,
             job_id=row.job_id,
+            runid=row.runid,
             endpoint_id=row.endpoint_id,
             endpoint_kind=row.kind,
             url=row.url,
