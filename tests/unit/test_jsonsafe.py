@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -192,7 +193,7 @@ def of_lying_class() -> Any:
     """Made in a function: pytest looks at every class and value of a module, and stumbles over these."""
 
     class LyingClass:
-        @property
+        @property  # type: ignore[misc]
         def __class__(self) -> Any:
             raise RuntimeError("boom")
 
@@ -318,7 +319,7 @@ def test_broken_values_become_a_text_that_says_so(value: Any, expected: Any) -> 
         lambda: type(of_bomb_meta()),
         lambda: {BrokenStr(): 1},
         lambda: {of_bomb_meta(): 1},
-        lambda: test_ctrl_c_passes_through,
+        lambda: explode,
         lambda: types.SimpleNamespace(a=1),
         lambda: types.MappingProxyType({}),
         lambda: sys,
@@ -380,10 +381,6 @@ def test_long_texts_of_objects_are_cut_and_texts_are_not() -> None:
     assert to_json_safe("x" * (MAX_TEXT + 1)) == "x" * (MAX_TEXT + 1)
 
 
-def timed_out() -> NoReturn:
-    raise JobTimeoutException("Task exceeded maximum timeout value")
-
-
 @pytest.mark.parametrize("error", [JobTimeoutException, SystemExit, BaseException], ids=lambda e: e.__name__)
 def test_an_order_to_stop_ends_the_conversion_instead_of_calling_more_foreign_code(
     error: type[BaseException],
@@ -400,6 +397,26 @@ def test_an_order_to_stop_ends_the_conversion_instead_of_calling_more_foreign_co
     assert len(calls) == 1
     assert dumps_capped(value, 1000) == (None, True)
     assert safe_text(value[0]) == f"<Slow not converted: {error.__name__}>"
+
+
+def test_rq_s_alarm_is_not_spent_on_one_slow_object() -> None:
+    class Slow:
+        def __str__(self) -> str:
+            time.sleep(5)
+            return "late"
+
+    def out_of_time(number: int, frame: Any) -> NoReturn:
+        raise JobTimeoutException("Task exceeded maximum timeout value")
+
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    started = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        assert dumps_capped([Slow(), Slow()], 1000) == (None, True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 4
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit], ids=lambda e: e.__name__)
@@ -453,11 +470,10 @@ def test_too_large_values_are_not_converted_wholly() -> None:
     assert dumps_capped(value, 1000) == (None, True)
     assert len(calls) < 100
 
-    started = time.perf_counter()
+    # A thousand million items: converted wholly, this test would run into its time limit.
     for huge in ("x" * 50_000_000, [0] * 20_000_000, [[[0] * 1000] * 1000] * 1000):
-        assert dumps_capped(huge, 2**20) == (None, True)
-        assert to_json_safe(huge) == f"<{type(huge).__name__} too large>"
-    assert time.perf_counter() - started < 20
+        assert dumps_capped(huge, 2**16) == (None, True)
+    assert to_json_safe([[[0] * 1000] * 1000] * 1000) == "<list too large>"
 
 
 def test_a_small_thing_told_often_is_bounded() -> None:

@@ -316,6 +316,14 @@ def test_other_texts_are_cut_at_last(name: str, field: str) -> None:
         assert payload["reference"] == "ü" * 256
 
 
+def test_a_traceback_gives_way_to_a_reference() -> None:
+    error = {**ERROR, "traceback": "\U0001f600" * 10_000}
+    text = render("job", replace(FAILURE, error=error), max_bytes=4096, reference="ü" * 256)
+    assert len(text) <= 4096
+    payload = json.loads(text)
+    assert (payload["error"]["traceback"], payload["reference"]) == ("", "ü" * 256)
+
+
 texts = st.text(st.characters(), max_size=3000)
 
 
