@@ -39,8 +39,14 @@ MAX_REJECTED, MAX_REJECTED_BYTES = 1000, 65_536
 TAKE_OVER_IDLE_MS = 60_000
 #: Seconds between two looks for such entries, and for readers that are gone for good.
 TAKE_OVER_EVERY_S, FORGET_EVERY_S = 10.0, 3600.0
+#: Milliseconds by which servers are late to end a wait (Redis and Valkey look ten times a second).
+TICK_MS = 100
 #: Milliseconds of silence after which a reader that holds nothing is forgotten.
 FORGET_IDLE_MS = 24 * 3600 * 1000
+
+#: How servers say that the stream or its group is not there, or was deleted while we waited for it. The last
+#: one is fakeredis.
+_NO_GROUP = ("NOGROUP", "UNBLOCKED", "requires the key to exist")
 
 _KINDS = frozenset({"success", "failure", "stopped"})
 _ENDPOINT = re.compile(r"ep[0-9a-z]{1,16}_(?:[0-9a-z]{26}|all)")
@@ -157,8 +163,7 @@ class Outbox:
         try:
             return self._read(consumer, count, block_ms)
         except ResponseError as exc:
-            # No group yet, or the stream was deleted, before or while we waited for it.
-            if not str(exc).startswith(("NOGROUP", "UNBLOCKED")):
+            if not any(sign in str(exc) for sign in _NO_GROUP):
                 raise
         self._create_group()
         self._recovered[consumer] = None
@@ -196,8 +201,21 @@ class Outbox:
         return (
             self._read_own(consumer, count)
             or self._take_over(consumer, count)
-            or self._read_group(consumer, count, ">", self._bounded(block_ms))
+            or self._read_new(consumer, count, block_ms)
         )
+
+    def _read_new(self, consumer: str, count: int, block_ms: int) -> list[Entry]:
+        started = time.monotonic()
+        wait_ms = min(block_ms, self._longest_wait_ms())
+        found = self._read_group(consumer, count, ">", wait_ms if wait_ms > TICK_MS else None)
+        if found or not block_ms:
+            return found
+        # Too short a wait for the server, or one that does not wait at all (fakeredis).
+        left_s = min(block_ms, TICK_MS) / 1000 - (time.monotonic() - started)
+        if left_s <= 0:
+            return []
+        time.sleep(left_s)
+        return self._read_group(consumer, count, ">", None)
 
     def _read_own(self, consumer: str, count: int) -> list[Entry]:
         last = self._recovered.get(consumer, "0")
@@ -269,11 +287,11 @@ class Outbox:
             return Entry(entry_id, None, str(exc), raw)
         return Entry(entry_id, entry, None, raw)
 
-    def _bounded(self, block_ms: int) -> int:
-        """Return *block_ms*, or half the client's socket timeout where that is less."""
+    def _longest_wait_ms(self) -> int:
+        """Return how long the server may surely be waited for within the client's socket timeout."""
         # Connections made without one have redis-py's own: none before release 8, 5 seconds since.
         timeout_s = self._redis.connection_pool.connection_kwargs.get("socket_timeout", 5)
-        return min(block_ms, max(1, int(timeout_s * 500))) if timeout_s else block_ms
+        return max(1, int(timeout_s * 500) - TICK_MS) if timeout_s else 60_000
 
     def _create_group(self) -> None:
         try:

@@ -313,7 +313,7 @@ def _count(value: Any) -> int | None:
 
 def _from_base64(value: Any) -> bytes | None:
     try:
-        return b64decode(value)
+        return b64decode(value, validate=True)
     except ValueError:
         return None
 
