@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 from redis import RedisError
 
-from ..capture.reconcile import Reconciler
+from ..capture.reconcile import Reconciler, ReconcileReport
 from ..errors import StorageUnavailableError
 from ..storage.deliveries import free_expired_leases, prune
-from ..storage.dispatchers import heartbeat, sign_off, take_reconcile_lease
+from ..storage.dispatchers import drop_reconcile_lease, heartbeat, sign_off, take_reconcile_lease
 from ..storage.models import new_id
 from ..storage.operating import Pruned
 from .ingest import Ingest
@@ -71,6 +71,35 @@ class PeriodicJob:
     run: Callable[[Callable[[], bool]], object]
 
 
+def reconcile_now(state: State) -> ReconcileReport | None:
+    """Look once for endings that no callback reported; ``None`` where a dispatcher is at it.
+
+    :raises StorageUnavailableError: when SQL cannot be reached.
+    :raises redis.RedisError: when Redis cannot be reached.
+    """
+    owner = new_id("cli")
+    if not take_reconcile_lease(state.database, owner, _lease_s(state)):
+        return None
+    try:
+        return _reconciler(state, Teller(state)).run_once()
+    finally:
+        drop_reconcile_lease(state.database, owner)
+
+
+def _reconciler(state: State, teller: Teller) -> Reconciler:
+    return Reconciler(
+        state.database,
+        state.redis,
+        tell=teller.tell,
+        settings=state.settings,
+        outbox_key=state.outbox.key,
+    )
+
+
+def _lease_s(state: State) -> float:
+    return max(LONGEST_PASS_S, 2 * state.settings.reconcile_interval)
+
+
 class Dispatcher:
     """Deliver until told to stop.
 
@@ -109,13 +138,7 @@ class Dispatcher:
         )
         teller = Teller(state, on_deliveries=self._sender.wake)
         self._ingest = Ingest(state, consumer=self.id, teller=teller)
-        self._reconciler = Reconciler(
-            state.database,
-            state.redis,
-            tell=teller.tell,
-            settings=settings,
-            outbox_key=state.outbox.key,
-        )
+        self._reconciler = _reconciler(state, teller)
         interval_s = settings.reconcile_interval
         self._periodic = [
             PeriodicJob(
@@ -222,8 +245,7 @@ class Dispatcher:
         return False
 
     def _reconcile(self, should_stop: Callable[[], bool]) -> None:
-        lease_s = max(LONGEST_PASS_S, 2 * self._state.settings.reconcile_interval)
-        if not take_reconcile_lease(self._state.database, self.id, lease_s):
+        if not take_reconcile_lease(self._state.database, self.id, _lease_s(self._state)):
             return  # another dispatcher does it
         report = self._reconciler.run_once(should_stop)
         if report.told:

@@ -1,0 +1,185 @@
+"""``flask rq-webhooks endpoints …``: standing endpoints, which hear of every job."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import click
+from flask.cli import AppGroup
+
+from ..errors import BlockedURLError, InvalidWebhookError
+from ..protocol.events import JOB_TYPES, is_application_type
+from ..protocol.headers import validate_headers, validate_secret
+from ..protocol.signing import generate_secret
+from ..protocol.urls import CheckedURL
+from ..state import State, get_state
+from ..storage.ingesting import EVERY_TYPE
+from ..storage.queries import EndpointView, list_endpoints
+from ..storage.registration import (
+    ROTATION_GRACE_S,
+    NewEndpoint,
+    create_standing,
+    delete_standing,
+    disable_standing,
+    enable_standing,
+    rotate_secret,
+)
+
+
+@click.group(cls=AppGroup)
+def endpoints() -> None:
+    """Standing endpoints: receivers that hear of every job."""
+
+
+@endpoints.command("list")
+def list_command() -> None:
+    """List standing endpoints, newest first."""
+    database, cursor = get_state().database, None
+    while True:
+        page = list_endpoints(database, cursor=cursor, limit=100)
+        for endpoint in page.items:
+            click.echo(_line(endpoint))
+        cursor = page.cursor
+        if cursor is None:
+            return
+
+
+@endpoints.command()
+@click.argument("url")
+@click.option(
+    "--event", "events", multiple=True, help="Event type; may be repeated; '*' for all. Default: endings."
+)
+@click.option(
+    "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Custom header; may be repeated."
+)
+@click.option("--secret", help="Signs; one is made up and shown otherwise.")
+@click.option("--format", "payload_format", help="Payload format; the app's default otherwise.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds an attempt may take.")
+@click.option("--attempts", type=click.IntRange(1, 101), help="Attempts in all.")
+@click.option("--description", help="For people.")
+def create(
+    url: str,
+    events: tuple[str, ...],
+    headers: tuple[str, ...],
+    secret: str | None,
+    payload_format: str | None,
+    timeout: float | None,
+    attempts: int | None,
+    description: str | None,
+) -> None:
+    """Make a standing endpoint that sends to URL."""
+    state = get_state()
+    checked = _checked_url(state, url)
+    name = payload_format or state.settings.format
+    if name not in state.formats:
+        raise click.UsageError(f"Unknown format {name!r}; known are {', '.join(sorted(state.formats))}.")
+    for event in events:
+        if event != EVERY_TYPE and event not in JOB_TYPES and not is_application_type(event):
+            raise click.UsageError(f"{event!r} is no event type; known are {', '.join(sorted(JOB_TYPES))}.")
+    if timeout is not None and timeout > state.settings.timeout:
+        raise click.UsageError(f"--timeout is at most {state.settings.timeout:g}, the configured TIMEOUT.")
+    made_up = secret is None
+    chosen = generate_secret() if secret is None else _checked_secret(secret)
+    endpoint_id = create_standing(
+        state.database,
+        state.cipher,
+        NewEndpoint(
+            url=checked.url,
+            host=checked.host_key,
+            headers=_checked_headers(state, headers),
+            secret=chosen,
+            events=events or None,
+            format=name,
+            timeout_s=timeout,
+            max_attempts=attempts,
+            kind="standing",
+            description=description,
+        ),
+        namespace=state.namespace,
+    )
+    click.echo(endpoint_id)
+    if made_up:
+        click.echo(f"secret {chosen} (shown only now)")
+
+
+@endpoints.command()
+@click.argument("endpoint_id", metavar="ID")
+@click.option("--secret", help="The new secret; one is made up and shown otherwise.")
+@click.option("--grace-hours", type=click.FloatRange(0), default=ROTATION_GRACE_S / 3600, show_default=True,
+              help="Hours the old secret goes on signing beside it.")  # fmt: skip
+def rotate(endpoint_id: str, secret: str | None, grace_hours: float) -> None:
+    """Give the endpoint ID a new secret."""
+    state = get_state()
+    chosen = generate_secret() if secret is None else _checked_secret(secret)
+    if not rotate_secret(state.database, state.cipher, endpoint_id, chosen, grace_s=grace_hours * 3600):
+        _missing(endpoint_id)
+    click.echo(f"The old secret goes on signing for {grace_hours:g} h.")
+    if secret is None:
+        click.echo(f"secret {chosen} (shown only now)")
+
+
+@endpoints.command()
+@click.argument("endpoint_id", metavar="ID")
+def enable(endpoint_id: str) -> None:
+    """Let the endpoint ID get deliveries again."""
+    if not enable_standing(get_state().database, endpoint_id):
+        _missing(endpoint_id)
+    click.echo(f"Enabled. `flask rq-webhooks recover --endpoint {endpoint_id}` sends what it missed.")
+
+
+@endpoints.command()
+@click.argument("endpoint_id", metavar="ID")
+def disable(endpoint_id: str) -> None:
+    """Stop the endpoint ID from getting new deliveries."""
+    if not disable_standing(get_state().database, endpoint_id):
+        _missing(endpoint_id)
+    click.echo(f"Disabled. `flask rq-webhooks cancel --endpoint {endpoint_id}` cancels what still waits.")
+
+
+@endpoints.command()
+@click.argument("endpoint_id", metavar="ID")
+@click.confirmation_option(prompt="Delete the endpoint with all its deliveries?")
+def delete(endpoint_id: str) -> None:
+    """Delete the endpoint ID with its deliveries and attempts."""
+    if not delete_standing(get_state().database, endpoint_id):
+        _missing(endpoint_id)
+    click.echo("Deleted.")
+
+
+def _line(endpoint: EndpointView) -> str:
+    status = "enabled" if endpoint.enabled else f"disabled ({endpoint.disabled_reason or 'unknown'})"
+    events = "endings" if endpoint.events is None else ",".join(endpoint.events)
+    description = f"  {endpoint.description}" if endpoint.description else ""
+    return f"{endpoint.id}  {endpoint.host}  {status}  {endpoint.format}  {events}{description}"
+
+
+def _checked_url(state: State, url: str) -> CheckedURL:
+    try:
+        return state.url_policy.check_url(url)
+    except BlockedURLError as exc:
+        raise click.UsageError(f"URL refused ({exc.code}): {exc}") from exc
+
+
+def _checked_headers(state: State, headers: tuple[str, ...]) -> dict[str, str]:
+    pairs: dict[str, Any] = {}
+    for header in headers:
+        name, colon, value = header.partition(":")
+        if not colon:
+            raise click.UsageError(f"{name!r} is not a header; expected 'Name: value'.")
+        pairs[name.strip()] = value.strip()
+    try:
+        return validate_headers(pairs, header_prefix=state.settings.header_prefix)
+    except InvalidWebhookError as exc:
+        raise click.UsageError(" ".join(exc.details.get("webhook_headers", [str(exc)]))) from exc
+
+
+def _checked_secret(secret: str) -> str:
+    try:
+        return validate_secret(secret)
+    except InvalidWebhookError as exc:
+        # Without the cause: it may hold the secret.
+        raise click.UsageError(" ".join(why for reasons in exc.details.values() for why in reasons)) from None
+
+
+def _missing(endpoint_id: str) -> NoReturn:
+    raise click.ClickException(f"There is no standing endpoint {endpoint_id!r}.")

@@ -1,0 +1,115 @@
+"""``flask rq-webhooks listen``: a receiver for development that prints and verifies what arrives.
+
+Standard library and our own receiver helper; needs no app and no database.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+from collections.abc import Sequence
+from datetime import datetime
+
+import click
+
+from ..errors import SignatureError
+from ..receiver import verify
+
+#: Bytes of a body that are read.
+MAX_BODY_BYTES = 16 * 2**20
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=8900, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."
+)
+@click.option("--secret", "secrets", multiple=True, help="Verify with this secret; may be repeated.")
+@click.option("--header-prefix", default="X-Webhook", show_default=True, help="HEADER_PREFIX of the sender.")
+@click.option(
+    "--status", default=200, show_default=True, type=click.IntRange(200, 599), help="Answer with it."
+)
+def listen(host: str, port: int, secrets: tuple[str, ...], header_prefix: str, status: int) -> None:
+    """Print and verify webhooks that arrive here (for development)."""
+    server = http.server.ThreadingHTTPServer(
+        (host, port), _handler(secrets, header_prefix=header_prefix, status=status)
+    )
+    with server:
+        shown_host = f"[{host}]" if ":" in host else host
+        click.echo(f"Listening on http://{shown_host}:{server.server_address[1]}/ (Ctrl-C ends)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("")
+
+
+def _handler(
+    secrets: Sequence[str], *, header_prefix: str, status: int
+) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            try:
+                length = min(int(self.headers.get("Content-Length", 0)), MAX_BODY_BYTES)
+            except ValueError:
+                self.send_error(400)
+                return
+            body = self.rfile.read(max(0, length))
+            headers = list(self.headers.items())
+            for line in describe(self.path, headers, body, secrets, header_prefix=header_prefix):
+                click.echo(line)
+            answer = b"" if status in (204, 304) else b"{}"
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(answer)
+            self.close_connection = True
+
+        def log_message(self, *_args: object) -> None:
+            """Keep quiet: what arrives is printed already."""
+
+    return Handler
+
+
+def describe(
+    path: str,
+    headers: Sequence[tuple[str, str]],
+    body: bytes,
+    secrets: Sequence[str],
+    *,
+    header_prefix: str = "X-Webhook",
+    now: datetime | None = None,
+) -> list[str]:
+    """Return the lines that tell a developer of one request. Untrusted text is escaped."""
+    by_name = {name.lower(): value for name, value in headers}
+    now = now or datetime.now().astimezone()
+    event = by_name.get(f"{header_prefix.lower()}-event", "no event header")
+    lines = [f"{now:%H:%M:%S} POST {_shown(path)}  {_shown(event)}  {len(body)} bytes"]
+    lines += [
+        f"  {_shown(name)}: {_shown(value)}"
+        for name, value in headers
+        if name.lower().startswith(("webhook-", header_prefix.lower() + "-"))
+    ]
+    if secrets:
+        try:
+            verified = verify(body, dict(headers), list(secrets), header_prefix=header_prefix)
+            lines.append(f"  verified ({verified.scheme})")
+        except SignatureError as exc:
+            lines.append(f"  NOT VERIFIED: {_shown(str(exc))}")
+    elif any(name in by_name for name in ("webhook-signature", f"{header_prefix.lower()}-signature")):
+        lines.append("  signed; give --secret to verify")
+    else:
+        lines.append("  not signed")
+    try:
+        text = json.dumps(json.loads(body), indent=2)
+    except ValueError:
+        text = _shown(body.decode("utf-8", "backslashreplace"))
+    lines += [f"  {line}" for line in text.splitlines()]
+    return lines
+
+
+def _shown(text: str) -> str:
+    """Return *text* without what could steer a terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]

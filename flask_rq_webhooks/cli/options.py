@@ -1,0 +1,46 @@
+"""What the commands share: times on the command line, and progress."""
+
+from __future__ import annotations
+
+import re
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import click
+
+_AGE = re.compile(r"([0-9]{1,6})([smhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+if TYPE_CHECKING:
+    _MomentType = click.ParamType[datetime]
+else:
+    _MomentType = click.ParamType  # generic from click 8.2 on
+
+
+class Moment(_MomentType):
+    """A time: ISO 8601 (UTC where no offset is given), or an age such as ``90m``, ``24h``, ``7d``."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        """Return *value* as an aware time."""
+        if isinstance(value, datetime):
+            return value
+        if match := _AGE.fullmatch(value):
+            return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither ISO 8601 nor an age such as 90m, 24h or 7d.", param, ctx)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+MOMENT = Moment()
+
+
+def progress_to_stderr(done: int) -> None:
+    """Show how far long work has come, where somebody looks."""
+    if sys.stderr.isatty():
+        click.echo(f"\r{done} …", nl=False, err=True)
