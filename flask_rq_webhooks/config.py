@@ -134,6 +134,8 @@ def _header_prefix(value: Any) -> str:
     text = _text(value)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,63}", text) or text.endswith("-"):
         raise ValueError("expected letters, digits and inner hyphens, such as 'X-Webhook'")
+    if text.lower() == "webhook":
+        raise ValueError("webhook-* names are those of Standard Webhooks, which are always sent")
     return text
 
 

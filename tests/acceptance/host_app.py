@@ -47,7 +47,9 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     @webhooks.accepts_webhook
     def call(name: str) -> Any:
         options = request.get_json()
-        options.pop("ignored", None)
+        for kind in ("on_success", "on_failure"):
+            if kind in options:
+                options[kind] = rq.Callback(options[kind])
         job = queue().enqueue_call(getattr(tasks, name), **options)
         return {"job_id": job.id, "fields": sorted(options)}
 
