@@ -208,12 +208,12 @@ def webhook_schema(settings: Settings, url_policy: UrlPolicy, formats: frozenset
             "webhook_events": TextList(
                 validate=[
                     validate.Length(min=1, max=50, error="Expected at least one event type."),
-                    _each(_one_of(JOB_TYPES, "event type")),
+                    _each(one_of(JOB_TYPES, "event type")),
                 ]
             ),
-            "webhook_format": Text(validate=_one_of(formats, "format")),
+            "webhook_format": Text(validate=one_of(formats, "format")),
             "webhook_reference": Text(validate=validate.Length(max=256)),
-            "webhook_timeout": fields.Float(validate=_timeout_range(settings)),
+            "webhook_timeout": fields.Float(validate=timeout_range(settings)),
             "webhook_retry_count": WholeNumber(
                 validate=validate.Range(
                     min=1, max=most, error=f"Expected the number of all attempts, from 1 to {most}."
@@ -225,7 +225,8 @@ def webhook_schema(settings: Settings, url_policy: UrlPolicy, formats: frozenset
     return schema(unknown=EXCLUDE)
 
 
-def _timeout_range(settings: Settings) -> validate.Range:
+def timeout_range(settings: Settings) -> validate.Range:
+    """Return the check of a deadline of one attempt: the configured one is the most."""
     return validate.Range(
         min=0,
         min_inclusive=False,
@@ -234,7 +235,9 @@ def _timeout_range(settings: Settings) -> validate.Range:
     )
 
 
-def _one_of(known: Collection[str], what: str) -> Callable[[str], None]:
+def one_of(known: Collection[str], what: str) -> Callable[[str], None]:
+    """Return the check of a name that must be among *known*, in words that list them."""
+
     def check(value: str) -> None:
         if value not in known:
             raise ValidationError(f"Unknown {what} {value[:100]!r}; known: {', '.join(sorted(known))}.")
