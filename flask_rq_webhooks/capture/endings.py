@@ -142,10 +142,12 @@ def ending_of_superseded(run: str, job: JobRecord, results: Sequence[JobResult])
     if run.startswith("created:") or job.enqueued_at is None:
         return None
     began = parse_time(run)
+    if results and _type_of(results[-1]) == TYPE_OF_STATUS.get(job.status or ""):
+        results = results[:-1]  # the current run's own
     ended = [
         result
         for result in results
-        if began <= result.at <= job.enqueued_at + CLOCK_SKEW and result.type != "retried"
+        if began - CLOCK_SKEW <= result.at <= job.enqueued_at + CLOCK_SKEW and result.type != "retried"
     ]
     return ended[-1] if ended else None
 

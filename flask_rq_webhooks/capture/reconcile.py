@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from redis import Redis
+from rq.defaults import UNSERIALIZABLE_RETURN_VALUE_PAYLOAD
 from rq.registry import StartedJobRegistry
 from rq.serializers import DefaultSerializer, JSONSerializer
 
@@ -264,8 +265,8 @@ class Reconciler:
             job, evidence = records.get(row.job_id), facts[row.id].evidence
             if job is None:
                 continue
-            superseded = row.run != job.run or (evidence is not None and evidence.run != job.run)
-            if meanings[row.id] is Meaning.ENDED or (superseded and _has_begun_again(job)):
+            superseded = row.run != job.run if row.run is not None else _has_begun_again(job)
+            if meanings[row.id] is Meaning.ENDED or superseded or (evidence and evidence.run != job.run):
                 wanted[row.job_id] = None
         return list(wanted)
 
@@ -402,7 +403,10 @@ class Reconciler:
         return occurrence_of_word(evidence, max_payload_bytes=self._settings.max_payload_bytes)
 
     def _value(self, job_id: str) -> object:
-        return read_result_value(self._redis, job_id) if self._settings.include_result else None
+        if not self._settings.include_result:
+            return None
+        value = read_result_value(self._redis, job_id)
+        return UNKNOWN if value == UNSERIALIZABLE_RETURN_VALUE_PAYLOAD else value
 
     def _find_blocked(
         self, waiting: Sequence[tuple[WatchRow, JobRecord]], items: _Items, now: datetime

@@ -233,7 +233,7 @@ def write_notes(database: Database, notes: Notes, *, now: datetime | None = None
     if not notes:
         return
     now = now or datetime.now(UTC)
-    waiting = Watch.status.in_([RESERVED, OPEN])
+    waiting = or_(Watch.status == RESERVED, Watch.status == OPEN)  # executemany takes no IN
     this = Watch.id == bindparam("watch")
     with database.write() as connection:
         _each(
