@@ -28,6 +28,9 @@ from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state,
 
 URL = "http://127.0.0.1:9/hook"
 
+#: RQ 1.16 warns of its own functions inside jobs, which would make them fail.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 
 class Clock:
     """Aware UTC now, and as much later as a test wants."""
