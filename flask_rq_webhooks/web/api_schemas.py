@@ -132,13 +132,12 @@ class AttemptSchema(Schema):
 
 
 class EndpointSchema(Schema):
-    """An endpoint. Of its secrets, how many are live; of its headers, the names."""
+    """An endpoint. Of its secrets, how many are live. Headers are opened and masked by whoever shows it."""
 
     id = fields.String()
     kind = fields.String()
     url = RedactedURL()
     host = fields.String()
-    headers = fields.Dict(keys=fields.String(), values=fields.String())
     events = fields.List(fields.String(), allow_none=True)
     scope = fields.String()
     format = fields.String()
@@ -218,7 +217,7 @@ class FilterInput(_Input):
     since = fields.AwareDateTime()
     until = fields.AwareDateTime()
     endpoint_id = Text()
-    status = TextList(validate=validate.ContainsOnly(STATUSES))
+    status = TextList(validate=[validate.Length(min=1), validate.ContainsOnly(STATUSES)])
     host = Text()
     event = Text()
     event_id = Text()

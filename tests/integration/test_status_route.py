@@ -60,7 +60,8 @@ def attempt(host: Host, delivery_id: str, **values: Any) -> None:
     with host.state.database.write() as connection:
         row = {
             "id": "att_1", "delivery_id": delivery_id, "number": 1, "trigger": "scheduled",
-            "status": "failed", "status_code": None, "error_code": "blocked", "error_detail": "10.1.2.3 is private",
+            "status": "failed", "status_code": None, "error_code": "blocked",
+            "error_detail": "10.1.2.3 is private",
             "started_at": "2024-01-01 00:00:00.000000", "duration_ms": 12.5,
             "request_headers": '{"webhook-id": "evt"}', "response_headers": '{"Server": "internal"}',
             "response_body": b"<b>internal</b>",
