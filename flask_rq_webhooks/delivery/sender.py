@@ -110,6 +110,15 @@ class Sender:
 
         :raises StorageUnavailableError: when SQL cannot be reached; results are kept, call again.
         """
+        wait_s = self.advance()
+        if wait_s > 0:
+            self._woken.wait(wait_s)
+
+    def advance(self) -> float:
+        """Record what came back and send what is due; return for how many seconds nothing more is expected.
+
+        :raises StorageUnavailableError: when SQL cannot be reached; results are kept, call again.
+        """
         self._woken.clear()
         began = time.monotonic()
         self._record()
@@ -123,10 +132,9 @@ class Sender:
                 raise
         elif self._in_flight:
             self.idle_since = None
-        if not self._finished and not self._fresh:
-            wait_s = LONGEST_SLEEP_S if free <= 0 else self._claim_at - time.monotonic()
-            if wait_s > 0:
-                self._woken.wait(wait_s)
+        if self._finished or self._fresh:
+            return 0.0
+        return LONGEST_SLEEP_S if free <= 0 else self._claim_at - time.monotonic()
 
     def finish(self, *, hurry: Callable[[], bool]) -> None:
         """Wait for what is in flight and record it; claim nothing more.

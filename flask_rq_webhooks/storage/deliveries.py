@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .claiming import ClaimedDelivery, claim_due, defer, free_expired_leases, next_due_in, release
 from .ingesting import EndpointRow, IngestedEvent, IngestItem, ingest, park_evidence
-from .operating import DeliveryFilter, cancel, prune, recover, resend
+from .operating import DeliveryFilter, cancel, hasten, prune, recover, resend
 from .recording import AttemptRecord, RecordResult, record_attempts
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "claim_due",
     "defer",
     "free_expired_leases",
+    "hasten",
     "ingest",
     "next_due_in",
     "park_evidence",

@@ -1,0 +1,197 @@
+"""For the tests of host apps: every webhook delivered within the test, to a receiver in memory.
+
+Owns the shortest way from an ended job to a received webhook: one thread, no process, no network, no
+waiting. It takes the steps of a dispatcher with a dispatcher's own parts, so what a test sees is what
+clients get: same payloads, headers and signatures, same rows. Knows nothing of pytest.
+
+::
+
+    def test_client_is_told(app, client):
+        client.post("/build", json={"webhook_url": "https://client.example/hook", "webhook_secret": "s3cret"})
+        (webhook,) = deliver_all(app)
+        assert webhook.verify("s3cret").json["event"] == "job.success"
+
+The queue may be ``is_async=False`` on fakeredis, or worked off by a ``SimpleWorker`` before
+:func:`deliver_all`; ``RQWebhooks(db=db, redis=...)`` gets the same client. An in-memory SQLite URL works as
+it is: our tables then live in an in-memory database of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from flask import Flask
+
+from .delivery.dispatcher import reconcile_now
+from .delivery.ingest import Ingest
+from .delivery.limits import RateLimiter
+from .delivery.notices import Notices
+from .delivery.sender import Sender
+from .delivery.telling import Teller
+from .delivery.transport import AttemptRequest, AttemptResult
+from .receiver import VerifiedWebhook, verify
+from .state import State, get_state
+from .storage.deliveries import hasten
+from .storage.models import new_id
+
+__all__ = ["InMemoryReceiver", "ReceivedWebhook", "deliver_all"]
+
+#: Error codes a receiver may answer with instead of a status: what a network does.
+NETWORK_ERRORS = frozenset({"blocked", "connect", "dns", "reset", "timeout", "tls"})
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedWebhook:
+    """One request as the client would have seen it.
+
+    :param headers: as sent, in order; ask :meth:`header` for one in any case.
+    :param body: the signed bytes.
+    """
+
+    url: str
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """Return the body as JSON."""
+        return json.loads(self.body)
+
+    def header(self, name: str) -> str | None:
+        """Return a header, whatever its case; ``None`` where it was not sent."""
+        return next((value for key, value in self.headers.items() if key.lower() == name.lower()), None)
+
+    def verify(self, secret: str, **options: Any) -> VerifiedWebhook:
+        """Verify the signature as a receiver would.
+
+        :param options: see :func:`flask_rq_webhooks.receiver.verify`.
+        :raises SignatureError: when it is not signed with *secret*.
+        """
+        return verify(self.body, self.headers, secret, **options)
+
+
+#: A status; a status with headers and body; one of :data:`NETWORK_ERRORS`; or what gives one of them.
+Answer = int | str | tuple[int, Mapping[str, str], bytes] | Callable[[ReceivedWebhook], Any]
+
+
+class InMemoryReceiver:
+    """Stand for every URL there is: keep what is sent and answer as told.
+
+    ``InMemoryReceiver(500, "timeout", 204)`` answers the first request with 500, lets the second time out,
+    and accepts the third and all others; without arguments it accepts everything. A function is given the
+    :class:`ReceivedWebhook` and returns the answer.
+
+    :param answers: one per request, the last for all that follow.
+    :raises ValueError: for an unknown network error.
+    """
+
+    def __init__(self, *answers: Answer) -> None:
+        for answer in answers:
+            if isinstance(answer, str):
+                _checked_error(answer)
+        self._answers = answers or (204,)
+        self._lock = threading.Lock()
+        #: Everything that was sent, in order.
+        self.received: list[ReceivedWebhook] = []
+
+    def submit(self, request: AttemptRequest) -> Future[AttemptResult]:
+        """Take a request and answer it at once; the dispatcher's side of the receiver."""
+        started_at = datetime.now(UTC)
+        webhook = ReceivedWebhook(request.url, dict(request.headers), request.body)
+        with self._lock:
+            answer = self._answers[min(len(self.received), len(self._answers) - 1)]
+            self.received.append(webhook)
+        future: Future[AttemptResult] = Future()
+        future.set_result(_result(answer(webhook) if callable(answer) else answer, started_at))
+        return future
+
+    def close(self, *, wait: bool) -> None:
+        """Do nothing: there is nothing to close."""
+
+
+def deliver_all(
+    app: Flask, receiver: InMemoryReceiver | None = None, *, retries: bool = True
+) -> list[ReceivedWebhook]:
+    """Deliver what the app's jobs have to tell, and return what was received by this call, in order.
+
+    Reads the outbox, looks once for endings that no callback reported (canceled and deleted jobs, for
+    instance; a job that is gone is told as lost by the second call), and sends.
+
+    :param app: an app with :class:`~flask_rq_webhooks.RQWebhooks` initialised.
+    :param receiver: where everything is sent; one that accepts everything by default.
+    :param retries: make the attempts that are due later, too, at once; otherwise their deliveries stay
+        ``pending``.
+    :raises StorageUnavailableError: when SQL cannot be used.
+    :raises redis.RedisError: when Redis cannot be used.
+    """
+    receiver = receiver or InMemoryReceiver()
+    already = len(receiver.received)
+    state = get_state(app)
+    consumer = new_id("tst")
+    ingest = Ingest(state, consumer=consumer, teller=Teller(state))
+    while not ingest.is_idle():
+        ingest.run_once(block_ms=1)
+    reconcile_now(state)
+    notices = Notices.from_settings(state.settings)
+    try:
+        _send_all(state, receiver, notices, consumer, retries=retries)
+    finally:
+        notices.close()
+    return receiver.received[already:]
+
+
+def _send_all(
+    state: State, receiver: InMemoryReceiver, notices: Notices, dispatcher_id: str, *, retries: bool
+) -> None:
+    sender = Sender(
+        state,
+        transport=receiver,
+        # No rate limit: a test would wait for the next minute.
+        limiter=RateLimiter(state.redis, 0),
+        notices=notices,
+        concurrency=state.settings.concurrency,
+        dispatcher_id=dispatcher_id,
+    )
+    while True:
+        if retries:
+            hasten(state.database)
+        sent = len(receiver.received)
+        sender.wake()
+        while sender.advance() <= 0 or sender.idle_since is None:
+            sender.wake()
+        # What cannot be sent at all (a wrong key) waits, too: going on would never end.
+        if not retries or len(receiver.received) == sent:
+            return
+
+
+def _result(answer: Any, started_at: datetime) -> AttemptResult:
+    if isinstance(answer, str):
+        return AttemptResult(
+            started_at=started_at,
+            duration_ms=0.0,
+            error_code=_checked_error(answer),
+            error_detail=f"{answer} (told by the test)",
+        )
+    status, headers, body = answer if isinstance(answer, tuple) else (answer, {}, b"")
+    kept = {name.lower(): value for name, value in headers.items()}
+    return AttemptResult(
+        started_at=started_at,
+        duration_ms=0.0,
+        status_code=status,
+        error_code="redirect" if 300 <= status < 400 else None,
+        response_headers=kept,
+        response_body=body,
+        retry_after=kept.get("retry-after"),
+    )
+
+
+def _checked_error(answer: str) -> str:
+    if answer not in NETWORK_ERRORS:
+        raise ValueError(f"{answer!r} is not a network error; known are {', '.join(sorted(NETWORK_ERRORS))}.")
+    return answer
