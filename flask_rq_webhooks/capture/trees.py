@@ -2,7 +2,9 @@
 
 Owns which jobs belong to a tree and when it is over. A tree is its roots (the jobs the request enqueued),
 the jobs named in their meta under ``CHILD_META_PREFIX`` keys, RQ's dependents, and theirs in turn. What was
-found is remembered in SQL, because a root's record expires while its children run for hours.
+found is remembered in SQL, because a root's record expires while its children run for hours, and because RQ
+forgets a dependent as soon as it is released: one that nobody noted in meta is known only if a look was taken
+while it waited.
 
 May run in several processes at once: the event of a tree is unique by its root's run.
 """
@@ -184,7 +186,9 @@ class TreeReporter:
         again = self._walk(rows)
         if {id_: job.status for id_, job in again.items()} != {id_: job.status for id_, job in jobs.items()}:
             return None
-        root = next((row for row in roots if row.job_id in jobs), roots[0])
+        present = [row for row in roots if row.job_id in jobs]
+        # The first the request enqueued.
+        root = min(present, key=lambda row: jobs[row.job_id].created_at) if present else roots[0]
         self._report(endpoint_id, root, jobs, verdict, now)
         return verdict.type
 

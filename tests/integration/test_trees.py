@@ -1,0 +1,364 @@
+"""Trees like a host's: roots that end first, children in meta, chains of dependencies; one event each."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import rq
+from rq.job import Job
+from rq.registry import FailedJobRegistry
+
+from flask_rq_webhooks.capture.reconcile import Reconciler
+from flask_rq_webhooks.capture.trees import TreeReporter
+from flask_rq_webhooks.state import State
+from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
+from flask_rq_webhooks.storage.models import Watch
+from flask_rq_webhooks.storage.registration import confirm
+from tests.pipeline import add_endpoint, deliveries, events, open_state, rows
+
+URL = "http://127.0.0.1:9/hook"
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def state(database_url: str, redis_url: str) -> Iterator[State]:
+    with open_state(database_url, redis_url) as opened:
+        yield opened
+
+
+def teller(state: State) -> Callable[[Sequence[IngestItem]], object]:
+    return lambda items: ingest(
+        state.database, items, render=state.render, max_attempts=state.settings.max_attempts
+    )
+
+
+@pytest.fixture
+def reconciler(state: State) -> Reconciler:
+    return Reconciler(state.database, state.redis, tell=teller(state), settings=state.settings)
+
+
+def queue(state: State) -> rq.Queue:
+    return rq.Queue(connection=state.redis)
+
+
+def work(state: State, jobs: int | None = None) -> None:
+    rq.SimpleWorker(["default"], connection=state.redis).work(
+        burst=True, max_jobs=jobs, logging_level="CRITICAL"
+    )
+
+
+def child(state: State, parent: Job, function: str, *args: Any, order: Any = 0, **options: Any) -> Job:
+    """Enqueue a job and note it in its parent's meta, as the host does."""
+    job = queue(state).enqueue_call(function, args, job_id=str(uuid.uuid4()), **options)
+    parent.meta[f"jobs:{order},func:{function.rpartition('.')[2]}"] = job.id
+    parent.save_meta()
+    return job
+
+
+def promise_tree(state: State, *roots: Job) -> str:
+    endpoint_id = add_endpoint(state, URL, scope="tree")
+    confirm(state.database, endpoint_id, existing=[job.id for job in roots], unseen=[], reserved_job_id=None)
+    return endpoint_id
+
+
+def root(state: State, function: str = "tests.jobs.run", *args: Any) -> Job:
+    return queue(state).enqueue_call(function, args or ("basin-7",), job_id=str(uuid.uuid4()))
+
+
+def tree_events(state: State) -> list[Any]:
+    return [event for event in events(state) if json.loads(event.payload)["scope"] == "tree"]
+
+
+def body(state: State) -> Any:
+    (delivery,) = deliveries(state)
+    return json.loads(delivery.body)
+
+
+def test_single_job_is_a_tree_of_one(state: State, reconciler: Reconciler) -> None:
+    job = root(state)
+    promise_tree(state, job)
+    reconciler.run_once()
+    assert events(state) == []
+    work(state)
+
+    for _ in range(3):
+        reconciler.run_once()
+
+    told = body(state)
+    assert told["event"] == "job.success"
+    assert told["job_id"] == job.id
+    assert told["runid"] == "basin-7"
+    assert told["scope"] == "tree"
+    assert told["jobs"] == {"finished": 1}
+    assert told["result"] == {"runid": "basin-7"}
+    assert len(tree_events(state)) == 1
+
+
+def test_root_that_ends_first_waits_for_its_children(state: State, reconciler: Reconciler) -> None:
+    job = root(state)
+    promise_tree(state, job)
+    child(state, job, "tests.jobs.add", 1, 2)
+    work(state, jobs=1)
+    reconciler.run_once()
+    assert deliveries(state) == []
+    work(state)
+
+    reconciler.run_once()
+
+    assert body(state)["jobs"] == {"finished": 2}
+
+
+def test_three_levels_with_text_orders_unregistered_children_and_a_last_job(
+    state: State, reconciler: Reconciler
+) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    everything = [top]
+    for number in range(4):
+        middle = child(state, top, "tests.jobs.add", 1, number, order=f"phase {number}b")
+        everything.append(middle)
+        everything += [child(state, middle, "tests.jobs.add", 2, leaf, order=leaf) for leaf in range(5)]
+    unregistered = queue(state).enqueue("tests.jobs.add", 9, 9)
+    last = queue(state).enqueue("tests.jobs.add", 0, 0, depends_on=everything)
+    assert len(everything) + 1 == 26
+    work(state, jobs=10)
+    reconciler.run_once()
+    assert deliveries(state) == []
+    work(state)
+
+    reconciler.run_once()
+
+    assert body(state)["event"] == "job.success"
+    assert body(state)["jobs"] == {"finished": 26}
+    assert last.get_status() == "finished"
+    assert unregistered.get_status() == "finished"
+
+
+def test_failed_child_and_the_last_job_that_never_runs(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    good = child(state, top, "tests.jobs.add", 1, 2, order=0)
+    bad = child(state, top, "tests.jobs.fail", "no rain", order=1)
+    last = queue(state).enqueue("tests.jobs.add", 0, 0, depends_on=[top, good, bad])
+    behind = queue(state).enqueue("tests.jobs.add", 0, 0, depends_on=last)
+    work(state)
+
+    for _ in range(2):
+        reconciler.run_once()
+
+    told = body(state)
+    assert told["event"] == "job.failure"
+    assert told["job_id"] == top.id
+    assert told["jobs"] == {"deferred": 2, "failed": 1, "finished": 2}
+    assert (told["error"]["type"], told["error"]["message"]) == ("ValueError", "no rain")
+    assert behind.get_status() == "deferred"
+
+
+def test_last_job_that_allows_failure_runs_and_is_waited_for(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    bad = child(state, top, "tests.jobs.fail", order=1)
+    dependency = rq.job.Dependency(jobs=[bad], allow_failure=True)
+    last = queue(state).enqueue("tests.jobs.add", 0, 0, depends_on=dependency)
+    reconciler.run_once()  # RQ forgets a dependent when it is released
+    work(state, jobs=2)
+    reconciler.run_once()
+    assert deliveries(state) == []
+    work(state)
+    assert last.get_status() == "finished"
+
+    reconciler.run_once()
+
+    assert body(state)["jobs"] == {"failed": 1, "finished": 2}
+    assert body(state)["event"] == "job.failure"
+
+
+def test_child_that_waits_for_its_retry_is_active(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    bad = child(state, top, "tests.jobs.fail", retry=rq.Retry(max=1, interval=3600))
+    work(state)
+    reconciler.run_once()
+    assert bad.get_status() == "scheduled"
+    assert deliveries(state) == []
+
+
+@pytest.mark.parametrize(("status", "expected"), [("stopped", "job.stopped"), ("canceled", "job.canceled")])
+def test_stopped_or_canceled_child(state: State, reconciler: Reconciler, status: str, expected: str) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    other = child(state, top, "tests.jobs.add", 1, 2)
+    work(state)
+    state.redis.hset(other.key, "status", status)
+
+    reconciler.run_once()
+
+    assert body(state)["event"] == expected
+    assert body(state)["jobs"] == {status: 1, "finished": 1}
+
+
+def test_missing_children_are_ignored_and_cycles_end(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    below = child(state, top, "tests.jobs.add", 1, 2)
+    top.meta |= {"jobs:1,func:gone": "never-existed", "jobs:2,func:odd": 17, "other": "not-a-child"}
+    top.save_meta()
+    below.meta["jobs:0,func:up"] = top.id
+    below.meta["jobs:1,func:self"] = below.id
+    below.save_meta()
+    work(state)
+
+    reconciler.run_once()
+
+    assert body(state)["event"] == "job.success"
+    assert body(state)["jobs"] == {"finished": 2}
+
+
+def test_several_jobs_of_one_request_are_one_tree(state: State, reconciler: Reconciler) -> None:
+    first, second = root(state), root(state, "tests.jobs.fail", "dry")
+    promise_tree(state, first, second)
+    work(state, jobs=1)
+    reconciler.run_once()
+    assert deliveries(state) == []
+    work(state)
+
+    reconciler.run_once()
+
+    assert body(state)["event"] == "job.failure"
+    assert body(state)["job_id"] == first.id
+    assert body(state)["jobs"] == {"failed": 1, "finished": 1}
+
+
+def test_children_are_known_after_the_roots_record_expired(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    first = child(state, top, "tests.jobs.add", 1, 2, order=0)
+    child(state, top, "tests.jobs.fail", order=1)
+    work(state, jobs=2)
+    reconciler.run_once()
+    state.redis.delete(top.key, first.key)
+    reconciler.run_once()
+    assert deliveries(state) == []
+    work(state)
+
+    reconciler.run_once()
+
+    assert body(state)["event"] == "job.failure"
+    assert body(state)["jobs"] == {"failed": 1, "finished": 2}
+
+
+def test_tree_whose_jobs_are_all_gone_is_lost(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    reconciler.run_once()
+    state.redis.flushdb()
+
+    for _ in range(3):
+        reconciler.run_once()
+
+    assert body(state)["event"] == "job.lost"
+    assert len(tree_events(state)) == 1
+
+
+def test_reserved_tree_whose_job_has_not_come_is_waited_for(state: State, reconciler: Reconciler) -> None:
+    job = root(state)
+    endpoint_id = add_endpoint(state, URL, scope="tree")
+    confirm(state.database, endpoint_id, existing=[job.id], unseen=["in-a-pipeline"], reserved_job_id=None)
+    work(state)
+
+    reconciler.run_once()
+
+    assert deliveries(state) == []
+
+
+def test_many_looks_at_once_are_one_event(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    jobs = [child(state, top, "tests.jobs.add", 1, number, order=number) for number in range(8)]
+    work(state)
+    start = threading.Barrier(4)
+
+    def look() -> None:
+        trees = TreeReporter(state.database, state.redis, tell=teller(state), settings=state.settings)
+        trees.look_sooner([top.id, *(job.id for job in jobs)])
+        start.wait()
+        trees.run_hinted()
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reconciler.run_once()
+
+    assert len(tree_events(state)) == 1
+    assert body(state)["jobs"] == {"finished": 9}
+
+
+def test_hint_from_a_member_tells_without_a_pass(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    last = child(state, top, "tests.jobs.add", 1, 2)
+    reconciler.run_once()  # finds the member
+    work(state)
+
+    reconciler.trees.look_sooner([last.id, "somebody-elses"])
+    assert reconciler.trees.run_hinted() == ["job.success"]
+    assert reconciler.trees.run_hinted() == []
+
+    assert body(state)["jobs"] == {"finished": 2}
+
+
+def test_tree_is_told_to_its_own_endpoint_only(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    below = child(state, top, "tests.jobs.add", 1, 2)
+    whole, part = promise_tree(state, top), promise_tree(state, below)
+    single = add_endpoint(state, URL)
+    confirm(state.database, single, existing=[top.id], unseen=[], reserved_job_id=None)
+    work(state)
+
+    for _ in range(2):
+        reconciler.run_once()
+
+    bodies = {delivery.endpoint_id: json.loads(delivery.body) for delivery in deliveries(state)}
+    assert len(deliveries(state)) == 3
+    assert bodies[whole]["jobs"] == {"finished": 2}
+    assert bodies[part]["jobs"] == {"finished": 1}
+    assert bodies[part]["job_id"] == below.id
+    assert "jobs" not in bodies[single]
+
+
+def test_requeued_root_is_another_tree(state: State, reconciler: Reconciler) -> None:
+    top = root(state, "tests.jobs.fail")
+    promise_tree(state, top)
+    work(state)
+    reconciler.run_once()
+    FailedJobRegistry("default", state.redis).requeue(top.id)
+    reconciler.run_once()
+    assert len(tree_events(state)) == 1
+    work(state)
+
+    reconciler.run_once()
+
+    assert len(tree_events(state)) == 2
+    assert len(deliveries(state)) == 2
+
+
+def test_told_tree_needs_no_further_look(state: State, reconciler: Reconciler) -> None:
+    top = root(state)
+    promise_tree(state, top)
+    child(state, top, "tests.jobs.add", 1, 2)
+    work(state)
+    reconciler.run_once()
+
+    assert sorted(watch.status for watch in rows(state, Watch)) == ["closed", "settled"]
+    started = time.perf_counter()
+    assert reconciler.trees.run_once() == []
+    assert time.perf_counter() - started < 1
