@@ -14,12 +14,13 @@ from flask import Flask
 
 from .capture import attach
 from .config import load_settings
+from .delivery.telling import Teller
 from .errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
 from .protocol.events import SOURCE_APPLICATION, Occurrence, is_application_type
 from .protocol.jsonsafe import to_json_safe
 from .protocol.payloads import FORMATS, PayloadFormat, custom_format
 from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, get_state
-from .storage.deliveries import IngestItem, ingest
+from .storage.deliveries import IngestItem
 from .storage.models import copy_tables
 from .web import api, decorators, enqueueing
 
@@ -163,6 +164,31 @@ class RQWebhooks:
             get_state(), queue, func, args, runid=runid, payload=payload, timeout=timeout, **enqueue_options
         )
 
+    def watch(
+        self,
+        job: Job,
+        url: str,
+        *,
+        secret: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        runid: str | None = None,
+        **fields: Any,
+    ) -> str:
+        """Report a job made elsewhere: by ``Job.create``, cron, or another service.
+
+        Such a job carries no callback of ours, so reconcile reports it, within ``RECONCILE_INTERVAL`` and a
+        little. The run that waits or runs now counts, and every later one.
+
+        :param fields: further request fields without their prefix: ``events``, ``format``, ``reference``,
+            ``timeout``, ``retry_count``; and ``sign_payload``.
+        :returns: the endpoint's id.
+        :raises InvalidWebhookError: when a value is not acceptable.
+        :raises StorageUnavailableError: when the promise cannot be stored.
+        """
+        return enqueueing.watch(
+            get_state(), job, {"url": url, "secret": secret, "headers": headers, **fields}, runid=runid
+        )
+
     def instrument_rq(self) -> None:
         """Make plain ``rq.Queue`` objects carry the webhook inside decorated views. Idempotent."""
         attach.instrument()
@@ -186,7 +212,6 @@ class RQWebhooks:
                 f"{event_type!r} is not an application event type; use dotted lower-case words that do not "
                 "begin with 'job.' or 'webhook.', such as 'model.published'."
             )
-        state = get_state()
         occurrence = Occurrence(
             type=event_type,
             occurred_at=datetime.now(UTC),
@@ -194,12 +219,7 @@ class RQWebhooks:
             runid=runid,
             data=to_json_safe(dict(data)),
         )
-        (event,) = ingest(
-            state.database,
-            [IngestItem(occurrence)],
-            render=state.render,
-            max_attempts=state.settings.max_attempts,
-        )
+        (event,) = Teller(get_state()).tell([IngestItem(occurrence)])
         return event.event_id
 
     # -- the host's functions -------------------------------------------------------------------------

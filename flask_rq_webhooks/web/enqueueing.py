@@ -14,9 +14,12 @@ from rq import Queue
 from rq.job import Job
 
 from ..capture.attach import Attachment, attached, current_attachment, make_token
+from ..errors import InvalidWebhookError
+from ..protocol.events import format_time, parse_time
 from ..state import EXTENSION_NAME, State, get_state
+from ..storage.watches import watch_job
 from .fields import FIELDS, URL
-from .registering import confirm_webhook, register_webhook, same_database
+from .registering import confirm_webhook, new_endpoint, register_webhook, same_database
 from .schemas import load_webhook
 
 
@@ -53,6 +56,32 @@ def enqueue_with_webhook(
     finally:
         current_attachment.reset(token)
         confirm_webhook(state, attachment)
+
+
+def watch(state: State, job: Job, values: Mapping[str, Any], *, runid: str | None) -> str:
+    """Promise to report *job*, which was made elsewhere.
+
+    :param values: request fields without the prefix ``webhook_``.
+    :returns: the endpoint's id.
+    :raises InvalidWebhookError: for an unknown field or a bad value.
+    :raises StorageUnavailableError: when the promise cannot be stored.
+    """
+    fields = {name if name == "sign_payload" else f"webhook_{name}": value for name, value in values.items()}
+    unknown = sorted(fields.keys() - FIELDS)
+    if unknown:
+        raise InvalidWebhookError(details={name: ["There is no such field."] for name in unknown})
+    wanted = load_webhook(
+        fields, settings=state.settings, url_policy=state.url_policy, formats=state.formats.keys()
+    )
+    began = job.enqueued_at or job.created_at
+    return watch_job(
+        state.database,
+        state.cipher,
+        new_endpoint(wanted, runid=runid),
+        namespace=state.namespace,
+        job_id=job.id,
+        counts_from=None if began is None else parse_time(format_time(began)),
+    )
 
 
 def attachment_for_current_app() -> Attachment | None:

@@ -67,20 +67,7 @@ def register_webhook(
     endpoint_id = register(
         state.database,
         state.cipher,
-        NewEndpoint(
-            url=wanted.url,
-            host=wanted.host,
-            headers=wanted.headers,
-            secret=wanted.secret,
-            events=wanted.events or (None if events is None else tuple(events)),
-            scope=scope,
-            format=wanted.format,
-            sign_payload=wanted.sign_payload,
-            reference=wanted.reference,
-            runid=runid,
-            timeout_s=wanted.timeout_s,
-            max_attempts=wanted.max_attempts,
-        ),
+        new_endpoint(wanted, events=events, scope=scope, runid=runid),
         namespace=state.namespace,
         reserved_job_id=reserved_job_id,
     )
@@ -90,6 +77,30 @@ def register_webhook(
         token=make_token(endpoint_id, state.settings.outbox_maxlen),
         reserved_job_id=reserved_job_id,
         same_database=same_database(state),
+    )
+
+
+def new_endpoint(
+    wanted: WebhookRequest,
+    *,
+    events: Sequence[str] | None = None,
+    scope: str = "job",
+    runid: str | None = None,
+) -> NewEndpoint:
+    """Return the job-bound endpoint that a request's fields describe."""
+    return NewEndpoint(
+        url=wanted.url,
+        host=wanted.host,
+        headers=wanted.headers,
+        secret=wanted.secret,
+        events=wanted.events or (None if events is None else tuple(events)),
+        scope=scope,
+        format=wanted.format,
+        sign_payload=wanted.sign_payload,
+        reference=wanted.reference,
+        runid=runid,
+        timeout_s=wanted.timeout_s,
+        max_attempts=wanted.max_attempts,
     )
 
 

@@ -147,3 +147,29 @@ def test_attach_all_gives_every_job_of_the_app_callbacks(make_state: Any, redis_
         f"flask_rq_webhooks.callbacks.success.ep{state.namespace}_all"
     )
     assert success_callback(redis_client, outside.id) == ""
+
+
+def test_watch_promises_to_report_a_job_made_elsewhere(make_state: Any, redis_client: Redis) -> None:
+    webhooks, state = make_state()
+    job = rq.Queue(connection=redis_client).enqueue(tasks.add, 1, 2)
+
+    with state.app.app_context():
+        endpoint_id = webhooks.watch(job, URL, secret="s3cret", runid="basin", events=["job.failure"])
+
+    with state.database.read() as connection:
+        watch = connection.execute(sa.select(Watch.endpoint_id, Watch.job_id, Watch.status)).one()
+        endpoint = connection.execute(sa.select(Endpoint.url, Endpoint.runid, Endpoint.events)).one()
+    assert tuple(watch) == (endpoint_id, job.id, "open")
+    assert tuple(endpoint) == (URL, "basin", '["job.failure"]')
+
+
+@pytest.mark.parametrize("fields", [{"url": "http://10.0.0.1/"}, {"url": URL, "colour": "blue"}])
+def test_watch_refuses_what_it_cannot_promise(make_state: Any, redis_client: Redis, fields: Any) -> None:
+    webhooks, state = make_state()
+    job = rq.Queue(connection=redis_client).enqueue(tasks.add, 1, 2)
+
+    with state.app.app_context(), pytest.raises(InvalidWebhookError):
+        webhooks.watch(job, **fields)
+
+    with state.database.read() as connection:
+        assert connection.execute(sa.select(Watch.id)).all() == []
