@@ -45,7 +45,10 @@ class Hooks(Protocol):
     authorize_function: Authorize | None
     scrub_function: Scrub | None
     error_envelope_function: ErrorEnvelope | None
-    formats: Mapping[str, PayloadFormat]
+
+    @property
+    def formats(self) -> Mapping[str, PayloadFormat]:
+        """Return the payload formats by name."""
 
 
 class State:
@@ -234,7 +237,7 @@ def get_state(app: Flask | None = None) -> State:
 
     :raises ConfigurationError: when the extension was not initialised for it.
     """
-    app = app or cast(Flask, current_app)
+    app = app or current_app
     try:
         return cast(State, app.extensions[EXTENSION_NAME])
     except KeyError:

@@ -6,7 +6,7 @@ nothing of responses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flask import current_app, has_app_context
@@ -26,7 +26,7 @@ from .schemas import load_webhook
 def enqueue_with_webhook(
     state: State,
     queue: Queue,
-    func: Callable[..., Any] | str,
+    func: Any,
     args: Sequence[Any] = (),
     *,
     runid: str | None = None,
@@ -35,6 +35,7 @@ def enqueue_with_webhook(
 ) -> Job:
     """Enqueue one job through any queue, with the webhook that *payload* or the request asks for.
 
+    :param func: a function or its dotted name.
     :param runid: goes into ``job.meta["runid"]``, where callbacks find it, and to the endpoint.
     :param options: further arguments of ``rq.Queue.enqueue_call``.
     :raises InvalidWebhookError: for bad fields in *payload*.
