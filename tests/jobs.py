@@ -23,13 +23,25 @@ def fail(message: str = "no such basin") -> None:
     raise ValueError(message)
 
 
-def fail_with_args(runid: str) -> None:
-    raise KeyError(runid)
-
-
 def sleep(seconds: float) -> str:
     time.sleep(seconds)
     return "woke up"
+
+
+def sleep_after_note(runid: str, seconds: float) -> None:
+    """Tell the work-horse's process id, so that a test can wait for the start and kill it."""
+    job = get_current_job()
+    assert job is not None
+    job.connection.rpush("pids", os.getpid())
+    time.sleep(seconds)
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def import_module(name: str) -> str:
+    return str(__import__(name).__name__)
 
 
 def system_exit() -> None:
@@ -60,12 +72,13 @@ def unprintable() -> Unprintable:
     return Unprintable()
 
 
-def unprintable_error() -> None:
-    class Broken(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("no text")
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
 
-    raise Broken
+
+def unprintable_error() -> None:
+    raise UnprintableError
 
 
 def huge() -> str:
@@ -84,13 +97,6 @@ def overwrite_meta() -> str:
     job.save_meta()
     job.save()
     return "saved"
-
-
-def meta_runid() -> None:
-    job = get_current_job()
-    assert job is not None
-    job.meta["runid"] = "from-meta"
-    job.save_meta()
 
 
 # -- user callbacks -----------------------------------------------------------------------------------------
@@ -140,8 +146,7 @@ def freeze_redis_on_success(job: Any, connection: Any, result: Any) -> None:
     """Stop the server: what comes after this callback finds a Redis that does not answer."""
     pid = int(connection.info("server")["process_id"])
     os.kill(pid, signal.SIGSTOP)
-    connection_pid = os.fork()
-    if connection_pid == 0:
+    if os.fork() == 0:
         time.sleep(5)
         os.kill(pid, signal.SIGCONT)
         os._exit(0)
