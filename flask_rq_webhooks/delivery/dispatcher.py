@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
 #: Seconds without a finished step after which a thread counts as stuck, and heartbeats cease.
 STUCK_S = 60.0
+#: Seconds between looks at trees one of whose jobs ended; in any dispatcher, whoever has the lease.
+TREES_S = 0.5
 #: Seconds between prunings.
 PRUNE_S = 3600.0
 #: Seconds a pass of reconcile may take before another dispatcher starts one.
@@ -137,13 +139,16 @@ class Dispatcher:
             dispatcher_id=self.id,
         )
         teller = Teller(state, on_deliveries=self._sender.wake)
-        self._ingest = Ingest(state, consumer=self.id, teller=teller)
         self._reconciler = _reconciler(state, teller)
+        trees = self._reconciler.trees
+        hinting = Teller(state, on_deliveries=self._sender.wake, on_ended=trees.look_sooner)
+        self._ingest = Ingest(state, consumer=self.id, teller=hinting)
         interval_s = settings.reconcile_interval
         self._periodic = [
             PeriodicJob(
                 name="reconcile", interval_s=interval_s, first_after_s=interval_s, run=self._reconcile
             ),
+            PeriodicJob(name="trees", interval_s=TREES_S, run=lambda _should_stop: trees.run_hinted()),
             PeriodicJob(name="prune", interval_s=PRUNE_S, first_after_s=PRUNE_S / 60, run=self._prune),
             *periodic,
         ]

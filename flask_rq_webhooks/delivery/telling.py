@@ -5,10 +5,11 @@ What ingest and reconcile have in common. Knows nothing of where occurrences com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .. import signals
+from ..protocol.events import TERMINAL_TYPES
 from ..storage.deliveries import IngestedEvent, IngestItem, ingest
 from .hooks import safe_render, safe_scrub
 
@@ -21,11 +22,19 @@ class Teller:
 
     :param state: the app's state.
     :param on_deliveries: called after a commit that made deliveries due.
+    :param on_ended: called with the ids of jobs whose endings were stored: their trees may be over now.
     """
 
-    def __init__(self, state: State, *, on_deliveries: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        state: State,
+        *,
+        on_deliveries: Callable[[], None] = lambda: None,
+        on_ended: Callable[[Iterable[str]], None] = lambda job_ids: None,
+    ) -> None:
         self._state = state
         self._on_deliveries = on_deliveries
+        self._on_ended = on_ended
         self._render = safe_render(state)
         self._scrub = safe_scrub(state)
 
@@ -45,6 +54,7 @@ class Teller:
             )
             if any(event.deliveries for event in events):
                 self._on_deliveries()
+            self._on_ended(event.job_id for event in events if event.job_id and event.type in TERMINAL_TYPES)
             if signals.event_recorded.receivers:
                 for event in events:
                     if event.created:
