@@ -38,7 +38,7 @@ docs: $(VENV)/.dev  ## build the documentation into docs/_build/html; any warnin
 package: $(VENV)/.dev  ## build sdist and wheel into dist/ and check them
 	rm -rf dist build
 	$(INSTALL) build twine
-	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist . >/dev/null
 	$(BIN)/twine check --strict dist/*
 
 oldest: .venv-oldest/.oldest  ## run the server tests on the oldest supported versions

@@ -213,10 +213,15 @@ class Timeline:
         self._began = time.time()
         self._told: set[tuple[str, str]] = set()
 
-    def tell(self, facts: Sequence[tuple[float, str, str]]) -> None:
-        """Print the facts (when, which job, what) that were not told before, oldest first."""
+    def tell(self, facts: Sequence[tuple[float, str, str]], *, older_than_s: float = 0.0) -> None:
+        """Print the facts (when, which job, what) that were not told before, oldest first.
+
+        :param older_than_s: leave younger ones for the next time: what happened in between may be known by
+            then, from one of the other jobs.
+        """
+        until = time.time() - older_than_s
         for at, name, what in sorted(facts):
-            if (name, what) not in self._told:
+            if at <= until and (name, what) not in self._told:
                 self._told.add((name, what))
                 print(f"{max(0.0, at - self._began):7.2f} s  {name:8} {what}", flush=True)
 
@@ -238,7 +243,7 @@ class Submission:
         self, status: Mapping[str, Any], arrivals: Sequence[Mapping[str, Any]]
     ) -> list[tuple[float, str, str]]:
         """Return what the status route and the receiver tell about this job."""
-        found: list[tuple[float, str, str]] = []
+        found = [(self.at, self.name, f"submitted: {self.path}, job {self.job_id}")]
         for event in status.get("events", []):
             if event.get("ended_at") or event.get("occurred_at"):
                 found.append(
@@ -348,16 +353,13 @@ class Demo:
         submissions = self.submissions()
         for submission in submissions:
             self.submit(submission)
-            timeline.tell(
-                [(submission.at, submission.name, f"submitted: {submission.path}, job {submission.job_id}")]
-            )
         deadline = time.monotonic() + DELIVERY_DEADLINE
         while True:
             check()
             arrivals = self.arrivals()
             statuses = {submission.name: self.status(submission.job_id) for submission in submissions}
-            for submission in submissions:
-                timeline.tell(submission.facts(statuses[submission.name], arrivals))
+            facts = [fact for one in submissions for fact in one.facts(statuses[one.name], arrivals)]
+            timeline.tell(facts, older_than_s=0.5)
             done = [
                 submission
                 for submission in submissions
@@ -367,6 +369,7 @@ class Demo:
             if len(done) == len(submissions) or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
+        timeline.tell(facts)
         print("\nWhat the status route says about the last one:")
         print(json.dumps(statuses[submissions[-1].name], indent=2))
         return len(done)
