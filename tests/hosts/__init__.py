@@ -1,0 +1,1 @@
+"""Host apps in the shapes that exist, and what surrounds them."""
