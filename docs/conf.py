@@ -15,7 +15,7 @@ author = "flask_rq_webhooks contributors"
 copyright = f"2025, {author}"
 version = release = __version__
 
-extensions = ["sphinx.ext.autodoc", "settings_table", "payload_examples"]
+extensions = ["sphinx.ext.autodoc", "settings_table", "payload_examples", "cli_help"]
 exclude_patterns = ["_build", "receivers/node_modules"]
 nitpicky = True
 # Types of other projects: their inventories are not fetched, so that the docs build without a network.
