@@ -42,6 +42,15 @@ from .models import (
     new_id,
 )
 
+#: When the first pending delivery is, or was, due. SQLite is told which index, see the statements below.
+EARLIEST = (
+    select(Delivery.next_attempt_at)
+    .where(Delivery.status == text("'pending'"))
+    .order_by(Delivery.next_attempt_at)
+    .limit(1)
+    .with_hint(Delivery, "INDEXED BY ix_rq_webhooks_delivery_next", "sqlite")
+)
+
 #: Due rows looked at before hosts are taken in turn instead.
 WINDOW = 256
 
@@ -103,14 +112,14 @@ def claim_due(
         "lease_id": lease_id,
     }
     if database.is_sqlite:
-        with database.write() as connection:
+        with database.write(durable=False) as connection:
             now = database.now(connection)
             parameters |= {"now": now, "lease_until": now + timedelta(seconds=lease_s)}
             rows = connection.execute(_CLAIM_SQLITE, parameters).all()
             turns = [(row.host <= after, row.host) for row in rows]
             claimed = _load(database, connection, [row.id for row in rows], lease_id)
     else:
-        with database.write(single_statement=True) as connection:
+        with database.write(single_statement=True, durable=False) as connection:
             rows = connection.execute(_CLAIM_POSTGRESQL, parameters | {"lease_s": lease_s}).all()
             # Not told from the hosts themselves: how they sort is the database's own affair.
             turns = [(row.wrapped, row.turn) for row in rows]
@@ -127,7 +136,7 @@ def defer(database: Database, claimed: ClaimedDelivery, *, delay_s: float) -> bo
 
     :returns: whether the lease was still held.
     """
-    with database.write(single_statement=True) as connection:
+    with database.write(single_statement=True, durable=False) as connection:
         changed = connection.execute(
             update(Delivery)
             .where(
@@ -145,7 +154,7 @@ def release(database: Database, claimed: Sequence[ClaimedDelivery]) -> int:
     if not claimed:
         return 0
     released = 0
-    with database.write() as connection:
+    with database.write(durable=False) as connection:
         for lease_id in sorted({delivery.lease_id for delivery in claimed}):
             ids = [delivery.id for delivery in claimed if delivery.lease_id == lease_id]
             released += connection.execute(
@@ -158,7 +167,7 @@ def release(database: Database, claimed: Sequence[ClaimedDelivery]) -> int:
 
 def free_expired_leases(database: Database) -> int:
     """Make deliveries due again whose sender was not heard of within its lease; return how many."""
-    with database.write(single_statement=True) as connection:
+    with database.write(single_statement=True, durable=False) as connection:
         return connection.execute(
             update(Delivery)
             .where(Delivery.status == text("'sending'"), Delivery.lease_until < database.clock())
@@ -171,16 +180,10 @@ def next_due_in(database: Database) -> float | None:
 
     While sending is paused nothing is due: ``None``.
     """
-    earliest = (
-        select(Delivery.next_attempt_at)
-        .where(Delivery.status == text("'pending'"))
-        .order_by(Delivery.next_attempt_at)
-        .limit(1)
-    )
     paused = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED)
     with database.read() as connection:
         due, now, paused_at = connection.execute(
-            select(earliest.scalar_subquery(), database.clock(), paused.scalar_subquery())
+            select(EARLIEST.scalar_subquery(), database.clock(), paused.scalar_subquery())
         ).one()
     if due is None or paused_at is not None:
         return None
@@ -258,7 +261,8 @@ def _load(
     ]
 
 
-# The statements. 'pending' is written out, not a parameter: only then do they match the partial indexes.
+# The statements. A lease need not outlive the machine, so no commit waits for the disk. 'pending' is
+# written out, not a parameter: only then do they match the partial indexes.
 
 _CLAIM_POSTGRESQL = text("""
 WITH RECURSIVE
@@ -272,7 +276,9 @@ oldest AS MATERIALIZED (
           SELECT FROM rq_webhooks_dispatcher s WHERE s.id = 'shared' AND s.paused_at IS NOT NULL)
     ORDER BY d.next_attempt_at LIMIT :window
 ),
-many AS MATERIALIZED (SELECT count(*) = :window AS yes FROM oldest),
+many AS MATERIALIZED (
+    SELECT count(*) = :window AS yes, set_config('synchronous_commit', 'off', true) FROM oldest
+),
 ahead(host, due, found, turn) AS (
     SELECT CAST(:after AS text), false, 0, 0 FROM many WHERE yes
     UNION ALL
@@ -351,12 +357,13 @@ RETURNING delivery.id, delivery.host, picked.wrapped, picked.turn
     bindparam("lease_s", type_=Float),
 )
 
-# On SQLite ``found`` counts what came before the row, as the walk itself may be named only once there.
+# SQLite is told which index to take: with its statistics it prefers (status, id), and sorts a million rows.
+# And ``found`` counts what came before the row, as the walk itself may be named only once there.
 _CLAIM_SQLITE = text("""
 WITH RECURSIVE
 busy(host, requests) AS MATERIALIZED (SELECT key, value FROM json_each(:in_flight)),
 oldest(host) AS MATERIALIZED (
-    SELECT d.host FROM rq_webhooks_delivery d
+    SELECT d.host FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_next
     WHERE d.status = 'pending' AND d.next_attempt_at <= :now
       AND NOT EXISTS (
           SELECT 1 FROM rq_webhooks_dispatcher s WHERE s.id = 'shared' AND s.paused_at IS NOT NULL)
@@ -367,12 +374,12 @@ ahead(host, due, found) AS (
     SELECT :after, 0, 0 FROM many WHERE yes
     UNION ALL
     SELECT n.host,
-           EXISTS (SELECT 1 FROM rq_webhooks_delivery d
+           EXISTS (SELECT 1 FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
                    WHERE d.status = 'pending' AND d.host = n.host AND d.next_attempt_at <= :now)
            AND NOT EXISTS (SELECT 1 FROM busy b WHERE b.host = n.host AND b.requests >= :per_host),
            a.found + a.due
     FROM ahead a CROSS JOIN rq_webhooks_delivery n ON n.rowid = (
-        SELECT d.rowid FROM rq_webhooks_delivery d
+        SELECT d.rowid FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
         WHERE d.status = 'pending' AND d.host > a.host ORDER BY d.host LIMIT 1)
     WHERE a.found + a.due < :limit
 ),
@@ -380,12 +387,12 @@ wrapped(host, due, found) AS (
     SELECT '', 0, (SELECT max(found + due) FROM ahead) FROM many WHERE yes
     UNION ALL
     SELECT n.host,
-           EXISTS (SELECT 1 FROM rq_webhooks_delivery d
+           EXISTS (SELECT 1 FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
                    WHERE d.status = 'pending' AND d.host = n.host AND d.next_attempt_at <= :now)
            AND NOT EXISTS (SELECT 1 FROM busy b WHERE b.host = n.host AND b.requests >= :per_host),
            w.found + w.due
     FROM wrapped w CROSS JOIN rq_webhooks_delivery n ON n.rowid = (
-        SELECT d.rowid FROM rq_webhooks_delivery d
+        SELECT d.rowid FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
         WHERE d.status = 'pending' AND d.host > w.host AND d.host <= :after ORDER BY d.host LIMIT 1)
     WHERE w.found + w.due < :limit
 ),
@@ -401,7 +408,7 @@ slots(row, rank, next_attempt_at) AS (
     FROM candidates c
     LEFT JOIN busy b ON b.host = c.host
     CROSS JOIN rq_webhooks_delivery r ON r.rowid IN (
-        SELECT d.rowid FROM rq_webhooks_delivery d
+        SELECT d.rowid FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
         WHERE d.status = 'pending' AND d.host = c.host AND d.next_attempt_at <= :now
         ORDER BY d.next_attempt_at LIMIT :per_host)
 )

@@ -98,13 +98,15 @@ class Database:
 
     @contextmanager
     def write(
-        self, *, busy_timeout_s: float | None = None, single_statement: bool = False
+        self, *, busy_timeout_s: float | None = None, single_statement: bool = False, durable: bool = True
     ) -> Iterator[Connection]:
         """Open one transaction that writes; commit at the end, roll back on an exception.
 
         :param busy_timeout_s: SQLite: wait no longer than this for another writer.
         :param single_statement: the caller executes exactly one statement. PostgreSQL then runs it as a
             transaction of its own, which saves the round trips of ``BEGIN`` and ``COMMIT``.
+        :param durable: ``False``: SQLite need not wait for the disk. What is written survives the death of
+            this process, and may be undone by that of the machine.
         :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
             tables.
         """
@@ -112,7 +114,7 @@ class Database:
             "rq_webhooks_write": True,
         }
         if self.is_sqlite:
-            options["rq_webhooks_busy_timeout_s"] = busy_timeout_s
+            options |= {"rq_webhooks_busy_timeout_s": busy_timeout_s, "rq_webhooks_durable": durable}
         elif single_statement:
             options["isolation_level"] = "AUTOCOMMIT"
         with self._transaction(options) as connection:
@@ -141,7 +143,9 @@ class Database:
                         yield connection
                 finally:
                     if options.get("rq_webhooks_busy_timeout_s") is not None:
-                        _set_busy_timeout(connection, self._busy_timeout_s)
+                        _set_pragma(connection, f"busy_timeout={int(self._busy_timeout_s * 1000)}")
+                    if not options.get("rq_webhooks_durable", True):
+                        _set_pragma(connection, "synchronous=FULL")
         except (DBAPIError, PoolTimeoutError) as exc:
             if is_missing_schema(exc):
                 raise StorageUnavailableError(
@@ -193,7 +197,8 @@ def is_missing_schema(exc: SQLAlchemyError) -> TypeGuard[DBAPIError]:
         return False
     if type(exc.orig).__name__ in {"UndefinedTable", "UndefinedColumn"}:
         return "rq_webhooks_" in str(exc.orig) or "rq_webhooks_" in (exc.statement or "")
-    return str(exc.orig).startswith(("no such table: rq_webhooks_", "no such column: rq_webhooks_")) or (
+    missing = ("no such table: rq_webhooks_", "no such column: ", "no such index: ix_rq_webhooks_")
+    return (str(exc.orig).startswith(missing) and "rq_webhooks_" in (exc.statement or "")) or (
         " has no column named " in str(exc.orig) and "table rq_webhooks_" in str(exc.orig)
     )
 
@@ -240,7 +245,7 @@ def _prepare_sqlite(dbapi_connection: Any, _record: Any) -> None:
     cursor.execute("PRAGMA foreign_keys=ON")
     # FULL: a registration we answered for survives a power failure too. One fsync of the log per commit,
     # measured 0.3 ms against 0.02 ms for NORMAL, which only survives the death of the process; ingest and
-    # record commit per batch and do not feel it.
+    # record commit per batch and do not feel it. Claims say durable=False: a lease that is undone is free.
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
 
@@ -248,17 +253,19 @@ def _prepare_sqlite(dbapi_connection: Any, _record: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     options = connection.get_execution_options()
     if options.get("rq_webhooks_busy_timeout_s") is not None:
-        _set_busy_timeout(connection, options["rq_webhooks_busy_timeout_s"])
+        _set_pragma(connection, f"busy_timeout={int(options['rq_webhooks_busy_timeout_s'] * 1000)}")
+    if not options.get("rq_webhooks_durable", True):
+        _set_pragma(connection, "synchronous=NORMAL")
     # A transaction that reads first and writes later cannot wait for another writer (SQLITE_BUSY at
     # once); one that says IMMEDIATE waits its turn.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("rq_webhooks_write", True) else "BEGIN")
 
 
-def _set_busy_timeout(connection: Connection, seconds: float) -> None:
-    # On the driver's connection: through SQLAlchemy it would come after BEGIN, which is what has to wait.
+def _set_pragma(connection: Connection, pragma: str) -> None:
+    # On the driver's connection: through SQLAlchemy it would come after BEGIN, where it has no effect.
     raw = connection.connection.driver_connection
     if isinstance(raw, sqlite3.Connection):
-        raw.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}").close()
+        raw.execute(f"PRAGMA {pragma}").close()
 
 
 def _forget_connections(engine: weakref.ref[Engine]) -> None:

@@ -1,0 +1,442 @@
+"""Reads for people: the status of a job's webhook, lists, details, numbers.
+
+Owns what pages, API and command line show, with cursors and bounded cost: no query here reads more rows
+than it shows, or than one of the windows below. URLs are given as they are stored; whoever shows them
+redacts them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
+
+from .database import Database
+from .filters import DeliveryFilter
+from .models import (
+    OPEN,
+    RESERVED,
+    SETTLED,
+    Attempt,
+    Delivery,
+    Endpoint,
+    Event,
+    Secret,
+    Watch,
+    first_id_at,
+)
+
+#: Items on a page at most, whatever is asked for.
+MAX_PAGE = 200
+
+#: Seconds that the feed of events stays behind, so that none appears before the cursor later on. On
+#: PostgreSQL a transaction may end after a later one; on SQLite only ids of one millisecond have no order.
+FEED_LAG_S = 2.0
+FEED_LAG_SQLITE_S = 0.01
+
+Item = TypeVar("Item")
+
+
+class CursorError(ValueError):
+    """A cursor was not made by us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Item]):
+    """Some items, and where the next ones begin.
+
+    :param cursor: opaque; ``None`` on the last page. Of a feed: where to go on later, never ``None`` once
+        anything was read.
+    """
+
+    items: tuple[Item, ...]
+    cursor: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointView:
+    """An endpoint. ``headers`` is encrypted; ``secrets`` says how many are live."""
+
+    id: str
+    kind: str
+    url: str = field(repr=False)
+    host: str
+    headers: str | None = field(repr=False)
+    events: tuple[str, ...] | None
+    scope: str
+    format: str
+    sign_payload: bool
+    reference: str | None
+    runid: str | None
+    timeout_s: float | None
+    max_attempts: int | None
+    description: str | None
+    enabled: bool
+    disabled_at: datetime | None
+    disabled_reason: str | None
+    failures: int
+    failing_since: datetime | None
+    created_at: datetime
+    updated_at: datetime
+    secrets: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventView:
+    """An event. ``payload`` is the canonical JSON of the occurrence; only details have it."""
+
+    id: str
+    type: str
+    job_id: str | None
+    runid: str | None
+    source: str
+    supersedes: str | None
+    occurred_at: datetime
+    created_at: datetime
+    payload: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryView:
+    """A delivery with what is told of its event and endpoint."""
+
+    id: str
+    event_id: str
+    event_type: str
+    job_id: str | None
+    runid: str | None
+    endpoint_id: str
+    endpoint_kind: str
+    url: str = field(repr=False)
+    host: str
+    status: str
+    trigger: str
+    attempts: int
+    max_attempts: int
+    next_attempt_at: datetime | None
+    status_code: int | None
+    error_code: str | None
+    created_at: datetime
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptView:
+    """One recorded attempt; secrets in the request headers were masked when it was stored."""
+
+    id: str
+    delivery_id: str
+    number: int
+    trigger: str
+    status: str
+    status_code: int | None
+    error_code: str | None
+    error_detail: str | None
+    started_at: datetime
+    duration_ms: float
+    request_headers: Mapping[str, str] = field(repr=False)
+    response_headers: Mapping[str, str] = field(repr=False)
+    response_body: bytes = field(repr=False)
+    dispatcher_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryDetail:
+    """All there is to know of one delivery."""
+
+    delivery: DeliveryView
+    attempts: tuple[AttemptView, ...]
+    event: EventView
+    endpoint: EndpointView
+    body: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobWebhook:
+    """What the client who submitted a job may know of its webhook.
+
+    :param url: of the endpoint registered last for it.
+    :param runid: for the permission function.
+    :param delivery_status: ``"waiting"`` while nothing is to be delivered, else that of the newest delivery.
+    :param deliveries: to job-bound endpoints only, newest first, with their attempts.
+    """
+
+    job_id: str
+    url: str = field(repr=False)
+    runid: str | None
+    delivery_status: str
+    events: tuple[EventView, ...]
+    deliveries: tuple[tuple[DeliveryView, tuple[AttemptView, ...]], ...]
+
+
+def job_webhook(database: Database, job_id: str) -> JobWebhook | None:
+    """Return the state of a job's webhook; ``None`` when none was asked for.
+
+    Standing endpoints are the operators' affair and are not told of here.
+    """
+    with database.read() as connection:
+        endpoint = connection.execute(
+            select(Endpoint.url, Endpoint.runid)
+            .join(Watch, Watch.endpoint_id == Endpoint.id)
+            .where(
+                Watch.job_id == job_id, Endpoint.kind == "job", Watch.status.in_([RESERVED, OPEN, SETTLED])
+            )
+            .order_by(Endpoint.id.desc())
+            .limit(1)
+        ).one_or_none()
+        if endpoint is None:
+            return None
+        events = connection.execute(
+            select(*_EVENT_COLUMNS).where(Event.job_id == job_id).order_by(Event.id.desc()).limit(MAX_PAGE)
+        ).all()
+        page = (
+            select(Delivery.id)
+            .join(Endpoint, Endpoint.id == Delivery.endpoint_id)
+            .where(Delivery.event_id.in_([event.id for event in events]), Endpoint.kind == "job")
+        )
+        deliveries = _deliveries(connection, page, MAX_PAGE)
+        attempts = _attempts(connection, [delivery.id for delivery in deliveries])
+    told = {delivery.event_id for delivery in deliveries}
+    runids = [endpoint.runid, *(event.runid for event in events)]
+    return JobWebhook(
+        job_id=job_id,
+        url=endpoint.url,
+        runid=next((runid for runid in runids if runid is not None), None),
+        delivery_status=deliveries[0].status if deliveries else "waiting",
+        events=tuple(_event(event) for event in events if event.id in told),
+        deliveries=tuple((delivery, tuple(attempts[delivery.id])) for delivery in deliveries),
+    )
+
+
+def list_deliveries(
+    database: Database, where: DeliveryFilter, *, cursor: str | None = None, limit: int = 50
+) -> Page[DeliveryView]:
+    """Return deliveries, newest first.
+
+    :param cursor: of the page before.
+    :param limit: items on the page; at most :data:`MAX_PAGE`.
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    query = select(Delivery.id).where(*where.conditions())
+    if cursor is not None:
+        query = query.where(Delivery.id < _id_of(cursor))
+    limit = _bounded(limit)
+    with database.read() as connection:
+        return _page(_deliveries(connection, query, limit + 1), limit)
+
+
+def list_events(
+    database: Database,
+    *,
+    event_type: str | None = None,
+    job_id: str | None = None,
+    runid: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> Page[EventView]:
+    """Return events, newest first.
+
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    query = select(*_EVENT_COLUMNS).where(*_event_conditions(event_type, job_id, runid))
+    if since is not None:
+        query = query.where(Event.id >= first_id_at("evt", since))
+    if until is not None:
+        query = query.where(Event.id < first_id_at("evt", until))
+    if cursor is not None:
+        query = query.where(Event.id < _id_of(cursor))
+    limit = _bounded(limit)
+    with database.read() as connection:
+        found = connection.execute(query.order_by(Event.id.desc()).limit(limit + 1)).all()
+    return _page([_event(row) for row in found], limit)
+
+
+def events_after(
+    database: Database,
+    *,
+    cursor: str | None = None,
+    runid: str | None = None,
+    event_type: str | None = None,
+    limit: int = 50,
+) -> Page[EventView]:
+    """Return the events after *cursor*, oldest first: the feed for clients that were down.
+
+    It stays :data:`FEED_LAG_S` behind.
+
+    :param cursor: of the last answer; ``None`` for the beginning.
+    :returns: a page whose cursor goes on where it ends, also when it is empty.
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    query = select(*_EVENT_COLUMNS, Event.payload).where(*_event_conditions(event_type, None, runid))
+    if cursor is not None:
+        query = query.where(Event.id > _id_of(cursor))
+    lag_s = FEED_LAG_SQLITE_S if database.is_sqlite else FEED_LAG_S
+    query = query.where(Event.created_at < database.clock(-lag_s))
+    with database.read() as connection:
+        found = connection.execute(query.order_by(Event.id).limit(_bounded(limit))).all()
+    items = tuple(_event(row) for row in found)
+    return Page(items, _cursor_of(items[-1].id) if items else cursor)
+
+
+def list_endpoints(
+    database: Database, *, kind: str = "standing", cursor: str | None = None, limit: int = 50
+) -> Page[EndpointView]:
+    """Return endpoints, newest first.
+
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    query = select(Endpoint).where(Endpoint.kind == kind)
+    if cursor is not None:
+        query = query.where(Endpoint.id < _id_of(cursor))
+    limit = _bounded(limit)
+    with database.read() as connection:
+        return _page(
+            _endpoints(database, connection, query.order_by(Endpoint.id.desc()).limit(limit + 1)), limit
+        )
+
+
+def endpoint_detail(database: Database, endpoint_id: str) -> EndpointView | None:
+    """Return one endpoint of either kind."""
+    with database.read() as connection:
+        found = _endpoints(database, connection, select(Endpoint).where(Endpoint.id == endpoint_id))
+    return found[0] if found else None
+
+
+def event_detail(database: Database, event_id: str) -> EventView | None:
+    """Return one event with its payload; its deliveries are listed by filter."""
+    with database.read() as connection:
+        row = connection.execute(
+            select(*_EVENT_COLUMNS, Event.payload).where(Event.id == event_id)
+        ).one_or_none()
+    return None if row is None else _event(row)
+
+
+def delivery_detail(database: Database, delivery_id: str) -> DeliveryDetail | None:
+    """Return one delivery with its attempts, event and endpoint."""
+    with database.read() as connection:
+        deliveries = _deliveries(connection, select(Delivery.id).where(Delivery.id == delivery_id), 1)
+        if not deliveries:
+            return None
+        (delivery,) = deliveries
+        body = connection.execute(select(Delivery.body).where(Delivery.id == delivery_id)).scalar_one()
+        event = connection.execute(
+            select(*_EVENT_COLUMNS, Event.payload).where(Event.id == delivery.event_id)
+        ).one()
+        endpoint = _endpoints(
+            database, connection, select(Endpoint).where(Endpoint.id == delivery.endpoint_id)
+        )
+        attempts = _attempts(connection, [delivery_id])
+    return DeliveryDetail(
+        delivery=delivery,
+        attempts=tuple(attempts[delivery_id]),
+        event=_event(event),
+        endpoint=endpoint[0],
+        body=body,
+    )
+
+
+_EVENT_COLUMNS = (
+    Event.id, Event.type, Event.job_id, Event.runid, Event.source, Event.supersedes, Event.occurred_at,
+    Event.created_at,
+)  # fmt: skip
+
+
+def _event_conditions(
+    event_type: str | None, job_id: str | None, runid: str | None
+) -> list[ColumnElement[bool]]:
+    wanted = ((Event.type, event_type), (Event.job_id, job_id), (Event.runid, runid))
+    return [column == value for column, value in wanted if value is not None]
+
+
+def _event(row: Any) -> EventView:
+    return EventView(**row._mapping)
+
+
+def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[DeliveryView]:
+    # The page first, then what belongs to its rows: no plan can join more than the page.
+    page = query.order_by(Delivery.id.desc()).limit(limit).subquery()
+    rows = connection.execute(
+        select(
+            Delivery.id, Delivery.event_id, Delivery.event_type, Event.job_id, Event.runid,
+            Delivery.endpoint_id, Endpoint.kind.label("endpoint_kind"), Endpoint.url, Delivery.host,
+            Delivery.status, Delivery.trigger, Delivery.attempts, Delivery.max_attempts,
+            Delivery.next_attempt_at, Delivery.status_code, Delivery.error_code, Delivery.created_at,
+            Delivery.finished_at,
+        )
+        .join(page, page.c.id == Delivery.id)
+        .join(Event, Event.id == Delivery.event_id)
+        .join(Endpoint, Endpoint.id == Delivery.endpoint_id)
+        .order_by(Delivery.id.desc())
+    )  # fmt: skip
+    return [DeliveryView(**row._mapping) for row in rows]
+
+
+def _attempts(connection: Connection, delivery_ids: Sequence[str]) -> dict[str, list[AttemptView]]:
+    found: dict[str, list[AttemptView]] = defaultdict(list)
+    if not delivery_ids:
+        return found
+    table = Attempt.__table__
+    query = (
+        select(table)
+        .where(Attempt.delivery_id.in_(delivery_ids))
+        .order_by(Attempt.delivery_id, Attempt.number)
+    )
+    for row in connection.execute(query):
+        values = dict(row._mapping)
+        for name in ("request_headers", "response_headers"):
+            values[name] = json.loads(values[name]) if values[name] else {}
+        values["response_body"] = values["response_body"] or b""
+        found[row.delivery_id].append(AttemptView(**values))
+    return found
+
+
+def _endpoints(database: Database, connection: Connection, query: Select[Any]) -> list[EndpointView]:
+    rows = connection.execute(query.with_only_columns(*Endpoint.__table__.columns)).all()
+    live = (
+        select(Secret.endpoint_id, func.count())
+        .where(
+            Secret.endpoint_id.in_([row.id for row in rows]),
+            or_(Secret.expires_at.is_(None), Secret.expires_at > database.clock()),
+        )
+        .group_by(Secret.endpoint_id)
+    )
+    secrets = {endpoint_id: count for endpoint_id, count in connection.execute(live)}
+    found = []
+    for row in rows:
+        values = dict(row._mapping)
+        values["events"] = None if row.events is None else tuple(json.loads(row.events))
+        found.append(EndpointView(**values, secrets=secrets.get(row.id, 0)))
+    return found
+
+
+def _page(items: Sequence[Any], limit: int) -> Page[Any]:
+    shown = tuple(items[:limit])
+    return Page(shown, _cursor_of(shown[-1].id) if len(items) > limit else None)
+
+
+def _bounded(limit: int) -> int:
+    return max(1, min(limit, MAX_PAGE))
+
+
+def _cursor_of(item_id: str) -> str:
+    return base64.urlsafe_b64encode(b"1" + item_id.encode()).decode().rstrip("=")
+
+
+def _id_of(cursor: str) -> str:
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        text = raw.decode("ascii")
+    except (binascii.Error, ValueError) as exc:
+        raise CursorError("this cursor is not one of ours") from exc
+    if not text.startswith("1") or not text.isprintable():
+        raise CursorError("this cursor is not one of ours")
+    return text[1:]

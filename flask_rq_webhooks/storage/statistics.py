@@ -1,0 +1,211 @@
+"""Numbers for the overview and for metrics.
+
+Owns counts over bounded windows: no number here costs more as history grows. Where there is more than a
+window holds, the number says so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, func, literal_column, select
+
+from .claiming import EARLIEST
+from .database import Database
+from .dispatchers import ALIVE_S
+from .models import (
+    CANCELED,
+    EXHAUSTED,
+    OPEN,
+    PENDING,
+    RESERVED,
+    SENDING,
+    SHARED,
+    SUCCEEDED,
+    Attempt,
+    Delivery,
+    Dispatcher,
+    Endpoint,
+    Watch,
+)
+
+#: Rows are counted up to this; one more stands for "more than that".
+COUNT_CAP = 10_000
+#: Finished deliveries looked at for the hours, the newest.
+FINISHED_WINDOW = 50_000
+#: Attempts looked at for latency and hosts, the newest.
+ATTEMPT_WINDOW = 2_000
+#: Hosts told of at most.
+WORST_HOSTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Hour:
+    """What ended within one hour, by delivery status."""
+
+    start: datetime
+    succeeded: int = 0
+    exhausted: int = 0
+    canceled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostNumbers:
+    """Recent attempts to one host."""
+
+    host: str
+    attempts: int
+    failed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """The overview.
+
+    :param counts: by delivery status, each up to :data:`COUNT_CAP`; one more means "more".
+    :param oldest_due_s: for how long the longest due delivery has been due; ``None`` when none is.
+    :param hours: oldest first, only those with any ending.
+    :param hours_complete: ``False`` when more ended than :data:`FINISHED_WINDOW`, so that the oldest hours
+        are short.
+    :param success_rate: succeeded ÷ (succeeded + exhausted) over these hours; ``None`` without any.
+    :param p50_ms: of recent attempts' duration; ``None`` without any.
+    :param worst_hosts: hosts with failures among recent attempts, most failures first.
+    :param watches: ``"open"`` and ``"reserved"``, up to :data:`COUNT_CAP`.
+    :param oldest_watch: when the oldest of those counted was made.
+    :param dispatchers: how many had a heartbeat lately.
+    """
+
+    counts: Mapping[str, int]
+    oldest_due_s: float | None
+    hours: Sequence[Hour]
+    hours_complete: bool
+    success_rate: float | None
+    p50_ms: float | None
+    p95_ms: float | None
+    worst_hosts: Sequence[HostNumbers]
+    watches: Mapping[str, int]
+    oldest_watch: datetime | None
+    endpoints_disabled: int
+    dispatchers: int
+    paused_since: datetime | None
+
+
+def statistics(database: Database, *, hours: int = 24) -> Statistics:
+    """Return the numbers of the overview.
+
+    :param hours: how far back endings are counted.
+    """
+    with database.read() as connection:
+        now = database.now(connection)
+        by_hour, complete = _finished_by_hour(database, connection, now - timedelta(hours=hours))
+        succeeded = sum(hour.succeeded for hour in by_hour)
+        ended = succeeded + sum(hour.exhausted for hour in by_hour)
+        durations, hosts = _recent_attempts(connection)
+        watches, oldest_watch = _unsettled_watches(connection)
+        due = connection.execute(EARLIEST).scalar_one_or_none()
+        return Statistics(
+            counts={
+                status: _count(connection, select(Delivery.id).where(Delivery.status == status))
+                for status in (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
+            },
+            oldest_due_s=(now - due).total_seconds() if due is not None and due <= now else None,
+            hours=by_hour,
+            hours_complete=complete,
+            success_rate=succeeded / ended if ended else None,
+            p50_ms=_percentile(durations, 0.50),
+            p95_ms=_percentile(durations, 0.95),
+            worst_hosts=hosts,
+            watches=watches,
+            oldest_watch=oldest_watch,
+            endpoints_disabled=_count(
+                connection, select(Endpoint.id).where(Endpoint.kind == "standing", ~Endpoint.enabled)
+            ),
+            dispatchers=_count(
+                connection,
+                select(Dispatcher.id).where(
+                    Dispatcher.id != SHARED, Dispatcher.heartbeat_at >= database.clock(-ALIVE_S)
+                ),
+            ),
+            paused_since=connection.execute(
+                select(Dispatcher.paused_at).where(Dispatcher.id == SHARED)
+            ).scalar_one_or_none(),
+        )
+
+
+def _count(connection: Connection, query: Any) -> int:
+    capped = query.limit(COUNT_CAP + 1).subquery()
+    number: int = connection.execute(select(func.count()).select_from(capped)).scalar_one()
+    return number
+
+
+def _finished_by_hour(database: Database, connection: Connection, since: datetime) -> tuple[list[Hour], bool]:
+    window = (
+        select(Delivery.finished_at, Delivery.status)
+        .where(Delivery.finished_at >= since)
+        .order_by(Delivery.finished_at.desc())
+        .limit(FINISHED_WINDOW)
+        .subquery()
+    )
+    # In UTC on both, whatever the server's own time zone is.
+    if database.is_sqlite:
+        name = func.strftime("%Y-%m-%d %H", window.c.finished_at)
+    else:
+        name = func.to_char(func.timezone("UTC", window.c.finished_at), "YYYY-MM-DD HH24")
+    grouped = connection.execute(
+        select(name.label("hour"), window.c.status, func.count().label("number"))
+        .group_by(literal_column("hour"), window.c.status)
+        .order_by(literal_column("hour"))
+    ).all()
+    by_hour: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in grouped:
+        if row.status in (SUCCEEDED, EXHAUSTED, CANCELED):
+            by_hour[row.hour][row.status] = row.number
+    hours = [
+        Hour(datetime.strptime(start, "%Y-%m-%d %H").replace(tzinfo=UTC), **numbers)
+        for start, numbers in by_hour.items()
+    ]
+    return hours, sum(row.number for row in grouped) < FINISHED_WINDOW
+
+
+def _recent_attempts(connection: Connection) -> tuple[list[float], list[HostNumbers]]:
+    recent = (
+        select(Attempt.delivery_id, Attempt.duration_ms, Attempt.status)
+        .order_by(Attempt.started_at.desc())
+        .limit(ATTEMPT_WINDOW)
+        .subquery()
+    )
+    durations: list[float] = []
+    attempts: dict[str, int] = defaultdict(int)
+    failed: dict[str, int] = defaultdict(int)
+    query = select(Delivery.host, recent.c.duration_ms, recent.c.status).join(
+        recent, recent.c.delivery_id == Delivery.id
+    )
+    for host, duration_ms, status in connection.execute(query):
+        durations.append(duration_ms)
+        attempts[host] += 1
+        failed[host] += status == "failed"
+    hosts = [HostNumbers(host, attempts[host], failed[host]) for host in attempts if failed[host]]
+    hosts.sort(key=lambda numbers: (-numbers.failed, numbers.host))
+    return sorted(durations), hosts[:WORST_HOSTS]
+
+
+def _unsettled_watches(connection: Connection) -> tuple[dict[str, int], datetime | None]:
+    numbers: dict[str, int] = {}
+    oldest: datetime | None = None
+    for status in (OPEN, RESERVED):
+        counted = (
+            select(Watch.created_at).where(Watch.status == status).order_by(Watch.id).limit(COUNT_CAP + 1)
+        ).subquery()
+        number, first = connection.execute(select(func.count(), func.min(counted.c.created_at))).one()
+        numbers[status] = number
+        if first is not None and (oldest is None or first < oldest):
+            oldest = first
+    return numbers, oldest
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float | None:
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
