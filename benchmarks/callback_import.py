@@ -1,6 +1,6 @@
 """What a job pays for our callbacks: their import, and one callback without the network.
 
-Each sample is a fresh interpreter that has loaded what ``rq worker`` loads, with bytecode, as pip installs it.
+Each sample is a fresh interpreter that has loaded what ``rq worker`` loads, with bytecode, as pip leaves it.
 The promise is 1 ms or less for the import. RQ imports the callbacks inside the forked work-horse, where every
 page of memory that is touched first has to be copied; so the same is measured in a fork as well. Importing
 ``flask_rq_webhooks.callbacks`` before the worker forks (in the file of ``rq worker --config``) saves it all.
