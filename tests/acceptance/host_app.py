@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -30,6 +31,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
         RQ_WEBHOOKS_REDIS_URL=os.environ.get("TEST_REDIS_URL", "redis://127.0.0.1:1/0"),
         RQ_WEBHOOKS_ALLOW_HTTP=True,
     )
+    app.config.update(json.loads(os.environ.get("TEST_SETTINGS", "{}")))
     app.config.update(config or {})
     db.init_app(app)
     webhooks.init_app(app)
