@@ -16,10 +16,8 @@ NEWEST = ["--editable", ".[test]"]
 OLDEST = ["-r", "requirements/oldest.txt", "--editable", "."]
 
 LEGS = {
-    # RQ 1.16.2, redis 5, Flask 3.0.0, SQLAlchemy 2.0.30: what a host app that is years old runs.
+    # RQ 1.16.2, redis 5, Flask 3.0.0, SQLAlchemy 2.0.30, marshmallow 3: a host app that is years old.
     "oldest": OLDEST,
-    # The same with the marshmallow that such a host has.
-    "marshmallow-3": [*OLDEST, "-c", "requirements/marshmallow-3.txt"],
     "rq-2.6": [*NEWEST, "rq==2.6.*"],
     "rq-2.12": [*NEWEST, "rq==2.12.*"],
     "newest": NEWEST,
@@ -39,4 +37,6 @@ def stack(session: nox.Session, leg: str) -> None:
         "print(*(f'{n} {m.version(n)}' for n in 'rq redis flask sqlalchemy marshmallow'.split()), sep=', ')",
     )  # fmt: skip
     # Old releases warn of what new ones removed; `make test` runs the newest with warnings as errors.
-    session.run("python", "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *(session.posargs or TESTS))
+    session.run(
+        "python", "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *(session.posargs or TESTS)
+    )

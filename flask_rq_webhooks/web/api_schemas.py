@@ -33,7 +33,7 @@ class RedactedURL(fields.String):
         return None if value is None else redact_url(value)
 
 
-class BodyText(fields.Field[bytes]):
+class BodyText(fields.Field):  # type: ignore[type-arg]
     """Bytes that somebody else wrote, as text."""
 
     def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
