@@ -22,7 +22,7 @@ from .protocol.payloads import FORMATS, PayloadFormat, custom_format
 from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, get_state
 from .storage.deliveries import IngestItem
 from .storage.models import copy_tables
-from .web import api, decorators, enqueueing
+from .web import api, dashboard, decorators, enqueueing, host_pages
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -100,7 +100,11 @@ class RQWebhooks:
         if db is not None and settings.database_uri is None:
             _show_tables(db, settings.bind_key)
         app.extensions[EXTENSION_NAME] = state
-        app.register_blueprint(api.create_blueprint(state))
+        blueprint = api.create_blueprint(state)
+        host_pages.add_to(blueprint)
+        if settings.dashboard:
+            dashboard.add_pages(blueprint, state)
+        app.register_blueprint(blueprint)
         app.register_error_handler(InvalidWebhookError, decorators.answer_invalid)
         app.register_error_handler(StorageUnavailableError, decorators.answer_unavailable)
         if settings.attach == "all":

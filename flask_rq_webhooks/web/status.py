@@ -49,7 +49,7 @@ def job_status(state: State, job_id: str) -> Response:
     if found is None:
         body: dict[str, Any] = {"job_id": job_id, "webhook_configured": False}
     else:
-        body = _status_body(found, _job_status(state, job_id))
+        body = status_body(found, _job_status(state, job_id))
     response = jsonify(body)
     response.add_etag()
     response.make_conditional(request)
@@ -59,7 +59,11 @@ def job_status(state: State, job_id: str) -> Response:
     return response
 
 
-def _status_body(found: JobWebhook, job_status: str | None) -> dict[str, Any]:
+def status_body(found: JobWebhook, job_status: str | None) -> dict[str, Any]:
+    """Return what may be told of a job's webhook, as JSON.
+
+    :param job_status: RQ's word, ``None`` where it is not known.
+    """
     return {
         "job_id": found.job_id,
         "webhook_configured": True,

@@ -1,0 +1,135 @@
+"""Standing endpoints as people handle them: from a form to what storage takes, and the test ping.
+
+Knows nothing of how answers look.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from marshmallow import ValidationError
+from werkzeug.datastructures import MultiDict
+
+from ..delivery.hooks import safe_render
+from ..errors import DecryptionError
+from ..protocol.events import JOB_TYPES, SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from ..state import State
+from ..storage.deliveries import IngestItem, ingest
+from ..storage.queries import EndpointView
+from .api_schemas import endpoint_input
+from .schemas import flat_details
+
+#: Fields of the form that hold one line of text.
+TEXT_FIELDS = ("url", "description", "reference", "runid", "timeout_s", "max_attempts")
+
+
+class EndpointFormError(Exception):
+    """The form is not acceptable.
+
+    :param errors: field → reasons.
+    """
+
+    def __init__(self, errors: Mapping[str, list[str]]) -> None:
+        super().__init__("The form is not acceptable.")
+        self.errors = dict(errors)
+
+
+def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) -> dict[str, Any]:
+    """Return what a form says of an endpoint, as storage takes it.
+
+    :param creating: a new endpoint; otherwise a blank URL, and blank headers, stay what they are.
+    :raises EndpointFormError: with every reason.
+    """
+    raw: dict[str, Any] = {}
+    for name in TEXT_FIELDS:
+        text = form.get(name, "").strip()
+        if text:
+            raw[name] = text
+        elif not creating and name != "url":
+            raw[name] = None
+    raw["events"] = _events(form)
+    raw["sign_payload"] = "sign_payload" in form
+    if form.get("format"):
+        raw["format"] = form["format"]
+    if creating:
+        raw["scope"] = form.get("scope") or "job"
+    errors: dict[str, list[str]] = {}
+    lines = form.get("headers", "").strip()
+    if lines:
+        try:
+            raw["headers"] = _headers(lines)
+        except ValueError as exc:
+            errors["headers"] = [str(exc)]
+    elif "no_headers" in form:
+        raw["headers"] = {}
+    secret = form.get("secret", "")
+    if creating and secret:
+        raw["secret"] = secret
+    if raw["sign_payload"] and state.settings.signing_secret is None:
+        errors["sign_payload"] = ["This server has no secret of its own to sign with."]
+    schema = endpoint_input(state.settings, state.url_policy, frozenset(state.formats))
+    try:
+        values: dict[str, Any] = schema.load(raw, partial=not creating)
+    except ValidationError as exc:
+        # Without the cause: it holds the values, the secret among them.
+        raise EndpointFormError({**flat_details(exc), **errors}) from None
+    if errors:
+        raise EndpointFormError(errors)
+    if "url" in values:
+        checked = values["url"]
+        values["url"], values["host"] = checked.url, checked.host_key
+    if values.get("events") is not None:
+        values["events"] = tuple(values["events"])
+    if creating:
+        values.setdefault("format", state.settings.format)
+    return values
+
+
+def header_names(state: State, endpoint: EndpointView) -> list[str] | None:
+    """Return the names of an endpoint's own headers; ``None`` where no key opens them."""
+    if endpoint.headers is None:
+        return []
+    try:
+        return list(json.loads(state.cipher.decrypt(endpoint.headers)))
+    except DecryptionError:
+        return None
+
+
+def ping(state: State, endpoint_id: str) -> str:
+    """Send a ``webhook.ping`` to an endpoint, through the pipeline like everything else; return its id.
+
+    So it is seen where operators look, and takes the way that events take.
+    """
+    occurrence = Occurrence(type=WEBHOOK_PING, occurred_at=datetime.now(UTC), source=SOURCE_APPLICATION)
+    (event,) = ingest(
+        state.database,
+        [IngestItem(occurrence, endpoint_ids=(endpoint_id,))],
+        render=safe_render(state),
+        max_attempts=1,
+    )
+    return event.event_id
+
+
+def _events(form: MultiDict[str, str]) -> list[str] | None:
+    """Return the chosen types: boxes for ours, a line for the application's own; none: all terminal ones."""
+    chosen = [name for name in form.getlist("events") if name in JOB_TYPES or name == "*"]
+    chosen += [name for name in re.split(r"[,\s]+", form.get("other_events", "")) if name]
+    return list(dict.fromkeys(chosen)) or None
+
+
+def _headers(lines: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in lines.splitlines():
+        name, colon, value = line.partition(":")
+        if not line.strip():
+            continue
+        if not colon:
+            raise ValueError("Write one header a line, as Name: value.")
+        if name.strip() in found:
+            raise ValueError(f"{name.strip()[:80]!r} is given more than once.")
+        found[name.strip()] = value.strip()
+    return found
