@@ -23,6 +23,7 @@ from rq.defaults import UNSERIALIZABLE_RETURN_VALUE_PAYLOAD
 from rq.registry import StartedJobRegistry
 from rq.serializers import DefaultSerializer, JSONSerializer
 
+from .._steps import reached
 from ..config import Settings
 from ..errors import OutboxEntryError
 from ..protocol.events import (
@@ -533,7 +534,9 @@ class Reconciler:
 
     def _tell_all(self, items: Sequence[IngestItem], report: ReconcileReport) -> None:
         for start in range(0, len(items), _TOLD_AT_ONCE):
+            reached("reconcile found")
             self._tell(items[start : start + _TOLD_AT_ONCE])
+            reached("reconcile told")
         report.told.update(item.occurrence.type for item in items)
 
     def _outbox_lags(self) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError
 
+from .._steps import reached
 from ..capture.rq_state import JobResult, JobState, read_jobs, read_results
 from ..errors import StorageUnavailableError
 from ..storage.deliveries import IngestItem, park_evidence
@@ -230,6 +231,7 @@ class Ingest:
 
     def _store_items(self, items: Sequence[tuple[_Waiting, IngestItem]]) -> None:
         try:
+            reached("entries read")
             self._teller.tell([item for _waiting, item in items])
         except (StorageUnavailableError, OperationalError, ProgrammingError, InternalError):
             raise  # about the database, not about an entry: everything stays in the stream
@@ -241,6 +243,7 @@ class Ingest:
                 return
             self._reject(items[0][0], exc)
             return
+        reached("event stored")
         self._finish(waiting for waiting, _item in items)
 
     def _reject(self, waiting: _Waiting, exc: Exception) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import DataError
 
 from .. import signals
+from .._steps import reached
 from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
 from ..protocol.headers import mask_headers
 from ..protocol.retry import Decision
@@ -175,6 +176,7 @@ class Sender:
             lease_s=settings.timeout + LEASE_MARGIN_S,
         )
         if claimed:
+            reached("delivery claimed")
             self.idle_since = None
             self._submit(claimed)
         self._capped = {
@@ -310,7 +312,9 @@ class Sender:
         self._collect()
         while self._unrecorded:
             batch = self._unrecorded[: self._state.settings.batch]
+            reached("attempt made")
             self._record_batch(batch)
+            reached("attempt recorded")
             del self._unrecorded[: len(batch)]
 
     def _record_batch(self, batch: Sequence[AttemptRecord]) -> None:

@@ -17,6 +17,7 @@ from flask import Response
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from .._steps import reached
 from ..capture.attach import Attachment, SameDatabase, look_at_jobs, make_token
 from ..capture.outbox import confirm_entry
 from ..errors import InvalidWebhookError, StorageUnavailableError
@@ -71,6 +72,7 @@ def register_webhook(
         namespace=state.namespace,
         reserved_job_id=reserved_job_id,
     )
+    reached("registered")
     _warn_if_nobody_delivers(state)
     return Attachment(
         endpoint_id=endpoint_id,
@@ -122,6 +124,7 @@ def confirm_webhook(state: State, attachment: Attachment) -> bool:
     cannot be noted is repaired by the callbacks and by reconcile.
     """
     assert attachment.endpoint_id is not None  # noqa: S101  (made by register_webhook)
+    reached("enqueued")
     job_ids = [job.id for job in attachment.jobs]
     existing: Sequence[str] = ()
     unseen: Sequence[str] = job_ids
@@ -148,6 +151,7 @@ def confirm_webhook(state: State, attachment: Attachment) -> bool:
     except (StorageUnavailableError, SQLAlchemyError) as exc:
         logger.info("Jobs %r are confirmed through the outbox: %s", job_ids, exc)
         _confirm_later(state, attachment.endpoint_id, existing)
+    reached("confirmed")
     return registered
 
 

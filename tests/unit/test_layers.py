@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: First path component below the package → rank.
 RANKS = {
     "version": 0,
+    "_steps": 0,
     "errors": 0,
     "config": 0,
     "signals": 0,
