@@ -356,6 +356,16 @@ class _ThreadState(threading.local):
 _thread = _ThreadState()
 
 
+def _not_ours(_record: logging.LogRecord) -> bool:
+    return _thread.attempt is None
+
+
+# At DEBUG urllib3 logs whole URLs. Those of webhooks often hold a secret, so its lines about our requests
+# are dropped; about everybody else's they stay.
+for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
+    logging.getLogger(_name).addFilter(_not_ours)
+
+
 def _current_attempt() -> _Attempt:
     attempt = _thread.attempt
     if attempt is None:

@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 
 RETRY_UNAVAILABLE_S = 5
 
+#: Bytes of a request to the API; the largest honest one, an endpoint with all its headers, is a tenth of it.
+MAX_BODY_BYTES = 256 * 1024
+#: Characters of an id in a path; RQ's job ids are the longest.
+MAX_ID = 512
+
 
 class ApiError(RQWebhooksError):
     """A request to the API is refused.
@@ -37,6 +42,11 @@ class ApiError(RQWebhooksError):
 def not_found(what: str) -> ApiError:
     """Return the refusal for an id that is unknown, or not the caller's to know."""
     return ApiError(404, "not_found", f"There is no such {what}.")
+
+
+def is_possible_id(text: str) -> bool:
+    """Say whether *text*, from a path, may be looked for: databases differ in what they make of the rest."""
+    return "\0" not in text and len(text) <= MAX_ID
 
 
 def error_response(
@@ -63,14 +73,19 @@ def query_input(schema: Schema) -> Any:
 def json_input(schema: Schema, *, partial: bool = False) -> Any:
     """Return the JSON object in the body, checked; no body is an empty object.
 
-    :raises ApiError: 400 with every reason; 415 for a body that is not JSON.
+    :raises ApiError: 400 with every reason; 413 for a huge body, 415 for one that is not JSON.
     """
     values: Any = {}
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise ApiError(413, "too_large", f"At most {MAX_BODY_BYTES} bytes are accepted.")
     if request.get_data():
         if not request.is_json:
             # A form can be sent by another site without asking; JSON cannot.
             raise ApiError(415, "not_json", "Send the body as application/json.")
-        values = request.get_json(silent=True)
+        try:
+            values = request.get_json(silent=True)
+        except RecursionError:
+            values = None
     if not isinstance(values, dict):
         raise ApiError(400, "invalid", "Expected a JSON object.")
     return _load(schema, values, partial=partial)
@@ -97,7 +112,7 @@ def install(blueprint: Blueprint) -> None:
 
     @blueprint.errorhandler(StorageUnavailableError)
     def unavailable(exc: StorageUnavailableError) -> Response:
-        logger.error("%s %s could not be answered: %s", request.method, request.path, exc)
+        logger.error("%s %r could not be answered: %s", request.method, request.path, exc)
         response = error_response(503, "unavailable", "The database cannot be reached now.")
         response.headers["Retry-After"] = str(RETRY_UNAVAILABLE_S)
         return response

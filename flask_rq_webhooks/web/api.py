@@ -29,7 +29,7 @@ from ..storage.queries import EndpointView, EventView, Page
 from ..storage.registration import ROTATION_GRACE_S, NewEndpoint
 from ..storage.statistics import statistics
 from . import api_schemas as schemas
-from .answers import ApiError, install, json_input, not_found, query_input
+from .answers import ApiError, install, is_possible_id, json_input, not_found, query_input
 from .csrf import csrf_token, is_forgeable, replace_csrf_protect
 from .permissions import Permission, is_allowed
 from .status import job_status
@@ -73,6 +73,8 @@ def requires(state: State, permission: Permission) -> Callable[[View], View]:
                     "csrf",
                     "A caller known by cookie must send the token of GET api/csrf as X-CSRFToken.",
                 )
+            if not all(is_possible_id(item_id) for item_id in kwargs.values()):
+                raise not_found("id")
             return view(*args, **kwargs)
 
         return wrapper  # type: ignore[return-value]

@@ -10,8 +10,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any, Literal
+
+from werkzeug.wrappers import Response
 
 from ..state import State
 
@@ -23,6 +26,9 @@ Permission = Literal["status", "read", "manage"]
 def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
     """Ask the host whether the caller of this request has *permission*.
 
+    An answer that is neither yes nor no, such as a redirect to a login page or the coroutine of an async
+    function, is a no.
+
     :param what: with ``"status"``: ``job_id`` and ``runid``, each a string or ``None``.
     """
     function = state.hooks.authorize_function
@@ -33,4 +39,14 @@ def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
             permission,
         )
         return False
-    return bool(function(permission, **what))
+    answer: Any = function(permission, **what)
+    if inspect.isawaitable(answer) or isinstance(answer, Response | tuple):
+        # Each is true as a condition, and none says yes.
+        if inspect.iscoroutine(answer):
+            answer.close()
+        logger.error(
+            "%r was refused: the function registered with @webhooks.authorize returned a %s; it must be a "
+            "plain function that returns True or False.", permission, type(answer).__name__,
+        )  # fmt: skip
+        return False
+    return bool(answer)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
@@ -24,6 +25,9 @@ NOT_ACCEPTABLE = "The webhook fields of the request are not acceptable."
 
 #: Attempts a request may ask for, whatever the settings allow.
 MAX_RETRY_COUNT = 12
+
+#: What a refusal says at most: fields, characters of a field's name, reasons for each.
+MAX_BAD_FIELDS, MAX_FIELD_NAME, MAX_REASONS = 40, 100, 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +92,17 @@ def load_webhook(
 
 
 def flat_details(exc: ValidationError) -> dict[str, list[str]]:
-    """Return the reasons of a failed load as field name → sentences, however deep they were found."""
+    """Return the reasons of a failed load as field name → sentences, however deep they were found.
+
+    The first ones are enough: an answer must not be larger than the request that was to be refused.
+    """
     messages = exc.messages
     if isinstance(messages, list):
-        return {"": [str(message) for message in messages]}
-    return {str(name): list(_sentences(value)) for name, value in messages.items()}
+        messages = {"": messages}
+    return {
+        str(name)[:MAX_FIELD_NAME]: list(islice(_sentences(value), MAX_REASONS))
+        for name, value in islice(messages.items(), MAX_BAD_FIELDS)
+    }
 
 
 def _sentences(value: Any) -> Iterable[str]:

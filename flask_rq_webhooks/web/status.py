@@ -19,7 +19,7 @@ from ..protocol.urls import redact_url
 from ..state import State
 from ..storage.models import PENDING, SENDING
 from ..storage.queries import JobWebhook, job_webhook
-from .answers import ApiError
+from .answers import ApiError, is_possible_id
 from .api_schemas import EventSchema, StatusAttemptSchema, StatusDeliverySchema
 from .permissions import is_allowed
 
@@ -40,7 +40,7 @@ def job_status(state: State, job_id: str) -> Response:
 
     :raises ApiError: 403 where the host's permission function lets the caller ask for no job of this id.
     """
-    found = job_webhook(state.database, job_id)
+    found = job_webhook(state.database, job_id) if is_possible_id(job_id) else None
     runid = None if found is None else found.runid
     if not is_allowed(state, "status", job_id=job_id, runid=runid):
         if runid is None or not is_allowed(state, "status", job_id=job_id, runid=None):
