@@ -10,7 +10,8 @@ Settings come from the environment:
 ``REDIS_URL``             default ``redis://localhost:6379/0``
 ``EXAMPLE_DATABASE_URI``  default ``sqlite:///watershed.db`` in the instance folder
 ``EXAMPLE_RUNS_DIR``      where runs keep their files, default ``instance/runs``
-``EXAMPLE_TOKEN``         bearer token of clients and operators; without it nobody is let in
+``EXAMPLE_TOKEN``         bearer token of clients and operators, and what operators sign in with at
+                          ``/login``; without it nobody is let in
 ``ALLOW_HTTP``            ``1`` lets webhooks go to ``http://`` receivers on this machine
 ``SECRET_KEY``            encrypts webhook secrets at rest; every process needs the same
 ========================  ==================================================================
@@ -18,12 +19,13 @@ Settings come from the environment:
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
-from flask import Flask, abort, render_template, request
+from flask import Flask, abort, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
 from flask_sqlalchemy import SQLAlchemy
 from rq import Queue
@@ -77,6 +79,7 @@ app.config.update(
     SQLALCHEMY_DATABASE_URI=os.environ.get("EXAMPLE_DATABASE_URI", "sqlite:///watershed.db"),
     RQ_WEBHOOKS_ALLOW_HTTP=os.environ.get("ALLOW_HTTP", "0"),
     MAX_CONTENT_LENGTH=4 * 2**20,
+    SESSION_COOKIE_SAMESITE="Lax",
 )
 app.register_extension(db)
 app.register_extension(webhooks)
@@ -84,12 +87,18 @@ app.register_extension(webhooks)
 
 @webhooks.authorize
 def may(permission: str, **what: Any) -> bool:
-    """Let the holder of the token see and do everything, and nobody else anything."""
+    """Let operators see and do everything, and nobody else anything.
+
+    They send the token, or have signed in with it. With Flask-Login or Flask-Security this is a line such as
+    ``return current_user.is_authenticated and current_user.has_role("operator")``.
+    """
     token = os.environ.get("EXAMPLE_TOKEN")
     if not token:
         return False
     given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    return secrets.compare_digest(given.encode(), token.encode())
+    return secrets.compare_digest(given.encode(), token.encode()) or secrets.compare_digest(
+        session.get("operator", ""), _signed_in(token)
+    )
 
 
 # -- routes that enqueue: one decorator each -----------------------------------------------------------
@@ -158,6 +167,19 @@ def hello_world(runid: str, config: str) -> ResponseReturnValue:
 # -- routes that do not -----------------------------------------------------------------------------------
 
 
+@app.route("/login", methods=["GET", "POST"])
+def login() -> ResponseReturnValue:
+    """Let an operator in who knows the token."""
+    token = os.environ.get("EXAMPLE_TOKEN")
+    if request.method == "GET":
+        return render_template("login.html", failed=False)
+    given = request.form.get("token", "")
+    if not token or not secrets.compare_digest(given.encode(), token.encode()):
+        return render_template("login.html", failed=True), 403
+    session["operator"] = _signed_in(token)
+    return redirect(url_for("rq_webhooks.page_overview"), code=303)
+
+
 @app.get("/rq/api/jobstatus/<job_id>")
 def job_status(job_id: str) -> ResponseReturnValue:
     """Say what RQ says about a job."""
@@ -182,6 +204,11 @@ def parse_request_payload() -> dict[str, Any]:
             value = value[0]
         fields[name] = value.strip() if isinstance(value, str) else value
     return fields
+
+
+def _signed_in(token: str) -> str:
+    # Not the token itself: the session's cookie is signed, but anybody who holds it can read it.
+    return hmac.digest(token.encode(), b"operator", "sha256").hex()
 
 
 def _prepare(runid: str, config: str) -> Any:

@@ -409,7 +409,7 @@ def run(directory: Path, *, serve: bool) -> int:
             parts.start("valkey", "example_app.valkey", str(directory / "valkey"), ready="serving on")
             url = r"serving on (http://\S+)"
             app_url = parts.start("app", "example_app.serve", "example_app.app:app", ready=url)
-            receiver_url = parts.start("receiver", "example_app.receiver", "--secret", secret, ready=url)
+            receiver_url = parts.start("receiver", "example_app.receiver", f"--secret={secret}", ready=url)
             parts.start(
                 "worker",
                 "rq.cli",
