@@ -21,10 +21,13 @@ from redis import Redis
 from rq.job import Job
 from rq.registry import StartedJobRegistry
 
+from ..protocol.jsonsafe import safe_text
 from .rq_state import JobState, read_jobs
 
 #: Bytes of a call or of meta that are still looked into.
 MAX_PICKLE_BYTES = 8 * 2**20
+#: Characters of what a job calls its run.
+MAX_RUN_NAME = 512
 #: Jobs per pipeline.
 _CHUNK = 500
 
@@ -180,7 +183,7 @@ def _record(state: JobState, details: dict[str, Any], child_prefix: str | None) 
         ended_at=state.ended_at,
         queue=state.queue,
         func=func or state.func,
-        runid=runid if isinstance(runid, str) else argument,
+        runid=_run_name(runid if isinstance(runid, str) else argument),
         retries_left=state.retries_left,
         repeats=details["repeat_intervals"] is not None,
         dependency_ids=_dependencies(details),
@@ -189,6 +192,11 @@ def _record(state: JobState, details: dict[str, Any], child_prefix: str | None) 
         tokens=state.tokens,
         children=_children(meta, child_prefix) if child_prefix is not None else (),
     )
+
+
+def _run_name(text: str | None) -> str | None:
+    """Return *text* as callbacks tell it: one that SQL can hold, and an index of PostgreSQL too."""
+    return safe_text(text.replace("\0", ""), MAX_RUN_NAME) or None if text is not None else None
 
 
 def _texts(values: Iterable[bytes | str]) -> list[str]:
@@ -238,11 +246,11 @@ def _call(data: bytes | None) -> tuple[str | None, str | None]:
 
 # -- pickles ----------------------------------------------------------------------------------------------
 
+#: Of these a short pickle makes short data: no bytearray(2**40), set(range(2**40)) or Fraction("1e999999999").
 _PLAIN_TYPES = {
-    "builtins": {"set", "frozenset", "complex", "bytearray", "range", "slice"},
+    "builtins": {"set", "frozenset", "complex", "slice"},
     "datetime": {"datetime", "date", "time", "timedelta", "timezone"},
     "decimal": {"Decimal"},
-    "fractions": {"Fraction"},
     "uuid": {"UUID"},
     "collections": {"OrderedDict", "deque", "Counter"},
     "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath"},
