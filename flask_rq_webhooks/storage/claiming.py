@@ -23,7 +23,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, Float, Integer, String, bindparam, func, or_, select, text, update
@@ -40,15 +40,6 @@ from .models import (
     Secret,
     UTCDateTime,
     new_id,
-)
-
-#: When the first pending delivery is, or was, due. SQLite is told which index, see the statements below.
-EARLIEST = (
-    select(Delivery.next_attempt_at)
-    .where(Delivery.status == text("'pending'"))
-    .order_by(Delivery.next_attempt_at)
-    .limit(1)
-    .with_hint(Delivery, "INDEXED BY ix_rq_webhooks_delivery_next", "sqlite")
 )
 
 #: Due rows looked at before hosts are taken in turn instead.
@@ -182,12 +173,17 @@ def next_due_in(database: Database) -> float | None:
     """
     paused = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED)
     with database.read() as connection:
-        due, now, paused_at = connection.execute(
-            select(EARLIEST.scalar_subquery(), database.clock(), paused.scalar_subquery())
-        ).one()
+        now, paused_at = connection.execute(select(database.clock(), paused.scalar_subquery())).one()
+        due = earliest_due(database, connection)
     if due is None or paused_at is not None:
         return None
     return max(0.0, (due - now).total_seconds())
+
+
+def earliest_due(database: Database, connection: Connection) -> datetime | None:
+    """Return when the first pending delivery is, or was, due; ``None`` when none waits."""
+    statement = _EARLIEST_SQLITE if database.is_sqlite else _EARLIEST_POSTGRESQL
+    return connection.execute(statement).scalar_one_or_none()
 
 
 _FREE: dict[str, Any] = {"status": PENDING, "lease_id": None, "lease_until": None}
@@ -262,7 +258,19 @@ def _load(
 
 
 # The statements. A lease need not outlive the machine, so no commit waits for the disk. 'pending' is
-# written out, not a parameter: only then do they match the partial indexes.
+# written out, not a parameter: only then do they match the partial indexes. In the two walks ``found`` counts
+# the due hosts before the row. SQLite is told which index to take: it prefers (status, id), and then sorts a
+# million rows.
+
+_EARLIEST_POSTGRESQL = text("""
+SELECT next_attempt_at FROM rq_webhooks_delivery
+WHERE status = 'pending' ORDER BY next_attempt_at LIMIT 1
+""").columns(next_attempt_at=UTCDateTime)
+
+_EARLIEST_SQLITE = text("""
+SELECT next_attempt_at FROM rq_webhooks_delivery INDEXED BY ix_rq_webhooks_delivery_next
+WHERE status = 'pending' ORDER BY next_attempt_at LIMIT 1
+""").columns(next_attempt_at=UTCDateTime)
 
 _CLAIM_POSTGRESQL = text("""
 WITH RECURSIVE
@@ -282,7 +290,7 @@ many AS MATERIALIZED (
 ahead(host, due, found, turn) AS (
     SELECT CAST(:after AS text), false, 0, 0 FROM many WHERE yes
     UNION ALL
-    SELECT n.host, n.due, a.found + n.due::integer, a.turn + 1
+    SELECT n.host, n.due, a.found + a.due::integer, a.turn + 1
     FROM ahead a CROSS JOIN LATERAL (
         SELECT h.host,
                EXISTS (SELECT FROM rq_webhooks_delivery d
@@ -292,12 +300,12 @@ ahead(host, due, found, turn) AS (
         FROM (SELECT d.host FROM rq_webhooks_delivery d
               WHERE d.status = 'pending' AND d.host > a.host ORDER BY d.host LIMIT 1) h
     ) n
-    WHERE a.found < :limit
+    WHERE a.found + a.due::integer < :limit
 ),
 wrapped(host, due, found, turn) AS (
-    SELECT CAST('' AS text), false, (SELECT max(found) FROM ahead), 0 FROM many WHERE yes
+    SELECT CAST('' AS text), false, (SELECT max(found + due::integer) FROM ahead), 0 FROM many WHERE yes
     UNION ALL
-    SELECT n.host, n.due, w.found + n.due::integer, w.turn + 1
+    SELECT n.host, n.due, w.found + w.due::integer, w.turn + 1
     FROM wrapped w CROSS JOIN LATERAL (
         SELECT h.host,
                EXISTS (SELECT FROM rq_webhooks_delivery d
@@ -307,7 +315,7 @@ wrapped(host, due, found, turn) AS (
         FROM (SELECT d.host FROM rq_webhooks_delivery d
               WHERE d.status = 'pending' AND d.host > w.host AND d.host <= :after ORDER BY d.host LIMIT 1) h
     ) n
-    WHERE w.found < :limit
+    WHERE w.found + w.due::integer < :limit
 ),
 candidates(host, wrapped, turn) AS (
     SELECT DISTINCT o.host::text, false, 0 FROM oldest o, many WHERE NOT many.yes
@@ -357,8 +365,6 @@ RETURNING delivery.id, delivery.host, picked.wrapped, picked.turn
     bindparam("lease_s", type_=Float),
 )
 
-# SQLite is told which index to take: with its statistics it prefers (status, id), and sorts a million rows.
-# And ``found`` counts what came before the row, as the walk itself may be named only once there.
 _CLAIM_SQLITE = text("""
 WITH RECURSIVE
 busy(host, requests) AS MATERIALIZED (SELECT key, value FROM json_each(:in_flight)),

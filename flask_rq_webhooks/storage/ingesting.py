@@ -438,7 +438,8 @@ def _settle_watches(
             named.discard(watch.endpoint_id)
             if _scope_of(watch.endpoint_id, endpoints) != occurrence.scope:
                 continue
-            if (watch.status == CLOSED or occurrence.scope == "tree") and watch.endpoint_id not in event.named:
+            only_named = watch.status == CLOSED or occurrence.scope == "tree"
+            if only_named and watch.endpoint_id not in event.named:
                 continue
             # Runs sort by time; the word of an older one, brought late, does not hide a newer one.
             if (told.get(watch.id) or watch.run or "") <= run or run.startswith("created:"):

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, literal_column, select
 
-from .claiming import EARLIEST
+from .claiming import earliest_due
 from .database import Database
 from .dispatchers import ALIVE_S
 from .models import (
@@ -106,7 +106,7 @@ def statistics(database: Database, *, hours: int = 24) -> Statistics:
         ended = succeeded + sum(hour.exhausted for hour in by_hour)
         durations, hosts = _recent_attempts(connection)
         watches, oldest_watch = _unsettled_watches(connection)
-        due = connection.execute(EARLIEST).scalar_one_or_none()
+        due = earliest_due(database, connection)
         return Statistics(
             counts={
                 status: _count(connection, select(Delivery.id).where(Delivery.status == status))

@@ -1,0 +1,218 @@
+"""Resend, recover, cancel and prune."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import update
+
+from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from flask_rq_webhooks.storage.crypto import Cipher, rekey
+from flask_rq_webhooks.storage.database import Database
+from flask_rq_webhooks.storage.deliveries import (
+    DeliveryFilter,
+    IngestItem,
+    cancel,
+    prune,
+    record_attempts,
+    recover,
+    resend,
+)
+from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch
+from flask_rq_webhooks.storage.operating import Pruned
+from flask_rq_webhooks.storage.registration import confirm, disable_standing, enable_standing
+from tests.storage_rows import (
+    CIPHER,
+    EXHAUSTED,
+    MAX_ATTEMPTS,
+    attempt,
+    claim,
+    deliver_to,
+    new_endpoint,
+    occurrence,
+    render,
+    row,
+    rows,
+    set_values,
+    tell,
+)
+
+
+def finish(database: Database, decision: object = None) -> list[str]:
+    """Attempt everything due, and return the deliveries."""
+    claimed = claim(database, per_host=64)
+    made = [attempt(one, decision) if decision is not None else attempt(one) for one in claimed]  # type: ignore[arg-type]
+    record_attempts(database, made, dispatcher_id="dsp_1", disable_after=100)
+    return [one.id for one in claimed]
+
+
+def recovered(database: Database, where: DeliveryFilter, **options: object) -> int:
+    return recover(database, where, render=render, max_attempts=MAX_ATTEMPTS, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("decision", [None, EXHAUSTED], ids=["succeeded", "exhausted"])
+def test_resend_is_one_more_attempt_of_the_same_bytes(database: Database, decision: object) -> None:
+    deliver_to(database, "a.example", max_attempts=1)
+    (delivery_id,) = finish(database, decision)
+    before = row(database, Delivery)
+    assert resend(database, delivery_id) == "pending"
+    stored = row(database, Delivery)
+    assert (stored.status, stored.trigger, stored.finished_at) == ("pending", "manual", None)
+    assert (stored.attempts, stored.max_attempts) == (1, 2)
+    (claimed,) = claim(database)
+    assert (claimed.number, claimed.trigger, claimed.event_id, claimed.body) == (
+        2, "manual", before.event_id, before.body,
+    )  # fmt: skip
+    record_attempts(database, [attempt(claimed)], dispatcher_id="dsp_1", disable_after=100)
+    assert [(one.number, one.trigger) for one in rows(database, Attempt)] == [(1, "scheduled"), (2, "manual")]
+    assert row(database, Delivery).trigger == "scheduled"
+
+
+def test_resend_of_what_waits_is_sooner(database: Database) -> None:
+    (delivery_id,) = deliver_to(database, "a.example")
+    set_values(database, Delivery, delivery_id, next_attempt_at=datetime.now(UTC) + timedelta(hours=5))
+    assert resend(database, delivery_id) == "pending"
+    (claimed,) = claim(database)
+    assert (claimed.number, claimed.max_attempts) == (1, MAX_ATTEMPTS)
+    assert resend(database, delivery_id) == "sending"
+    assert row(database, Delivery).lease_id == claimed.lease_id
+    assert resend(database, "dlv_unknown") is None
+
+
+def test_recover_by_filter_in_batches(database: Database) -> None:
+    deliver_to(database, "a.example", 7)
+    deliver_to(database, "b.example", 2)
+    finish(database, EXHAUSTED)
+    deliver_to(database, "a.example", 2)
+    finish(database)
+    told: list[int] = []
+    assert recovered(database, DeliveryFilter(host="a.example"), batch=3, progress=told.append) == 7
+    assert told == [3, 6, 7]
+    by_status = {(one.host, one.status, one.trigger) for one in rows(database, Delivery)}
+    assert by_status == {
+        ("a.example", "pending", "manual"),
+        ("a.example", "succeeded", "scheduled"),
+        ("b.example", "exhausted", "scheduled"),
+    }
+    assert recovered(database, DeliveryFilter(statuses=("succeeded",))) == 2
+
+
+def test_recover_makes_what_a_disabled_endpoint_missed(database: Database) -> None:
+    standing = new_endpoint(database, kind="standing", reference="st")
+    tell(database, occurrence("before"))
+    disable_standing(database, standing)
+    late = new_endpoint(database, kind="standing", host="late.example")
+    disable_standing(database, late)
+    tell(
+        database,
+        *[occurrence(f"missed-{number}") for number in range(5)],
+        occurrence("optional", type="job.retrying"),
+        occurrence("tree", scope="tree"),
+        Occurrence(type=WEBHOOK_PING, occurred_at=datetime.now(UTC), source=SOURCE_APPLICATION),
+    )
+    assert recovered(database, DeliveryFilter(endpoint_id=standing)) == 0, "it is disabled"
+    enable_standing(database, standing)
+    assert recovered(database, DeliveryFilter(endpoint_id=standing), batch=2) == 5
+    assert recovered(database, DeliveryFilter(endpoint_id=standing)) == 0, "nothing is made twice"
+    made = [json.loads(one.body) for one in rows(database, Delivery, Delivery.trigger == "manual")]
+    assert sorted(body[2] for body in made) == [f"missed-{number}" for number in range(5)]
+    assert {body[3] for body in made} == {"st"}
+    enable_standing(database, late)
+    assert recovered(database, DeliveryFilter(job_id="missed-1")) == 1
+    assert recovered(database, DeliveryFilter(statuses=("exhausted",))) == 0
+    assert recovered(database, DeliveryFilter(since=datetime.now(UTC) + timedelta(hours=1))) == 0
+    assert {one.host for one in rows(database, Delivery)} == {"hooks.example.com", "late.example"}
+
+
+def test_cancel_by_filter(database: Database) -> None:
+    deliver_to(database, "a.example", 5)
+    deliver_to(database, "b.example", 1)
+    told: list[int] = []
+    assert cancel(database, DeliveryFilter(host="a.example"), batch=2, progress=told.append) == 5
+    assert told == [2, 4, 5]
+    stored = rows(database, Delivery, Delivery.host == "a.example")
+    assert {(one.status, one.next_attempt_at) for one in stored} == {("canceled", None)}
+    assert all(one.finished_at is not None for one in stored)
+    assert [one.host for one in claim(database)] == ["b.example"]
+    assert cancel(database, DeliveryFilter(statuses=("succeeded",))) == 0
+    assert cancel(database, DeliveryFilter(statuses=("pending",))) == 0
+    assert cancel(database, DeliveryFilter(statuses=("sending",))) == 1
+
+
+def age(database: Database, model: type[Base], column: str, by: timedelta) -> None:
+    with database.write() as connection:
+        connection.execute(update(model).values({column: datetime.now(UTC) - by}))
+
+
+def test_prune_takes_what_ended_long_ago_and_nothing_unfinished(database: Database) -> None:
+    old, month = timedelta(days=31), datetime.now(UTC) - timedelta(days=30)
+    new_endpoint(database, job_id="done", secret="s")
+    tell(database, occurrence("done"))
+    finish(database)
+    waits = new_endpoint(database, job_id="waits")
+    tell(database, occurrence("waits"))
+    opened = new_endpoint(database, job_id="open")
+    confirm(database, opened, existing=["open"], unseen=[], reserved_job_id="open")
+    standing = new_endpoint(database, kind="standing")
+    assert prune(database, month) == Pruned(), "nothing is old yet"
+    age(database, Delivery, "finished_at", old)
+    set_values(database, Delivery, row(database, Delivery, Delivery.status == "pending").id, finished_at=None)
+    age(database, Event, "created_at", old)
+    age(database, Endpoint, "created_at", old)
+    for watch in rows(database, Watch, Watch.status == "settled"):
+        set_values(database, Watch, watch.id, settled_at=datetime.now(UTC) - old)
+    told: list[int] = []
+    pruned = prune(database, month, progress=told.append)
+    assert pruned == Pruned(deliveries=1, events=1, watches=2, endpoints=1)
+    assert told == [1, 2, 4, 5]
+    assert [one.job_id for one in rows(database, Event)] == ["waits"]
+    assert [one.endpoint_id for one in rows(database, Delivery)] == [waits]
+    assert rows(database, Attempt) == []
+    assert [one.job_id for one in rows(database, Watch)] == ["open"]
+    assert {one.id for one in rows(database, Endpoint)} == {waits, opened, standing}
+
+
+def test_prune_takes_endpoints_nothing_points_to(database: Database) -> None:
+    month = datetime.now(UTC) + timedelta(seconds=5)
+    for number in range(5):
+        endpoint_id = new_endpoint(database, job_id=f"job-{number}", secret="s")
+        confirm(database, endpoint_id, existing=[], unseen=[], reserved_job_id=f"job-{number}")
+    kept = new_endpoint(database, job_id="open")
+    pruned = prune(database, month, batch=2)
+    assert (pruned.watches, pruned.endpoints) == (5, 5)
+    assert [one.id for one in rows(database, Endpoint)] == [kept]
+    assert rows(database, Secret) == []
+
+
+def test_prune_in_batches(database: Database) -> None:
+    deliver_to(database, "a.example", 25)
+    finish(database)
+    pruned = prune(database, datetime.now(UTC) + timedelta(seconds=5), batch=4)
+    assert (pruned.deliveries, pruned.events, pruned.watches, pruned.endpoints) == (25, 25, 25, 1)
+    assert rows(database, Attempt) == []
+
+
+def test_a_pruned_endpoint_does_not_break_a_late_callback(database: Database) -> None:
+    endpoint_id = new_endpoint(database)
+    prune(database, datetime.now(UTC) + timedelta(seconds=5))
+    assert rows(database, Endpoint) == []
+    (told,) = tell(database, IngestItem(occurrence("job-1"), (endpoint_id,)))
+    assert (told.created, told.deliveries) == (True, 0)
+
+
+def test_rekey_encrypts_everything_anew(database: Database) -> None:
+    for number in range(5):
+        new_endpoint(database, secret=f"s{number}", headers={"N": str(number)} if number else {})
+    told: list[int] = []
+    assert rekey(database, Cipher(["newer", "a key for tests"]), batch=2, progress=told.append) == 9
+    assert told == [2, 4, 5, 7, 9]
+    newer = Cipher(["newer"])
+    assert {newer.decrypt(one.secret) for one in rows(database, Secret)} == {
+        f"s{number}" for number in range(5)
+    }
+    headers = {one.headers and newer.decrypt(one.headers) for one in rows(database, Endpoint)}
+    assert headers == {None, *(json.dumps({"N": str(number)}) for number in range(1, 5))}
+    with pytest.raises(Exception, match="Nothing is lost"):
+        rekey(database, CIPHER)
