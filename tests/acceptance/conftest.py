@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import redis
+import sqlalchemy as sa
 from flask import Flask
 from flask.testing import FlaskClient
 
 from flask_rq_webhooks.state import get_state
+from flask_rq_webhooks.storage.models import Base
 from tests.acceptance.host_app import create_app
 from tests.servers import Process, Receiver, rq_worker
 
@@ -63,17 +66,51 @@ class Stack:
         assert response.headers["Webhook-Registered"] == "true"
         return str(response.get_json()["job_id"])
 
+    def stored(self) -> bytes:
+        """Return everything in our tables, as text."""
+        with get_state(self.app).database.read() as connection:
+            return "\n".join(
+                repr(tuple(row))
+                for table in Base.metadata.sorted_tables
+                for row in connection.execute(sa.text(f"SELECT * FROM {table.name}"))
+            ).encode()
+
     def status(self, job_id: str) -> Any:
         return self.client().get(f"/webhooks/jobs/{job_id}").get_json()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a module's tests once per database of its ``DATABASES``, the slow ones on the first only.
+
+    SQLite alone where a module does not say. ``RQ_WEBHOOKS_TEST_DATABASES=sqlite,postgresql`` runs all of
+    them on all of these.
+    """
+    if "stack_database_url" not in metafunc.fixturenames:
+        return
+    chosen = os.environ.get("RQ_WEBHOOKS_TEST_DATABASES")
+    kinds = tuple(getattr(metafunc.module, "DATABASES", ("sqlite",)))
+    if chosen:
+        kinds = tuple(chosen.split(","))
+    elif metafunc.definition.get_closest_marker("slow"):
+        kinds = kinds[:1]
+    metafunc.parametrize("stack_database_url", kinds, indirect=True)
+
+
 @pytest.fixture
-def stack(redis_url: str, sqlite_url: str, redis_client: redis.Redis) -> Iterator[Stack]:
-    app = create_app({"SQLALCHEMY_DATABASE_URI": sqlite_url, "RQ_WEBHOOKS_REDIS_URL": redis_url})
+def stack_database_url(request: pytest.FixtureRequest) -> str:
+    """Give the URL of an empty database of the kind asked for."""
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("sqlite_url"))
+    return str(request.getfixturevalue("postgres").new_database())
+
+
+@pytest.fixture
+def stack(redis_url: str, stack_database_url: str, redis_client: redis.Redis) -> Iterator[Stack]:
+    app = create_app({"SQLALCHEMY_DATABASE_URI": stack_database_url, "RQ_WEBHOOKS_REDIS_URL": redis_url})
     state = get_state(app)
     state.database.create_tables()
     with ExitStack() as cleanup, Receiver() as receiver:
-        yield Stack(app, redis_url, sqlite_url, redis_client, receiver, cleanup)
+        yield Stack(app, redis_url, stack_database_url, redis_client, receiver, cleanup)
     state.database.dispose()
     state.redis.close()
     with app.app_context():
