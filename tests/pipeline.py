@@ -61,9 +61,7 @@ def add_endpoint(state: State, url: str, **options: Any) -> str:
     endpoint = NewEndpoint(
         url=checked.url, host=checked.host_key, **{"secret": SECRET, "format": "job", **options}
     )
-    return register(
-        state.database, state.cipher, endpoint, namespace=state.namespace, reserved_job_id=None
-    )
+    return register(state.database, state.cipher, endpoint, namespace=state.namespace, reserved_job_id=None)
 
 
 def callbacks(endpoint_id: str) -> dict[str, str]:
@@ -83,10 +81,8 @@ def enqueue(
     """
     job_id = str(uuid.uuid4())
     queue = rq.Queue(connection=state.redis, is_async=is_async)
-    job = queue.create_job(
-        function, args=args, job_id=job_id, **{name: rq.Callback(path) for name, path in callbacks(endpoint_id).items()},
-        **options,
-    )  # fmt: skip
+    ours = {name: rq.Callback(path) for name, path in callbacks(endpoint_id).items()}
+    job = queue.create_job(function, args=args, job_id=job_id, **ours, **options)
     queue.enqueue_job(job)
     confirm(state.database, endpoint_id, existing=[job_id], unseen=[], reserved_job_id=None)
     return job_id

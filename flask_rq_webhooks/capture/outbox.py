@@ -35,10 +35,11 @@ MAX_DEPTH = 60
 MAX_JOBS = 10_000
 #: Entries kept in the stream of rejected ones, and bytes kept of each.
 MAX_REJECTED, MAX_REJECTED_BYTES = 1000, 65_536
-#: Milliseconds after which an entry a reader took and did not finish goes to another one.
-TAKE_OVER_IDLE_MS = 60_000
+#: Milliseconds after which an entry a reader took and did not finish goes to another one. A living reader
+#: keeps one for 5 s at most while SQL is there; reading it twice does no harm.
+TAKE_OVER_IDLE_MS = 15_000
 #: Seconds between two looks for such entries, and for readers that are gone for good.
-TAKE_OVER_EVERY_S, FORGET_EVERY_S = 10.0, 3600.0
+TAKE_OVER_EVERY_S, FORGET_EVERY_S = 5.0, 3600.0
 #: Milliseconds by which servers are late to end a wait (Redis and Valkey look ten times a second).
 TICK_MS = 100
 #: Milliseconds of silence after which a reader that holds nothing is forgotten.

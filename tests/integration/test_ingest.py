@@ -1,0 +1,354 @@
+"""From real outbox entries and real job hashes to events in SQL."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import redis
+import rq
+
+from flask_rq_webhooks import signals
+from flask_rq_webhooks.capture.outbox import confirm_entry
+from flask_rq_webhooks.delivery.ingest import PATIENCE_S, Ingest
+from flask_rq_webhooks.delivery.telling import Teller
+from flask_rq_webhooks.errors import StorageUnavailableError
+from flask_rq_webhooks.protocol.events import format_time
+from flask_rq_webhooks.state import State
+from flask_rq_webhooks.storage.models import Watch
+from tests.pipeline import add_endpoint, deliveries, enqueue, events, open_state, rows, work
+
+URL = "http://127.0.0.1:9/hook"
+
+
+@pytest.fixture
+def state(database_url: str, redis_url: str) -> Iterator[State]:
+    with open_state(database_url, redis_url, max_payload_bytes=4096) as opened:
+        yield opened
+
+
+class Clock:
+    """A clock that only moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def ingest_of(state: State, **options: Any) -> Ingest:
+    return Ingest(state, consumer="tests", teller=options.pop("teller", None) or Teller(state), **options)
+
+
+def append(state: State, kind: str, endpoint_id: str, **fields: Any) -> dict[str, Any]:
+    """Append a valid entry and return it."""
+    now = datetime.now(UTC)
+    begun = format_time(now - timedelta(seconds=1))
+    error = {"type": "ValueError", "message": "told", "traceback": "t"} if kind == "failure" else None
+    entry: dict[str, Any] = {
+        "v": 1, "kind": kind, "endpoint": endpoint_id, "job_id": str(uuid.uuid4()), "run": begun,
+        "at": now.timestamp(), "func": "tests.jobs.add", "queue": "default", "created_at": begun,
+        "enqueued_at": begun, "started_at": begun, "runid": None, "retries_left": None, "result": None,
+        "result_truncated": False, "error": error, **fields,
+    }  # fmt: skip
+    state.outbox.append(entry)
+    return entry
+
+
+def set_hash(state: State, entry: dict[str, Any], status: str) -> None:
+    """Write the fields of a job's hash that matter here."""
+    fields = {"status": status, "created_at": entry["created_at"], "enqueued_at": entry["run"]}
+    state.redis.hset(f"rq:job:{entry['job_id']}", mapping=fields)
+
+
+def payload(event: Any) -> Any:
+    return json.loads(event.payload)
+
+
+def test_committed_job_becomes_one_event_and_its_delivery(state: State) -> None:
+    endpoint_id = add_endpoint(state, URL, runid="basin-7")
+    job_id = enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)
+
+    assert ingest_of(state).run_once(block_ms=1) == 1
+
+    (event,) = events(state)
+    assert (event.type, event.job_id, event.source) == ("job.success", job_id, "callback")
+    (delivery,) = deliveries(state)
+    body = json.loads(delivery.body)
+    assert body["result"] == 3
+    assert body["runid"] == "basin-7"
+    assert body["id"] == delivery.event_id == event.id
+    assert delivery.status == "pending"
+    assert state.outbox.length() == 0
+
+
+def test_run_is_told_once_however_often_its_entry_is_read(state: State) -> None:
+    endpoint_id = add_endpoint(state, URL)
+    entry = append(state, "success", endpoint_id)
+    set_hash(state, entry, "finished")
+    for _ in range(2):
+        state.outbox.append(entry)
+
+    assert ingest_of(state).run_once(block_ms=1) == 3
+
+    assert len(events(state)) == 1
+    assert len(deliveries(state)) == 1
+
+
+def test_uncommitted_job_is_waited_for_and_told_as_committed(state: State) -> None:
+    ingest = ingest_of(state)
+    entry = append(state, "success", add_endpoint(state, URL))
+    set_hash(state, entry, "started")
+
+    ingest.run_once(block_ms=1)
+    ingest.run_once(block_ms=1)
+    assert events(state) == []
+    assert state.outbox.length() == 1
+    assert ingest.waiting == 1
+    assert not ingest.is_idle()
+
+    set_hash(state, entry, "finished")
+    deadline = time.monotonic() + 1
+    while not events(state) and time.monotonic() < deadline:
+        ingest.run_once(block_ms=100)
+    assert [event.type for event in events(state)] == ["job.success"]
+    assert ingest.is_idle()
+
+
+def test_commit_is_seen_within_milliseconds(state: State) -> None:
+    ingest = ingest_of(state)
+    entry = append(state, "success", add_endpoint(state, URL))
+    set_hash(state, entry, "started")
+    ingest.run_once(block_ms=1)
+    set_hash(state, entry, "finished")
+
+    began = time.monotonic()
+    while ingest.waiting:
+        ingest.run_once(block_ms=1000)
+    assert time.monotonic() - began < 0.5
+
+
+def test_uncommitted_for_too_long_is_parked_for_reconcile(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    ingest = ingest_of(state, clock=clock)
+    endpoint_id = add_endpoint(state, URL)
+    entry = append(state, "success", endpoint_id, result={"kept": True})
+    set_hash(state, entry, "started")
+    ingest.run_once(block_ms=1)
+    clock.now += PATIENCE_S + 0.1
+
+    with caplog.at_level(logging.WARNING):
+        assert ingest.run_once(block_ms=1) == 1
+
+    assert events(state) == []
+    (watch,) = rows(state, Watch)
+    assert (watch.job_id, watch.endpoint_id, watch.status) == (entry["job_id"], endpoint_id, "open")
+    assert json.loads(watch.evidence)["result"] == {"kept": True}
+    assert ingest.is_idle()
+    assert entry["job_id"] in caplog.text
+
+
+def test_success_that_rq_committed_as_failed_is_told_as_failed(state: State) -> None:
+    endpoint_id = add_endpoint(state, URL)
+    job_id = enqueue(state, endpoint_id, "tests.jobs.fail", "dry", is_async=True)
+    work(state.redis)
+    ((_id, fields),) = state.redis.xrange(state.outbox.key)
+    told = json.loads(fields[b"entry"])
+    state.redis.delete(state.outbox.key)
+    state.outbox.append({**told, "kind": "success", "error": None, "result": 5})
+
+    ingest_of(state).run_once(block_ms=1)
+
+    (event,) = events(state)
+    assert (event.type, event.job_id) == ("job.failure", job_id)
+    (delivery,) = deliveries(state)
+    body = json.loads(delivery.body)
+    assert (body["error"]["type"], body["error"]["message"]) == ("ValueError", "dry")
+    assert "result" not in body
+
+
+def test_retries_are_told_only_to_those_who_ask(state: State) -> None:
+    plain = add_endpoint(state, URL)
+    asks = add_endpoint(state, URL, events=("job.retrying", "job.failure"))
+    for endpoint_id in (plain, asks):
+        enqueue(state, endpoint_id, "tests.jobs.fail", is_async=True, retry=rq.Retry(max=2))
+    ingest = ingest_of(state)
+    work(state.redis)
+    while not ingest.is_idle():
+        ingest.run_once(block_ms=10)
+
+    told: dict[str, list[str]] = {plain: [], asks: []}
+    for delivery in deliveries(state):
+        told[delivery.endpoint_id].append(delivery.event_type)
+    assert told[plain] == ["job.failure"]
+    assert sorted(told[asks]) == ["job.failure", "job.retrying", "job.retrying"]
+
+
+def test_earlier_run_of_a_requeued_job_is_told_by_rqs_results(state: State) -> None:
+    endpoint_id = add_endpoint(state, URL)
+    job_id = enqueue(state, endpoint_id, "tests.jobs.fail", "first", is_async=True)
+    work(state.redis)
+    rq.job.Job.fetch(job_id, state.redis).requeue()
+
+    ingest = ingest_of(state)
+    ingest.run_once(block_ms=1)
+    assert [event.type for event in events(state)] == ["job.failure"]
+    work(state.redis)
+    ingest.run_once(block_ms=1)
+    assert [event.type for event in events(state)] == ["job.failure", "job.failure"]
+    assert len({event.run_key for event in events(state)}) == 2
+
+
+def test_word_stands_for_a_job_that_leaves_nothing(state: State) -> None:
+    endpoint_id = add_endpoint(state, URL)
+    job_id = enqueue(state, endpoint_id, "tests.jobs.add", 2, 2, is_async=True, result_ttl=0)
+    work(state.redis)
+    assert not state.redis.exists(f"rq:job:{job_id}")
+
+    ingest_of(state).run_once(block_ms=1)
+
+    (delivery,) = deliveries(state)
+    assert json.loads(delivery.body)["result"] == 4
+
+
+def test_malformed_entry_is_set_aside_and_holds_nothing_up(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    state.outbox.append({})  # makes the stream
+    state.redis.xadd(state.outbox.key, {"entry": b"\x80\x04not json"})
+    entry = append(state, "success", add_endpoint(state, URL))
+    set_hash(state, entry, "finished")
+
+    ingest_of(state).run_once(block_ms=1)
+
+    assert [event.job_id for event in events(state)] == [entry["job_id"]]
+    assert state.redis.xlen(state.outbox.rejected_key) == 2
+    assert state.outbox.length() == 0
+    assert state.outbox.rejected_key in caplog.text
+
+
+class Refusing(Teller):
+    """Refuses one job, as a database does with a value it cannot hold."""
+
+    def __init__(self, state: State, refused: str, error: Exception) -> None:
+        super().__init__(state)
+        self.refused = refused
+        self.error = error
+
+    def tell(self, items: Any) -> Any:
+        if any(item.occurrence.job_id == self.refused for item in items):
+            raise self.error
+        return super().tell(items)
+
+
+def test_entry_that_cannot_be_stored_is_set_aside_alone(state: State) -> None:
+    endpoint_id = add_endpoint(state, URL)
+    entries = [append(state, "success", endpoint_id) for _ in range(5)]
+    for entry in entries:
+        set_hash(state, entry, "finished")
+    refused = entries[2]["job_id"]
+
+    ingest_of(state, teller=Refusing(state, refused, ValueError("no column holds this"))).run_once(block_ms=1)
+
+    assert {event.job_id for event in events(state)} == {entry["job_id"] for entry in entries} - {refused}
+    ((_id, fields),) = state.redis.xrange(state.outbox.rejected_key)
+    assert json.loads(fields[b"entry"])["job_id"] == refused
+    assert b"no column holds this" in fields[b"why"]
+    assert state.outbox.length() == 0
+
+
+def test_nothing_leaves_the_stream_while_sql_is_away(state: State) -> None:
+    entry = append(state, "success", add_endpoint(state, URL))
+    set_hash(state, entry, "finished")
+    away = Refusing(state, entry["job_id"], StorageUnavailableError())
+    ingest = ingest_of(state, teller=away)
+
+    for _ in range(3):
+        with pytest.raises(StorageUnavailableError):
+            ingest.run_once(block_ms=1)
+    assert state.outbox.length() == 1
+    away.refused = ""
+    assert ingest.run_once(block_ms=1) == 1
+    assert len(events(state)) == 1
+    assert state.outbox.length() == 0
+
+
+def test_failing_scrub_function_loses_no_event_and_leaks_nothing(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    def scrub(_payload: dict[str, Any]) -> dict[str, Any]:
+        raise KeyError("a bug of the host")
+
+    state.hooks.scrub_function = scrub
+    entry = append(state, "success", add_endpoint(state, URL), result={"password": "hunter2"}, runid="r")
+    set_hash(state, entry, "finished")
+
+    ingest_of(state).run_once(block_ms=1)
+
+    (event,) = events(state)
+    (delivery,) = deliveries(state)
+    assert b"hunter2" not in delivery.body
+    assert "hunter2" not in event.payload
+    assert json.loads(delivery.body)["runid"] == "r"
+    assert "scrub function failed" in caplog.text
+
+
+def test_failing_format_tells_at_least_how_the_job_ended(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_occurrence: Any, _context: Any) -> bytes:
+        raise KeyError("a bug of the host")
+
+    state.hooks.formats["broken"] = broken  # type: ignore[index]
+    for name in ("broken", "unregistered"):
+        endpoint_id = add_endpoint(state, URL, format=name)
+        entry = append(state, "success", endpoint_id, result={"password": "hunter2"})
+        set_hash(state, entry, "finished")
+
+    ingest_of(state).run_once(block_ms=1)
+
+    bodies = [json.loads(delivery.body) for delivery in deliveries(state)]
+    assert [body["event"] for body in bodies] == ["job.success", "job.success"]
+    assert [body["result"] for body in bodies] == [None, None]
+    assert "'broken'" in caplog.text
+    assert "'unregistered'" in caplog.text
+
+
+def test_confirmation_through_the_outbox_opens_the_watches(state: State, redis_client: redis.Redis) -> None:
+    endpoint_id = add_endpoint(state, URL)
+    redis_client.hset(
+        "rq:job:there", mapping={"status": "queued", "created_at": format_time(datetime.now(UTC))}
+    )
+    state.outbox.append(confirm_entry(endpoint_id, ["there", "absent"]))
+
+    ingest_of(state).run_once(block_ms=1)
+
+    found = {watch.job_id: watch.status for watch in rows(state, Watch)}
+    assert found == {"there": "open", "absent": "reserved"}
+    assert state.outbox.length() == 0
+
+
+def test_listeners_hear_of_new_events_only(state: State) -> None:
+    heard: list[dict[str, Any]] = []
+
+    def listen(_app: Any, **what: Any) -> None:
+        heard.append(what)
+
+    entry = append(state, "failure", add_endpoint(state, URL))
+    set_hash(state, entry, "failed")
+    with signals.event_recorded.connected_to(listen, sender=state.app):
+        ingest_of(state).run_once(block_ms=1)
+        state.outbox.append(entry)
+        ingest_of(state).run_once(block_ms=1)
+
+    (event,) = events(state)
+    assert heard == [{"event_id": event.id, "event_type": "job.failure", "job_id": entry["job_id"]}]
