@@ -1,0 +1,282 @@
+"""The commands, run as a user runs them; the long-running ones as processes."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+import requests
+from click.testing import CliRunner, Result
+from flask import Flask
+from flask.cli import FlaskGroup
+
+from flask_rq_webhooks import RQWebhooks
+from flask_rq_webhooks.protocol.signing import signature_headers
+from flask_rq_webhooks.receiver import verify
+from flask_rq_webhooks.state import State, get_state
+from flask_rq_webhooks.storage import dispatchers
+from flask_rq_webhooks.storage.queries import list_endpoints
+from tests.pipeline import add_endpoint, attempts, deliveries, enqueue
+from tests.servers import Process, Receiver, free_port
+
+
+@pytest.fixture
+def host(sqlite_url: str, redis_url: str) -> Iterator[Flask]:
+    made = Flask("host")
+    made.config.update(
+        SECRET_KEY="a key for tests only",
+        RQ_WEBHOOKS_DATABASE_URI=sqlite_url,
+        RQ_WEBHOOKS_REDIS_URL=redis_url,
+        RQ_WEBHOOKS_ALLOW_HTTP=True,
+        RQ_WEBHOOKS_RETRY_SCHEDULE=[],
+    )
+    webhooks = RQWebhooks(made)
+
+    @webhooks.authorize
+    def may(permission: str, **_what: Any) -> bool:
+        return True
+
+    yield made
+    state = get_state(made)
+    state.database.dispose()
+    state.redis.close()
+
+
+@pytest.fixture
+def state(host: Flask) -> State:
+    """Give the host's state, on empty tables."""
+    state = get_state(host)
+    state.database.create_tables()
+    return state
+
+
+def run(host: Flask, *arguments: str) -> Result:
+    # As `flask` itself does it: the commands are found through their entry point.
+    command = FlaskGroup(create_app=lambda: host, set_debug_flag=False)
+    return CliRunner().invoke(command, ["rq-webhooks", *arguments])
+
+
+def test_commands_explain_what_is_missing_without_the_extension() -> None:
+    result = run(Flask("bare"), "worker", "--burst")
+    assert result.exit_code == 1
+    assert "not initialised" in result.output
+    assert "init_app" in result.output
+
+
+def test_worker_without_tables_says_what_to_run(host: Flask) -> None:
+    result = run(host, "worker", "--burst")
+    assert result.exit_code == 1
+    assert "init-db" in result.output
+
+
+def test_init_db_creates_what_is_missing(host: Flask) -> None:
+    first, second = run(host, "init-db"), run(host, "init-db")
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert "created table rq_webhooks_delivery" in first.output
+    assert second.output == "The tables are up to date.\n"
+
+
+def test_worker_burst_delivers(host: Flask, state: State, receiver: Receiver) -> None:
+    enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
+    result = run(host, "worker", "--burst", "--concurrency", "2")
+    assert result.exit_code == 0, result.output
+    assert len(receiver.received) == 1
+
+
+def test_doctor_says_what_is_wrong_and_what_to_do(host: Flask) -> None:
+    host.config["RQ_WEBHOOKS_REDIS_URL"] = f"redis://127.0.0.1:{free_port()}/0"
+    sick = Flask("sick")
+    sick.config.update(host.config)
+    RQWebhooks(sick)
+    result = run(sick, "doctor")
+    get_state(sick).redis.close()
+    get_state(sick).database.dispose()
+    assert result.exit_code == 1
+    lines = {line.split()[1].rstrip(":"): line for line in result.output.splitlines()}
+    assert lines["redis"].startswith("FAIL")
+    assert "RQ_WEBHOOKS_REDIS_URL" in lines["redis"]
+    assert lines["sql"].startswith("ok")
+    assert "init-db" in lines["tables"]
+    assert "rq-webhooks worker" in lines["dispatcher"] or "init-db" in lines["dispatcher"]
+    assert "@webhooks.authorize" in lines["permission"]
+
+
+def test_doctor_finds_nothing_on_a_healthy_host(host: Flask, state: State, receiver: Receiver) -> None:
+    dispatchers.heartbeat(state.database, "dsp_x", started=True)
+    enqueue(state, add_endpoint(state, receiver.url, headers={"X-Key": "k"}), "tests.jobs.add", 1, 2)
+    result = run(host, "doctor")
+    assert result.exit_code == 0, result.output
+    assert "FAIL" not in result.output
+    assert len(result.output.splitlines()) == 9
+
+
+@pytest.mark.parametrize("what", ["keys", "outbox"])
+def test_doctor_finds_wrong_keys_and_rejected_entries(
+    host: Flask, state: State, redis_client: redis.Redis, what: str
+) -> None:
+    dispatchers.heartbeat(state.database, "dsp_x", started=True)
+    add_endpoint(state, "http://127.0.0.1:9/hook")
+    assert run(host, "doctor").exit_code == 0
+    if what == "keys":
+        host.config["SECRET_KEY"] = "another one"
+        state._built.pop("cipher")
+    else:
+        redis_client.xadd(state.outbox.rejected_key, {"why": "a test"})
+    result = run(host, "doctor")
+    assert result.exit_code == 1
+    (line,) = [line for line in result.output.splitlines() if line.startswith("FAIL")]
+    assert line.startswith(f"FAIL {what}: ")
+
+
+def test_trigger_sends_a_signed_ping(host: Flask, receiver: Receiver) -> None:
+    result = run(host, "trigger", receiver.url, "--secret", "s3cret")
+    assert result.exit_code == 0, result.output
+    (received,) = receiver.received
+    verify(received.body, received.headers, "s3cret")
+    assert received.json["event"] == "webhook.ping"
+    assert received.headers["X-Webhook-Event"] == "webhook.ping"
+    assert "answer 204" in result.output
+    assert "s3cret" not in result.output
+
+
+@pytest.mark.parametrize("what", ["refused", "blocked", "status", "format"])
+def test_trigger_fails_with_the_reason(host: Flask, receiver: Receiver, what: str) -> None:
+    receiver.respond = lambda received: (500, {}, b"broken \x1b[31m")
+    arguments, said = {
+        "refused": ([f"http://127.0.0.1:{free_port()}/"], "error connect"),
+        "blocked": (["https://10.0.0.1/"], "error blocked"),
+        "status": ([receiver.url], "answer 500"),
+        "format": ([receiver.url, "--format", "nonsense"], "nonsense"),
+    }[what]
+    result = run(host, "trigger", *arguments)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "\x1b" not in result.output
+
+
+def test_life_of_a_standing_endpoint(host: Flask, state: State, receiver: Receiver) -> None:
+    made = run(host, "endpoints", "create", receiver.url, "--event", "job.failure", "--header", "X-Key: k: v",
+               "--description", "for the operators")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    endpoint_id, shown, *_ = made.output.split()
+    secret = made.output.split()[2]
+    assert shown == "secret"
+    enqueue(state, f"ep{state.namespace}_all", "tests.jobs.fail", "dry")
+    run(host, "worker", "--burst")
+    (received,) = receiver.received
+    verify(received.body, received.headers, secret)
+    assert received.headers["X-Key"] == "k: v"
+
+    listed = run(host, "endpoints", "list").output
+    assert endpoint_id in listed
+    assert "job.failure" in listed
+    assert secret not in listed
+    rotated = run(host, "endpoints", "rotate", endpoint_id, "--grace-hours", "1")
+    assert rotated.exit_code == 0
+    assert "whsec_" in rotated.output
+    assert run(host, "endpoints", "disable", endpoint_id).exit_code == 0
+    assert "disabled (operator)" in run(host, "endpoints", "list").output
+    assert run(host, "endpoints", "enable", endpoint_id).exit_code == 0
+    assert run(host, "endpoints", "delete", endpoint_id, "--yes").exit_code == 0
+    assert list_endpoints(state.database).items == ()
+    assert run(host, "endpoints", "delete", endpoint_id, "--yes").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(["https://user:pw@example.com/"], "URL refused", id="userinfo"),
+        pytest.param(["https://example.com/", "--event", "Nonsense"], "no event type", id="event"),
+        pytest.param(["https://example.com/", "--header", "no colon"], "not a header", id="header"),
+        pytest.param(["https://example.com/", "--header", "Host: x"], "Host", id="refused-header"),
+        pytest.param(["https://example.com/", "--format", "xml"], "Unknown format", id="format"),
+        pytest.param(["https://example.com/", "--timeout", "1000"], "at most", id="timeout"),
+    ],
+)
+def test_bad_endpoints_are_refused(host: Flask, state: State, arguments: list[str], said: str) -> None:
+    result = run(host, "endpoints", "create", *arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert list_endpoints(state.database).items == ()
+
+
+def test_resend_recover_and_cancel(host: Flask, state: State, receiver: Receiver) -> None:
+    answers = iter([400])
+    receiver.respond = lambda received: next(answers, 204)
+    enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
+    run(host, "worker", "--burst")
+    (delivery,) = deliveries(state)
+    assert delivery.status == "exhausted"
+
+    assert run(host, "recover").exit_code == 2  # says what is missing
+    assert run(host, "recover", "--status", "lost").exit_code == 2
+    assert run(host, "recover", "--since", "yesterday").exit_code == 2
+    assert "0 deliveries" in run(host, "recover", "--until", "1h").output
+    assert "1 deliveries are due" in run(host, "recover", "--since", "1h", "--status", "exhausted").output
+    assert "1 deliveries canceled" in run(host, "cancel", "--all").output
+    assert deliveries(state)[0].status == "canceled"
+    assert run(host, "resend", "dlv_unknown").exit_code == 1
+    assert run(host, "resend", delivery.id).output == "Due now.\n"
+    run(host, "worker", "--burst")
+    assert deliveries(state)[0].status == "succeeded"
+    assert [attempt.trigger for attempt in attempts(state)] == ["scheduled", "manual"]
+    assert len({received.headers["webhook-id"] for received in receiver.received}) == 1
+
+
+def test_pause_resume_prune_rekey(host: Flask, state: State, receiver: Receiver) -> None:
+    enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
+    assert run(host, "pause").exit_code == 0
+    run(host, "worker", "--burst")
+    assert receiver.received == []
+    assert run(host, "resume").exit_code == 0
+    run(host, "worker", "--burst")
+    assert len(receiver.received) == 1
+    assert "Deleted 0 deliveries" in run(host, "prune", "--days", "1").output
+    assert "1 values" in run(host, "rekey").output
+
+
+def test_reconcile_tells_what_no_callback_told(host: Flask, state: State, redis_client: redis.Redis) -> None:
+    endpoint_id = add_endpoint(state, "http://127.0.0.1:9/hook")
+    enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)
+    redis_client.delete(state.outbox.key)  # as a Redis that was trimmed
+    result = run(host, "reconcile")
+    assert result.exit_code == 0, result.output
+    assert "job.success: 1" in result.output
+    assert len(deliveries(state)) == 1
+    assert dispatchers.take_reconcile_lease(state.database, "somebody", 60)
+    assert run(host, "reconcile").exit_code == 1
+
+
+@pytest.fixture
+def listener() -> Iterator[tuple[Process, str]]:
+    arguments = ["python", "-m", "flask", "rq-webhooks", "listen", "--port", "0", "--secret", "s3cret"]
+    with Process(*arguments) as process:
+        process.wait_for_output("Listening on ")
+        match = re.search(r"http://\S+", process.output)
+        assert match is not None
+        yield process, match[0]
+
+
+def test_listen_prints_and_verifies(listener: tuple[Process, str]) -> None:
+    process, url = listener
+    body = json.dumps({"event": "webhook.ping", "text": "\x1b[31m"}).encode()
+    headers = {"webhook-id": "evt_1", "webhook-timestamp": str(int(time.time()))} | signature_headers(
+        ["s3cret"], event_id="evt_1", timestamp=int(time.time()), body=body,
+        header_prefix="X-Webhook", iso_timestamp=False,
+    )  # fmt: skip
+    assert requests.post(url, data=body, headers=headers, timeout=5).status_code == 200
+    process.wait_for_output("  verified (v1)")
+    assert requests.post(url + "x?\x1b", data=body + b" ", headers=headers, timeout=5).status_code == 200
+    process.wait_for_output("NOT VERIFIED")
+    assert requests.post(url, data=b"\x1b plain", timeout=5).status_code == 200
+    process.wait_for_output("plain")
+    assert "\x1b" not in process.output
+    assert "s3cret" not in process.output
+    process.kill(signal.SIGINT)
+    assert process.wait(10) == 0
