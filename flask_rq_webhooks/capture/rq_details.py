@@ -246,7 +246,7 @@ def _call(data: bytes | None) -> tuple[str | None, str | None]:
 
 # -- pickles ----------------------------------------------------------------------------------------------
 
-#: Of these a short pickle makes short data: no bytearray(2**40), set(range(2**40)) or Fraction("1e999999999").
+#: Of these a short pickle makes short data: no bytearray(2**40), set(range(2**40)), Fraction("1e999999999").
 _PLAIN_TYPES = {
     "builtins": {"set", "frozenset", "complex", "slice"},
     "datetime": {"datetime", "date", "time", "timedelta", "timezone"},

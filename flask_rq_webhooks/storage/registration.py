@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import blake2b
 from typing import Any
 
 from sqlalchemy import Executable, delete, func, insert, select, update
@@ -19,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from .crypto import Cipher
 from .database import Database
-from .models import Attempt, Delivery, Endpoint, Secret, Watch, new_id
+from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, Watch, new_id
 from .upsert import insert_or_ignore, insert_or_update
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def register(
     *,
     namespace: str,
     reserved_job_id: str | None,
+    endpoint_id: str | None = None,
     now: datetime | None = None,
 ) -> str:
     """Store an endpoint, its secret, and the watch that reserves a job's id, in one short transaction.
@@ -70,11 +72,12 @@ def register(
     :param namespace: see :func:`~.dispatchers.shared_namespace`; becomes part of the id.
     :param reserved_job_id: id that the first job of the view will get; ``None`` where no job is expected,
         as for a standing endpoint.
+    :param endpoint_id: a new one by default.
     :returns: the endpoint's id.
     :raises StorageUnavailableError: when the database cannot be reached or stays locked.
     """
     now = now or datetime.now(UTC)
-    endpoint_id = new_id("ep" + namespace)
+    endpoint_id = endpoint_id or new_id("ep" + namespace)
     statements: list[Any] = [insert(Endpoint).values(_endpoint_values(cipher, endpoint, endpoint_id, now))]
     if endpoint.secret is not None:
         statements.append(insert(Secret).values(_secret_values(cipher, endpoint.secret, endpoint_id, now)))
@@ -182,13 +185,54 @@ def waiting_for_host(database: Database, host: str, *, at_most: int | None = Non
 # Standing endpoints
 
 
+class ExistsError(Exception):
+    """An endpoint was made before with the same idempotency key.
+
+    :param endpoint_id: its id.
+    """
+
+    def __init__(self, endpoint_id: str) -> None:
+        super().__init__(f"The endpoint {endpoint_id} was made with this key.")
+        self.endpoint_id = endpoint_id
+
+
 def create_standing(
-    database: Database, cipher: Cipher, endpoint: NewEndpoint, *, namespace: str, now: datetime | None = None
+    database: Database,
+    cipher: Cipher,
+    endpoint: NewEndpoint,
+    *,
+    namespace: str,
+    idempotency_key: str | None = None,
+    now: datetime | None = None,
 ) -> str:
-    """Store a standing endpoint and return its id."""
+    """Store a standing endpoint and return its id.
+
+    :param idempotency_key: the endpoint's id is made of it, so that the primary key lets only one be made,
+        however many requests with it come at once. Such ids do not sort by time.
+    :raises ExistsError: when there is one with this key.
+    """
     if endpoint.kind != "standing":
         raise ValueError(f"expected kind 'standing', got {endpoint.kind!r}")
-    return register(database, cipher, endpoint, namespace=namespace, reserved_job_id=None, now=now)
+    endpoint_id = None if idempotency_key is None else _id_of_key(namespace, idempotency_key)
+    try:
+        return register(
+            database,
+            cipher,
+            endpoint,
+            namespace=namespace,
+            reserved_job_id=None,
+            endpoint_id=endpoint_id,
+            now=now,
+        )
+    except IntegrityError:
+        if endpoint_id is None or not endpoint_exists(database, endpoint_id):
+            raise
+        raise ExistsError(endpoint_id) from None
+
+
+def _id_of_key(namespace: str, idempotency_key: str) -> str:
+    number = int.from_bytes(blake2b(idempotency_key.encode(), digest_size=17).digest())
+    return f"ep{namespace}_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
 
 
 #: What :func:`update_standing` may change; the rest has functions of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ RETRY_UNAVAILABLE_S = 5
 MAX_BODY_BYTES = 256 * 1024
 #: Characters of an id in a path; RQ's job ids are the longest.
 MAX_ID = 512
+
+_KEY = re.compile("[!-~]{1,255}")
 
 
 class ApiError(RQWebhooksError):
@@ -89,6 +92,18 @@ def json_input(schema: Schema, *, partial: bool = False) -> Any:
     if not isinstance(values, dict):
         raise ApiError(400, "invalid", "Expected a JSON object.")
     return _load(schema, values, partial=partial)
+
+
+def idempotency_key() -> str | None:
+    """Return the key by which a client marks a request that it may send again.
+
+    :raises ApiError: 400 for one that is not 1 to 255 visible ASCII characters.
+    """
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not _KEY.fullmatch(key):
+        why = ["Expected 1 to 255 visible ASCII characters."]
+        raise ApiError(400, "invalid", "The request is not acceptable.", {"Idempotency-Key": why})
+    return key
 
 
 def _load(schema: Schema, values: Mapping[str, Any], *, partial: bool | None = None) -> Any:

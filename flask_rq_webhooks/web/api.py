@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from flask import Blueprint
+from flask import Blueprint, Response, request
 
 from ..delivery.hooks import safe_render
-from ..errors import DecryptionError, StorageUnavailableError
+from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from ..protocol.headers import mask_headers
 from ..protocol.payloads import RenderContext, job_payload, occurrence_from_json
@@ -29,8 +29,17 @@ from ..storage.queries import EndpointView, EventView, Page
 from ..storage.registration import ROTATION_GRACE_S, NewEndpoint
 from ..storage.statistics import statistics
 from . import api_schemas as schemas
-from .answers import ApiError, install, is_possible_id, json_input, not_found, query_input
+from .answers import (
+    ApiError,
+    idempotency_key,
+    install,
+    is_possible_id,
+    json_input,
+    not_found,
+    query_input,
+)
 from .csrf import csrf_token, is_forgeable, replace_csrf_protect
+from .metrics import CONTENT_TYPE, metrics_text
 from .permissions import Permission, is_allowed
 from .status import job_status
 
@@ -95,6 +104,23 @@ def _add_reads(blueprint: Blueprint, state: State) -> None:
         except StorageUnavailableError:
             ok = False
         return {"ok": ok}, 200 if ok else 503
+
+    @blueprint.get("/metrics")
+    @requires(state, "read")
+    def metrics() -> Any:
+        try:
+            text = metrics_text(state)
+        except ConfigurationError as exc:
+            raise ApiError(501, "not_installed", str(exc)) from exc
+        return Response(text, content_type=CONTENT_TYPE)
+
+    @blueprint.get("/openapi.json")
+    @requires(state, "read")
+    def openapi() -> Any:
+        # Only here: nothing else needs what it imports.
+        from .openapi import openapi_document
+
+        return openapi_document(state, root=request.script_root)
 
     @blueprint.get("/api/csrf")
     @requires(state, "read")
@@ -218,15 +244,22 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
     @blueprint.post("/api/endpoints")
     @requires(state, "manage")
     def create_endpoint() -> Any:
+        key = idempotency_key()
         values = json_input(input_schema())
         # Signed unless that is refused by name: "secret": null.
         secret = values.pop("secret", generate_secret())
-        endpoint_id = registration.create_standing(
-            state.database,
-            state.cipher,
-            NewEndpoint(kind="standing", secret=secret, **_endpoint_values(state, values)),
-            namespace=state.namespace,
-        )
+        endpoint = NewEndpoint(kind="standing", secret=secret, **_endpoint_values(state, values))
+        try:
+            endpoint_id = registration.create_standing(
+                state.database, state.cipher, endpoint, namespace=state.namespace, idempotency_key=key
+            )
+        except registration.ExistsError as exc:
+            made = queries.endpoint_detail(state.database, exc.endpoint_id)
+            if made is None or made.url != endpoint.url:
+                why = "This Idempotency-Key was used for another endpoint."
+                raise ApiError(409, "idempotency_key", why) from None
+            # Without the secret, which was in the first answer only.
+            return _told_endpoint(state, made), 200, {"Idempotent-Replayed": "true"}
         return {**_endpoint(state, endpoint_id), "secret": secret}, 201
 
     @blueprint.patch("/api/endpoints/<endpoint_id>")
