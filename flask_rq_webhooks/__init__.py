@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
-
 if TYPE_CHECKING:
     from .capture.attach import Queue as Queue
     from .errors import BlockedURLError as BlockedURLError
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import SignatureError as SignatureError
     from .errors import StorageUnavailableError as StorageUnavailableError
     from .extension import RQWebhooks as RQWebhooks
+    from .version import __version__ as __version__
 
 _EXPORTS = {
     "Queue": "capture.attach",
@@ -29,9 +28,10 @@ _EXPORTS = {
     "RQWebhooksError": "errors",
     "SignatureError": "errors",
     "StorageUnavailableError": "errors",
+    "__version__": "version",
 }
 
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604  (names are known to type checkers above)
+__all__ = [*_EXPORTS]  # noqa: PLE0604  (names are known to type checkers above)
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Waits on its standard input; when the owner is gone (end of file), kills the pid it was given.
@@ -217,7 +219,7 @@ def postgres_server() -> Iterator[PostgresHandle]:
     try:
         yield handle
     finally:
-        handle.stop()
+        handle.stop(immediately=True)
         shutil.rmtree(data_dir, ignore_errors=True)
 
 
@@ -257,8 +259,14 @@ class PostgresHandle:
             connection.execute(f'CREATE DATABASE "{name}"')
         return self.url(name)
 
-    def stop(self) -> None:
-        self._server.stop()
+    def stop(self, *, immediately: bool = False) -> None:
+        """Stop the server; *immediately* leaves recovery to the next start, as after a power failure."""
+        if immediately:
+            process = psutil.Process(self.pid)
+            process.send_signal(signal.SIGQUIT)
+            process.wait(20)
+        else:
+            self._server.stop()
         self._guard.kill()
         self._guard.wait()
         assert self._guard.stdin is not None

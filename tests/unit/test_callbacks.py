@@ -661,7 +661,6 @@ def test_import_brings_in_nothing_but_our_own() -> None:
         "flask_rq_webhooks.callbacks",
         "flask_rq_webhooks.protocol",
         "flask_rq_webhooks.protocol.jsonsafe",
-        "flask_rq_webhooks.version",
     ]
 
 
