@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from flask_rq_webhooks.protocol.signing import generate_secret, signature_headers
+from flask_rq_webhooks.protocol.signing import signature_headers
 from flask_rq_webhooks.receiver import verify
 from tests.servers import ROOT, Process
 
@@ -23,7 +23,7 @@ COMMANDS = {
     "python": ("python", str(EXAMPLES / "receiver.py")),
     "node": ("node", str(EXAMPLES / "receiver.js")),
 }
-SECRETS = ["plain secret \u00fc", generate_secret(), "whsec_not base64"]
+SECRETS = ["plain secret \u00fc", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_not base64"]
 BODY = b'{"event":"job.success","result":"gr\\u00fcn","x":"\xc3\xa9"}'
 
 Start = Callable[..., "Example"]
