@@ -437,6 +437,7 @@ def run(directory: Path, *, serve: bool) -> int:
                 f"\nStill running:\n"
                 f"  receiver       {receiver_url}/\n"
                 f"  example app    {app_url}/\n"
+                f"  dashboard      {app_url}/login with the token {token}\n"
                 f"  status, JSON   curl -H 'Authorization: Bearer {token}' {app_url}/webhooks/jobs/<job id>\n"
                 f"Ctrl-C ends everything.\n"
             )

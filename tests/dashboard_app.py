@@ -20,7 +20,9 @@ from flask_rq_webhooks.storage.registration import NewEndpoint, register
 from tests import storage_rows
 
 #: What a stranger would put wherever it may be shown: breaks out of text, attributes, scripts, URLs, CSS.
-HOSTILE = """'"></title></pre></script><script>window.hacked=1</script><img src=x onerror=hacked=1>{{7*7}}\u202e"""
+HOSTILE = (
+    """'"></title></pre></script><script>window.hacked=1</script><img src=x onerror=hacked=1>{{7*7}}\u202e"""
+)
 
 
 @contextmanager
@@ -56,9 +58,7 @@ def add_endpoint(state: State, url: str = "https://hooks.example.com/in", **valu
     """Store an endpoint as the app would, standing unless *values* say otherwise; return its id."""
     checked = state.url_policy.check_url(url)
     endpoint = NewEndpoint(**{"url": checked.url, "host": checked.host_key, "kind": "standing", **values})
-    return register(
-        state.database, state.cipher, endpoint, namespace=state.namespace, reserved_job_id=None
-    )
+    return register(state.database, state.cipher, endpoint, namespace=state.namespace, reserved_job_id=None)
 
 
 def add_delivery(state: State, endpoint_id: str, *, job_id: str = "job-1", **values: Any) -> str:

@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -350,10 +350,10 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
         registration.enable_standing(state.database, endpoint_id)
         if "recover" not in request.form:
             return _done("enabled", ".page_endpoint", endpoint_id=endpoint_id)
-        since = min(
-            (moment for moment in (found.disabled_at, found.failing_since) if moment is not None),
-            default=found.created_at,
-        )
+        since = found.disabled_at or found.created_at
+        if found.failing_since is not None:
+            # What failed first was made earlier: at most as long as retries go on.
+            since = found.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
         count = recover(
             state.database,
             DeliveryFilter(endpoint_id=endpoint_id, since=since),

@@ -87,8 +87,8 @@ def as_curl(url: str, headers: Mapping[str, str], body: bytes) -> str:
     :param url: what may be shown of it.
     :param headers: masked.
     """
-    lines = [f"curl {shlex.quote(url)}", "--request POST"]
-    lines += [f"--header {shlex.quote(f'{name}: {value}')}" for name, value in headers.items()]
+    lines = [f"curl {shlex.quote(readable(url))}", "--request POST"]
+    lines += [f"--header {shlex.quote(readable(f'{name}: {value}'))}" for name, value in headers.items()]
     try:
         text = body.decode()
     except UnicodeDecodeError:
