@@ -49,8 +49,8 @@ STUCK_S = 60.0
 TREES_S = 0.5
 #: Seconds between prunings.
 PRUNE_S = 3600.0
-#: Seconds a pass of reconcile may take before another dispatcher starts one.
-LONGEST_PASS_S = 120.0
+#: Seconds after a missed pass in which another dispatcher takes over. Two passes at once do no harm.
+LEASE_SPARE_S = 5.0
 #: First and longest pause after an error, seconds.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
@@ -99,7 +99,7 @@ def _reconciler(state: State, teller: Teller) -> Reconciler:
 
 
 def _lease_s(state: State) -> float:
-    return max(LONGEST_PASS_S, 2 * state.settings.reconcile_interval)
+    return 2 * state.settings.reconcile_interval + LEASE_SPARE_S
 
 
 class Dispatcher:
