@@ -7,6 +7,7 @@ import email.message
 import hashlib
 import hmac
 import json
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
@@ -23,7 +24,6 @@ from werkzeug.datastructures import Headers
 from flask_rq_webhooks.errors import SignatureError
 from flask_rq_webhooks.protocol.signing import (
     body_signature,
-    generate_secret,
     signature_headers,
     standard_signature,
 )
@@ -39,6 +39,11 @@ SHA = body_signature(SECRET, BODY)
 OTHER = standard_signature("another", ID, T, BODY)
 STANDARD = {"webhook-id": ID, "webhook-timestamp": str(T), "webhook-signature": V1}
 PLAIN = {"X-Webhook-Signature": SHA, "X-Webhook-Timestamp": str(T)}
+
+
+def shown(value: object) -> str:
+    """Return a test id that is the same in every process: without memory addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def check(headers: Any, body: Any = BODY, secrets: Any = SECRET, **options: Any) -> VerifiedWebhook:
@@ -173,7 +178,7 @@ def test_ages_within_tolerance(offset: int) -> None:
         datetime.fromtimestamp(T, timezone(timedelta(hours=-8))),
         datetime.fromtimestamp(T, UTC).replace(tzinfo=None),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_kinds_of_now(now: Any) -> None:
     assert check(STANDARD, now=now).id == ID
@@ -437,7 +442,7 @@ def test_headers_that_come_twice(name: str, same: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, 5, 1.5, True, [V1], (V1,), {}, object(), b"\xff", bytearray(V1.encode())], ids=repr
+    "value", [None, 5, 1.5, True, [V1], (V1,), {}, object(), b"\xff", bytearray(V1.encode())], ids=shown
 )
 def test_values_that_are_no_text(value: Any) -> None:
     for name in STANDARD:
@@ -471,7 +476,7 @@ def test_id_and_timestamp_are_covered() -> None:
         SECRET.lower(), object(), [SECRET, None],
         SECRET.removeprefix("whsec_"), f" {SECRET}", f"{SECRET}\n", [[SECRET]], "whsec_", "\ud800",
     ],
-    ids=repr,
+    ids=shown,
 )  # fmt: skip
 def test_secrets_that_do_not_fit(secrets: Any) -> None:
     refuse(STANDARD, secrets=secrets)
@@ -488,7 +493,7 @@ def test_nobody_signs_with_an_empty_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [None, 5, {"test": 1}, [1], object(), "\ud800", BODY.decode() + "\n"], ids=repr
+    "body", [None, 5, {"test": 1}, [1], object(), "\ud800", BODY.decode() + "\n"], ids=shown
 )
 def test_bodies_that_are_none(body: Any) -> None:
     refuse(STANDARD, body)
@@ -534,7 +539,7 @@ def test_headers_that_are_none(headers: Any) -> None:
         {"tolerance": None}, {"tolerance": "300"}, {"tolerance": float("nan")}, {"tolerance": -1},
         {"header_prefix": None}, {"schemes": None}, {"schemes": ()}, {"schemes": 5},
     ],
-    ids=repr,
+    ids=shown,
 )  # fmt: skip
 def test_wrong_arguments_refuse_rather_than_accept_or_crash(options: dict[str, Any]) -> None:
     refuse(STANDARD, **options)
@@ -596,7 +601,9 @@ def official(secret: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "secret", [generate_secret(), "plain", "gehei\u00df", "x", "y" * 512], ids=lambda s: ascii(s)[:20]
+    "secret",
+    ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "plain", "gehei\u00df", "x", "y" * 512],
+    ids=lambda s: ascii(s)[:20],
 )
 @pytest.mark.parametrize(
     "library", [standardwebhooks.Webhook, svix.webhooks.Webhook], ids=["standardwebhooks", "svix"]
