@@ -154,7 +154,7 @@ def _append(kind: str, token: str, job: Job, connection: Redis, outcome: tuple[A
 def _log(kind: str, job: Job, exc: BaseException) -> None:
     try:
         logger.warning(
-            "Job %s: its %s callback could not append to the webhook outbox (%s: %s); "
+            "Job %r: its %s callback could not append to the webhook outbox (%s: %s); "
             "the dispatcher's reconcile will report the job's end.",
             _get(lambda: safe_text(job.id)), kind, type(exc).__name__, safe_text(exc),
         )  # fmt: skip

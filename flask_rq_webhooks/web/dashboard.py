@@ -91,7 +91,7 @@ def page(state: State, permission: Permission = "read") -> Callable[[View], View
             try:
                 response = make_response(view(*args, **kwargs))
             except StorageUnavailableError as exc:
-                logger.error("%s %s could not be answered: %s", request.method, request.path, exc)
+                logger.error("%s %r could not be answered: %s", request.method, request.path, exc)
                 response = make_response(_render(state, "unavailable.html"), 503)
                 response.headers["Retry-After"] = "5"
             own = state.settings.base_template is None

@@ -446,7 +446,7 @@ def test_redis_that_stops_answering_costs_three_seconds_and_no_job() -> None:
         output = work(client, server.url)
 
         assert [status_of(client, made) for made in (job, after)] == ["finished", "finished"]
-        assert f"Job {job.id}: its success callback could not append to the webhook outbox" in output
+        assert f"Job {job.id!r}: its success callback could not append to the webhook outbox" in output
         assert "(_OutOfTime: not done within 3 s)" in output
         # The server may have got the command before it could answer: then it is told all the same.
         assert {entry.job_id for entry in entries(client)} - {job.id} == {after.id}
