@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint format types docs package oldest clean
+.PHONY: help demo test chaos lint format types docs package oldest clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +20,12 @@ demo: $(VENV)/.demo  ## run every part on this machine and show three webhooks a
 test: $(VENV)/.dev  ## run the whole suite with the coverage gate
 	rm -f .coverage .coverage.*
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_ARGS)
+
+chaos: $(VENV)/.dev  ## the long kill suite, an hour; write what it measured into the documentation
+	rm -f .chaos.jsonl .endings.json
+	RQ_WEBHOOKS_ENDINGS_FILE=.endings.json $(BIN)/python -m pytest -q tests/acceptance/test_endings.py
+	RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -q tests/chaos -m "chaos or not chaos" $(PYTEST_ARGS)
+	$(BIN)/python -m tests.chaos.write_tables .endings.json .chaos.jsonl
 
 lint: $(VENV)/.dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .
