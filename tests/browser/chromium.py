@@ -130,6 +130,6 @@ def policy_violations(driver: webdriver.Chrome) -> list[str]:
     logged = [
         entry["message"]
         for entry in driver.get_log("browser")
-        if entry["level"] == "SEVERE" and "favicon" not in entry["message"]
+        if "Content Security Policy" in entry["message"] or "Uncaught" in entry["message"]
     ]
     return recorded + logged

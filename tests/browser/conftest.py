@@ -1,0 +1,39 @@
+"""One browser for the run; without one the tests are skipped, except where CI promises it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("selenium", reason="selenium is not installed")
+
+from tests.browser.chromium import Missing, find_axe, find_chromium, open_chromium  # noqa: E402
+
+
+def _missing(why: Missing) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(f"CI must have it: {why}")
+    pytest.skip(str(why))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    try:
+        find_chromium()
+    except Missing as exc:
+        _missing(exc)
+    with open_chromium() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """Give the source of axe-core."""
+    try:
+        return find_axe()
+    except Missing as exc:
+        _missing(exc)
+        raise
