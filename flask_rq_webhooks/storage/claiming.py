@@ -23,10 +23,23 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Float, Integer, String, bindparam, func, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Executable,
+    Float,
+    Integer,
+    String,
+    bindparam,
+    func,
+    or_,
+    select,
+    text,
+    update,
+)
 
 from .database import Database
 from .models import (
@@ -194,42 +207,14 @@ def _load(
 ) -> list[ClaimedDelivery]:
     if not ids:
         return []
-    deliveries = connection.execute(
-        select(
-            Delivery.id,
-            Delivery.trigger,
-            Delivery.attempts,
-            Delivery.max_attempts,
-            Delivery.body,
-            Delivery.host,
-            Delivery.event_id,
-            Delivery.event_type,
-            Delivery.endpoint_id,
-            Event.job_id,
-            func.coalesce(Endpoint.runid, Event.runid).label("runid"),
-            Endpoint.kind,
-            Endpoint.url,
-            Endpoint.headers,
-            Endpoint.sign_payload,
-            Endpoint.format,
-            Endpoint.timeout_s,
-        )
-        .join(Event, Event.id == Delivery.event_id)
-        .join(Endpoint, Endpoint.id == Delivery.endpoint_id)
-        .where(Delivery.id.in_(ids))
-        .order_by(Delivery.next_attempt_at)
-    ).all()
+    deliveries = connection.execute(_LOAD, {"ids": list(ids)}).all()
     secrets: dict[str, list[str]] = defaultdict(list)
-    live = (
-        select(Secret.endpoint_id, Secret.secret)
-        .where(
-            Secret.endpoint_id.in_({row.endpoint_id for row in deliveries}),
-            or_(Secret.expires_at.is_(None), Secret.expires_at > database.clock()),
-        )
-        # Newest first: the one that does not expire, then the one that expires last.
-        .order_by(Secret.expires_at.is_not(None), Secret.expires_at.desc(), Secret.id.desc())
-    )
-    for endpoint_id, secret in connection.execute(live):
+    owners: dict[str, Any] = {"ids": list({row.endpoint_id for row in deliveries})}
+    if database.is_sqlite:
+        live = connection.execute(_SECRETS_SQLITE, owners | {"now": datetime.now(UTC)})
+    else:
+        live = connection.execute(_SECRETS_POSTGRESQL, owners)
+    for endpoint_id, secret in live.all():
         secrets[endpoint_id].append(secret)
     return [
         ClaimedDelivery(
@@ -256,6 +241,50 @@ def _load(
         for row in deliveries
     ]
 
+
+# Built once: building them costs more than running them.
+
+_LOAD = (
+    select(
+        Delivery.id,
+        Delivery.trigger,
+        Delivery.attempts,
+        Delivery.max_attempts,
+        Delivery.body,
+        Delivery.host,
+        Delivery.event_id,
+        Delivery.event_type,
+        Delivery.endpoint_id,
+        Event.job_id,
+        func.coalesce(Endpoint.runid, Event.runid).label("runid"),
+        Endpoint.kind,
+        Endpoint.url,
+        Endpoint.headers,
+        Endpoint.sign_payload,
+        Endpoint.format,
+        Endpoint.timeout_s,
+    )
+    .join(Event, Event.id == Delivery.event_id)
+    .join(Endpoint, Endpoint.id == Delivery.endpoint_id)
+    .where(Delivery.id.in_(bindparam("ids", expanding=True)))
+    .order_by(Delivery.next_attempt_at)
+)
+
+
+def _live_secrets(now: ColumnElement[datetime]) -> Executable:
+    return (
+        select(Secret.endpoint_id, Secret.secret)
+        .where(
+            Secret.endpoint_id.in_(bindparam("ids", expanding=True)),
+            or_(Secret.expires_at.is_(None), Secret.expires_at > now),
+        )
+        # Newest first: the one that does not expire, then the one that expires last.
+        .order_by(Secret.expires_at.is_not(None), Secret.expires_at.desc(), Secret.id.desc())
+    )
+
+
+_SECRETS_SQLITE = _live_secrets(bindparam("now", type_=UTCDateTime))
+_SECRETS_POSTGRESQL = _live_secrets(func.clock_timestamp(type_=UTCDateTime))
 
 # The statements. A lease need not outlive the machine, so no commit waits for the disk. 'pending' is
 # written out, not a parameter: only then do they match the partial indexes. In the two walks ``found`` counts
