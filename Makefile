@@ -5,6 +5,8 @@ VENV ?= .venv
 # Lines and branches of flask_rq_webhooks that the suite must reach, percent.
 COVERAGE ?= 90
 PYTEST_ARGS ?=
+# Test processes side by side; most tests wait for servers more than they compute.
+PYTEST_WORKERS ?= 3
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -19,7 +21,8 @@ demo: $(VENV)/.demo  ## run every part on this machine and show three webhooks a
 
 test: $(VENV)/.dev  ## run the whole suite with the coverage gate
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile \
+		--cov --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_ARGS)
 
 chaos: $(VENV)/.dev  ## the long kill suite, an hour; write what it measured into the documentation
 	rm -f .chaos.jsonl .endings.json
