@@ -1,0 +1,46 @@
+"""Run the benchmarks: ``python -m benchmarks [--quick] [--json FILE] [NAME …]``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import deliveries, latency, route, stages
+from .harness import Options, Report, machine, print_table, write_json
+
+BENCHMARKS: dict[str, Callable[[Options], Report]] = {
+    "instant": deliveries.instant,
+    "routes": route.routes,
+    "stages": stages.stages,
+    "latency": latency.end_to_end,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="of " + ", ".join(BENCHMARKS) + "; all by default"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter; less than three minutes")
+    parser.add_argument("--rounds", type=int, help="how often the contenders take turns")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    options = Options(quick=arguments.quick, rounds=arguments.rounds or (1 if arguments.quick else 3))
+    print(machine(), flush=True)
+    reports = []
+    for name in arguments.names or BENCHMARKS:
+        print(f"\n{name} ...", flush=True)
+        started = time.monotonic()
+        reports.append(BENCHMARKS[name](options))
+        print(f"  took {time.monotonic() - started:.0f} s", flush=True)
+    print_table(reports)
+    write_json(arguments.json, reports, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""CPU of one delivery, step by step, in one process: nothing runs beside the step that is measured.
+
+CPU time, not wall time: what the machine does meanwhile hardly shows.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from flask_rq_webhooks.delivery.ingest import Ingest
+from flask_rq_webhooks.delivery.limits import RateLimiter
+from flask_rq_webhooks.delivery.sending import build_request
+from flask_rq_webhooks.delivery.telling import Teller
+from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, RequestsTransport
+from flask_rq_webhooks.protocol.headers import mask_headers
+from flask_rq_webhooks.state import State
+from flask_rq_webhooks.storage.deliveries import AttemptRecord, ClaimedDelivery, claim_due, record_attempts
+
+from .harness import Options, Report
+from .installation import Installation, servers
+from .receiver import receiver
+
+#: What one claim and one record take while a dispatcher of 64 is busy.
+BATCH = 64
+
+
+def stages(options: Options) -> Report:
+    """Take deliveries through every step, one step after the other."""
+    report = Report("CPU of one delivery by step, ms (one process, 40 hosts, batches of 64)")
+    count = options.scaled(4096, 1024)
+    with servers() as some, receiver(40) as target:
+        for kind in ("sqlite", "postgresql"):
+            installation = some.installation(kind)
+            rounds = [_measure(installation, target.urls(), count) for _ in range(options.rounds + 1)]
+            steps = {name: statistics.median(some[name] for some in rounds[1:]) for name in rounds[0]}
+            report.data[kind] = steps
+            total = sum(steps.values())
+            parts = ", ".join(f"{name} {value:.3f}" for name, value in steps.items())
+            report.add(f"{kind}: {parts}", f"{total:.2f} ms")
+    return report
+
+
+class _Clock:
+    """CPU of this process by step."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        began = time.process_time()
+        yield
+        self.spent[name] = self.spent.get(name, 0.0) + time.process_time() - began
+
+
+def _measure(installation: Installation, urls: list[str], count: int) -> dict[str, float]:
+    installation.clear()
+    installation.seed_outbox(count, urls)
+    state, clock = installation.state, _Clock()
+    settings = state.settings
+    ingest = Ingest(state, consumer="bench", teller=Teller(state))
+    limiter = RateLimiter(state.redis, settings.rate_limit_per_minute, namespace=state.namespace)
+    left = count
+    while left:
+        with clock.step("ingest"):
+            left -= ingest.run_once(block_ms=0)
+    with RequestsTransport(state.url_policy, concurrency=BATCH) as transport:
+        left = count
+        while left:
+            with clock.step("claim"):
+                claimed = claim_due(state.database, limit=BATCH, per_host=8, in_flight={}, lease_s=45)
+            with clock.step("rate limit"):
+                for delivery in claimed:
+                    limiter.wait_s(delivery.host)
+            with clock.step("sign"):
+                now = datetime.now(UTC)
+                requests = [build_request(delivery, state=state, now=now) for delivery in claimed]
+            with clock.step("send"):
+                results = [future.result() for future in [transport.submit(one) for one in requests]]
+            with clock.step("record"):
+                records = [_record(state, *parts) for parts in zip(claimed, requests, results, strict=True)]
+                record_attempts(state.database, records, dispatcher_id="dsp_bench", disable_after=100)
+            left -= len(claimed)
+    limiter.close()
+    return {name: 1000 * seconds / count for name, seconds in clock.spent.items()}
+
+
+def _record(
+    state: State, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult
+) -> AttemptRecord:
+    assert result.status_code == 200, result
+    decision = state.retry_policy.decide(
+        status_code=result.status_code,
+        error_code=result.error_code,
+        number=delivery.number,
+        max_attempts=delivery.max_attempts,
+        retry_after=result.retry_after,
+        now=datetime.now(UTC),
+        random=random.random,
+    )
+    return AttemptRecord(
+        delivery=delivery,
+        started_at=result.started_at,
+        duration_ms=result.duration_ms,
+        status_code=result.status_code,
+        error_code=decision.error_code,
+        error_detail=result.error_detail,
+        request_headers=mask_headers(request.headers, header_prefix=state.settings.header_prefix),
+        response_headers=result.response_headers,
+        response_body=result.response_body,
+        decision=decision,
+    )
