@@ -362,8 +362,8 @@ def _event(row: Any) -> EventView:
 
 
 def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[DeliveryView]:
-    # The page first, then what belongs to its rows: no plan can join more than the page.
-    page = query.order_by(Delivery.id.desc()).limit(limit).subquery()
+    # The page's ids first, then what belongs to them: no plan can join more than the page.
+    ids = connection.execute(query.order_by(Delivery.id.desc()).limit(limit)).scalars().all()
     rows = connection.execute(
         select(
             Delivery.id, Delivery.event_id, Delivery.event_type, Event.job_id, Event.runid,
@@ -372,9 +372,9 @@ def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[
             Delivery.next_attempt_at, Delivery.status_code, Delivery.error_code, Delivery.created_at,
             Delivery.finished_at,
         )
-        .join(page, page.c.id == Delivery.id)
         .join(Event, Event.id == Delivery.event_id)
         .join(Endpoint, Endpoint.id == Delivery.endpoint_id)
+        .where(Delivery.id.in_(ids))
         .order_by(Delivery.id.desc())
     )  # fmt: skip
     return [DeliveryView(**row._mapping) for row in rows]
