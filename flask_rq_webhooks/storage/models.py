@@ -165,9 +165,10 @@ class Watch(Base):
     """The promise to report a job to an endpoint.
 
     ``status``: ``reserved`` (id handed out, job not yet seen) → ``open`` (job exists) → ``settled`` (its
-    ending is an event) or ``closed`` (nothing to report). ``run`` is the last run told; ``evidence`` a
-    callback's word that RQ has not yet committed (JSON outbox entry). ``endpoint_id`` is ``None`` for a
-    job only standing endpoints hear of.
+    ending is an event) or ``closed`` (nothing to report); ``member`` is a job found below the root of a tree.
+    ``run`` is the last run seen, told where ``settled_at`` is set; ``evidence`` a callback's word that RQ has
+    not yet committed (JSON outbox entry), or a member's last status. ``endpoint_id`` is ``None`` for a job
+    only standing endpoints hear of.
     """
 
     __tablename__ = "rq_webhooks_watch"

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 
-from sqlalchemy import Executable, delete, func, insert, select, update
+from sqlalchemy import Executable, delete, func, insert, literal_column, select, update
 from sqlalchemy.exc import IntegrityError
 
 from .crypto import Cipher
@@ -109,6 +109,7 @@ def confirm(
     existing: Sequence[str],
     unseen: Sequence[str],
     reserved_job_id: str | None,
+    runs: Mapping[str, str] | None = None,
     busy_timeout_s: float | None = None,
 ) -> None:
     """Note which jobs the view really enqueued. May be repeated; no watch ever goes backwards.
@@ -117,6 +118,8 @@ def confirm(
     :param unseen: ids of jobs created but not in Redis, such as those of a pipeline not yet executed:
         ``reserved``, until reconcile meets them.
     :param reserved_job_id: the id given to :func:`register`. Used by no job, its watch is ``closed``.
+    :param runs: the run each existing job is in, where it is known; a job that is lost is then told of under
+        it, and a callback's late word is not another ending.
     :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
         itself, in a transaction that ends only after we answer.
     :raises StorageUnavailableError: when the database cannot be written now; the caller then leaves the
@@ -129,14 +132,14 @@ def confirm(
     if existing:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
-             "missing_passes": 0, "created_at": now, "confirmed_at": now}
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": now, "confirmed_at": now}
             for job_id in existing
         ]  # fmt: skip
         statements.append(
             insert_or_update(
                 database, Watch, rows,
                 index=("job_id", "endpoint_id"),
-                changes={"status": "open", "confirmed_at": now},
+                changes={"status": "open", "confirmed_at": now, "run": literal_column("excluded.run")},
                 where=Watch.status == "reserved",
             )
         )  # fmt: skip

@@ -21,6 +21,7 @@ from .._steps import reached
 from ..capture.attach import Attachment, SameDatabase, look_at_jobs, make_token
 from ..capture.outbox import confirm_entry
 from ..errors import InvalidWebhookError, StorageUnavailableError
+from ..protocol.events import format_time
 from ..state import State
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.registration import NewEndpoint, confirm, register, waiting_for_host
@@ -146,6 +147,7 @@ def confirm_webhook(state: State, attachment: Attachment) -> bool:
             existing=existing,
             unseen=unseen,
             reserved_job_id=attachment.reserved_job_id,
+            runs={job.id: format_time(job.enqueued_at) for job in attachment.jobs if job.enqueued_at},
             busy_timeout_s=CONFIRM_BUSY_TIMEOUT_S,
         )
     except (StorageUnavailableError, SQLAlchemyError) as exc:
