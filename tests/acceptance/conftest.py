@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from flask.testing import FlaskClient
 
 from flask_rq_webhooks.state import get_state
 from flask_rq_webhooks.storage.models import Base
-from tests.acceptance.host_app import create_app
+from tests.acceptance.host_app import create_app, db
 from tests.servers import Process, Receiver, rq_worker
 
 FLASK = ("python", "-m", "flask", "--app", "tests.acceptance.host_app")
@@ -106,15 +106,20 @@ def stack_database_url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def stack(redis_url: str, stack_database_url: str, redis_client: redis.Redis) -> Iterator[Stack]:
-    app = create_app({"SQLALCHEMY_DATABASE_URI": stack_database_url, "RQ_WEBHOOKS_REDIS_URL": redis_url})
+    with running_stack(redis_url, stack_database_url, redis_client) as running:
+        yield running
+
+
+@contextmanager
+def running_stack(redis_url: str, database_url: str, client: redis.Redis, **config: Any) -> Iterator[Stack]:
+    """Give a stack on servers that run already; its processes end with it."""
+    app = create_app({"SQLALCHEMY_DATABASE_URI": database_url, "RQ_WEBHOOKS_REDIS_URL": redis_url, **config})
     state = get_state(app)
     state.database.create_tables()
     with ExitStack() as cleanup, Receiver() as receiver:
-        yield Stack(app, redis_url, stack_database_url, redis_client, receiver, cleanup)
+        yield Stack(app, redis_url, database_url, client, receiver, cleanup)
     state.database.dispose()
     state.redis.close()
     with app.app_context():
-        from tests.acceptance.host_app import db
-
         for engine in db.engines.values():
             engine.dispose()
