@@ -98,9 +98,12 @@ def open_chromium() -> Iterator[webdriver.Chrome]:
         shutil.rmtree(profile, ignore_errors=True)
 
 
-def look(driver: webdriver.Chrome, *, size: str = "wide", scheme: str = "light") -> None:
+def look(
+    driver: webdriver.Chrome, *, size: str = "wide", scheme: str = "light", height: int | None = None
+) -> None:
     """Make the window of one of :data:`SIZES`, and let the reader prefer *scheme*."""
-    width, height = SIZES[size]
+    width, usual = SIZES[size]
+    height = height or usual
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"},

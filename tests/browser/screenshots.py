@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from flask import Flask
 from sqlalchemy import update
@@ -27,6 +26,10 @@ from tests import storage_rows
 from tests.browser.chromium import look, open_chromium
 from tests.dashboard_app import add_delivery, add_endpoint, add_watch, attempt_all, open_host
 from tests.servers import ROOT, valkey_server
+
+#: Of the overview; the other pages are shown in one look each.
+LOOKS = [("wide", "light"), ("wide", "dark"), ("phone", "light")]
+PICTURE_HEIGHT = 820
 
 HOSTS = ("hooks.example.com", "ci.example.org", "api.watershed.example", "flaky.example.net")
 
@@ -115,24 +118,19 @@ def take(folder: Path) -> list[Path]:
         open_host(f"sqlite:///{directory}/pictures.db", valkey.url, {"read", "manage"}) as (app, state),
     ):
         ids = fill(state)
-        pages: dict[str, str] = {
-            "overview": "/webhooks/",
-            "deliveries": "/webhooks/deliveries",
-            "delivery": f"/webhooks/deliveries/{ids['delivery']}",
-            "endpoint": f"/webhooks/endpoints/{ids['endpoint']}",
+        pages = {
+            "overview": ("/webhooks/", LOOKS),
+            "deliveries": ("/webhooks/deliveries?status=pending&status=exhausted", [("wide", "dark")]),
+            "delivery": (f"/webhooks/deliveries/{ids['delivery']}", [("wide", "light")]),
         }
         with served(app) as url, open_chromium() as driver:
-            for name, path in pages.items():
-                for size, scheme in (("wide", "light"), ("wide", "dark"), ("phone", "light")):
-                    look(driver, size=size, scheme=scheme)
+            for name, (path, looks) in pages.items():
+                for size, scheme in looks:
+                    look(driver, size=size, scheme=scheme, height=PICTURE_HEIGHT)
                     driver.get(url + path)
                     taken.append(folder / f"dashboard-{name}-{size}-{scheme}.png")
-                    _write(driver, taken[-1])
+                    taken[-1].write_bytes(driver.get_screenshot_as_png())
     return taken
-
-
-def _write(driver: Any, path: Path) -> None:
-    path.write_bytes(driver.get_screenshot_as_png())
 
 
 if __name__ == "__main__":
