@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -108,4 +109,6 @@ def attempts(state: State) -> list[Row[Any]]:
 
 def work(redis_client: redis.Redis) -> None:
     """Run what is queued, in this process, as a stock worker would."""
-    rq.SimpleWorker(["default"], connection=redis_client).work(burst=True, logging_level="ERROR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # RQ 1.16 calls what it has itself deprecated
+        rq.SimpleWorker(["default"], connection=redis_client).work(burst=True, logging_level="ERROR")
