@@ -58,7 +58,7 @@ def note(name: str, found: Audit, target: Field, **more: Any) -> None:
 
 
 def checked(target: Field) -> Audit:
-    found = audit(target.state, target.redis, target.accepted, target.promised)
+    found = audit(target.state, target.redis, target.accepted, target.promised, target.unanswered)
     assert found.faults == []
     return found
 

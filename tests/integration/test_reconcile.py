@@ -238,6 +238,27 @@ def test_lost_job_with_two_endpoints_is_one_event(state: State, reconciler: Reco
     assert len(deliveries(state)) == 2
 
 
+def test_late_word_on_a_lost_job_no_pass_had_seen_is_no_second_ending(
+    state: State, reconciler: Reconciler
+) -> None:
+    endpoint_id = add_endpoint(state, URL)
+    job = queue(state).enqueue("tests.jobs.add", 1, 2)
+    run = format_time(job.enqueued_at)
+    confirm(
+        state.database, endpoint_id, existing=[job.id], unseen=[], reserved_job_id=None, runs={job.id: run}
+    )
+    job.delete()
+    for _ in range(2):
+        reconciler.run_once()
+
+    entry = OutboxEntry(kind="success", endpoint=endpoint_id, job_id=job.id, run=run, at=time.time())
+    park_evidence(state.database, [(endpoint_id, job.id, entry.to_json())])
+    reconciler.run_once()
+
+    assert [event.run_key for event in events(state)] == [f"{job.id}|{run}|end"]
+    assert told(state) == [("job.lost", job.id)]
+
+
 def test_heartbeat_ghost_counts_as_absent(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.add", 1, 2)
     job.delete()
