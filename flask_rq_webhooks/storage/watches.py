@@ -409,7 +409,9 @@ def remember_members(
                 # A member of a tree that was told and began again.
                 insert_or_update(
                     database, Watch, chunk,
-                    index=("job_id", "endpoint_id"), changes={"status": MEMBER}, where=Watch.status == CLOSED,
+                    index=("job_id", "endpoint_id"),
+                    changes={"status": MEMBER, "settled_at": None},
+                    where=Watch.status == CLOSED,
                 )
             )  # fmt: skip
         _each(
@@ -432,7 +434,9 @@ def settle_tree(database: Database, endpoint_id: str, *, run: str, now: datetime
             .where(of_tree, Watch.status.in_([OPEN, RESERVED]))
             .values(status=SETTLED, settled_at=now, missing_passes=0, run=func.coalesce(Watch.run, run))
         )
-        connection.execute(update(Watch).where(of_tree, Watch.status == MEMBER).values(status=CLOSED))
+        connection.execute(
+            update(Watch).where(of_tree, Watch.status == MEMBER).values(status=CLOSED, settled_at=now)
+        )
 
 
 # -- parts ------------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import redis
+import rq
 from rq.job import Job
 
 from flask_rq_webhooks.receiver import verify
+from tests.acceptance import tasks
 from tests.acceptance.conftest import SECRET, Stack
+from tests.acceptance.host_app import webhooks
 from tests.servers import Received, wait_until
 
 #: What the tests of this module run on, see conftest.
@@ -192,3 +195,22 @@ def test_secrets_are_nowhere_but_encrypted(stack: Stack, tmp_path: Path) -> None
     for place, content in {"redis": redis_dump, "logs": logs, "sql": stored, "files": files}.items():
         assert SECRET.encode() not in content, place
         assert HEADER_VALUE.encode() not in content, place
+
+
+def test_watched_job_made_elsewhere_is_told_by_reconcile(stack: Stack) -> None:
+    queue = rq.Queue(connection=stack.redis)
+    waiting = queue.enqueue(tasks.add, 1, 2)
+    with stack.app.app_context():
+        webhooks.watch(waiting, stack.receiver.url, secret=SECRET, runid="basin-9")
+    stack.start_worker(burst=True).wait()
+    dispatcher = stack.start_dispatcher()
+
+    (received,) = stack.receiver.wait_for(1)
+
+    verify(received.body, received.headers, SECRET)
+    assert received.json["event"] == "job.success"
+    assert received.json["job_id"] == waiting.id
+    assert received.json["runid"] == "basin-9"
+    assert received.json["result"] == {"sum": 3}
+    assert received.json["source"] == "reconciled"
+    assert dispatcher.popen.poll() is None
