@@ -5,9 +5,9 @@
 PostgreSQL in its default configuration on this machine, the app called in-process: what is timed is all
 that happens between a request and its answer, templates included, without the network. A month of
 deliveries: one host gets 40 % of them, 2 % are exhausted, 1 % canceled, 1 % pending. Beside the times: the
-median of this process's own processor time, and what the server says it spent on the statements of the slowest
-request. Those two stay what they are where other work keeps the machine busy. The exit code is 1 when a p95 is
-above the limit, or a plan reads all of a large table.
+median of this process's own processor time, and what the server says it spent on the statements of the
+slowest request. Those two stay what they are where other work keeps the machine busy. The exit code is 1
+when a p95 is above the limit, or a plan reads all of a large table.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from .models import (
     Watch,
     first_id_at,
 )
+from .walking import walk
 
 #: Items on a page at most, whatever is asked for.
 MAX_PAGE = 200
@@ -220,16 +221,23 @@ def list_deliveries(
 ) -> Page[DeliveryView]:
     """Return deliveries, newest first.
 
+    With several conditions that are each frequent a page may be short, even empty, and yet have a cursor: it
+    was searched for long enough. See :mod:`.walking`.
+
     :param cursor: of the page before.
     :param limit: items on the page; at most :data:`MAX_PAGE`.
     :raises CursorError: when *cursor* is not one of ours.
     """
-    query = select(Delivery.id).where(*where.conditions())
-    if cursor is not None:
-        query = query.where(Delivery.id < _id_of(cursor))
     limit = _bounded(limit)
+    before = None if cursor is None else _id_of(cursor)
     with database.read() as connection:
-        return _page(_deliveries(connection, query, limit + 1), limit)
+        found = walk(connection, where, before=before, limit=limit + 1)
+        chosen = select(Delivery.id).where(Delivery.id.in_(found.ids))
+        listed = _deliveries(connection, chosen, limit + 1) if found.ids else []
+    page: Page[DeliveryView] = _page(listed, limit)
+    if page.cursor is None and found.reached is not None:
+        return Page(page.items, _cursor_of(found.reached))
+    return page
 
 
 def list_events(

@@ -173,6 +173,7 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             "deliveries.html",
             filter=wanted,
             listed=listed,
+            page_items=PAGE_ITEMS,
             statuses=STATUSES,
             event_types=sorted(TERMINAL_TYPES | OPTIONAL_TYPES),
             q=text,
