@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.events import Occurrence
-from ..protocol.jsonsafe import to_json_safe
+from ..protocol.jsonsafe import safe_text, to_json_safe
 from ..protocol.payloads import FORMATS, RenderContext
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..storage.deliveries import EndpointRow
 
 logger = logging.getLogger(__name__)
+
+#: Characters of a run's name.
+MAX_RUN_NAME = 512
 
 #: What a scrub function may change.
 _EDITABLE = ("runid", "result", "error", "data")
@@ -38,7 +41,11 @@ def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | Non
         try:
             edited = scrub(payload)
             edited = payload if edited is None else edited
-            return {name: to_json_safe(edited.get(name)) for name in _EDITABLE}
+            told = {name: to_json_safe(edited.get(name)) for name in _EDITABLE}
+            if told["runid"] is not None:
+                # What an index of PostgreSQL can hold.
+                told["runid"] = safe_text(told["runid"], MAX_RUN_NAME).replace("\0", "")
+            return told
         except Exception:
             logger.exception(
                 "The scrub function failed for %s of job %r; it is told without result, error and data.",

@@ -532,6 +532,23 @@ def test_what_scrub_removes_is_nowhere(make_host: MakeHost, receiver: Receiver, 
         assert b"/data/private-basin" not in place
 
 
+@pytest.mark.parametrize(
+    "runid", ["r" * 100_000, "\0", 7, ["a"], {"a": 1}, "\ud800"], ids=lambda value: repr(value)[:9]
+)
+def test_what_scrub_makes_of_a_run_fits_every_database(
+    database_url: str, redis_url: str, receiver: Receiver, runid: Any
+) -> None:
+    with open_state(database_url, redis_url) as state:
+        state.hooks.scrub_function = lambda payload: {**payload, "runid": runid}
+        endpoint_id = add_endpoint(state, receiver.url)
+        enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)
+        Dispatcher(state).run(burst=True)
+
+        (event,) = events(state)
+        assert len(event.runid) <= 512
+        assert [row.status for row in deliveries(state)] == ["succeeded"]
+
+
 def test_a_host_that_holds_the_write_lock_since_before_the_view_gets_a_503(make_host: MakeHost) -> None:
     """SQLite has one writer: where the host writes in before_request, ours waits for it, and it for us."""
     host = make_host(SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"timeout": 0.5}})
