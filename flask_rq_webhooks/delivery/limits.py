@@ -22,10 +22,17 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 0.25
 #: Seconds after a failure in which Redis is not asked.
 PAUSE_S = 5.0
+#: Part of a limit that is counted ahead: a busy host is asked for at most so often a window.
+BLOCKS = 100
+#: Hosts with requests counted ahead, before those whose window has ended are forgotten.
+MAX_AHEAD = 1000
 
 
 class RateLimiter:
     """At most so many requests per host and minute (fixed windows, the ``limits`` package).
+
+    Limits of :data:`BLOCKS` and more are counted in blocks of one hundredth, of which a dispatcher may leave
+    a part unused at the end of a window: never more than the limit, and at worst one per cent less.
 
     :param redis: says which server; its connections are not shared, because a sender must not wait for
         them as long as others may.
@@ -49,6 +56,9 @@ class RateLimiter:
         self._own_pool = self._pool is not redis.connection_pool
         self._limiter: FixedWindowRateLimiter | None = None
         self._full_until: dict[str, float] = {}
+        self._block = max(1, per_minute // BLOCKS)
+        #: Host → requests counted and not yet made, and the end of their window.
+        self._ahead: dict[str, tuple[int, float]] = {}
         self._silent_until = 0.0
 
     def wait_s(self, host: str) -> float:
@@ -64,6 +74,10 @@ class RateLimiter:
             if now < full_until:
                 return full_until - now
             del self._full_until[host]
+        left, until = self._ahead.get(host, (0, 0.0))
+        if left and now < until:
+            self._ahead[host] = left - 1, until
+            return 0.0
         if now < self._silent_until:
             return 0.0
         try:
@@ -80,6 +94,8 @@ class RateLimiter:
         """Return the hosts known to have had their requests of this window, with the seconds left."""
         now = self._clock()
         self._full_until = {host: until for host, until in self._full_until.items() if until > now}
+        if len(self._ahead) > MAX_AHEAD:
+            self._ahead = {host: block for host, block in self._ahead.items() if block[1] > now}
         return {host: until - now for host, until in self._full_until.items()}
 
     def close(self) -> None:
@@ -92,8 +108,12 @@ class RateLimiter:
             # Built on first use: a script is registered there, and Redis may be down until now.
             storage = RedisStorage("redis://", connection_pool=self._pool, key_prefix="rq_webhooks:limits")
             self._limiter = FixedWindowRateLimiter(storage)
-        if self._limiter.hit(item, self._namespace, host):
+        if self._limiter.hit(item, self._namespace, host, cost=self._block):
+            if self._block > 1:
+                window = self._limiter.get_window_stats(item, self._namespace, host)
+                self._ahead[host] = self._block - 1, window.reset_time
             return 0.0
+        self._ahead.pop(host, None)
         window = self._limiter.get_window_stats(item, self._namespace, host)
         self._full_until[host] = max(window.reset_time, self._clock() + 0.05)
         return self._full_until[host] - self._clock()

@@ -53,6 +53,8 @@ LONGEST_SLEEP_S = 1.0
 CAPPED_SLEEP_S = 0.25
 #: Seconds a delivery waits that cannot be signed or opened (wrong key); no attempt is spent.
 UNSENDABLE_S = 60.0
+#: Seconds for which results gather while others are still to come, so that they share a transaction.
+GATHER_S = 0.004
 #: First and longest pause while deliveries are due that cannot be claimed (host's minute full).
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 
@@ -90,6 +92,7 @@ class Sender:
         self._per_host: Counter[str] = Counter()
         self._capped: set[str] = set()
         self._finished: deque[tuple[ClaimedDelivery, AttemptRequest, AttemptResult]] = deque()
+        self._enough = 1  # results worth a transaction of their own
         self._unrecorded: list[AttemptRecord] = []
         self._claim_at = 0.0
         self._pause_s = FIRST_PAUSE_S
@@ -114,6 +117,12 @@ class Sender:
         wait_s = self.advance()
         if wait_s > 0:
             self._woken.wait(wait_s)
+            self._gather()
+
+    def _gather(self) -> None:
+        self._woken.clear()
+        if 0 < len(self._finished) < self._enough and not self._fresh:
+            self._woken.wait(GATHER_S)
 
     def advance(self) -> float:
         """Record what came back and send what is due; return for how many seconds nothing more is expected.
@@ -228,6 +237,7 @@ class Sender:
                 continue
             self._in_flight[delivery.id, delivery.lease_id] = delivery
             self._per_host[delivery.host] += 1
+            self._enough = max(1, len(self._in_flight) // 2)
             self._transport.submit(request).add_done_callback(self._collector(delivery, request))
         if unsendable:
             endpoints = sorted({delivery.endpoint_id for delivery in unsendable})
@@ -243,7 +253,8 @@ class Sender:
     ) -> Callable[[Future[AttemptResult]], None]:
         def collect(future: Future[AttemptResult]) -> None:
             self._finished.append((delivery, request, future.result()))
-            self._woken.set()
+            if len(self._finished) in (1, self._enough):
+                self._woken.set()
 
         return collect
 

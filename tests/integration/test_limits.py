@@ -32,6 +32,32 @@ def test_so_many_per_host_and_minute(redis_client: redis.Redis) -> None:
         assert set(limit.full_hosts()) == {"a.example"}
 
 
+def test_large_limits_are_counted_in_blocks_and_never_exceeded(redis_client: redis.Redis) -> None:
+    with limiter(redis_client, 1000) as first, limiter(redis_client, 1000) as second:
+        redis_client.config_resetstat()
+        granted = 0
+        for _ in range(600):
+            granted += (first.wait_s("a.example") == 0) + (second.wait_s("a.example") == 0)
+        assert 990 <= granted <= 1000
+        assert first.wait_s("a.example") > 0
+        assert second.wait_s("a.example") > 0
+        # 100 blocks of 10, and each dispatcher's question that was answered with no.
+        assert redis_client.info("commandstats")["cmdstat_evalsha"]["calls"] <= 102
+
+
+def test_a_block_is_not_used_after_its_window(redis_client: redis.Redis) -> None:
+    now = time.time()
+    with limiter(redis_client, 1000, clock=lambda: now) as limit:
+        assert limit.wait_s("a.example") == 0
+        (key,) = redis_client.keys("rq_webhooks:limits*")
+        assert int(redis_client.get(key) or 0) == 10
+        assert limit.wait_s("a.example") == 0
+        assert int(redis_client.get(key) or 0) == 10
+        now += 61
+        assert limit.wait_s("a.example") == 0
+        assert int(redis_client.get(key) or 0) == 20
+
+
 def test_no_limit_asks_nobody() -> None:
     with redis.Redis(port=free_port()) as nobody, limiter(nobody, 0) as limit:
         assert limit.wait_s("a.example") == 0

@@ -1,0 +1,89 @@
+"""The threads that send: as many as are needed, no more, and none left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from flask_rq_webhooks.delivery.transport import _DaemonThreads
+
+
+@pytest.mark.parametrize("limit", [1, 4, 16])
+def test_tasks_that_wait_for_each_other_run_at_once(limit: int) -> None:
+    threads = _DaemonThreads("test", limit)
+    together = threading.Barrier(limit)
+    for _ in range(limit):
+        threads.run(lambda: together.wait(10) and None)
+    threads.end()
+    threads.join()
+    assert not together.broken
+
+
+def test_never_more_than_the_limit_and_in_order() -> None:
+    threads = _DaemonThreads("test", 2)
+    begun: list[int] = []
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def task(number: int) -> None:
+        nonlocal running, most
+        with lock:
+            begun.append(number)
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002)
+        with lock:
+            running -= 1
+
+    for number in range(40):
+        threads.run(lambda number=number: task(number))  # type: ignore[misc]
+    threads.end()
+    threads.join()
+    assert most == 2
+    assert sorted(begun) == list(range(40))
+    assert all(abs(place - number) <= 1 for place, number in enumerate(begun))
+
+
+def test_work_given_before_the_end_is_done() -> None:
+    threads = _DaemonThreads("test", 3)
+    gate, done = threading.Event(), []
+    for number in range(10):
+        threads.run(lambda number=number: (gate.wait(10), done.append(number)) and None)  # type: ignore[misc]
+    threads.end()
+    gate.set()
+    threads.join()
+    assert sorted(done) == list(range(10))
+
+
+def test_many_givers_lose_nothing() -> None:
+    threads = _DaemonThreads("test", 8)
+    done: list[int] = []
+
+    def give(start: int) -> None:
+        for number in range(start, start + 500):
+            threads.run(lambda number=number: done.append(number))  # type: ignore[misc]
+
+    givers = [threading.Thread(target=give, args=(500 * number,)) for number in range(6)]
+    for giver in givers:
+        giver.start()
+    for giver in givers:
+        giver.join()
+    threads.end()
+    threads.join()
+    assert sorted(done) == list(range(3000))
+
+
+def test_nobody_is_started_for_nothing() -> None:
+    threads = _DaemonThreads("test", 8)
+    done = threading.Event()
+    threads.run(done.set)
+    assert done.wait(10)
+    for _ in range(50):
+        done.clear()
+        threads.run(done.set)
+        assert done.wait(10)
+    assert len(threads._threads) <= 2
+    threads.end()
+    threads.join()
