@@ -36,6 +36,8 @@ from .rq_state import UNKNOWN, JobResult
 LOST_AFTER_PASSES = 2
 #: How long a reserved id may wait for its job: views that take minutes, pipelines executed later.
 RESERVED_GRACE = timedelta(minutes=15)
+#: How long a job that carries our callbacks is left to them after its end: they know its result.
+CALLBACK_GRACE = timedelta(seconds=1.5)
 #: How much the clocks of web hosts and workers may differ.
 CLOCK_SKEW = timedelta(seconds=1)
 
@@ -107,7 +109,13 @@ def meaning_of(
         return Meaning.UNUSED if waited else Meaning.WAIT
     if job.status not in TYPE_OF_STATUS or (watch.told and watch.run == job.run):
         return Meaning.WAIT
-    return Meaning.ENDED
+    return Meaning.WAIT if _callback_may_be_on_its_way(watch, job, now) else Meaning.ENDED
+
+
+def _callback_may_be_on_its_way(watch: WatchFacts, job: JobRecord, now: datetime) -> bool:
+    if job.ended_at is None or watch.evidence is not None or watch.endpoint_id not in job.tokens:
+        return False
+    return timedelta(0) <= now - job.ended_at < CALLBACK_GRACE
 
 
 def _meaning_of_absence(watch: WatchFacts, *, now: datetime, outbox_lags: bool) -> Meaning:
