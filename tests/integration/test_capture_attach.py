@@ -49,6 +49,7 @@ def attached(endpoint: str = ENDPOINT, **options: Any) -> Iterator[Attachment]:
 
 @pytest.fixture
 def _instrumented() -> Iterator[None]:
+    attach.uninstrument()  # a host of an earlier test may have left it on
     original = rq.Queue.create_job
     attach.instrument()
     yield

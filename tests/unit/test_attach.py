@@ -39,6 +39,7 @@ def attached(attachment: Attachment | None = None, **options: Any) -> Iterator[A
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
+    attach.uninstrument()  # a host of an earlier test may have left it on
     original = rq.Queue.create_job
     yield
     attach.set_default_attachment(None)
