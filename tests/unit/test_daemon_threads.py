@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_tasks_that_wait_for_each_other_run_at_once(limit: int) -> None:
     threads = _DaemonThreads("test", limit)
     together = threading.Barrier(limit)
     for _ in range(limit):
-        threads.run(lambda: together.wait(10) and None)
+        threads.run(lambda: print(together.wait(10)))
     threads.end()
     threads.join()
     assert not together.broken
@@ -38,7 +39,7 @@ def test_never_more_than_the_limit_and_in_order() -> None:
             running -= 1
 
     for number in range(40):
-        threads.run(lambda number=number: task(number))  # type: ignore[misc]
+        threads.run(partial(task, number))
     threads.end()
     threads.join()
     assert most == 2
@@ -48,9 +49,15 @@ def test_never_more_than_the_limit_and_in_order() -> None:
 
 def test_work_given_before_the_end_is_done() -> None:
     threads = _DaemonThreads("test", 3)
-    gate, done = threading.Event(), []
+    gate = threading.Event()
+    done: list[int] = []
+
+    def task(number: int) -> None:
+        if gate.wait(10):
+            done.append(number)
+
     for number in range(10):
-        threads.run(lambda number=number: (gate.wait(10), done.append(number)) and None)  # type: ignore[misc]
+        threads.run(partial(task, number))
     threads.end()
     gate.set()
     threads.join()
@@ -63,7 +70,7 @@ def test_many_givers_lose_nothing() -> None:
 
     def give(start: int) -> None:
         for number in range(start, start + 500):
-            threads.run(lambda number=number: done.append(number))  # type: ignore[misc]
+            threads.run(partial(done.append, number))
 
     givers = [threading.Thread(target=give, args=(500 * number,)) for number in range(6)]
     for giver in givers:
