@@ -1,7 +1,7 @@
 """The shapes of the API's inputs and answers, as marshmallow schemas.
 
 What an answer may contain is decided here and nowhere else: URLs are redacted, headers that were sent are
-masked, secrets have no field. :class:`StatusSchema` and what it nests is for clients and therefore coarse;
+masked, secrets have no field. What begins with ``Status`` is for clients and therefore coarse;
 the rest is for callers with the permission ``read``.
 """
 
