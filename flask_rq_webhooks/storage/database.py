@@ -28,6 +28,20 @@ from .models import Base, UTCDateTime
 #: Seconds a SQLite writer waits for another one, and a pool for a free connection.
 BUSY_TIMEOUT = 5.0
 
+#: Seconds after which PostgreSQL ends a transaction of ours nobody goes on with: the locks of a machine that
+#: was cut off in the middle of one would hold up all others for as long as TCP waits, two hours by default.
+IDLE_IN_TRANSACTION_S = 30
+
+#: Of libpq: a server that vanished, without so much as a refusal, is noticed within seconds as well.
+LIBPQ_DRIVERS = frozenset({"psycopg", "psycopg2"})
+LIBPQ_TIMEOUTS = {
+    "connect_timeout": int(BUSY_TIMEOUT),
+    "tcp_user_timeout": int(BUSY_TIMEOUT * 1000),
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+}
+
 #: The first SQLite with ``RETURNING``, which claiming and ingesting are built on.
 MINIMUM_SQLITE = (3, 35, 0)
 
@@ -66,8 +80,9 @@ class Database:
 
     def _create_engine(self, connect_args: dict[str, Any], pool_size: int) -> Engine:
         if not self.is_sqlite:
-            connect_args.setdefault("connect_timeout", int(BUSY_TIMEOUT))
-            return create_engine(
+            if self.url.get_driver_name() in LIBPQ_DRIVERS:
+                connect_args = LIBPQ_TIMEOUTS | connect_args
+            engine = create_engine(
                 self.url,
                 connect_args=connect_args,
                 pool_size=pool_size,
@@ -76,6 +91,8 @@ class Database:
                 pool_pre_ping=True,
                 hide_parameters=True,  # errors are logged, and parameters are URLs and results
             )
+            event.listen(engine, "begin", _begin_postgresql)
+            return engine
         connect_args.setdefault("timeout", BUSY_TIMEOUT)
         self._busy_timeout_s = float(connect_args["timeout"])
         if self.in_memory:
@@ -226,6 +243,7 @@ _UNAVAILABLE = {
     "ConnectionTimeout",
     "TooManyConnections",
     "DeadlockDetected",
+    "IdleInTransactionSessionTimeout",
     "LockNotAvailable",
 }
 _SQLITE_UNAVAILABLE = (
@@ -266,6 +284,14 @@ def _set_pragma(connection: Connection, pragma: str) -> None:
     raw = connection.connection.driver_connection
     if isinstance(raw, sqlite3.Connection):
         raw.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    # For this transaction only: behind a pooler the session is the host's in the next moment.
+    if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+        connection.exec_driver_sql(
+            f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_S}s'"
+        )
 
 
 def _forget_connections(engine: weakref.ref[Engine]) -> None:
