@@ -12,16 +12,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
-from sqlalchemy import Executable, delete, func, insert, literal_column, select, update
+from sqlalchemy import Executable, bindparam, delete, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from .crypto import Cipher
 from .database import Database
-from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, Watch, new_id
-from .upsert import insert_or_ignore, insert_or_update
+from .models import ALPHABET, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
+from .upsert import insert_or_ignore
 
 logger = logging.getLogger(__name__)
 
@@ -78,27 +80,24 @@ def register(
     """
     now = now or datetime.now(UTC)
     endpoint_id = endpoint_id or new_id("ep" + namespace)
-    statements: list[Any] = [insert(Endpoint).values(_endpoint_values(cipher, endpoint, endpoint_id, now))]
+    rows = {Endpoint.__tablename__: _endpoint_values(cipher, endpoint, endpoint_id, now)}
     if endpoint.secret is not None:
-        statements.append(insert(Secret).values(_secret_values(cipher, endpoint.secret, endpoint_id, now)))
+        rows[Secret.__tablename__] = _secret_values(cipher, endpoint.secret, endpoint_id, now)
     if reserved_job_id is not None:
-        statements.append(
-            insert(Watch).values(
-                id=new_id("wat"),
-                endpoint_id=endpoint_id,
-                job_id=reserved_job_id,
-                status="reserved",
-                missing_passes=0,
-                created_at=now,
-            )
-        )
-    if not database.is_sqlite:
-        # One statement, one round trip: its inserts are checked against each other when all are done.
-        *first, last = statements
-        for number, statement in enumerate(first):
-            last = last.add_cte(statement.cte(f"new_{number}"))
-        statements = [last]
-    _execute(database, statements)
+        rows[Watch.__tablename__] = {
+            "id": new_id("wat"),
+            "endpoint_id": endpoint_id,
+            "job_id": reserved_job_id,
+            "status": "reserved",
+            "missing_passes": 0,
+            "created_at": now,
+        }
+    if database.is_sqlite:
+        _execute(database, [(_insert(table), row) for table, row in rows.items()])
+    else:
+        columns = tuple((table, tuple(row)) for table, row in rows.items())
+        values = {f"{table}_{name}": value for table, row in rows.items() for name, value in row.items()}
+        _execute(database, [(_insert_at_once(columns), values)])
     return endpoint_id
 
 
@@ -128,38 +127,33 @@ def confirm(
     now = datetime.now(UTC)
     existing = list(dict.fromkeys(existing))
     unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
-    statements: list[Executable] = []
+    statements: list[tuple[Executable, Any]] = []
     if existing:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
              "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": now, "confirmed_at": now}
             for job_id in existing
         ]  # fmt: skip
-        statements.append(
-            insert_or_update(
-                database, Watch, rows,
-                index=("job_id", "endpoint_id"),
-                changes={"status": "open", "confirmed_at": now, "run": literal_column("excluded.run")},
-                where=Watch.status == "reserved",
-            )
-        )  # fmt: skip
+        statements.append((_INSERT_OPEN[database.is_sqlite], rows[0] if len(rows) == 1 else rows))
     if unseen:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
              "missing_passes": 0, "created_at": now}
             for job_id in unseen
         ]  # fmt: skip
-        statements.append(insert_or_ignore(database, Watch).values(rows))
+        statements.append((insert_or_ignore(database, Watch), rows))
     if reserved_job_id is not None and reserved_job_id not in existing and reserved_job_id not in unseen:
-        statements.append(
+        close = (
             update(Watch)
             .where(
                 Watch.endpoint_id == endpoint_id, Watch.job_id == reserved_job_id, Watch.status == "reserved"
             )
             .values(status="closed", settled_at=now)
         )
+        statements.append((close, None))
     try:
-        _execute(database, statements, busy_timeout_s=busy_timeout_s)
+        # Reconcile would find all of it by itself, so nobody need wait for the disk.
+        _execute(database, statements, busy_timeout_s=busy_timeout_s, durable=False)
     except IntegrityError:
         # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.
         if endpoint_exists(database, endpoint_id):
@@ -412,11 +406,58 @@ def _events_json(events: Sequence[str] | None) -> str | None:
     return None if events is None else json.dumps(list(events))
 
 
+# The statements of every request are built once: building them takes longer than running them.
+
+
+@cache
+def _insert(table: str) -> Executable:
+    return insert(Base.metadata.tables[table])
+
+
+@cache
+def _insert_at_once(columns: tuple[tuple[str, tuple[str, ...]], ...]) -> Executable:
+    """Return one statement, which is one round trip, that inserts a row into each of some tables.
+
+    What the rows refer to is checked when all of them are there.
+
+    :param columns: tables with the columns that are given. The parameters are named
+        ``<table>_<column>``.
+    """
+    statements = [
+        insert(Base.metadata.tables[table]).values({name: bindparam(f"{table}_{name}") for name in names})
+        for table, names in columns
+    ]
+    last = statements.pop()
+    for number, statement in enumerate(statements):
+        last = last.add_cte(statement.cte(f"new_{number}"))
+    return last
+
+
+def _insert_open(statement: Any) -> Executable:
+    changes = {name: statement.excluded[name] for name in ("status", "confirmed_at", "run")}
+    insert: Executable = statement.on_conflict_do_update(
+        index_elements=["job_id", "endpoint_id"], set_=changes, where=Watch.status == "reserved"
+    )
+    return insert
+
+
+_WATCHES = Base.metadata.tables[Watch.__tablename__]
+#: Whether on SQLite → the statement that opens a watch, reserved or not.
+_INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(postgresql.insert(_WATCHES))}
+
+
 def _execute(
-    database: Database, statements: Sequence[Executable], *, busy_timeout_s: float | None = None
+    database: Database,
+    statements: Sequence[tuple[Executable, Any]],
+    *,
+    busy_timeout_s: float | None = None,
+    durable: bool = True,
 ) -> None:
     if not statements:
         return
-    with database.write(busy_timeout_s=busy_timeout_s, single_statement=len(statements) == 1) as connection:
-        for statement in statements:
-            connection.execute(statement)
+    single = len(statements) == 1 and not isinstance(statements[0][1], list)
+    with database.write(
+        busy_timeout_s=busy_timeout_s, single_statement=single, durable=durable
+    ) as connection:
+        for statement, parameters in statements:
+            connection.execute(statement, parameters)
