@@ -116,7 +116,9 @@ def look(
 
 
 def axe_violations(driver: webdriver.Chrome, axe: str) -> list[str]:
-    """Return what axe finds on the page, one line each."""
+    """Return what axe finds on the page, one line each; nothing without its source."""
+    if not axe:
+        return []
     # By the protocol, not by a script element: the page's policy stays in force.
     driver.execute_cdp_cmd("Runtime.evaluate", {"expression": axe})
     found: Any = driver.execute_async_script(
