@@ -85,7 +85,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     SQLite alone where a module does not say. ``RQ_WEBHOOKS_TEST_DATABASES=sqlite,postgresql`` runs all of
     them on all of these.
     """
-    if "stack_database_url" not in metafunc.fixturenames:
+    by_itself = any(
+        "stack_database_url" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+    )
+    if "stack_database_url" not in metafunc.fixturenames or by_itself:
         return
     chosen = os.environ.get("RQ_WEBHOOKS_TEST_DATABASES")
     kinds = tuple(getattr(metafunc.module, "DATABASES", ("sqlite",)))

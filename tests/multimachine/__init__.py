@@ -1,0 +1,1 @@
+"""Several machines for real: network namespaces, each with an address of its own."""
