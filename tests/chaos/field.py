@@ -298,6 +298,7 @@ class Killer(threading.Thread):
                 if horse.is_running():
                     os.kill(horse.pid, signal.SIGKILL)
             target.kills["worker and work-horse"] += 1
+            target.kills["worker"] -= 1
         elif victim == "receiver":
             until = time.time() + 1
             target.respond = lambda received: 204 if time.time() > until else 503
