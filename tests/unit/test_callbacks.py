@@ -490,7 +490,7 @@ def test_redis_that_fails_is_logged_with_the_job_id(
 
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("flask_rq_webhooks.callbacks", logging.WARNING)
-    assert record.getMessage().startswith("Job job-1: its ")
+    assert record.getMessage().startswith("Job 'job-1': its ")
     assert type(failure).__name__ in record.getMessage()
 
 
