@@ -53,7 +53,7 @@ package: $(VENV)/.dev  ## build sdist and wheel into dist/ and check them
 oldest: .venv-oldest/.oldest  ## run the server tests on the oldest supported versions
 	.venv-oldest/bin/python -m pytest -q -W default -p no:cacheprovider $(OLDEST_TESTS)
 
-OLDEST_TESTS ?= tests/acceptance tests/unit/test_callbacks.py tests/unit/test_attach.py $(wildcard tests/integration/test_capture_*.py) \
+OLDEST_TESTS ?= $(addprefix tests/acceptance/test_,pipeline.py example_app.py endings.py) tests/unit/test_callbacks.py tests/unit/test_attach.py $(wildcard tests/integration/test_capture_*.py) \
 	tests/integration/test_accepts_webhook.py tests/integration/test_enqueue_with_webhook.py
 
 clean:  ## remove what these targets made
