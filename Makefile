@@ -11,7 +11,7 @@ PYTEST_WORKERS ?= 3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test chaos lint format types docs package oldest clean
+.PHONY: help demo test chaos screenshots lint format types docs package oldest clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,6 +29,9 @@ chaos: $(VENV)/.dev  ## the long kill suite, an hour; write what it measured int
 	RQ_WEBHOOKS_ENDINGS_FILE=.endings.json $(BIN)/python -m pytest -q tests/acceptance/test_endings.py
 	RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -q tests/chaos -m "chaos or not chaos" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.chaos.write_tables .endings.json .chaos.jsonl
+
+screenshots: $(VENV)/.dev  ## take the dashboard's pictures for the documentation
+	$(BIN)/python -m tests.browser.screenshots
 
 lint: $(VENV)/.dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .
