@@ -5,7 +5,10 @@ Every function here returns another one that makes one run, for :func:`.harness.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -56,7 +59,9 @@ def ours(
         seed(count, urls)
         with ExitStack() as stack:
             processes = [stack.enter_context(installation.dispatcher(**settings)) for _ in range(dispatchers)]
-            return watch(target, count, [process.pid for process in processes])
+            for process in processes:
+                process.wait_for_output("started")
+            return watch(target, count, [process.pid for process in processes], began=time.monotonic())
 
     return run
 
@@ -143,5 +148,44 @@ def job_per_attempt(target: RunningReceiver, urls: Sequence[str], count: int, se
             target.ask("/reset")
             with rq_worker(redis_url, "bench", worker_class="rq.SimpleWorker", env=environment) as process:
                 return watch(target, count, [process.pid])
+
+    return run
+
+
+def django_webhook(
+    target: RunningReceiver,
+    urls: Sequence[str],
+    count: int,
+    servers: Servers,
+    pool: str,
+    concurrency: int,
+) -> Contender | None:
+    """Return django-webhook on Celery with Redis as broker, its log of events on; see :mod:`.django_app`.
+
+    :param pool: ``"prefork"`` or ``"threads"``.
+    :returns: ``None`` where ``requirements/bench.txt`` is not installed.
+    """
+    if importlib.util.find_spec("django_webhook") is None:
+        print("  django-webhook is not installed (requirements/bench.txt); left out", flush=True)
+        return None
+    environment = {
+        "BENCH_REDIS_URL": servers.valkey(),
+        "BENCH_DJANGO_DATABASE": str(servers.folder / f"django-{pool}.db"),
+        "DJANGO_SETTINGS_MODULE": "benchmarks.django_app.settings",
+        "BENCH_URLS": json.dumps(list(urls)),
+    }
+    with Process("python", "-m", "benchmarks.django_app", "migrate", env=environment) as process:
+        assert process.wait() == 0, process.output
+
+    def run() -> Run:
+        with Process("python", "-m", "benchmarks.django_app", "fill", str(count), env=environment) as process:
+            assert process.wait() == 0, process.output
+        target.ask("/reset")
+        quiet = ("--loglevel", "WARNING", "--without-mingle", "--without-gossip")
+        command = ("-A", "benchmarks.django_app.celery", "worker", *quiet, "--pool", pool)
+        with Process(
+            "python", "-m", "celery", *command, "--concurrency", str(concurrency), env=environment
+        ) as process:
+            return watch(target, count, [process.pid])
 
     return run

@@ -97,10 +97,19 @@ def runs_data(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     return {name: [asdict(run) for run in some] for name, some in runs.items()}
 
 
-def watch(target: RunningReceiver, count: int, pids: Sequence[int], *, timeout_s: float = 300) -> Run:
-    """Wait until *count* requests have arrived, and return the rate of those between start and end.
+def watch(
+    target: RunningReceiver,
+    count: int,
+    pids: Sequence[int],
+    *,
+    began: float | None = None,
+    timeout_s: float = 300,
+) -> Run:
+    """Wait until *count* requests have arrived, and return their rate.
 
     :param pids: processes, with all their children, whose CPU counts.
+    :param began: when the work began (monotonic); otherwise the first arrivals do not count, nor does
+        what came before them. In no case do the last ones count.
     """
     samples: list[tuple[int, float]] = []
     deadline = time.monotonic() + timeout_s
@@ -114,9 +123,13 @@ def watch(target: RunningReceiver, count: int, pids: Sequence[int], *, timeout_s
             raise AssertionError(f"{arrived} of {count} requests arrived within {timeout_s} s")
         time.sleep(0.05)
     times = sorted(target.ask("/arrivals")[:count])
-    first, last = int(count * WARM), int(count * END) - 1
-    rate = (last - first) / (times[last] - times[first])
-    begin = next(sample for sample in samples if sample[0] >= first)
+    last = int(count * END) - 1
+    if began is not None:
+        rate, begin = (last + 1) / (times[last] - began), samples[0]
+    else:
+        first = int(count * WARM)
+        rate = (last - first) / (times[last] - times[first])
+        begin = next(sample for sample in samples if sample[0] >= first)
     end = samples[-1]
     cpu_ms = 1000 * (end[1] - begin[1]) / (end[0] - begin[0]) if end[0] > begin[0] and pids else None
     return Run(rate, cpu_ms)
