@@ -55,6 +55,8 @@ CAPPED_SLEEP_S = 0.25
 UNSENDABLE_S = 60.0
 #: Seconds for which results gather while others are still to come, so that they share a transaction.
 GATHER_S = 0.004
+#: The same, while the transport has not begun with all it was given: nobody waits for more.
+LONGEST_GATHER_S = 0.05
 #: First and longest pause while deliveries are due that cannot be claimed (host's minute full).
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 
@@ -92,6 +94,7 @@ class Sender:
         self._per_host: Counter[str] = Counter()
         self._capped: set[str] = set()
         self._finished: deque[tuple[ClaimedDelivery, AttemptRequest, AttemptResult]] = deque()
+        self._newest: Future[AttemptResult] | None = None
         self._enough = 1  # results worth a transaction of their own
         self._unrecorded: list[AttemptRecord] = []
         self._claim_at = 0.0
@@ -120,9 +123,14 @@ class Sender:
             self._gather()
 
     def _gather(self) -> None:
+        """Let more results come in, so that they share a transaction, while that keeps nobody waiting."""
+        until = time.monotonic() + LONGEST_GATHER_S
         self._woken.clear()
-        if 0 < len(self._finished) < self._enough and not self._fresh:
+        while 0 < len(self._finished) < self._enough and not self._fresh:
             self._woken.wait(GATHER_S)
+            newest = self._newest
+            if newest is None or newest.running() or newest.done() or time.monotonic() >= until:
+                return
 
     def advance(self) -> float:
         """Record what came back and send what is due; return for how many seconds nothing more is expected.
@@ -238,7 +246,8 @@ class Sender:
             self._in_flight[delivery.id, delivery.lease_id] = delivery
             self._per_host[delivery.host] += 1
             self._enough = max(1, len(self._in_flight) // 2)
-            self._transport.submit(request).add_done_callback(self._collector(delivery, request))
+            self._newest = self._transport.submit(request)
+            self._newest.add_done_callback(self._collector(delivery, request))
         if unsendable:
             endpoints = sorted({delivery.endpoint_id for delivery in unsendable})
             logger.error(

@@ -32,7 +32,6 @@ from typing import Any, Protocol, cast
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.structures import CaseInsensitiveDict
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3 import HTTPConnectionPool, HTTPResponse, HTTPSConnectionPool
 from urllib3 import exceptions as urllib3_errors
@@ -549,16 +548,14 @@ def _alternate(addresses: Sequence[str]) -> list[str]:
 
 
 def _prepare(checked: CheckedURL, request: AttemptRequest) -> requests.PreparedRequest:
-    headers: CaseInsensitiveDict[str] = CaseInsensitiveDict()
-    for name, value in request.headers.items():
-        if name.lower() not in _TRANSPORT_HEADERS:
-            headers[name] = value
+    by_name = {name.lower(): (name, value) for name, value in request.headers.items()}
+    headers = dict(pair for name, pair in by_name.items() if name not in _TRANSPORT_HEADERS)
     headers["Accept-Encoding"] = "identity"
     headers["Content-Length"] = str(len(request.body))
     prepared = requests.PreparedRequest()
     prepared.method = "POST"
     prepared.url = checked.url
-    prepared.headers = headers
+    prepared.headers = cast(Any, headers)  # the adapter only looks for Content-Length, as spelled here
     prepared.body = request.body
     return prepared
 

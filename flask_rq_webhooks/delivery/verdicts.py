@@ -7,6 +7,7 @@ committed wins. Only where RQ no longer knows does the callback's word stand.
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,7 +23,6 @@ from ..protocol.events import (
     Occurrence,
     parse_time,
 )
-from ..protocol.jsonsafe import dumps_capped
 from ..protocol.tracebacks import error_from_text
 
 if TYPE_CHECKING:
@@ -158,7 +158,9 @@ def occurrence_of(
     told_at = datetime.fromtimestamp(entry.at, UTC)
     result, truncated, error = None, False, None
     if verdict.type == JOB_SUCCESS and entry.kind == "success" and include_result:
-        result, truncated = dumps_capped(entry.result, max_payload_bytes)
+        # JSON already, as the entry is.
+        truncated = len(json.dumps(entry.result, separators=(",", ":"))) > max_payload_bytes
+        result = None if truncated else entry.result
         truncated = truncated or entry.result_truncated
     elif verdict.type == JOB_FAILURE:
         error = entry.error if entry.kind == "failure" else error_from_text(verdict.exc)

@@ -51,9 +51,9 @@ def format_time(moment: datetime) -> str:
 
     :param moment: aware; a naive one is taken as UTC, as RQ before 2.0 hands it out.
     """
-    if moment.tzinfo is not None:
+    if moment.tzinfo is not None and moment.tzinfo is not UTC:
         moment = moment.astimezone(UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return moment.isoformat(timespec="microseconds")[:26] + "Z"
 
 
 def parse_time(text: str) -> datetime:

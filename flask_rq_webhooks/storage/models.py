@@ -44,6 +44,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
+_PAIRS = [first + second for first in ALPHABET for second in ALPHABET]
+
+
 def new_id(prefix: str) -> str:
     """Return a new id such as ``evt_01hk…``: sorts by creation time, 80 random bits, no dots.
 
@@ -59,7 +62,7 @@ def first_id_at(prefix: str, moment: datetime) -> str:
 
 def _id(prefix: str, milliseconds: int, tail: int) -> str:
     number = milliseconds << 80 | tail
-    return prefix + "_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
+    return f"{prefix}_" + "".join([_PAIRS[(number >> shift) & 1023] for shift in range(120, -1, -10)])
 
 
 class UTCDateTime(TypeDecorator[datetime]):
