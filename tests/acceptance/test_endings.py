@@ -416,6 +416,30 @@ def test_exit_3(case: Case) -> None:
     case.expect(job_id, "job.failure", "reconciled", since=since, within_s=RECONCILED_S)
 
 
+@pytest.mark.chaos  # RQ waits for a minute
+@named("ignores the timeout signal")
+def test_timeout_ignored(case: Case) -> None:
+    url, queue = case.installation.redis_url, case.queue.name
+    case.cleanup.enter_context(rq_worker(url, "--job-monitoring-interval", "1", queue))
+    job_id = case.enqueue("ignore_everything", 120, timeout=1)
+    since = case.wait_for_status(job_id, "failed", timeout=100)
+
+    case.expect(job_id, "job.failure", "reconciled", since=since, within_s=RECONCILED_S)
+
+
+@named("stuck in the intermediate queue")
+def test_stuck_in_intermediate_queue(case: Case) -> None:
+    intermediate = case.queue.intermediate_queue
+    job_id = case.enqueue("succeed")
+    # A worker took it, died, and was last seen two minutes ago.
+    case.redis.lmove(case.queue.key, intermediate.key)
+    case.redis.set(intermediate.get_first_seen_key(job_id), time.time() - 120)
+    case.worker()
+    since = case.wait_for_status(job_id, "failed")
+
+    case.expect(job_id, "job.failure", "reconciled", since=since, within_s=RECONCILED_S)
+
+
 @named("returns ``Retry``, exhausted")
 def test_returned_retry_exhausted(case: Case) -> None:
     pytest.importorskip("rq.repeat")  # RQ 2 brought returned retries
