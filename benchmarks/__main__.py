@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import callback, deliveries, hanging, latency, route, scale, stages
@@ -42,15 +44,25 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     options = Options(quick=arguments.quick, rounds=arguments.rounds or (1 if arguments.quick else 3))
     print(machine(), flush=True)
+    with tempfile.TemporaryDirectory() as bytecode:
+        # Compiled modules, as pip leaves them: a forking worker imports some of them in every job.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = bytecode
+        reports = measure(arguments.names, options)
+    print_table(reports)
+    write_json(arguments.json, reports, options)
+
+
+def measure(names: Sequence[str], options: Options) -> list[Report]:
+    """Run the benchmarks named, or all that a run of this kind has."""
     reports = []
-    chosen = arguments.names or [name for name in BENCHMARKS if not options.quick or name not in SLOW]
+    chosen = names or [name for name in BENCHMARKS if not options.quick or name not in SLOW]
     for name in chosen:
         print(f"\n{name} ...", flush=True)
         started = time.monotonic()
         reports.append(BENCHMARKS[name](options))
         print(f"  took {time.monotonic() - started:.0f} s", flush=True)
-    print_table(reports)
-    write_json(arguments.json, reports, options)
+    return reports
 
 
 if __name__ == "__main__":
