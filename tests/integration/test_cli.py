@@ -17,6 +17,7 @@ from flask import Flask
 from flask.cli import FlaskGroup
 
 from flask_rq_webhooks import RQWebhooks
+from flask_rq_webhooks.capture.endings import CALLBACK_GRACE
 from flask_rq_webhooks.protocol.signing import signature_headers
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State, get_state
@@ -245,6 +246,7 @@ def test_reconcile_tells_what_no_callback_told(host: Flask, state: State, redis_
     endpoint_id = add_endpoint(state, "http://127.0.0.1:9/hook")
     enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)
     redis_client.delete(state.outbox.key)  # as a Redis that was trimmed
+    time.sleep(CALLBACK_GRACE.total_seconds())
     result = run(host, "reconcile")
     assert result.exit_code == 0, result.output
     assert "job.success: 1" in result.output

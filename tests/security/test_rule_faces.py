@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from flask import redirect
 from werkzeug.routing import Rule
 
+from flask_rq_webhooks.capture.endings import CALLBACK_GRACE
 from flask_rq_webhooks.capture.rq_details import load_plain
 from flask_rq_webhooks.delivery.dispatcher import Dispatcher
 from flask_rq_webhooks.storage.dispatchers import is_paused
@@ -489,6 +490,7 @@ def test_what_a_job_calls_its_run_fits_every_database(
         endpoint_id = add_endpoint(state, receiver.url)
         job_id = enqueue(state, endpoint_id, "tests.jobs.run", long)
         state.redis.delete(state.outbox.key)  # the callback's word is lost
+        time.sleep(CALLBACK_GRACE.total_seconds())
         report = reconcile_now(state)
 
         assert report is not None
