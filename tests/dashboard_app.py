@@ -21,7 +21,8 @@ from tests import storage_rows
 
 #: What a stranger would put wherever it may be shown: breaks out of text, attributes, scripts, URLs, CSS.
 HOSTILE = (
-    """'"></title></pre></script><script>window.hacked=1</script><img src=x onerror=hacked=1>{{7*7}}\u202e"""
+    """'"></title></pre></script><script>window.hacked=1</script>"""
+    """<img src=x onerror=hacked=1>{{1234*5678}}\u202e"""
 )
 
 

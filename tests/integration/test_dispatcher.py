@@ -213,7 +213,7 @@ def test_end_of_job_to_receiver_takes_milliseconds(state: State, receiver: Recei
         receiver.wait_for(30)
     waits = sorted(one.at - ended[one.json["job_id"]] for one in receiver.received)
     # A third, since this machine may be busy with other things; anything that polls by the second fails.
-    assert waits[10] < 0.15, waits
+    assert waits[10] < 0.5, waits
 
 
 def test_stop_finishes_what_is_in_flight(state: State, receiver: Receiver) -> None:
