@@ -32,6 +32,7 @@ from .delivery.dispatcher import reconcile_now
 from .delivery.ingest import Ingest
 from .delivery.limits import RateLimiter
 from .delivery.notices import Notices
+from .delivery.recorder import Recorder
 from .delivery.sender import Sender
 from .delivery.telling import Teller
 from .delivery.transport import AttemptRequest, AttemptResult
@@ -149,14 +150,14 @@ def deliver_all(
 def _send_all(
     state: State, receiver: InMemoryReceiver, notices: Notices, dispatcher_id: str, *, retries: bool
 ) -> None:
+    recorder = Recorder(state, notices=notices, dispatcher_id=dispatcher_id)
     sender = Sender(
         state,
         transport=receiver,
         # No rate limit: a test would wait for the next minute.
         limiter=RateLimiter(state.redis, 0),
-        notices=notices,
+        recorder=recorder,
         concurrency=state.settings.concurrency,
-        dispatcher_id=dispatcher_id,
     )
     while True:
         if retries:
@@ -164,6 +165,7 @@ def _send_all(
         sent = len(receiver.received)
         sender.wake()
         while sender.advance() <= 0 or sender.idle_since is None:
+            recorder.record()
             sender.wake()
         # What cannot be sent at all (a wrong key) waits, too: going on would never end.
         if not retries or len(receiver.received) == sent:

@@ -1,8 +1,8 @@
 """The process that delivers: threads that ingest, send and show signs of life, and an orderly end.
 
 Owns the life of the process: threads survive their errors, signals end it, periodic jobs run in the main
-thread. What the threads do is in :mod:`~flask_rq_webhooks.delivery.ingest` and
-:mod:`~flask_rq_webhooks.delivery.sender`.
+thread. What the threads do is in :mod:`~flask_rq_webhooks.delivery.ingest`,
+:mod:`~flask_rq_webhooks.delivery.sender` and :mod:`~flask_rq_webhooks.delivery.recorder`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ..storage.operating import Pruned
 from .ingest import Ingest
 from .limits import RateLimiter
 from .notices import Notices
+from .recorder import Recorder
 from .sender import Sender
 from .telling import Teller
 from .transport import RequestsTransport, Transport
@@ -130,13 +131,13 @@ class Dispatcher:
         self._transport = transport or RequestsTransport(
             state.url_policy, concurrency=self._concurrency, proxy_url=settings.proxy_url
         )
+        self._recorder = Recorder(state, notices=self._notices, dispatcher_id=self.id)
         self._sender = Sender(
             state,
             transport=self._transport,
             limiter=self._limiter,
-            notices=self._notices,
+            recorder=self._recorder,
             concurrency=self._concurrency,
-            dispatcher_id=self.id,
         )
         teller = Teller(state, on_deliveries=self._sender.wake)
         self._reconciler = _reconciler(state, teller)
@@ -178,7 +179,8 @@ class Dispatcher:
         )  # fmt: skip
         work = {
             "ingest": self._ingest.run_once,
-            "delivery": self._sender.step,
+            "send": self._sender.step,
+            "record": partial(self._recorder.step, more_to_come=lambda: self._sender.in_flight),
             "heartbeat": self._show_life,
         }
         threads = [
@@ -193,6 +195,7 @@ class Dispatcher:
             finally:
                 self._stop_requested = True
                 self._sender.wake()
+                self._recorder.wake()
                 for thread in threads:
                     while thread.is_alive():  # one long join would keep Python from handling signals
                         thread.join(0.1)
@@ -205,6 +208,7 @@ class Dispatcher:
         self._stop_requested = True
         self._poke()
         self._sender.wake()
+        self._recorder.wake()
 
     def _close(self) -> None:
         if self._own_transport:
@@ -336,7 +340,7 @@ class Dispatcher:
     def _show_life(self) -> None:
         stuck = [
             name
-            for name in ("ingest", "delivery")
+            for name in ("ingest", "send", "record")
             if time.monotonic() - self._alive_at.setdefault(name, time.monotonic()) > STUCK_S
         ]
         if stuck:

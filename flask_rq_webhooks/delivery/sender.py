@@ -1,42 +1,28 @@
-"""One thread's work: claim what is due, send it, record what came back.
+"""Claim what is due, sign it, and give it to the transport, in one thread.
 
-Owns what is in flight, and when it is worth asking SQL for more. SQL is the truth: behind everything in
-memory here stands a lease, and what is lost here is sent again under the same ``webhook-id``. Knows nothing
-of RQ, of the outbox, nor of how bytes travel (:class:`~flask_rq_webhooks.delivery.transport.Transport`).
+Owns when it is worth asking SQL for more, and how much. SQL is the truth: behind everything in memory here
+stands a lease, and what is lost here is sent again under the same ``webhook-id``. Knows nothing of RQ, of the
+outbox, of how bytes travel (:class:`~flask_rq_webhooks.delivery.transport.Transport`), nor of what becomes
+of an answer (:mod:`~flask_rq_webhooks.delivery.recorder`).
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import DataError
-
-from .. import signals
 from .._steps import reached
 from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
-from ..protocol.headers import mask_headers
-from ..protocol.retry import Decision
-from ..protocol.urls import redact_url
-from ..storage.deliveries import (
-    AttemptRecord,
-    ClaimedDelivery,
-    claim_due,
-    defer,
-    next_due_in,
-    record_attempts,
-    release,
-)
+from ..storage.deliveries import ClaimedDelivery, claim_due, defer, next_due_in, release
+from .in_flight import InFlight
 from .limits import RateLimiter
-from .notices import Notices
+from .recorder import Recorder
 from .sending import build_request
 from .transport import AttemptRequest, AttemptResult, Transport
 
@@ -53,23 +39,29 @@ LONGEST_SLEEP_S = 1.0
 CAPPED_SLEEP_S = 0.25
 #: Seconds a delivery waits that cannot be signed or opened (wrong key); no attempt is spent.
 UNSENDABLE_S = 60.0
-#: Seconds for which results gather while others are still to come, so that they share a transaction.
+#: Work claimed ahead of the transport, in seconds of the pace it keeps, so that it never waits for SQL.
+#: Slow receivers mean a slow pace, and next to nothing claimed ahead.
+AHEAD_S = 0.1
+#: The same as a multiple of the concurrency, at most.
+AHEAD_MAX = 2
+#: Seconds the transport may take to begin what was claimed ahead; then it is given back.
+QUEUED_S = 5.0
+#: Seconds over which the transport's pace is measured, at least.
+PACE_S = 0.1
+#: Seconds for which free places gather, so that they share a claim, where nothing is claimed ahead.
 GATHER_S = 0.004
-#: The same, while the transport has not begun with all it was given: nobody waits for more.
-LONGEST_GATHER_S = 0.05
 #: First and longest pause while deliveries are due that cannot be claimed (host's minute full).
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 
 
 class Sender:
-    """Claim, send and record, step by step, in one thread.
+    """Claim and send, step by step, in one thread.
 
     :param state: the app's state.
     :param transport: sends; its futures may be resolved in any thread.
     :param limiter: asked before every request.
-    :param notices: told after every recorded attempt.
+    :param recorder: gets every answer.
     :param concurrency: requests in flight at once.
-    :param dispatcher_id: written into every attempt.
     """
 
     def __init__(
@@ -78,25 +70,23 @@ class Sender:
         *,
         transport: Transport,
         limiter: RateLimiter,
-        notices: Notices,
+        recorder: Recorder,
         concurrency: int,
-        dispatcher_id: str,
     ) -> None:
         self._state = state
         self._transport = transport
         self._limiter = limiter
-        self._notices = notices
+        self._recorder = recorder
+        recorder.on_recorded = self._on_recorded
         self._concurrency = concurrency
-        self._dispatcher_id = dispatcher_id
         self._woken = threading.Event()
         self._fresh = True  # something may have become due; set by any thread
-        self._in_flight: dict[tuple[str, str], ClaimedDelivery] = {}
-        self._per_host: Counter[str] = Counter()
-        self._capped: set[str] = set()
-        self._finished: deque[tuple[ClaimedDelivery, AttemptRequest, AttemptResult]] = deque()
-        self._newest: Future[AttemptResult] | None = None
-        self._enough = 1  # results worth a transaction of their own
-        self._unrecorded: list[AttemptRecord] = []
+        self._freed = False  # a host has a place again that had none; set by any thread
+        self._in_flight = InFlight()
+        self._queued: deque[tuple[float, Future[AttemptResult], ClaimedDelivery]] = deque()
+        self._capped: frozenset[str] = frozenset()
+        self._enough_at = -1  # so many in flight, and there is room worth a claim; negative: no wish for it
+        self._pace = _Pace()
         self._claim_at = 0.0
         self._pause_s = FIRST_PAUSE_S
         #: When the latest look began that found nothing to do (monotonic); ``None`` while there is work.
@@ -104,7 +94,7 @@ class Sender:
 
     @property
     def in_flight(self) -> int:
-        """Return how many requests are in flight."""
+        """Return how many requests are in flight, or given to the transport to be so soon."""
         return len(self._in_flight)
 
     def wake(self) -> None:
@@ -113,46 +103,44 @@ class Sender:
         self._woken.set()
 
     def step(self) -> None:
-        """Record what came back, send what is due, and wait until either may be worth doing again.
+        """Send what is due, and wait until there may be more.
 
-        :raises StorageUnavailableError: when SQL cannot be reached; results are kept, call again.
+        :raises StorageUnavailableError: when SQL cannot be reached; call again.
         """
         wait_s = self.advance()
-        if wait_s > 0:
-            self._woken.wait(wait_s)
-            self._gather()
-
-    def _gather(self) -> None:
-        """Let more results come in, so that they share a transaction, while that keeps nobody waiting."""
-        until = time.monotonic() + LONGEST_GATHER_S
-        self._woken.clear()
-        while 0 < len(self._finished) < self._enough and not self._fresh:
-            self._woken.wait(GATHER_S)
-            newest = self._newest
-            if newest is None or newest.running() or newest.done() or time.monotonic() >= until:
-                return
+        if wait_s > 0 and self._woken.wait(wait_s) and not self._fresh and (self._freed or not self._ahead()):
+            time.sleep(GATHER_S)
 
     def advance(self) -> float:
-        """Record what came back and send what is due; return for how many seconds nothing more is expected.
+        """Send what is due; return for how many seconds nothing more is expected.
 
-        :raises StorageUnavailableError: when SQL cannot be reached; results are kept, call again.
+        :raises StorageUnavailableError: when SQL cannot be reached; call again.
         """
         self._woken.clear()
+        self._enough_at = -1
         began = time.monotonic()
-        self._record()
-        free = self._concurrency - len(self._in_flight)
-        if free > 0 and (self._fresh or began >= self._claim_at):
-            self._fresh = False
+        self._take_back(began)
+        self._pace.measure(self._in_flight.answered, began)
+        room = self._room()
+        if room > 0 and (self._fresh or self._freed or began >= self._claim_at):
+            self._fresh = self._freed = False
             try:
-                self._send_due(min(free, self._state.settings.batch), began)
+                self._send_due(min(room, self._state.settings.batch), began)
             except BaseException:
                 self._fresh = True
                 raise
-        elif self._in_flight:
+        elif self._is_busy():
             self.idle_since = None
-        if self._finished or self._fresh:
+        if self._fresh or self._freed:
             return 0.0
-        return LONGEST_SLEEP_S if free <= 0 else self._claim_at - time.monotonic()
+        wait_s = self._claim_at - time.monotonic()
+        if room > 0 and wait_s > 0:
+            return wait_s
+        limit = self._concurrency + self._ahead()
+        self._enough_at = limit - max(1, self._ahead() // 2)
+        if self._room() > 0 and len(self._in_flight) <= self._enough_at:
+            return 0.0
+        return LONGEST_SLEEP_S
 
     def finish(self, *, hurry: Callable[[], bool]) -> None:
         """Wait for what is in flight and record it; claim nothing more.
@@ -161,25 +149,58 @@ class Sender:
         """
         # Every attempt has a deadline of its own, so this one only matters while SQL is away.
         give_up_at = time.monotonic() + self._state.settings.timeout + LEASE_MARGIN_S
-        while (self._in_flight or self._unrecorded) and not hurry() and time.monotonic() < give_up_at:
-            self._woken.wait(0.1)
-            self._woken.clear()
+        begun = False
+        while self._is_busy() and not hurry() and time.monotonic() < give_up_at:
             try:
-                self._record()
+                if not begun:
+                    self._take_back(float("inf"))
+                    begun = True
+                self._recorder.record()
             except StorageUnavailableError:
                 time.sleep(0.1)
-        try:
-            self._record()
             if self._in_flight:
-                logger.warning(
-                    "%d requests in flight are released; they will be sent again.", len(self._in_flight)
-                )
-                release(self._state.database, list(self._in_flight.values()))
+                self._recorder.wait(0.1)
+        try:
+            self._recorder.record()
+            left = self._in_flight.deliveries()
+            if left:
+                logger.warning("%d requests in flight are released; they will be sent again.", len(left))
+                release(self._state.database, left)
         except StorageUnavailableError as exc:
             logger.error(
                 "%d attempts could not be recorded and will be made again under the same webhook-id: %s",
-                len(self._unrecorded) + len(self._in_flight), exc,
+                len(self._recorder) + len(self._in_flight), exc,
             )  # fmt: skip
+
+    # -- how much -------------------------------------------------------------------------------------
+
+    def _ahead(self) -> int:
+        """Return how many to claim beyond the concurrency, so that the transport never waits for a claim."""
+        return min(AHEAD_MAX * self._concurrency, int(self._pace.per_second * AHEAD_S))
+
+    def _room(self) -> int:
+        limit = self._concurrency + self._ahead()
+        if len(self._recorder) >= 4 * limit:
+            return 0  # SQL cannot keep up, or is away: nothing is sent whose answer cannot be recorded
+        return limit - len(self._in_flight)
+
+    def _is_busy(self) -> bool:
+        return bool(len(self._in_flight) or len(self._recorder))
+
+    def _take_back(self, now: float) -> None:
+        """Give back what the transport has not begun for long: its lease covers the request, not a queue."""
+        taken = []
+        while self._queued:
+            since, future, delivery = self._queued[0]
+            if not (future.running() or future.done()):
+                if now - since < QUEUED_S:
+                    break
+                if future.cancel():
+                    self._in_flight.remove(delivery)
+                    taken.append(delivery)
+            self._queued.popleft()
+        if taken:
+            release(self._state.database, taken)
 
     # -- claim and send -------------------------------------------------------------------------------
 
@@ -196,9 +217,11 @@ class Sender:
             reached("delivery claimed")
             self.idle_since = None
             self._submit(claimed)
-        self._capped = {
-            host for host, count in self._per_host.items() if count >= settings.concurrency_per_host
-        }
+        self._capped = frozenset(
+            host
+            for host, count in self._in_flight.per_host().items()
+            if count >= settings.concurrency_per_host
+        )
         now = time.monotonic()
         if len(claimed) == limit:
             self._claim_at = now
@@ -209,7 +232,7 @@ class Sender:
 
     def _occupied(self) -> dict[str, int]:
         """Return what is in flight by host; one that had all its requests of this minute counts as full."""
-        occupied = dict(self._per_host)
+        occupied = self._in_flight.per_host()
         if self._state.settings.rate_limit_policy == "defer":
             for host in self._limiter.full_hosts():
                 occupied[host] = self._state.settings.concurrency_per_host
@@ -217,7 +240,7 @@ class Sender:
 
     def _sleep_s(self, claimed_some: bool, began: float) -> float:
         due_in = next_due_in(self._state.database)
-        busy = bool(self._in_flight or self._unrecorded or self._finished)
+        busy = self._is_busy()
         if due_in is None or due_in > 0:
             self._pause_s = FIRST_PAUSE_S
             self.idle_since = None if busy else began
@@ -230,12 +253,12 @@ class Sender:
         return self._pause_s
 
     def _submit(self, claimed: Sequence[ClaimedDelivery]) -> None:
+        over_limit: dict[str, list[ClaimedDelivery]] = {}
         unsendable: list[ClaimedDelivery] = []
         cause: Exception | None = None
         for delivery in claimed:
-            wait_s = self._limiter.wait_s(delivery.host)
-            if wait_s > 0:
-                self._over_limit(delivery, wait_s)
+            if self._limiter.wait_s(delivery.host) > 0:
+                over_limit.setdefault(delivery.host, []).append(delivery)
                 continue
             try:
                 request = build_request(delivery, state=self._state, now=datetime.now(UTC))
@@ -243,166 +266,62 @@ class Sender:
                 unsendable.append(delivery)
                 cause = exc
                 continue
-            self._in_flight[delivery.id, delivery.lease_id] = delivery
-            self._per_host[delivery.host] += 1
-            self._enough = max(1, len(self._in_flight) // 2)
-            self._newest = self._transport.submit(request)
-            self._newest.add_done_callback(self._collector(delivery, request))
+            self._in_flight.add(delivery)
+            future = self._transport.submit(request)
+            self._queued.append((time.monotonic(), future, delivery))
+            future.add_done_callback(self._collector(delivery, request))
+        for host, deliveries in over_limit.items():
+            self._put_off(host, deliveries)
         if unsendable:
             endpoints = sorted({delivery.endpoint_id for delivery in unsendable})
             logger.error(
                 "%d deliveries cannot be signed or opened; they wait %.0f s, no attempt is spent (%s): %s",
                 len(unsendable), UNSENDABLE_S, ", ".join(endpoints[:5]), cause,
             )  # fmt: skip
-            for delivery in unsendable:
-                defer(self._state.database, delivery, delay_s=UNSENDABLE_S)
+            defer(self._state.database, unsendable, delay_s=UNSENDABLE_S)
 
     def _collector(
         self, delivery: ClaimedDelivery, request: AttemptRequest
     ) -> Callable[[Future[AttemptResult]], None]:
         def collect(future: Future[AttemptResult]) -> None:
-            self._finished.append((delivery, request, future.result()))
-            if len(self._finished) in (1, self._enough):
+            if future.cancelled():
+                return  # taken back
+            self._recorder.add(delivery, request, future.result())
+            self._in_flight.remove(delivery)
+            if delivery.host in self._capped:
+                self._freed = True
+                self._woken.set()
+            elif len(self._in_flight) <= self._enough_at:
                 self._woken.set()
 
         return collect
 
-    def _over_limit(self, delivery: ClaimedDelivery, wait_s: float) -> None:
+    def _put_off(self, host: str, deliveries: Sequence[ClaimedDelivery]) -> None:
         if self._state.settings.rate_limit_policy == "defer":
-            defer(self._state.database, delivery, delay_s=wait_s)
+            defer(self._state.database, deliveries, delay_s=self._limiter.full_hosts().get(host, 0.05))
             return
-        self._unrecorded.append(
-            AttemptRecord(
-                delivery=delivery,
-                started_at=datetime.now(UTC),
-                duration_ms=0.0,
-                status_code=None,
-                error_code="rate_limited",
-                error_detail="The destination host had all the requests of this minute; nothing was sent.",
-                request_headers={},
-                response_headers={},
-                response_body=b"",
-                decision=Decision(
-                    status="exhausted", delay_s=None, disable_endpoint=False, error_code="rate_limited"
-                ),
-            )
-        )
-        self._woken.set()
-
-    # -- record ---------------------------------------------------------------------------------------
-
-    def _collect(self) -> None:
-        settings = self._state.settings
-        while self._finished:
-            delivery, request, result = self._finished.popleft()
-            if self._in_flight.pop((delivery.id, delivery.lease_id), None) is None:
-                continue
-            self._per_host[delivery.host] -= 1
-            if not self._per_host[delivery.host]:
-                del self._per_host[delivery.host]
-            if delivery.host in self._capped:
-                self._claim_at = 0.0
-            decision = self._state.retry_policy.decide(
-                status_code=result.status_code,
-                error_code=result.error_code,
-                number=delivery.number,
-                max_attempts=delivery.max_attempts,
-                retry_after=result.retry_after,
-                now=datetime.now(UTC),
-                random=random.random,
-            )
-            if decision.delay_s is not None:
-                self._claim_at = min(self._claim_at, time.monotonic() + decision.delay_s)
-            self._unrecorded.append(
-                AttemptRecord(
-                    delivery=delivery,
-                    started_at=result.started_at,
-                    duration_ms=result.duration_ms,
-                    status_code=result.status_code,
-                    error_code=decision.error_code,
-                    error_detail=result.error_detail,
-                    request_headers=mask_headers(request.headers, header_prefix=settings.header_prefix),
-                    response_headers=result.response_headers,
-                    response_body=result.response_body,
-                    decision=decision,
-                )
+        for delivery in deliveries:
+            self._recorder.add_refusal(
+                delivery,
+                "rate_limited",
+                "The destination host had all the requests of this minute; nothing was sent.",
             )
 
-    def _record(self) -> None:
-        self._collect()
-        while self._unrecorded:
-            batch = self._unrecorded[: self._state.settings.batch]
-            reached("attempt made")
-            self._record_batch(batch)
-            reached("attempt recorded")
-            del self._unrecorded[: len(batch)]
+    def _on_recorded(self, retry_in_s: float | None) -> None:
+        if retry_in_s is not None and retry_in_s < LONGEST_SLEEP_S:
+            self.wake()
 
-    def _record_batch(self, batch: Sequence[AttemptRecord]) -> None:
-        try:
-            self._write(batch)
-        except DataError as exc:
-            if len(batch) > 1:
-                for record in batch:
-                    self._record_batch([record])
-                return
-            # What a receiver sent cannot be stored; the outcome must be, or the attempt is made for ever.
-            logger.error(
-                "The answer to delivery %s cannot be stored, only its outcome: %s", batch[0].delivery.id, exc
-            )
-            self._write(
-                [
-                    replace(
-                        batch[0],
-                        error_detail="The receiver's answer could not be stored.",
-                        response_headers={},
-                        response_body=b"",
-                    )
-                ]
-            )
 
-    def _write(self, records: Sequence[AttemptRecord]) -> None:
-        outcome = record_attempts(
-            self._state.database,
-            records,
-            dispatcher_id=self._dispatcher_id,
-            disable_after=self._state.settings.disable_after,
-        )
-        told = [(record, outcome.recorded.get(record.delivery.id)) for record in records]
-        recorded = [(record, status) for record, status in told if status is not None]
-        if outcome.stale:
-            logger.warning(
-                "%d attempts were made under a lease that had run out, and will be made again under the same "
-                "webhook-id: %s", len(outcome.stale), ", ".join(outcome.stale[:5]),
-            )  # fmt: skip
-        self._notices.publish(recorded)
-        self._emit(recorded, outcome.disabled)
+class _Pace:
+    """How many answers come a second."""
 
-    def _emit(self, recorded: Iterable[tuple[AttemptRecord, str]], disabled: Mapping[str, str]) -> None:
-        heard = (
-            signals.delivery_succeeded.receivers
-            or signals.attempt_failed.receivers
-            or signals.delivery_exhausted.receivers
-            or signals.endpoint_disabled.receivers
-        )
-        if not heard:
-            return
-        app = self._state.app
-        with app.app_context():
-            for record, status in recorded:
-                delivery = record.delivery
-                what = {
-                    "delivery_id": delivery.id,
-                    "event_id": delivery.event_id,
-                    "job_id": delivery.job_id,
-                    "url": redact_url(delivery.url),
-                    "attempts": delivery.number,
-                }
-                if status == "succeeded":
-                    signals.emit(signals.delivery_succeeded, app, **what)
-                    continue
-                what |= {"error_code": record.decision.error_code, "status_code": record.status_code}
-                signals.emit(signals.attempt_failed, app, **what)
-                if status == "exhausted":
-                    signals.emit(signals.delivery_exhausted, app, **what)
-            for endpoint_id, reason in disabled.items():
-                signals.emit(signals.endpoint_disabled, app, endpoint_id=endpoint_id, reason=reason)
+    def __init__(self) -> None:
+        self.per_second = 0.0
+        self._since = time.monotonic()
+        self._answered = 0
+
+    def measure(self, answered: int, now: float) -> None:
+        """Take note of how many answers there were by *now*."""
+        if now - self._since >= PACE_S:
+            self.per_second = (answered - self._answered) / (now - self._since)
+            self._since, self._answered = now, answered

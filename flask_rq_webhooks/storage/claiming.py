@@ -135,38 +135,34 @@ def claim_due(
     return claimed
 
 
-def defer(database: Database, claimed: ClaimedDelivery, *, delay_s: float) -> bool:
-    """Put a claimed delivery off without spending an attempt, as for a rate limit.
+def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: float) -> int:
+    """Put claimed deliveries off without spending an attempt, as for a rate limit.
 
-    :returns: whether the lease was still held.
+    :returns: how many were still held.
     """
-    with database.write(single_statement=True, durable=False) as connection:
-        changed = connection.execute(
-            update(Delivery)
-            .where(
-                Delivery.id == claimed.id,
-                Delivery.lease_id == claimed.lease_id,
-                Delivery.status == SENDING,
-            )
-            .values(_FREE | {"next_attempt_at": database.clock(delay_s)})
-        )
-    return changed.rowcount == 1
+    return _let_go(database, claimed, _FREE | {"next_attempt_at": database.clock(delay_s)})
 
 
 def release(database: Database, claimed: Sequence[ClaimedDelivery]) -> int:
     """Give claimed deliveries back, due at once; return how many were still held."""
-    if not claimed:
+    return _let_go(database, claimed, _FREE)
+
+
+def _let_go(database: Database, claimed: Sequence[ClaimedDelivery], values: Mapping[str, Any]) -> int:
+    by_lease: dict[str, list[str]] = {}
+    for delivery in claimed:
+        by_lease.setdefault(delivery.lease_id, []).append(delivery.id)
+    if not by_lease:
         return 0
-    released = 0
     with database.write(durable=False) as connection:
-        for lease_id in sorted({delivery.lease_id for delivery in claimed}):
-            ids = [delivery.id for delivery in claimed if delivery.lease_id == lease_id]
-            released += connection.execute(
+        return sum(
+            connection.execute(
                 update(Delivery)
                 .where(Delivery.id.in_(ids), Delivery.lease_id == lease_id, Delivery.status == SENDING)
-                .values(_FREE)
+                .values(values)
             ).rowcount
-    return released
+            for lease_id, ids in sorted(by_lease.items())
+        )
 
 
 def free_expired_leases(database: Database) -> int:

@@ -170,8 +170,8 @@ def test_an_expired_lease_is_claimed_again(database: Database) -> None:
 def test_deferred_and_released(database: Database) -> None:
     deliver_to(database, "a.example", 2)
     first, second = claim(database)
-    assert defer(database, first, delay_s=60)
-    assert not defer(database, first, delay_s=60), "it is no longer held"
+    assert defer(database, [first], delay_s=60)
+    assert not defer(database, [first], delay_s=60), "it is no longer held"
     assert release(database, [first, second]) == 1
     assert release(database, []) == 0
     stored = {one.id: one for one in rows(database, Delivery)}
