@@ -20,22 +20,20 @@ How a claim stays fast and fair with a million deliveries due:
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
-    ColumnElement,
+    Boolean,
     Connection,
-    Executable,
     Float,
     Integer,
+    LargeBinary,
+    Row,
     String,
     bindparam,
-    func,
-    or_,
     select,
     text,
     update,
@@ -48,9 +46,6 @@ from .models import (
     SHARED,
     Delivery,
     Dispatcher,
-    Endpoint,
-    Event,
-    Secret,
     UTCDateTime,
     new_id,
 )
@@ -119,20 +114,18 @@ def claim_due(
         with database.write(durable=False) as connection:
             now = database.now(connection)
             parameters |= {"now": now, "lease_until": now + timedelta(seconds=lease_s)}
-            rows = connection.execute(_CLAIM_SQLITE, parameters).all()
+            hosts = connection.execute(_CLAIM_SQLITE, parameters).scalars().all()
+            rows = connection.execute(_LOAD_SQLITE, parameters).all() if hosts else []
             turns = [(row.host <= after, row.host) for row in rows]
-            claimed = _load(database, connection, [row.id for row in rows], lease_id)
     else:
         with database.write(single_statement=True, durable=False) as connection:
             rows = connection.execute(_CLAIM_POSTGRESQL, parameters | {"lease_s": lease_s}).all()
             # Not told from the hosts themselves: how they sort is the database's own affair.
             turns = [(row.wrapped, row.turn) for row in rows]
-        with database.read() as connection:
-            claimed = _load(database, connection, [row.id for row in rows], lease_id)
     if rows:
         # Whom the walk met last it met after starting over, if it met anyone then.
         database.claim_after = rows[max(range(len(rows)), key=turns.__getitem__)].host
-    return claimed
+    return _claimed(rows, lease_id)
 
 
 def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: float) -> int:
@@ -198,20 +191,13 @@ def earliest_due(database: Database, connection: Connection) -> datetime | None:
 _FREE: dict[str, Any] = {"status": PENDING, "lease_id": None, "lease_until": None}
 
 
-def _load(
-    database: Database, connection: Connection, ids: Sequence[str], lease_id: str
-) -> list[ClaimedDelivery]:
-    if not ids:
-        return []
-    deliveries = connection.execute(_LOAD, {"ids": list(ids)}).all()
-    secrets: dict[str, list[str]] = defaultdict(list)
-    owners: dict[str, Any] = {"ids": list({row.endpoint_id for row in deliveries})}
-    if database.is_sqlite:
-        live = connection.execute(_SECRETS_SQLITE, owners | {"now": datetime.now(UTC)})
-    else:
-        live = connection.execute(_SECRETS_POSTGRESQL, owners)
-    for endpoint_id, secret in live.all():
-        secrets[endpoint_id].append(secret)
+def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
+    """Return what *rows* say, which stand there once for every live secret."""
+    secrets: dict[str, list[str]] = {}
+    for row in rows:
+        of_this = secrets.setdefault(row.id, [])
+        if row.secret is not None:
+            of_this.append(row.secret)
     return [
         ClaimedDelivery(
             id=row.id,
@@ -229,63 +215,24 @@ def _load(
             endpoint_kind=row.kind,
             url=row.url,
             headers=row.headers,
-            secrets=tuple(secrets[row.endpoint_id]),
+            secrets=tuple(secrets.pop(row.id)),
             sign_payload=row.sign_payload,
             format=row.format,
             timeout_s=row.timeout_s,
         )
-        for row in deliveries
+        for row in rows
+        if row.id in secrets
     ]
 
-
-# Built once: building them costs more than running them.
-
-_LOAD = (
-    select(
-        Delivery.id,
-        Delivery.trigger,
-        Delivery.attempts,
-        Delivery.max_attempts,
-        Delivery.body,
-        Delivery.host,
-        Delivery.event_id,
-        Delivery.event_type,
-        Delivery.endpoint_id,
-        Event.job_id,
-        func.coalesce(Endpoint.runid, Event.runid).label("runid"),
-        Endpoint.kind,
-        Endpoint.url,
-        Endpoint.headers,
-        Endpoint.sign_payload,
-        Endpoint.format,
-        Endpoint.timeout_s,
-    )
-    .join(Event, Event.id == Delivery.event_id)
-    .join(Endpoint, Endpoint.id == Delivery.endpoint_id)
-    .where(Delivery.id.in_(bindparam("ids", expanding=True)))
-    .order_by(Delivery.next_attempt_at)
-)
-
-
-def _live_secrets(now: ColumnElement[datetime]) -> Executable:
-    return (
-        select(Secret.endpoint_id, Secret.secret)
-        .where(
-            Secret.endpoint_id.in_(bindparam("ids", expanding=True)),
-            or_(Secret.expires_at.is_(None), Secret.expires_at > now),
-        )
-        # Newest first: the one that does not expire, then the one that expires last.
-        .order_by(Secret.expires_at.is_not(None), Secret.expires_at.desc(), Secret.id.desc())
-    )
-
-
-_SECRETS_SQLITE = _live_secrets(bindparam("now", type_=UTCDateTime))
-_SECRETS_POSTGRESQL = _live_secrets(func.clock_timestamp(type_=UTCDateTime))
 
 # The statements. A lease need not outlive the machine, so no commit waits for the disk. 'pending' is
 # written out, not a parameter: only then do they match the partial indexes. In the two walks ``found`` counts
 # the due hosts before the row. SQLite is told which index to take: it prefers (status, id), and then sorts a
-# million rows.
+# million rows. The live secrets of an endpoint come newest first: the one that does not expire, then the one
+# that expires last. PostgreSQL looks up what belongs to a claimed row in subqueries it cannot flatten
+# (OFFSET 0): it does not know how few rows are claimed, and would read whole tables instead.
+
+_LOADED = {"body": LargeBinary, "sign_payload": Boolean}
 
 _EARLIEST_POSTGRESQL = text("""
 SELECT next_attempt_at FROM rq_webhooks_delivery
@@ -297,7 +244,8 @@ SELECT next_attempt_at FROM rq_webhooks_delivery INDEXED BY ix_rq_webhooks_deliv
 WHERE status = 'pending' ORDER BY next_attempt_at LIMIT 1
 """).columns(next_attempt_at=UTCDateTime)
 
-_CLAIM_POSTGRESQL = text("""
+_CLAIM_POSTGRESQL = (
+    text("""
 WITH RECURSIVE
 busy AS MATERIALIZED (
     SELECT key AS host, value::integer AS requests FROM json_each_text(CAST(:in_flight AS json))
@@ -373,21 +321,42 @@ picked AS (
         ORDER BY d.next_attempt_at LIMIT q.rows
         FOR UPDATE SKIP LOCKED
     ) r
+),
+claimed AS (
+    UPDATE rq_webhooks_delivery AS delivery
+    SET status = 'sending', lease_id = :lease_id,
+        lease_until = clock_timestamp() + make_interval(secs => :lease_s)
+    FROM picked
+    WHERE delivery.id = picked.id AND delivery.status = 'pending'
+    RETURNING delivery.*, picked.wrapped, picked.turn
 )
-UPDATE rq_webhooks_delivery AS delivery
-SET status = 'sending', lease_id = :lease_id,
-    lease_until = clock_timestamp() + make_interval(secs => :lease_s)
-FROM picked
-WHERE delivery.id = picked.id AND delivery.status = 'pending'
-RETURNING delivery.id, delivery.host, picked.wrapped, picked.turn
-""").bindparams(
-    bindparam("limit", type_=Integer),
-    bindparam("per_host", type_=Integer),
-    bindparam("window", type_=Integer),
-    bindparam("after", type_=String),
-    bindparam("in_flight", type_=String),
-    bindparam("lease_id", type_=String),
-    bindparam("lease_s", type_=Float),
+SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.host, c.event_id, c.event_type, c.endpoint_id,
+       c.wrapped, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
+       e.kind, e.url, e.headers, e.sign_payload, e.format, e.timeout_s, s.secret
+FROM claimed c
+CROSS JOIN LATERAL (
+    SELECT job_id, runid FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
+) v
+CROSS JOIN LATERAL (
+    SELECT runid, kind, url, headers, sign_payload, format, timeout_s
+    FROM rq_webhooks_endpoint WHERE id = c.endpoint_id OFFSET 0
+) e
+LEFT JOIN LATERAL (
+    SELECT id, secret, expires_at FROM rq_webhooks_secret
+    WHERE endpoint_id = c.endpoint_id AND (expires_at IS NULL OR expires_at > clock_timestamp()) OFFSET 0
+) s ON true
+ORDER BY c.next_attempt_at, c.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
+""")
+    .columns(**_LOADED)
+    .bindparams(
+        bindparam("limit", type_=Integer),
+        bindparam("per_host", type_=Integer),
+        bindparam("window", type_=Integer),
+        bindparam("after", type_=String),
+        bindparam("in_flight", type_=String),
+        bindparam("lease_id", type_=String),
+        bindparam("lease_s", type_=Float),
+    )
 )
 
 _CLAIM_SQLITE = text("""
@@ -447,5 +416,22 @@ UPDATE rq_webhooks_delivery
 SET status = 'sending', lease_id = :lease_id, lease_until = :lease_until
 WHERE rowid IN (
     SELECT row FROM slots WHERE rank <= :per_host ORDER BY rank, next_attempt_at LIMIT :limit)
-RETURNING id, host
+RETURNING host
 """).bindparams(bindparam("now", type_=UTCDateTime), bindparam("lease_until", type_=UTCDateTime))
+
+_LOAD_SQLITE = (
+    text("""
+SELECT d.id, d.trigger, d.attempts, d.max_attempts, d.body, d.host, d.event_id, d.event_type, d.endpoint_id,
+       v.job_id, coalesce(e.runid, v.runid) AS runid,
+       e.kind, e.url, e.headers, e.sign_payload, e.format, e.timeout_s, s.secret
+FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_lease
+CROSS JOIN rq_webhooks_event v ON v.id = d.event_id
+CROSS JOIN rq_webhooks_endpoint e ON e.id = d.endpoint_id
+LEFT JOIN rq_webhooks_secret s
+    ON s.endpoint_id = d.endpoint_id AND (s.expires_at IS NULL OR s.expires_at > :now)
+WHERE d.status = 'sending' AND d.lease_until = :lease_until AND d.lease_id = :lease_id
+ORDER BY d.next_attempt_at, d.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
+""")
+    .columns(**_LOADED)
+    .bindparams(bindparam("now", type_=UTCDateTime), bindparam("lease_until", type_=UTCDateTime))
+)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, String, bindparam, select, text, update
 
 from ..protocol.retry import Decision
 from .claiming import ClaimedDelivery
 from .database import Database
-from .models import CANCELED, PENDING, SCHEDULED, SENDING, SUCCEEDED, Attempt, Delivery, Endpoint, new_id
+from .models import SUCCEEDED, Attempt, Endpoint, UTCDateTime, new_id
 from .upsert import insert_or_ignore
 
 #: A standing endpoint is disabled only when it has failed for this long, however many attempts that were.
@@ -77,77 +77,99 @@ def record_attempts(
     """
     if not records:
         return RecordResult({}, (), {})
+    # Of two attempts of one delivery in a batch, the earlier was made under a lease that has run out.
+    newest: dict[str, AttemptRecord] = {}
+    for record in sorted(records, key=lambda record: record.delivery.lease_id):
+        newest[record.delivery.id] = record
+    kept: list[AttemptRecord] = []
+    stale: list[str] = []
     with database.write() as connection:
-        held = _held(connection, records)
-        # After the locks: waiting for them takes time.
-        now = database.now(connection)
-        recorded: dict[str, str] = {}
-        stale: list[str] = []
-        kept: list[AttemptRecord] = []
-        changes: list[dict[str, Any]] = []
-        attempts: list[dict[str, Any]] = []
+        statuses = _update_deliveries(database, connection, newest)
         for record in records:
-            delivery = record.delivery
-            row = held.pop(delivery.id, None)
-            if row is None or row.lease_id != delivery.lease_id or row.attempts + 1 != delivery.number:
-                stale.append(delivery.id)
-                continue
-            status: str = record.decision.status
-            if row.status == CANCELED and status != SUCCEEDED:
-                status = CANCELED
-            recorded[delivery.id] = status
-            kept.append(record)
-            changes.append(_delivery_values(record, status, now))
-            attempts.append(_attempt_values(record, dispatcher_id))
+            delivery_id = record.delivery.id
+            if delivery_id in statuses and newest[delivery_id] is record:
+                kept.append(record)
+            else:
+                stale.append(delivery_id)
         if kept:
-            connection.execute(_UPDATE_DELIVERY, changes)
+            attempts = [_attempt_values(record, dispatcher_id) for record in kept]
             connection.execute(insert_or_ignore(database, Attempt), attempts)
-        disabled = _judge_standing(connection, kept, disable_after, now)
+        disabled = _judge_standing(database, connection, kept, disable_after)
+    recorded = {record.delivery.id: statuses[record.delivery.id] for record in kept}
     return RecordResult(recorded, tuple(stale), disabled)
 
 
-def _held(connection: Connection, records: Sequence[AttemptRecord]) -> dict[str, Any]:
-    ids = [record.delivery.id for record in records]
-    return {row.id: row for row in connection.execute(_HELD, {"ids": ids})}
+def _update_deliveries(
+    database: Database, connection: Connection, records: Mapping[str, AttemptRecord]
+) -> dict[str, str]:
+    """Update what is still held, in one statement; return its status now by id."""
+    now = datetime.now(UTC)
+    made = [
+        {
+            "id": delivery_id,
+            "lease": record.delivery.lease_id,
+            "number": record.delivery.number,
+            "status": record.decision.status,
+            "delay_s": record.decision.delay_s or 0.0,
+            "due": _as_sqlite_stores(now + timedelta(seconds=record.decision.delay_s or 0.0)),
+            "code": record.status_code,
+            "error": _error_code(record),
+        }
+        for delivery_id, record in records.items()
+    ]
+    statement = _UPDATE_SQLITE if database.is_sqlite else _UPDATE_POSTGRESQL
+    parameters: dict[str, Any] = {"made": json.dumps(made)} | ({"now": now} if database.is_sqlite else {})
+    return {row.id: row.status for row in connection.execute(statement, parameters)}
 
 
-# Built once: building them costs more than running them.
+def _as_sqlite_stores(moment: datetime) -> str:
+    return moment.replace(tzinfo=None).isoformat(" ", "microseconds")
 
-_HELD = (
-    select(Delivery.id, Delivery.lease_id, Delivery.status, Delivery.attempts)
-    .where(Delivery.id.in_(bindparam("ids", expanding=True)), Delivery.status.in_([SENDING, CANCELED]))
-    .order_by(Delivery.id)  # every batch locks in this order, so that none wait in a circle
-    .with_for_update()
+
+# One statement for a batch: a statement per row costs more than all the rest. Every batch locks in the order
+# of ids, so that none wait in a circle; and the clock is read after the locks, for which it may have waited.
+# "+" keeps SQLite from looking through all rows of that status.
+
+_UPDATE_POSTGRESQL = text("""
+WITH made AS MATERIALIZED (
+    SELECT * FROM json_to_recordset(CAST(:made AS json))
+    AS (id text, lease text, number integer, status text, delay_s double precision, code integer, error text)
+),
+held AS MATERIALIZED (
+    SELECT id FROM rq_webhooks_delivery
+    WHERE id IN (SELECT id FROM made) AND status IN ('sending', 'canceled') ORDER BY id FOR UPDATE
 )
+UPDATE rq_webhooks_delivery AS d
+SET status = CASE WHEN d.status = 'canceled' AND m.status <> 'succeeded' THEN 'canceled' ELSE m.status END,
+    attempts = m.number,
+    next_attempt_at = CASE WHEN m.status = 'pending' AND d.status <> 'canceled'
+        THEN clock_timestamp() + make_interval(secs => m.delay_s) END,
+    finished_at = CASE WHEN m.status <> 'pending' OR d.status = 'canceled' THEN clock_timestamp() END,
+    status_code = m.code, error_code = m.error, trigger = 'scheduled', lease_id = NULL, lease_until = NULL
+FROM made m JOIN held h ON h.id = m.id
+WHERE d.id = m.id AND d.lease_id = m.lease AND d.attempts + 1 = m.number
+  AND d.status IN ('sending', 'canceled')
+RETURNING d.id, d.status
+""").bindparams(bindparam("made", type_=String))
 
-_UPDATE_DELIVERY = (
-    update(Delivery)
-    .where(Delivery.id == bindparam("delivery"))
-    .values(
-        status=bindparam("new_status"),
-        attempts=bindparam("made"),
-        next_attempt_at=bindparam("due"),
-        status_code=bindparam("code"),
-        error_code=bindparam("error"),
-        finished_at=bindparam("finished"),
-        trigger=SCHEDULED,
-        lease_id=None,
-        lease_until=None,
-    )
-)
-
-
-def _delivery_values(record: AttemptRecord, status: str, now: datetime) -> dict[str, Any]:
-    waits = status == PENDING
-    return {
-        "delivery": record.delivery.id,
-        "new_status": status,
-        "made": record.delivery.number,
-        "due": now + timedelta(seconds=record.decision.delay_s or 0.0) if waits else None,
-        "code": record.status_code,
-        "error": _error_code(record),
-        "finished": None if waits else now,
-    }
+_UPDATE_SQLITE = text("""
+UPDATE rq_webhooks_delivery AS d
+SET status = CASE WHEN d.status = 'canceled' AND m.status <> 'succeeded' THEN 'canceled' ELSE m.status END,
+    attempts = m.number,
+    next_attempt_at = CASE WHEN m.status = 'pending' AND d.status <> 'canceled' THEN m.due END,
+    finished_at = CASE WHEN m.status <> 'pending' OR d.status = 'canceled' THEN :now END,
+    status_code = m.code, error_code = m.error, trigger = 'scheduled', lease_id = NULL, lease_until = NULL
+FROM (
+    SELECT json_extract(value, '$.id') AS id, json_extract(value, '$.lease') AS lease,
+           json_extract(value, '$.number') AS number, json_extract(value, '$.status') AS status,
+           json_extract(value, '$.due') AS due, json_extract(value, '$.code') AS code,
+           json_extract(value, '$.error') AS error
+    FROM json_each(:made)
+) m
+WHERE d.id = m.id AND d.lease_id = m.lease AND d.attempts + 1 = m.number
+  AND +d.status IN ('sending', 'canceled')
+RETURNING id, status
+""").bindparams(bindparam("now", type_=UTCDateTime))
 
 
 def _attempt_values(record: AttemptRecord, dispatcher_id: str) -> dict[str, Any]:
@@ -174,7 +196,7 @@ def _error_code(record: AttemptRecord) -> str | None:
 
 
 def _judge_standing(
-    connection: Connection, records: Sequence[AttemptRecord], disable_after: int, now: datetime
+    database: Database, connection: Connection, records: Sequence[AttemptRecord], disable_after: int
 ) -> dict[str, str]:
     """Count failures of standing endpoints and disable those that failed too often; return those."""
     by_endpoint: dict[str, list[AttemptRecord]] = {}
@@ -194,7 +216,9 @@ def _judge_standing(
         return {}  # all is well, and was: nothing to write, no row to wait for
     disabled: dict[str, str] = {}
     locked = query.where(Endpoint.id.in_(touched)).with_for_update(key_share=True)
-    for row in connection.execute(locked).all():
+    held = connection.execute(locked).all()
+    now = database.now(connection)  # after the locks: waiting for them takes time
+    for row in held:
         failures, failing_since, gone = row.failures, row.failing_since, False
         for record in by_endpoint[row.id]:
             if record.decision.status == SUCCEEDED:
