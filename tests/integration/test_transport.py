@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from flask_rq_webhooks.delivery import transport as transport_module
-from flask_rq_webhooks.delivery.transport import BODY_CAP, AttemptRequest, RequestsTransport
+from flask_rq_webhooks.delivery.transport import BODY_CAP, AttemptRequest, RequestsTransport, keeping
+from flask_rq_webhooks.delivery.transport.pinned import PinnedHTTPConnection
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, read_request, silence
 from tests.servers import ROOT, Receiver, wait_until
@@ -240,7 +240,7 @@ def test_a_kept_connection_still_has_a_deadline(transport: RequestsTransport) ->
 def test_old_connections_are_not_used(
     transport: RequestsTransport, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(transport_module, limit, 0.05)
+    monkeypatch.setattr(keeping, limit, 0.05)
     with Attacker(keep_alive()) as server:
         for _ in range(3):
             assert transport.submit(request_to(server.url)).result(10).status_code == 200
@@ -249,7 +249,7 @@ def test_old_connections_are_not_used(
 
 
 def test_idle_connections_are_closed_without_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module, "MAX_IDLE_S", 0.1)
+    monkeypatch.setattr(keeping, "MAX_IDLE_S", 0.1)
     ended = threading.Event()
 
     def script(connection: socket.socket) -> None:
@@ -382,7 +382,7 @@ def test_nothing_of_a_request_shows_in_its_representation() -> None:
 
 
 def test_a_connection_outside_an_attempt_is_refused() -> None:
-    connection = transport_module._PinnedHTTPConnection("127.0.0.1", 1)
+    connection = PinnedHTTPConnection("127.0.0.1", 1)
     with pytest.raises(RuntimeError, match="outside"):
         connection.connect()
 

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flask_rq_webhooks.delivery import transport as transport_module
-from flask_rq_webhooks.delivery.transport import RequestsTransport
+from flask_rq_webhooks.delivery.transport import RequestsTransport, opening
+from flask_rq_webhooks.delivery.transport.lookups import alternate
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, elapsed, read_request, silence
 from tests.security.conftest import Send, request_to, sender
@@ -47,7 +47,7 @@ class Connects:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.addresses: list[str] = []
-        original = transport_module._open
+        original = opening._open
 
         def recording(
             family: socket.AddressFamily, address: str, port: int, timeout_s: float
@@ -55,7 +55,7 @@ class Connects:
             self.addresses.append(address)
             return original(family, address, port, timeout_s)
 
-        monkeypatch.setattr(transport_module, "_open", recording)
+        monkeypatch.setattr(opening, "_open", recording)
 
 
 @pytest.fixture
@@ -150,8 +150,8 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next(
             raise TimeoutError
         return original(family, address, port, timeout_s)
 
-    original = transport_module._open
-    monkeypatch.setattr(transport_module, "_open", stalling)
+    original = opening._open
+    monkeypatch.setattr(opening, "_open", stalling)
     with Attacker(after_request(OK)) as attacker, elapsed() as seconds:
         policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
         send = sender(make_transport(policy, resolver=FakeDNS(["127.0.0.9", "127.0.0.1"])))
@@ -160,7 +160,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next(
 
 
 def test_families_take_turns() -> None:
-    assert transport_module._alternate(["::1", "::2", "::3", "1.1.1.1", "2.2.2.2"]) == [
+    assert alternate(["::1", "::2", "::3", "1.1.1.1", "2.2.2.2"]) == [
         "::1",
         "1.1.1.1",
         "::2",
