@@ -28,6 +28,7 @@ from .doctor import examine
 from .endpoints import endpoints
 from .listening import listen
 from .options import MOMENT, progress_to_stderr
+from .routes import routes
 
 
 class _Commands(AppGroup):
@@ -49,6 +50,7 @@ def cli() -> None:
 
 cli.add_command(endpoints)
 cli.add_command(listen)
+cli.add_command(routes)
 
 
 @cli.command()
