@@ -11,7 +11,7 @@ PYTEST_WORKERS ?= 3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test retest chaos screenshots lint format types docs package oldest clean
+.PHONY: help demo test retest chaos screenshots lint format types docs links package installed oldest clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,11 +50,21 @@ types: $(VENV)/.dev  ## mypy --strict on the package and the example app
 docs: $(VENV)/.dev  ## build the documentation into docs/_build/html; any warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build/html
 
+links: docs  ## follow the links within the documentation, the README and the other pages here
+	$(BIN)/python docs/_ext/links.py docs/_build/html
+
 package: $(VENV)/.dev  ## build sdist and wheel into dist/ and check them
 	rm -rf dist build
-	$(INSTALL) build twine
-	$(BIN)/python -m build --outdir dist . >/dev/null
+	mkdir build
+	$(INSTALL) build twine check-wheel-contents
+	@echo "Building ..."
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m build --outdir dist . >build/log 2>&1 || { cat build/log; exit 1; }
+	@! grep -E '^warning: |Setuptools[A-Za-z]*Warning|\*{40}|is absent from' build/log
 	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
+installed: $(VENV)/.dev  ## install what is in dist/ into empty environments and try it
+	$(BIN)/python -m pytest -q -m packaging tests/packaging
 
 oldest: .venv-oldest/.oldest  ## run the server tests on the oldest supported versions
 	.venv-oldest/bin/python -m pytest -q -W default -p no:cacheprovider $(OLDEST_TESTS)
