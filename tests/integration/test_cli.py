@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +26,7 @@ from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage import dispatchers
 from flask_rq_webhooks.storage.queries import list_endpoints
 from tests.pipeline import add_endpoint, attempts, deliveries, enqueue
-from tests.servers import Process, Receiver, free_port
+from tests.servers import ROOT, Process, Receiver, free_port
 
 
 @pytest.fixture
@@ -61,6 +63,35 @@ def run(host: Flask, *arguments: str) -> Result:
     # As `flask` itself does it: the commands are found through their entry point.
     command = FlaskGroup(create_app=lambda: host, set_debug_flag=False)
     return CliRunner().invoke(command, ["rq-webhooks", *arguments])
+
+
+def test_the_app_itself_knows_the_commands(host: Flask, state: State) -> None:
+    runner = host.test_cli_runner()
+    asked_app = runner.invoke(args=["rq-webhooks", "doctor"])
+    asked_command = runner.invoke(host.cli.commands["rq-webhooks"], ["doctor"])
+    assert asked_app.output == asked_command.output == run(host, "doctor").output
+    assert asked_app.exit_code == asked_command.exit_code == 1  # no dispatcher
+    assert "rq-webhooks" in runner.invoke(args=["--help"]).output
+    failed = runner.invoke(args=["rq-webhooks", "resend", "dlv_unknown"])
+    assert (failed.exit_code, failed.output) == (1, "Error: There is no delivery 'dlv_unknown'.\n")
+    assert runner.invoke(args=["rq-webhooks", "endpoints", "list"]).exit_code == 0
+
+
+def test_the_commands_are_listed_once(host: Flask) -> None:
+    command = FlaskGroup(create_app=lambda: host, set_debug_flag=False)
+    listed = CliRunner().invoke(command, ["--help"]).output
+    assert listed.count("rq-webhooks") == 1
+    assert "Deliver webhooks for RQ jobs" in listed
+
+
+def test_web_processes_do_not_load_the_commands() -> None:
+    code = (
+        "import sys; from flask import Flask; from flask_rq_webhooks import RQWebhooks; app = Flask('web'); "
+        "app.config['RQ_WEBHOOKS_DATABASE_URI'] = 'sqlite://'; RQWebhooks(app); "
+        "assert 'rq-webhooks' in app.cli.commands; print('flask_rq_webhooks.cli' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
 
 
 def test_commands_explain_what_is_missing_without_the_extension() -> None:
