@@ -40,8 +40,8 @@ def test_nothing_built_is_in_the_sdist() -> None:
 
 
 def test_the_demo_runs_from_the_sdist(tmp_path: Path) -> None:
-    with tarfile.open(sdist()) as archive:
-        archive.extractall(tmp_path, filter="data")
+    # Not tarfile: how it wants to be asked differs between patch releases of Python 3.11.
+    subprocess.run(["tar", "-xzf", sdist(), "-C", tmp_path], check=True)
     (tree,) = tmp_path.iterdir()
     environment = {name: value for name, value in os.environ.items() if name not in OURS}
     done = subprocess.run(
