@@ -30,14 +30,13 @@ class ReconcileReport:
 
     :param looked_at: watches compared with RQ's state.
     :param told: occurrences handed on, by type; some may have been told before.
+    :param adopted: reserved watches whose job was found.
+    :param cleaned_queues: queues in which RQ ended jobs whose worker was gone.
     """
 
     looked_at: int = 0
     told: Counter[str] = field(default_factory=Counter)
-    corrections: int = 0
     adopted: int = 0
-    closed: int = 0
-    reopened: int = 0
     cleaned_queues: int = 0
 
 

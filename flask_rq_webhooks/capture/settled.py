@@ -156,10 +156,7 @@ class SettledWatches:
                 run=settled.row.run,
             )
             findings.add(settled.row, correction)
-        told = findings.tell(self._tell)
-        report.reopened += len(notes.waiting_again)
-        report.corrections += told.total()
-        report.told.update(told)
+        report.told.update(findings.tell(self._tell))
         for settled in corrected:
             settled.corrected = True
         storage.write_notes(self._database, notes, now=now)

@@ -161,7 +161,6 @@ class WaitingWatches:
                 blocked.append((watch.row, job))
         self._find_blocked(blocked, page)
         report.adopted += len(page.notes.adopted)
-        report.closed += len(page.notes.closed)
         report.told.update(page.findings.tell(self._tell))
         storage.write_notes(self._database, page.notes, now=now)
 
