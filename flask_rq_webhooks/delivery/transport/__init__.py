@@ -8,7 +8,10 @@ A :class:`Transport` is an object handed to the dispatcher; tests hand in anothe
 
 ===================== ======================================================================================
 ``contract``          what the dispatcher sees: request, result, the protocol of a transport
+``choosing``          which transport the settings ask for
 ``through_requests``  the default transport: threads and :mod:`requests` adapters
+``through_aiohttp``   the transport of the extra ``fast``: one event loop
+``loop``              its thread
 ``outgoing``          which headers are the connection's, whatever the request says
 ``answers``           what may come back: caps, kept headers, cleaning
 ``failures``          why there is no answer: the coarse codes
@@ -19,7 +22,7 @@ A :class:`Transport` is an object handed to the dispatcher; tests hand in anothe
 ``attempt``           (threads) one attempt's deadlines, and the grip by which it is ended
 ``watchdog``          (threads) who ends it
 ``threads``           (threads) who makes it
-``opening``           (threads) a connection to a judged address
+``opening``           a connection to a judged address
 ``pinned``            (threads) connections, pools and adapter
 ``heads``             (threads) bounded status lines and headers
 ===================== ======================================================================================
@@ -28,6 +31,7 @@ A :class:`Transport` is an object handed to the dispatcher; tests hand in anothe
 from __future__ import annotations
 
 from .answers import BODY_CAP, KEPT_HEADERS, MAX_HEADER_BYTES
+from .choosing import open_transport
 from .contract import AttemptRequest, AttemptResult, Transport
 from .lookups import MAX_ADDRESSES, Resolver, system_resolver
 from .through_requests import RequestsTransport
@@ -44,5 +48,6 @@ __all__ = [
     "Resolver",
     "Transport",
     "default_ssl_context",
+    "open_transport",
     "system_resolver",
 ]

@@ -6,15 +6,17 @@ keeps to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .failures import Failure
 
 #: Bytes of a response body that are kept.
 BODY_CAP = 16 * 1024
-#: Bytes of one response's status line and headers.
+#: Bytes of an answer's status lines and headers, those of interim responses (100, 103) included.
 MAX_HEADER_BYTES = 64 * 1024
+#: Headers of one response.
+MAX_HEADERS = 100
 
 #: Response headers worth keeping; everything else a receiver sends is dropped.
 KEPT_HEADERS = (
@@ -30,6 +32,7 @@ KEPT_HEADERS = (
     "x-request-id",
     "x-correlation-id",
 )
+_KEPT = frozenset(KEPT_HEADERS)
 _MAX_KEPT_VALUE = 256
 _MAX_DETAIL = 300
 
@@ -55,6 +58,17 @@ def head_of(status: int, header: Callable[[str], str | None]) -> dict[str, Any]:
         outcome["error_code"] = "redirect"
         outcome["error_detail"] = f"redirects are not followed ({status})"
     return outcome
+
+
+def kept_of(raw_headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Return those of :data:`KEPT_HEADERS` that are among *raw_headers*; what came twice is joined."""
+    found: dict[str, str] = {}
+    for raw_name, raw_value in raw_headers:
+        name = raw_name.decode("latin-1").lower()
+        if name in _KEPT:
+            value = raw_value.decode("latin-1")
+            found[name] = f"{found[name]}, {value}" if name in found else value
+    return found
 
 
 def failed(failure: Failure) -> dict[str, Any]:

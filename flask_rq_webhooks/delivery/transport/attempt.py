@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from ...protocol.urls import CheckedURL
@@ -117,12 +116,9 @@ class Attempt:
     def wants_new_connection(self) -> bool:
         return self._repeated
 
-    def connect(
-        self, host: str, port: int, *, options: Iterable[tuple[Any, ...]], through_proxy: bool
-    ) -> socket.socket:
+    def connect(self, host: str, port: int, *, through_proxy: bool) -> socket.socket:
         """Open a connection to an address that was checked before the first packet.
 
-        :param options: set on the socket, as :meth:`socket.socket.setsockopt` takes them.
         :param through_proxy: *host* is the operator's own proxy, which decides about addresses itself.
         """
         if not through_proxy and (host, port) != (self.checked.host, self.checked.port):
@@ -134,8 +130,6 @@ class Attempt:
             self._destinations.check_addresses(self.checked, addresses)
         sock = open_one(alternate(addresses)[:MAX_ADDRESSES], port, self.connect_deadline)
         try:
-            for option in options:
-                sock.setsockopt(*option)
             self.hold(sock, reused=False)
             sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
         except BaseException:

@@ -26,8 +26,6 @@ class _BoundedHeaders:
         self._left -= len(line)
         if self._left < 0:
             raise http.client.LineTooLong("headers")
-        if line in (b"\r\n", b"\n"):
-            self._left = MAX_HEADER_BYTES  # the end of an interim response
         return line
 
     def __getattr__(self, name: str) -> Any:

@@ -49,27 +49,37 @@ class Lookups:
 
         :param deadline: on :func:`time.monotonic`'s clock.
         """
-        key = (host, port)
-        with self._lock:
-            future = self._pending.get(key)
+        future = self.begin(host, port, wait_s=max(deadline - time.monotonic(), 0))
         if future is None:
-            if not self._slots.acquire(timeout=max(deadline - time.monotonic(), 0)):
-                raise Failure("dns", f"{host}: too many look-ups are stalled")
-            with self._lock:
-                shared = self._pending.get(key)
-                future = shared or self._pending.setdefault(key, Future())
-            if shared is not None:
-                self._slots.release()
-            else:
-                threading.Thread(
-                    target=self._resolve, args=(key, future), name="rq-webhooks-lookup", daemon=True
-                ).start()
+            raise Failure("dns", f"{host}: too many look-ups are stalled")
         try:
             return future.result(timeout=max(deadline - time.monotonic(), 0))
-        except FutureTimeoutError:
-            raise Failure("dns", f"{host}: no answer in time") from None
-        except OSError as exc:
-            raise Failure("dns", f"{host}: {exc.strerror or exc}") from exc
+        except (FutureTimeoutError, OSError) as exc:
+            raise look_up_failure(host, exc) from exc
+
+    def begin(self, host: str, port: int, *, wait_s: float = 0) -> Future[list[str]] | None:
+        """Have *host* looked up, together with whoever else asks for it just now.
+
+        :param wait_s: seconds to wait for a thread at most.
+        :returns: a future for the addresses; ``None`` when all threads are taken by stalled look-ups. It is
+            shared, and cannot be cancelled.
+        """
+        key = (host, port)
+        with self._lock:
+            if key in self._pending:
+                return self._pending[key]
+        if not self._slots.acquire(timeout=wait_s):
+            return None
+        with self._lock:
+            if key in self._pending:
+                self._slots.release()
+                return self._pending[key]
+            future = self._pending[key] = Future()
+        future.set_running_or_notify_cancel()
+        threading.Thread(
+            target=self._resolve, args=(key, future), name="rq-webhooks-lookup", daemon=True
+        ).start()
+        return future
 
     def _resolve(self, key: tuple[str, int], future: Future[list[str]]) -> None:
         try:
@@ -86,6 +96,13 @@ class Lookups:
             future.set_exception(error)
         else:
             future.set_result(answers or [])
+
+
+def look_up_failure(host: str, exc: BaseException) -> Failure:
+    """Return what to say of a look-up that raised :exc:`OSError` or did not answer in time."""
+    if isinstance(exc, FutureTimeoutError) and not exc.args:
+        return Failure("dns", f"{host}: no answer in time")
+    return Failure("dns", f"{host}: {getattr(exc, 'strerror', None) or exc}")
 
 
 def _address(answer: str | tuple[Any, ...]) -> str:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import re
+
 from .contract import AttemptRequest
+from .failures import Failure
 
 #: The connection layer's own; a request's headers cannot set them.
 _TRANSPORT_HEADERS = frozenset(
     {"accept-encoding", "connection", "content-length", "expect", "host", "transfer-encoding"}
 )
+#: RFC 9110, 5.1 and 5.5, without the bytes above ASCII.
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_VALUE = re.compile(r"[\t\x20-\x7e]*")
 
 
 def wire_headers(request: AttemptRequest) -> dict[str, str]:
-    """Return all headers but ``Host``, in order; of names that differ in case only, the last one."""
+    """Return all headers but ``Host``, in order; of names that differ in case only, the last one.
+
+    :raises Failure: ``internal``, for what may not stand in a header; it was checked long before.
+    """
     by_name = {name.lower(): (name, value) for name, value in request.headers.items()}
     headers = dict(pair for name, pair in by_name.items() if name not in _TRANSPORT_HEADERS)
+    for name, value in headers.items():
+        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise Failure("internal", f"the header {name!r} has characters that may not be sent")
     headers["Accept-Encoding"] = "identity"
     headers["Content-Length"] = str(len(request.body))
     return headers

@@ -30,7 +30,6 @@ def _connect(connection: HTTPConnection) -> socket.socket:
     return current_attempt().connect(
         connection._dns_host,
         connection.port,
-        options=connection.socket_options or (),
         through_proxy=connection.proxy is not None,
     )
 
