@@ -65,6 +65,15 @@ def test_the_wheel_holds_the_package_and_nothing_else() -> None:
     assert "flask_rq_webhooks/py.typed" in packed
 
 
+def test_the_description_has_the_readme_without_its_pictures() -> None:
+    with zipfile.ZipFile(wheel()) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = archive.read(metadata).decode()
+    assert "What a client sends, and gets" in text
+    assert "docs/_static" not in text
+    assert "docs/_static" in (ROOT / "README.rst").read_text()
+
+
 def test_requirements_fit_together(python: Path, tmp_path: Path) -> None:
     done = run(python, "-m", "pip", "check", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
