@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import quickstart
 from tests.servers import ROOT
 
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
@@ -109,6 +110,10 @@ def test_pages_and_static_files_are_there(python: Path, project: Path, redis_url
     where, assets = done.stdout.splitlines()
     assert Path(where).is_relative_to(python.parents[1])
     assert "dashboard.css" in assets
+
+
+def test_the_quickstart_in_an_empty_directory(python: Path, tmp_path: Path, redis_url: str) -> None:
+    quickstart.follow(tmp_path, redis_url, python=str(python), python_path="")
 
 
 def mypy(python: Path, project: Path, name: str) -> list[str]:
