@@ -6,7 +6,7 @@ keeps to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from .failures import Failure
@@ -32,21 +32,26 @@ KEPT_HEADERS = (
     "x-request-id",
     "x-correlation-id",
 )
-_KEPT = frozenset(KEPT_HEADERS)
+_KEPT = {name.encode(): name for name in KEPT_HEADERS}
 _MAX_KEPT_VALUE = 256
 _MAX_DETAIL = 300
 
 
-def head_of(status: int, header: Callable[[str], str | None]) -> dict[str, Any]:
+def head_of(status: int, raw_headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any]:
     """Return the fields of :class:`.AttemptResult` that status line and headers tell.
 
     With ``error_code`` ``redirect`` the body is not to be read.
 
-    :param header: gives the value of a response header by its name in lower case.
+    :param raw_headers: names and values as they came; values of one name are joined.
     """
-    headers = {
-        name: clean(value, _MAX_KEPT_VALUE) for name in KEPT_HEADERS if (value := header(name)) is not None
-    }
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in raw_headers:
+        name = _KEPT.get(raw_name) or _KEPT.get(raw_name.lower())
+        if name is not None:
+            value = raw_value.decode("latin-1")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    for name, value in headers.items():
+        headers[name] = clean(value, _MAX_KEPT_VALUE)
     if "location" in headers:
         headers["location"] = headers["location"].partition("?")[0]
     outcome: dict[str, Any] = {
@@ -58,17 +63,6 @@ def head_of(status: int, header: Callable[[str], str | None]) -> dict[str, Any]:
         outcome["error_code"] = "redirect"
         outcome["error_detail"] = f"redirects are not followed ({status})"
     return outcome
-
-
-def kept_of(raw_headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Return those of :data:`KEPT_HEADERS` that are among *raw_headers*; what came twice is joined."""
-    found: dict[str, str] = {}
-    for raw_name, raw_value in raw_headers:
-        name = raw_name.decode("latin-1").lower()
-        if name in _KEPT:
-            value = raw_value.decode("latin-1")
-            found[name] = f"{found[name]}, {value}" if name in found else value
-    return found
 
 
 def failed(failure: Failure) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from .contract import AttemptRequest
 from .failures import Failure
@@ -21,11 +22,23 @@ def wire_headers(request: AttemptRequest) -> dict[str, str]:
 
     :raises Failure: ``internal``, for what may not stand in a header; it was checked long before.
     """
-    by_name = {name.lower(): (name, value) for name, value in request.headers.items()}
-    headers = dict(pair for name, pair in by_name.items() if name not in _TRANSPORT_HEADERS)
-    for name, value in headers.items():
-        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
-            raise Failure("internal", f"the header {name!r} has characters that may not be sent")
+    by_key = {_key(name): (name, value) for name, value in request.headers.items()}
+    by_key.pop(None, None)
+    headers = dict(by_key.values())
+    together = "".join(headers.values())
+    if not (together.isascii() and together.isprintable()):
+        for name, value in headers.items():
+            if not _VALUE.fullmatch(value):
+                raise Failure("internal", f"the header {name!r} has characters that may not be sent")
     headers["Accept-Encoding"] = "identity"
     headers["Content-Length"] = str(len(request.body))
     return headers
+
+
+@lru_cache(maxsize=1024)
+def _key(name: str) -> str | None:
+    """Return what makes a header's name unique; ``None`` for one that is not the request's to set."""
+    if not _NAME.fullmatch(name):
+        raise Failure("internal", f"{name!r} cannot be the name of a header")
+    key = name.lower()
+    return None if key in _TRANSPORT_HEADERS else key

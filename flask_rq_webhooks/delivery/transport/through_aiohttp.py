@@ -32,7 +32,7 @@ from yarl import URL
 
 from ...protocol.urls import CheckedURL, UrlPolicy, redact_url
 from . import keeping
-from .answers import BODY_CAP, MAX_HEADER_BYTES, MAX_HEADERS, broken, failed, head_of, kept_of
+from .answers import BODY_CAP, MAX_HEADER_BYTES, MAX_HEADERS, broken, failed, head_of
 from .contract import AttemptRequest, AttemptResult
 from .destinations import Destinations, is_literal
 from .failures import Failure, deadline_passed, innermost, transport_closed
@@ -211,8 +211,8 @@ class _Attempt:
         self.connect_deadline = started + min(request.connect_timeout_s, request.timeout_s)
         #: Why it was ended from outside.
         self.fired: Failure | None = None
-        #: What it comes to if the deadline passes now.
-        self.late = deadline_passed()
+        #: What it comes to if the deadline passes now; a timeout, if nothing else.
+        self.late: Failure | None = None
         self.protocol: _Protocol | None = None
         self.transport: asyncio.Transport | None = None
         self.opened_at = 0.0
@@ -222,7 +222,7 @@ class _Attempt:
     def fire(self, failure: Failure | None = None) -> None:
         """End the attempt now."""
         if self.fired is None:
-            self.fired = failure or self.late
+            self.fired = failure or self.late or deadline_passed()
             self.task.cancel()
 
     def may_repeat(self) -> bool:
@@ -367,7 +367,7 @@ class _Exchanges:
             self._connector.done(attempt)
 
     async def _read(self, response: aiohttp.ClientResponse, protocol: _Protocol) -> dict[str, Any]:
-        outcome = head_of(response.status, kept_of(response.raw_headers).get)
+        outcome = head_of(response.status, response.raw_headers)
         if "error_code" in outcome:
             protocol.close()
             return outcome
@@ -436,7 +436,7 @@ def _readable_part(exc: BaseException, protocol: _Protocol | None) -> dict[str, 
     pairs = [(line[1], line[2]) for text in lines if (line := _HEADER_LINE.fullmatch(text))]
     if len(pairs) == len(lines) and not any(_CONTROLS.search(text) for text in lines):
         return None  # it is broken elsewhere
-    return head_of(int(match[1]), kept_of(pairs).get)
+    return head_of(int(match[1]), pairs)
 
 
 class _PinnedConnector(aiohttp.TCPConnector):
@@ -533,7 +533,7 @@ class _PinnedConnector(aiohttp.TCPConnector):
         self._destinations.check_addresses(checked, addresses)
         attempt.late = Failure("connect", f"{host}: no connection in time")
         sock = await open_one_in_loop(alternate(addresses)[:MAX_ADDRESSES], port, deadline)
-        attempt.late = deadline_passed()
+        attempt.late = None
         return sock
 
 

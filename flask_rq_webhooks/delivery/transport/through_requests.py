@@ -7,6 +7,7 @@ import logging
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
@@ -171,7 +172,7 @@ class RequestsTransport:
         return outcome
 
     def _read(self, raw: HTTPResponse) -> dict[str, Any]:
-        outcome = head_of(raw.status, raw.headers.get)
+        outcome = head_of(raw.status, _raw_headers(raw))
         if "error_code" in outcome:
             raw.close()
             return outcome
@@ -192,6 +193,10 @@ def _prepare(checked: CheckedURL, request: AttemptRequest) -> requests.PreparedR
     prepared.headers = cast(Any, wire_headers(request))
     prepared.body = request.body
     return prepared
+
+
+def _raw_headers(raw: HTTPResponse) -> Iterator[tuple[bytes, bytes]]:
+    return ((name.encode("latin-1"), value.encode("latin-1")) for name, value in raw.headers.iteritems())
 
 
 def _failure(exc: BaseException) -> Failure:
