@@ -42,7 +42,7 @@ def callback(size: Size) -> Report:
             beside: dict[int, list[tuple[float, float]]] = {0: [], SLOW_MS: []}
             for _ in range(size["beside"]):
                 for delay_ms, pairs in beside.items():
-                    count = max(100, size[which] // 2)
+                    count = max(60, size[which] // 2)
                     pairs.append(_beside_receivers(installation, target, worker_class, count, delay_ms))
             for delay_ms, pairs in beside.items():
                 _tell(report, f"{worker_class}, a dispatcher, receivers of {delay_ms} ms", pairs)

@@ -7,7 +7,6 @@ as requests make them.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -24,9 +23,11 @@ import redis
 from sqlalchemy import func, insert, select
 
 from flask_rq_webhooks.config import load_settings
+from flask_rq_webhooks.delivery.transport.choosing import open_transport
 from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.protocol.payloads import occurrence_to_json
+from flask_rq_webhooks.protocol.urls import UrlPolicy
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage.ingesting import EndpointRow
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch, new_id
@@ -243,12 +244,11 @@ class Servers:
 
 def fast_transport_missing() -> str:
     """Return why the aiohttp transport cannot be measured; empty where it can."""
-    if importlib.util.find_spec("aiohttp") is None:
-        return "aiohttp is not installed (the extra fast)"
     try:
-        load_settings({"RQ_WEBHOOKS_TRANSPORT": "aiohttp"}, {})
+        settings = load_settings({"RQ_WEBHOOKS_TRANSPORT": "aiohttp"}, {})
+        open_transport(settings, UrlPolicy(), concurrency=1).close(wait=True)
     except ConfigurationError as exc:
-        return f"this version has no aiohttp transport: {exc}"
+        return f"the aiohttp transport: {exc}"
     return ""
 
 

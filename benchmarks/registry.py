@@ -11,35 +11,35 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     "deliveries": Benchmark(
         deliveries.instant,
         full={"rounds": 5, "count": 4000, "limit": 8000},
-        quick={"rounds": 1, "count": 1000, "limit": 2500},
+        quick={"rounds": 1, "count": 800, "limit": 2000},
         promises=("limit", "fast"),
     ),
     "designs": Benchmark(
         designs.instant,
         full={"rounds": 3, "count": 3000, "others": 600, "forking": 80},
-        quick={"rounds": 1, "count": 1000, "others": 200, "forking": 30},
+        quick={"rounds": 1, "count": 800, "others": 120, "forking": 16},
         promises=("job-per-attempt", "django-webhook"),
     ),
     "slow": Benchmark(
         designs.slow,
         full={"rounds": 3, "count": 4000, "others": 80},
-        quick={"rounds": 1, "count": 1500, "others": 30},
+        quick={"rounds": 1, "count": 800, "others": 16},
         promises=("naive",),
     ),
     "one-host": Benchmark(
-        deliveries.one_host, full={"rounds": 3, "count": 800}, quick={"rounds": 1, "count": 300}
+        deliveries.one_host, full={"rounds": 3, "count": 800}, quick={"rounds": 1, "count": 200}
     ),
     "two-dispatchers": Benchmark(
         deliveries.two_dispatchers,
         full={"rounds": 3, "count": 4000},
-        quick={"rounds": 1, "count": 1200},
+        quick={"rounds": 1, "count": 800},
         promises=("two-dispatchers",),
     ),
-    "stages": Benchmark(stages.stages, full={"rounds": 5, "count": 2048}, quick={"rounds": 1, "count": 512}),
+    "stages": Benchmark(stages.stages, full={"rounds": 5, "count": 2048}, quick={"rounds": 1, "count": 256}),
     "callback": Benchmark(
         callback.callback,
         full={"rounds": 5, "simple": 1500, "forking": 400, "beside": 3},
-        quick={"rounds": 1, "simple": 400, "forking": 100, "beside": 1},
+        quick={"rounds": 1, "simple": 300, "forking": 60, "beside": 1},
         promises=("callback", "callback-independent"),
     ),
     "route": Benchmark(
@@ -48,25 +48,23 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         quick={"rounds": 2, "count": 200, "unused": 600},
         promises=("route", "route-unused"),
     ),
-    "latency": Benchmark(
-        latency.end_to_end, full={"count": 800}, quick={"count": 120}, promises=("latency",)
-    ),
+    "latency": Benchmark(latency.end_to_end, full={"count": 800}, quick={"count": 60}, promises=("latency",)),
     "hanging": Benchmark(
         hanging.hanging,
         full={"rounds": 3, "each": 1000},
-        quick={"rounds": 1, "each": 150},
+        quick={"rounds": 1, "each": 100},
         promises=("hanging",),
     ),
     "growth": Benchmark(
         scale.growth,
         full={"rounds": 5, "claims": 100, "rows": 1_000_000},
-        quick={"rounds": 2, "claims": 20, "rows": 50_000},
+        quick={"rounds": 2, "claims": 10, "rows": 30_000},
         promises=("growth",),
     ),
     "memory": Benchmark(
         scale.memory,
         full={"due": 1_000_000, "sent": 200_000},
-        quick={"due": 20_000, "sent": 4_000},
+        quick={"due": 20_000, "sent": 2_000},
         promises=("memory",),
     ),
 }

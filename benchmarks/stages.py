@@ -5,6 +5,7 @@ CPU time, not wall time: what the machine does meanwhile hardly shows.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import statistics
 import time
@@ -16,7 +17,8 @@ from flask_rq_webhooks.delivery.ingest import Ingest
 from flask_rq_webhooks.delivery.limits import RateLimiter
 from flask_rq_webhooks.delivery.sending import build_request
 from flask_rq_webhooks.delivery.telling import Teller
-from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, RequestsTransport, Transport
+from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, Transport
+from flask_rq_webhooks.delivery.transport.choosing import open_transport
 from flask_rq_webhooks.protocol.headers import mask_headers
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.deliveries import AttemptRecord, ClaimedDelivery, claim_due, record_attempts
@@ -66,7 +68,8 @@ def _entry_bytes(installation: Installation, target: RunningReceiver) -> float:
 
 def make_transport(state: State, name: str) -> Transport:
     """Return the transport that a dispatcher makes."""
-    return RequestsTransport(state.url_policy, concurrency=BATCH)
+    settings = dataclasses.replace(state.settings, transport=name)
+    return open_transport(settings, state.url_policy, concurrency=BATCH)
 
 
 class _Clock:
