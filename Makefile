@@ -11,7 +11,7 @@ PYTEST_WORKERS ?= 3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test retest bench bench-quick chaos screenshots lint format types docs links package installed oldest clean
+.PHONY: help demo quick test retest bench bench-quick chaos screenshots lint format types docs links package installed oldest clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,6 +23,9 @@ test: $(VENV)/.dev  ## run the whole suite with the coverage gate
 	rm -f .coverage .coverage.*
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile \
 		--cov --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_ARGS)
+
+quick: $(VENV)/.dev  ## run the unit tests only: no servers, no coverage
+	$(BIN)/python -m pytest -q tests/unit $(PYTEST_ARGS)
 
 retest: $(VENV)/.dev  ## run again, one by one, only what failed in the last run
 	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
