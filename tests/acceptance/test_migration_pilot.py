@@ -163,6 +163,7 @@ def test_pilot_then_all_then_back(tmp_path: Path, redis_url: str, redis_client: 
 
         # Three routes. Switched off, nothing has changed, whatever clients ask for.
         host.apply("1-pilot.diff")
+        web = host.start_web(WEPPCLOUD_WEBHOOKS_ENABLED="0")
         *migrated, routes, check = host.flask(
             "db migrate -m webhooks", "db upgrade", "rq-webhooks routes --json", "rq-webhooks routes --check"
         )
@@ -170,7 +171,7 @@ def test_pilot_then_all_then_back(tmp_path: Path, redis_url: str, redis_client: 
         assert undecorated(routes) == set(CALLS) - set(PILOTS)
         assert check.endswith("exit 1\n")
         assert len(tables(database)) == 7
-        web = host.start_web(WEPPCLOUD_WEBHOOKS_ENABLED="0").wait()
+        web.wait()
         assert everything(web, redis_client) == before
         response = call(web, "build_landuse", **fields)
         assert response.headers["Webhook-Registered"] == "false"
@@ -183,8 +184,7 @@ def test_pilot_then_all_then_back(tmp_path: Path, redis_url: str, redis_client: 
         web.process.stop()
 
         # Switched on: the pilots deliver, everything else is as it was.
-        web = host.start_web()
-        web.wait()
+        web = host.start_web().wait()
         assert everything(web, redis_client) == before
         worker = host.start_worker("--worker-class", "rq_worker.WatershedWorker")
         dispatcher = host.start_dispatcher()
@@ -207,9 +207,10 @@ def test_pilot_then_all_then_back(tmp_path: Path, redis_url: str, redis_client: 
 
         # All routes.
         host.apply("2-all.diff")
+        web = host.start_web()
         (check,) = host.flask("rq-webhooks routes --check")
         assert check.endswith("0 of them without a webhook.\nexit 0\n")
-        web = host.start_web().wait()
+        web.wait()
         receiver.received.clear()
         expected: list[str] = []
         for name in CALLS:
@@ -240,11 +241,12 @@ def test_pilot_then_all_then_back(tmp_path: Path, redis_url: str, redis_client: 
         statuses = [Job.fetch(job_id, connection=redis_client).get_status() for job_id in waiting]
         assert statuses == ["failed", "finished", "finished"]  # the first met a worker without the package
         assert "queued" not in host.run(left_over)
+        web = host.start_web()
         (downgraded,) = host.flask("db downgrade")
         assert downgraded.endswith("exit 0\n")
         assert tables(database) == set()
         redis_client.flushdb()
-        web = host.start_web().wait()
+        web.wait()
         assert everything(web, redis_client) == before
 
 

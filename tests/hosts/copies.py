@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -59,6 +60,7 @@ class HostCopy:
             **environment,
         }
         self._cleanup = ExitStack()
+        self._processes: list[Process] = []
 
     def apply(self, diff: str, *, reverse: bool = False) -> None:
         """Do what the documentation says: ``git apply``, or ``git apply -R``."""
@@ -99,9 +101,9 @@ class HostCopy:
 
     def start(self, *words: str, **environment: str) -> Process:
         """Start a process that ends with the copy."""
-        return self._cleanup.enter_context(
-            Process("python", *words, env={**self.environment, **environment}, cwd=self.folder)
-        )
+        process = Process("python", *words, env={**self.environment, **environment}, cwd=self.folder)
+        self._processes.append(process)
+        return self._cleanup.enter_context(process)
 
     def start_web(self, module: str = "app", **environment: str) -> Web:
         port = str(free_port())
@@ -120,6 +122,8 @@ class HostCopy:
         return self
 
     def __exit__(self, *_exc: object) -> None:
+        for process in self._processes:  # all at once: they need not wait for each other
+            process.kill(signal.SIGTERM)
         self._cleanup.close()
 
 
