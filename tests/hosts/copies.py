@@ -53,7 +53,6 @@ class HostCopy:
             "DATABASE_URL": f"sqlite:///{folder / 'host.db'}",
             "REDIS_URL": redis_url,
             "PYTHONPATH": f"{self.folder}{os.pathsep}{ROOT}",
-            "PYTHONDONTWRITEBYTECODE": "1",  # a file changed within a second looks unchanged
             # For receivers on loopback; both would be settings of a staging system.
             "FLASK_RQ_WEBHOOKS_ALLOW_HTTP": "true",
             "FLASK_RQ_WEBHOOKS_RECONCILE_INTERVAL": "2",
@@ -70,6 +69,8 @@ class HostCopy:
             env={**os.environ, "GIT_CEILING_DIRECTORIES": str(self.folder.parent)},
             check=True,
         )
+        for cache in self.folder.rglob("__pycache__"):  # a file changed within a second may look unchanged
+            shutil.rmtree(cache)
 
     def files(self) -> dict[str, str]:
         """Return the source of the copy as it is now."""
