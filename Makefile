@@ -11,10 +11,10 @@ PYTEST_WORKERS ?= 3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test retest chaos screenshots lint format types docs package oldest clean
+.PHONY: help demo quick test retest bench bench-quick chaos screenshots lint format types docs links package installed oldest clean
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(VENV)/.demo  ## run every part on this machine and show three webhooks arriving
 	@$(BIN)/python -m example_app.demo $(DEMO_ARGS)
@@ -24,6 +24,9 @@ test: $(VENV)/.dev  ## run the whole suite with the coverage gate
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile \
 		--cov --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_ARGS)
 
+quick: $(VENV)/.dev  ## run the unit tests only: no servers, no coverage
+	$(BIN)/python -m pytest -q tests/unit $(PYTEST_ARGS)
+
 retest: $(VENV)/.dev  ## run again, one by one, only what failed in the last run
 	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
 
@@ -32,6 +35,18 @@ chaos: $(VENV)/.dev  ## the long kill suite, an hour; write what it measured int
 	RQ_WEBHOOKS_ENDINGS_FILE=.endings.json $(BIN)/python -m pytest -q tests/acceptance/test_endings.py -m "chaos or not chaos"
 	RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -q tests/chaos -m "chaos or not chaos" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.chaos.write_tables .endings.json .chaos.jsonl
+
+bench: .venv-bench/.bench  ## measure everything, about 20 minutes, and write it into the documentation; BENCH="name …" measures only those
+	@status=0; $(BENCHMARKS) $(BENCH) --json $(if $(BENCH),.bench.json,benchmarks/results.json) || status=$$?; \
+		$(if $(BENCH),,.venv-bench/bin/python -m benchmarks.write_tables benchmarks/results.json || status=$$?;) \
+		exit $$status
+
+bench-quick: .venv-bench/.bench  ## a short look at every benchmark, less than three minutes
+	@$(BENCHMARKS) $(BENCH) --quick --json .bench.json
+
+BENCHMARKS := .venv-bench/bin/python -m benchmarks
+# Which benchmarks; all by default. `make bench BENCH=callback`
+BENCH ?=
 
 screenshots: $(VENV)/.dev  ## take the dashboard's pictures for the documentation
 	$(BIN)/python -m tests.browser.screenshots
@@ -50,11 +65,21 @@ types: $(VENV)/.dev  ## mypy --strict on the package and the example app
 docs: $(VENV)/.dev  ## build the documentation into docs/_build/html; any warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build/html
 
+links: docs  ## follow the links within the documentation, the README and the other pages here
+	$(BIN)/python docs/_ext/links.py docs/_build/html
+
 package: $(VENV)/.dev  ## build sdist and wheel into dist/ and check them
 	rm -rf dist build
-	$(INSTALL) build twine
-	$(BIN)/python -m build --outdir dist . >/dev/null
+	mkdir build
+	$(INSTALL) build twine check-wheel-contents
+	@echo "Building ..."
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m build --outdir dist . >build/log 2>&1 || { cat build/log; exit 1; }
+	@! grep -E '^warning: |Setuptools[A-Za-z]*Warning|\*{40}|is absent from' build/log
 	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
+installed: $(VENV)/.dev  ## install what is in dist/ into empty environments and try it
+	$(BIN)/python -m pytest -q -m packaging tests/packaging
 
 oldest: .venv-oldest/.oldest  ## run the server tests on the oldest supported versions
 	.venv-oldest/bin/python -m pytest -q -W default -p no:cacheprovider $(OLDEST_TESTS)
@@ -63,7 +88,7 @@ OLDEST_TESTS ?= $(addprefix tests/acceptance/test_,pipeline.py example_app.py en
 	tests/integration/test_accepts_webhook.py tests/integration/test_enqueue_with_webhook.py
 
 clean:  ## remove what these targets made
-	rm -rf $(VENV) .venv-oldest build dist docs/_build htmlcov .coverage .coverage.* *.egg-info \
+	rm -rf $(VENV) .venv-oldest .venv-bench .bench.json build dist docs/_build htmlcov .coverage .coverage.* *.egg-info \
 		.mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -89,4 +114,12 @@ $(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r requirements/oldest.txt --editable .
+	@touch $@
+
+# The newest of everything, with what we are compared with.
+.venv-bench/.bench: setup.cfg requirements/bench.txt
+	$(PYTHON) -m venv .venv-bench
+	@echo "Installing into .venv-bench ..."
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		--editable '.[demo,postgres,fast]' -r requirements/bench.txt
 	@touch $@

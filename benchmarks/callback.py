@@ -3,45 +3,113 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 import redis
 import rq
 from rq.job import Job
 
-from tests.servers import rq_worker
+from flask_rq_webhooks.callbacks import OUTBOX_KEY_PREFIX
+from tests.servers import rq_worker, wait_until
 
-from .harness import Options, Report
-from .installation import servers
+from .harness import Report, Size
+from .installation import Installation, servers
+from .latency import register_endpoint
+from .receiver import RunningReceiver, receiver
+
+#: Worker classes with the size's key and the milliseconds promised.
+WORKERS = (("rq.SimpleWorker", "simple", 0.5), ("rq.Worker", "forking", 2.0))
+HOSTS = 40
+SLOW_MS = 500
 
 
-def callback(options: Options) -> Report:
-    """Let one worker of each kind run a burst of jobs, half of them with the callback."""
+def callback(size: Size) -> Report:
+    """Let one worker of each kind run bursts of jobs, half of them with the callback."""
     report = Report("Job slowed by the callback (no-op jobs, every other one with it, one worker)")
-    with servers() as some:
+    with servers() as some, receiver(HOSTS) as target:
         installation = some.installation()
+        key = f"{OUTBOX_KEY_PREFIX}ep{installation.state.namespace}"
         name = f"flask_rq_webhooks.callbacks.success.ep{installation.state.namespace}_{26 * '0'}"
-        for worker_class, count, most in (("rq.SimpleWorker", 3000, 0.5), ("rq.Worker", 1200, 2.0)):
-            number = options.scaled(count, count // 3)
-            without, beside = _periods(installation.redis, installation.redis_url, worker_class, number, name)
-            plain, more = statistics.median(without), statistics.median(beside) - statistics.median(without)
-            report.data[worker_class] = {"without_ms": plain, "more_ms": more}
+        for worker_class, which, most in WORKERS:
+            pairs = []
+            _burst(installation, worker_class, size[which] // 4, [name])
+            for _ in range(size["rounds"]):
+                pairs.append(_burst(installation, worker_class, size[which], [name]))
+                entries = installation.redis.xlen(key)
+                assert entries == size[which] // 2, f"{entries} entries of {size[which] // 2} callbacks"
+            _tell(report, f"{worker_class}, no dispatcher", pairs, "callback", most)
+        for worker_class, which, most in WORKERS:
+            beside: dict[int, list[tuple[float, float]]] = {0: [], SLOW_MS: []}
+            for _ in range(size["beside"]):
+                for delay_ms, pairs in beside.items():
+                    count = max(60, size[which] // 2)
+                    pairs.append(_beside_receivers(installation, target, worker_class, count, delay_ms))
+            for delay_ms, pairs in beside.items():
+                _tell(report, f"{worker_class}, a dispatcher, receivers of {delay_ms} ms", pairs)
             report.add(
-                f"{worker_class}: {plain:.2f} ms a job without; with the callback",
-                f"{more:+.2f} ms",
-                target=f"<= {most} ms",
-                holds=more <= most,
+                f"{worker_class}: more with receivers of {SLOW_MS} ms than with those that answer at once",
+                [
+                    (slow[1] - slow[0]) - (fast[1] - fast[0])
+                    for slow, fast in zip(beside[SLOW_MS], beside[0], strict=True)
+                ],
+                "ms",
+                promise="callback-independent",
+                at_most=most,
             )
     return report
 
 
-def _periods(
-    client: redis.Redis, redis_url: str, worker_class: str, count: int, callback: str
-) -> tuple[list[float], list[float]]:
-    """Return the milliseconds from each job's start to the next one's: without the callback, and with it.
+def _tell(
+    report: Report,
+    words: str,
+    pairs: Sequence[tuple[float, float]],
+    promise: str = "",
+    most: float | None = None,
+) -> None:
+    plain = statistics.median(without for without, _beside in pairs)
+    report.data[words] = [{"without_ms": without, "with_ms": beside} for without, beside in pairs]
+    report.add(
+        f"{words}: {plain:.2f} ms a job without; with it",
+        [beside - without for without, beside in pairs],
+        "ms",
+        promise=promise,
+        at_most=most,
+    )
+
+
+def _beside_receivers(
+    installation: Installation, target: RunningReceiver, worker_class: str, count: int, delay_ms: int
+) -> tuple[float, float]:
+    """Run a burst while a dispatcher delivers to receivers that take so long."""
+    installation.clear()
+    target.ask("/reset")
+    names = [register_endpoint(installation, url) for url in target.urls(delay_ms=delay_ms)]
+    with installation.dispatcher() as dispatcher:
+        dispatcher.wait_for_output("started")
+        pair = _burst(installation, worker_class, count, names, clear=False)
+        wait_until(lambda: target.ask("/count") >= count // 2, timeout=60, what="all deliveries")
+        installation.wait_until_recorded(count // 2)
+    target.check(count // 2)
+    return pair
+
+
+def _burst(
+    installation: Installation,
+    worker_class: str,
+    count: int,
+    callbacks: Sequence[str],
+    *,
+    clear: bool = True,
+) -> tuple[float, float]:
+    """Return the median milliseconds from a job's start to the next one's: without the callback, and with it.
 
     The callback runs before RQ takes the next job, so all it costs is in between.
+
+    :param callbacks: dotted names that take turns.
     """
-    client.flushdb()
+    client: redis.Redis = installation.redis
+    if clear:
+        client.flushdb()
     queue = rq.Queue("bench", connection=client)
     queue.enqueue_many(
         [
@@ -49,17 +117,17 @@ def _periods(
                 "benchmarks.tasks.nothing",
                 result_ttl=600,
                 timeout=60,
-                on_success=rq.Callback(callback) if number % 2 else None,
+                on_success=rq.Callback(callbacks[number // 2 % len(callbacks)]) if number % 2 else None,
             )
             for number in range(count)
         ]
     )
     ids = list(queue.job_ids)
-    with rq_worker(redis_url, "bench", burst=True, worker_class=worker_class) as worker:
+    with rq_worker(installation.redis_url, "bench", burst=True, worker_class=worker_class) as worker:
         assert worker.wait(300) == 0, worker.output
     jobs = [job for job in Job.fetch_many(ids, connection=client) if job is not None]
     starts = [job.started_at.timestamp() for job in jobs if job.started_at is not None]
     assert len(starts) == count
     periods = [1000 * (after - before) for before, after in zip(starts, starts[1:], strict=False)]
     warm = 2 * (count // 20)
-    return periods[warm::2], periods[warm + 1 :: 2]
+    return statistics.median(periods[warm::2]), statistics.median(periods[warm + 1 :: 2])

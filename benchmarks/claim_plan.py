@@ -9,11 +9,13 @@ median of many claims, each given back (outside the clock) so that the number of
 from __future__ import annotations
 
 import argparse
+import sqlite3
 import statistics
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -43,32 +45,100 @@ SERIES = {
 BODY = {"sqlite": "zeroblob(300)", "postgresql": "decode(repeat('20', 300), 'hex')"}
 
 
-def fill(database: Database, rows: int, hosts: int, *, analyze: bool) -> None:
-    """Write *rows* due deliveries over *hosts* endpoints."""
-    kind = "sqlite" if database.is_sqlite else "postgresql"
-    number, of_host = PADDED[kind].format(n="n"), PADDED[kind].format(n=f"mod(n, {hosts})")
-    ago = AGO[kind].format(rows=rows)
-    endpoints, series = SERIES[kind].format(last=hosts - 1), SERIES[kind].format(last=rows - 1)
-    statements = [
-        f"""INSERT INTO rq_webhooks_endpoint (id, kind, url, host, scope, format, sign_payload, enabled,
-            failures, created_at, updated_at)
-            SELECT 'ep_' || {number}, 'job', 'https://x.example/', 'h' || {number}, 'job', 'job', false, true,
-            0, CURRENT_TIMESTAMP, CURRENT_TIMESTAMP FROM {endpoints}""",
-        f"""INSERT INTO rq_webhooks_event (id, type, job_id, source, payload, occurred_at, created_at)
-            SELECT 'evt_' || {number}, 'job.success', 'job-' || n, 'callback', '{{}}', CURRENT_TIMESTAMP,
-            CURRENT_TIMESTAMP FROM {series}""",
-        f"""INSERT INTO rq_webhooks_delivery (id, event_id, endpoint_id, host, event_type, status, "trigger",
-            body, attempts, max_attempts, next_attempt_at, created_at)
-            SELECT 'dlv_' || {number}, 'evt_' || {number}, 'ep_' || {of_host}, 'h' || {of_host},
-            'job.success', 'pending', 'scheduled', {BODY[kind]}, 0, 12, {ago}, CURRENT_TIMESTAMP
-            FROM {series}""",
-    ]
+def fill(
+    database: Database,
+    rows: int,
+    hosts: int,
+    *,
+    analyze: bool,
+    first: int = 0,
+    endpoints: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write *rows* due deliveries over *hosts* endpoints.
+
+    :param first: number of the first one; other than 0, the endpoints are there already.
+    :param endpoints: ids and hosts of endpoints to use, *hosts* of them.
+    """
+    sql = _Sql(database, rows, hosts, first)
+    if endpoints:
+        sql.endpoint, sql.host = (
+            f"(SELECT {column} FROM bench_endpoint WHERE number = mod(n, {hosts}))"
+            for column in ("id", "host")
+        )
     with database.write() as connection:
-        for statement in statements:
-            connection.exec_driver_sql(statement)
+        if endpoints:
+            connection.execute(
+                text("CREATE TEMPORARY TABLE bench_endpoint (number integer PRIMARY KEY, id text, host text)")
+            )
+            connection.execute(
+                text("INSERT INTO bench_endpoint VALUES (:number, :id, :host)"),
+                [{"number": n, "id": id_, "host": host} for n, (id_, host) in enumerate(endpoints)],
+            )
+        elif not first:
+            connection.exec_driver_sql(sql.endpoints())
+        connection.exec_driver_sql(sql.events())
+        connection.exec_driver_sql(sql.deliveries())
     if analyze:
-        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(text("ANALYZE" if database.is_sqlite else "VACUUM ANALYZE"))
+        settle(database)
+
+
+def fill_history(database: Database, rows: int, hosts: int) -> None:
+    """Write *rows* deliveries that have succeeded, with an attempt each."""
+    sql = _Sql(database, rows, hosts, 0)
+    with database.write() as connection:
+        for statement in (sql.endpoints(), sql.events(), sql.deliveries(done=True), sql.attempts()):
+            connection.exec_driver_sql(statement)
+
+
+def settle(database: Database) -> None:
+    """Let the database do now what it would do soon after so many new rows."""
+    if database.is_sqlite:
+        with closing(sqlite3.connect(str(database.engine.url.database), isolation_level=None)) as sqlite:
+            sqlite.execute("ANALYZE")
+            sqlite.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE"))
+        connection.execute(text("CHECKPOINT"))
+
+
+class _Sql:
+    """Statements that write many rows without Python."""
+
+    def __init__(self, database: Database, rows: int, hosts: int, first: int) -> None:
+        kind = "sqlite" if database.is_sqlite else "postgresql"
+        self._id = PADDED[kind].format(n=f"(n + {first})")
+        number = PADDED[kind].format(n=f"mod(n, {hosts})")
+        self.endpoint, self.host = f"'ep_' || {number}", f"'h' || {number}"
+        self._ago = AGO[kind].format(rows=rows)
+        self._body = BODY[kind]
+        self._hosts = SERIES[kind].format(last=hosts - 1)
+        self._rows = SERIES[kind].format(last=rows - 1)
+
+    def endpoints(self) -> str:
+        return f"""INSERT INTO rq_webhooks_endpoint (id, kind, url, host, scope, format, sign_payload,
+            enabled, failures, created_at, updated_at)
+            SELECT {self.endpoint}, 'job', 'https://x.example/', {self.host}, 'job', 'job',
+            false, true, 0, CURRENT_TIMESTAMP, CURRENT_TIMESTAMP FROM {self._hosts}"""
+
+    def events(self) -> str:
+        return f"""INSERT INTO rq_webhooks_event (id, type, job_id, source, payload, occurred_at, created_at)
+            SELECT 'evt_' || {self._id}, 'job.success', 'job-' || n, 'callback', '{{}}', CURRENT_TIMESTAMP,
+            CURRENT_TIMESTAMP FROM {self._rows}"""
+
+    def deliveries(self, *, done: bool = False) -> str:
+        state = "'succeeded', 1, NULL" if done else f"'pending', 0, {self._ago}"
+        return f"""INSERT INTO rq_webhooks_delivery (id, event_id, endpoint_id, host, event_type, "trigger",
+            body, max_attempts, status, attempts, next_attempt_at, finished_at, created_at)
+            SELECT 'dlv_' || {self._id}, 'evt_' || {self._id}, {self.endpoint}, {self.host}, 'job.success',
+            'scheduled', {self._body}, 12, {state},
+            {"CURRENT_TIMESTAMP" if done else "NULL"}, CURRENT_TIMESTAMP FROM {self._rows}"""
+
+    def attempts(self) -> str:
+        return f"""INSERT INTO rq_webhooks_attempt (id, delivery_id, number, "trigger", status, status_code,
+            started_at, duration_ms, request_headers, response_headers, response_body)
+            SELECT 'att_' || {self._id}, 'dlv_' || {self._id}, 1, 'scheduled', 'succeeded', 200,
+            CURRENT_TIMESTAMP, 12.5, '{{}}', '{{}}', {self._body} FROM {self._rows}"""
 
 
 def measure(database: Database, claims: int, limit: int, in_flight: dict[str, int]) -> list[float]:

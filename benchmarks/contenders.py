@@ -1,6 +1,7 @@
 """Who delivers: each drains work that waits, in processes of its own, to the same receiver.
 
-Every function here returns another one that makes one run, for :func:`.harness.alternately`.
+Every function here returns a :class:`~.harness.Contender`. After each run it is checked that everything has
+arrived once, with the right signature where the contender signs, and that its log has a row for each.
 """
 
 from __future__ import annotations
@@ -8,32 +9,35 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import redis
 import rq
 
-from tests.servers import Process, rq_worker
+from tests.servers import Process, rq_worker, wait_until
 
-from .harness import Run, watch
+from .harness import Contender, Run, watch
 from .installation import Installation, Servers
 from .receiver import RunningReceiver
-
-Contender = Callable[[], Run]
 
 
 def limit(target: RunningReceiver, urls: Sequence[str], count: int, *, threads: int = 64) -> Contender:
     """Return the HTTP client alone; see :mod:`.limit`."""
 
-    def run() -> Run:
+    def run(count: int) -> Run:
         target.ask("/reset")
         with Process("python", "-m", "benchmarks.limit", str(threads), str(count), *urls) as process:
-            return watch(target, count, [process.pid])
+            result = watch(target, count, [process.pid])
+            assert process.wait() == 0, process.output
+        target.check(count, distinct=False)
+        return result
 
-    return run
+    return Contender(count, run)
 
 
 def ours(
@@ -46,13 +50,16 @@ def ours(
     dispatchers: int = 1,
     **settings: Any,
 ) -> Contender:
-    """Return our dispatcher.
+    """Return our dispatcher: everything on, signatures, log, address policy and rate limit.
 
     :param waiting_in: ``"outbox"``: the whole way from the callbacks' word, through ingest; ``"sql"``: due
         deliveries.
+    :param settings: of the dispatcher, such as ``transport="aiohttp"``.
     """
+    if settings.get("transport") == "requests":
+        del settings["transport"]  # the default
 
-    def run() -> Run:
+    def run(count: int) -> Run:
         installation.clear()
         target.ask("/reset")
         seed = installation.seed_outbox if waiting_in == "outbox" else installation.seed_due
@@ -61,9 +68,14 @@ def ours(
             processes = [stack.enter_context(installation.dispatcher(**settings)) for _ in range(dispatchers)]
             for process in processes:
                 process.wait_for_output("started")
-            return watch(target, count, [process.pid for process in processes], began=time.monotonic())
+            result = watch(target, count, [process.pid for process in processes], began=time.monotonic())
+            installation.wait_until_recorded(count)
+            for process in processes:
+                assert process.stop() == 0, process.output
+        target.check(count)
+        return result
 
-    return run
+    return Contender(count, run)
 
 
 def inline(
@@ -76,7 +88,7 @@ def inline(
 ) -> Contender:
     """Return the naive design, a callback that posts: one worker."""
     options = {"on_success": rq.Callback("benchmarks.naive.post")}
-    return _rq(target, urls, count, servers, worker_class, lambda url: options)
+    return _rq(target, urls, count, servers, worker_class, lambda url: options, signed=True)
 
 
 def rq_webhook(
@@ -87,10 +99,11 @@ def rq_webhook(
     *,
     worker_class: str = "rq.Worker",
 ) -> Contender:
-    """Return RQ's own ``Webhook``: one worker."""
+    """Return RQ's own ``Webhook``, which does not sign: one worker."""
     return _rq(
         target, urls, count, servers, worker_class,
         lambda url: {"webhooks": [rq.Webhook(url, "finished", method="POST")]},
+        signed=False,
     )  # fmt: skip
 
 
@@ -101,10 +114,12 @@ def _rq(
     servers: Servers,
     worker_class: str,
     options: Callable[[str], dict[str, Any]],
+    *,
+    signed: bool,
 ) -> Contender:
     redis_url = servers.valkey()
 
-    def run() -> Run:
+    def run(count: int) -> Run:
         with redis.Redis.from_url(redis_url) as client:
             client.flushdb()
             queue = rq.Queue("bench", connection=client)
@@ -122,17 +137,22 @@ def _rq(
             queue.enqueue_many(data)
             target.ask("/reset")
             with rq_worker(redis_url, "bench", worker_class=worker_class) as process:
-                return watch(target, count, [process.pid])
+                result = watch(target, count, [process.pid])
+                wait_until(lambda: queue.finished_job_registry.get_job_count(cleanup=False) == count,
+                           what="all jobs to be finished")  # fmt: skip
+            target.check(count, signed=signed)
+            return result
 
-    return run
+    return Contender(count, run)
 
 
 def job_per_attempt(target: RunningReceiver, urls: Sequence[str], count: int, servers: Servers) -> Contender:
     """Return an RQ job per delivery, see :mod:`.job_per_attempt`: one ``SimpleWorker``."""
     redis_url = servers.valkey()
-    environment = {"BENCH_ATTEMPTS": str(servers.folder / "attempts.db")}
+    log = servers.folder / "attempts.db"
 
-    def run() -> Run:
+    def run(count: int) -> Run:
+        log.unlink(missing_ok=True)
         with redis.Redis.from_url(redis_url) as client:
             client.flushdb()
             queue = rq.Queue("bench", connection=client)
@@ -146,10 +166,14 @@ def job_per_attempt(target: RunningReceiver, urls: Sequence[str], count: int, se
                 ]
             )
             target.ask("/reset")
+            environment = {"BENCH_ATTEMPTS": str(log)}
             with rq_worker(redis_url, "bench", worker_class="rq.SimpleWorker", env=environment) as process:
-                return watch(target, count, [process.pid])
+                result = watch(target, count, [process.pid])
+                _wait_for_rows(log, "SELECT count(*) FROM attempt WHERE status = 200", count)
+        target.check(count)
+        return result
 
-    return run
+    return Contender(count, run)
 
 
 def django_webhook(
@@ -166,26 +190,40 @@ def django_webhook(
     :returns: ``None`` where ``requirements/bench.txt`` is not installed.
     """
     if importlib.util.find_spec("django_webhook") is None:
-        print("  django-webhook is not installed (requirements/bench.txt); left out", flush=True)
         return None
+    log = servers.folder / f"django-{pool}.db"
     environment = {
         "BENCH_REDIS_URL": servers.valkey(),
-        "BENCH_DJANGO_DATABASE": str(servers.folder / f"django-{pool}.db"),
+        "BENCH_DJANGO_DATABASE": str(log),
         "DJANGO_SETTINGS_MODULE": "benchmarks.django_app.settings",
         "BENCH_URLS": json.dumps(list(urls)),
     }
-    with Process("python", "-m", "benchmarks.django_app", "migrate", env=environment) as process:
-        assert process.wait() == 0, process.output
+    _django("migrate", environment=environment)
 
-    def run() -> Run:
-        with Process("python", "-m", "benchmarks.django_app", "fill", str(count), env=environment) as process:
-            assert process.wait() == 0, process.output
+    def run(count: int) -> Run:
+        _django("fill", str(count), environment=environment)
         target.ask("/reset")
         quiet = ("--loglevel", "WARNING", "--without-mingle", "--without-gossip")
         command = ("-A", "benchmarks.django_app.celery", "worker", *quiet, "--pool", pool)
         with Process(
             "python", "-m", "celery", *command, "--concurrency", str(concurrency), env=environment
         ) as process:
-            return watch(target, count, [process.pid])
+            result = watch(target, count, [process.pid])
+            sql = "SELECT count(*) FROM django_webhook_webhookevent WHERE status = 'SUCCESS'"
+            _wait_for_rows(log, sql, count)
+        target.check(count)
+        return result
 
-    return run
+    return Contender(count, run)
+
+
+def _django(*arguments: str, environment: dict[str, str]) -> None:
+    with Process("python", "-m", "benchmarks.django_app", *arguments, env=environment) as process:
+        assert process.wait() == 0, process.output
+
+
+def _wait_for_rows(path: Path, sql: str, count: int) -> None:
+    with closing(sqlite3.connect(path, timeout=30)) as database:
+        wait_until(lambda: database.execute(sql).fetchone()[0] >= count, what=f"{count} rows: {sql}")
+        rows = database.execute(sql).fetchone()[0]
+    assert rows == count, f"{rows} rows for {count} deliveries: {sql}"

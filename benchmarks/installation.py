@@ -13,26 +13,34 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import redis
-from sqlalchemy import insert
+from sqlalchemy import func, insert, select
 
+from flask_rq_webhooks.config import load_settings
+from flask_rq_webhooks.delivery.transport.choosing import open_transport
+from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.protocol.payloads import occurrence_to_json
+from flask_rq_webhooks.protocol.urls import UrlPolicy
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage.ingesting import EndpointRow
-from flask_rq_webhooks.storage.models import Base, Delivery, Endpoint, Event, Secret, Watch, new_id
-from tests.servers import PostgresHandle, Process, postgres_server, valkey_server
+from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch, new_id
+from tests.servers import PostgresHandle, Process, postgres_server, valkey_server, wait_until
 
 from .app import create_app
+from .harness import Report
 from .payload import RESULT, SECRET
 
 _CHUNK = 1000
+
+#: Databases by the name people know them by.
+KINDS = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
 
 class Installation:
@@ -102,34 +110,14 @@ class Installation:
             connection.execute(insert(Watch), watches)
         pipeline.execute()
 
-    def seed_due(
-        self,
-        count: int,
-        urls: Sequence[str],
-        *,
-        shared_endpoints: bool = False,
-        status: str = "pending",
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> None:
-        """Write *count* deliveries that are due.
-
-        :param shared_endpoints: one endpoint per URL instead of one per job, to save disk.
-        :param status: ``"succeeded"`` for history.
-        """
+    def seed_due(self, count: int, urls: Sequence[str]) -> None:
+        """Write *count* deliveries that are due."""
         now = datetime.now(UTC)
-        endpoints = self._endpoints(len(urls), urls, 0, now) if shared_endpoints else []
         for start in range(0, count, _CHUNK):
-            number = min(_CHUNK, count - start)
-            if shared_endpoints:
-                chunk = [endpoints[(start + offset) % len(endpoints)] for offset in range(number)]
-            else:
-                chunk = self._endpoints(number, urls, start, now)
-            self._seed_due(chunk, now, status)
-            progress(start + number)
+            self._seed_due(self._endpoints(min(_CHUNK, count - start), urls, start, now), now)
 
-    def _seed_due(self, endpoints: Sequence[dict[str, Any]], now: datetime, status: str) -> None:
+    def _seed_due(self, endpoints: Sequence[dict[str, Any]], now: datetime) -> None:
         events, deliveries = [], []
-        done = status != "pending"
         for endpoint in endpoints:
             job_id, event_id = str(uuid.uuid4()), new_id("evt")
             occurrence = Occurrence(
@@ -148,11 +136,10 @@ class Installation:
             )  # fmt: skip
             deliveries.append(
                 {"id": new_id("dlv"), "event_id": event_id, "endpoint_id": endpoint["id"],
-                 "host": endpoint["host"], "event_type": JOB_SUCCESS, "status": status,
+                 "host": endpoint["host"], "event_type": JOB_SUCCESS, "status": "pending",
                  "trigger": "scheduled", "body": self.state.render(row, event_id, occurrence),
-                 "attempts": int(done), "max_attempts": 12,
-                 "next_attempt_at": None if done else now - timedelta(minutes=1),
-                 "created_at": now, "finished_at": now if done else None}
+                 "attempts": 0, "max_attempts": 12,
+                 "next_attempt_at": now - timedelta(minutes=1), "created_at": now}
             )  # fmt: skip
         with self.state.database.write() as connection:
             connection.execute(insert(Event), events)
@@ -176,6 +163,41 @@ class Installation:
             connection.execute(insert(Endpoint), rows)
             connection.execute(insert(Secret), secrets)
         return rows
+
+    def endpoints(self, count: int, urls: Sequence[str]) -> list[tuple[str, str]]:
+        """Make *count* endpoints with a secret each, and return their ids and hosts."""
+        rows = self._endpoints(count, urls, 0, datetime.now(UTC))
+        return [(row["id"], row["host"]) for row in rows]
+
+    # -- what came of it ------------------------------------------------------------------------------
+
+    def wait_until_recorded(self, count: int, *, timeout_s: float = 60) -> None:
+        """Wait until *count* deliveries have succeeded; fail unless each took exactly one attempt."""
+        mine = Delivery.status == "succeeded"
+
+        def counted(what: Any) -> int:
+            with self.state.database.read() as connection:
+                return int(connection.execute(what).scalar_one())
+
+        succeeded = select(func.count()).select_from(Delivery).where(mine)
+        wait_until(
+            lambda: counted(succeeded) >= count, timeout=timeout_s, what=f"{count} recorded deliveries"
+        )
+        assert counted(succeeded) == count
+        attempts = counted(select(func.count()).select_from(Attempt).where(Attempt.status == "succeeded"))
+        assert attempts == count, f"{attempts} attempts recorded for {count} deliveries"
+
+    def bytes_per_delivery(self) -> float:
+        """Return the disk that all rows of one delivery take in PostgreSQL, from endpoint to attempt."""
+        engine = self.state.database.engine
+        total = 0
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for table in Base.metadata.sorted_tables:
+                connection.exec_driver_sql(f"VACUUM FULL {table.name}")
+                size = f"SELECT pg_total_relation_size('{table.name}')"
+                total += int(connection.exec_driver_sql(size).scalar_one())
+            count = int(connection.execute(select(func.count()).select_from(Delivery)).scalar_one())
+        return total / count
 
     def clear(self) -> None:
         """Delete all rows and keys."""
@@ -218,6 +240,24 @@ class Servers:
         installation = Installation(redis_url, url, **settings)
         self._stack.callback(installation.close)
         return installation
+
+
+def fast_transport_missing() -> str:
+    """Return why the aiohttp transport cannot be measured; empty where it can."""
+    try:
+        settings = load_settings({"RQ_WEBHOOKS_TRANSPORT": "aiohttp"}, {})
+        open_transport(settings, UrlPolicy(), concurrency=1).close(wait=True)
+    except ConfigurationError as exc:
+        return f"the aiohttp transport: {exc}"
+    return ""
+
+
+def transports(report: Report) -> list[str]:
+    """Return the transports to measure; *report* says why one is missing."""
+    missing = fast_transport_missing()
+    if missing:
+        report.skip(missing)
+    return ["requests"] if missing else ["requests", "aiohttp"]
 
 
 @contextmanager

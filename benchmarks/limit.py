@@ -21,15 +21,25 @@ from .payload import SECRET, body_of
 
 def main(threads: int, count: int, urls: list[str]) -> None:
     body = body_of("a job")
+    timestamp = int(time.time())
     signed = signature_headers(
         [SECRET],
         event_id="evt_1",
-        timestamp=int(time.time()),
+        timestamp=timestamp,
         body=body,
         header_prefix="X-Webhook",
         iso_timestamp=False,
     )
-    headers = {"Content-Type": "application/json", "User-Agent": "benchmark", **signed}
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": "benchmark",
+        "webhook-id": "evt_1",
+        "webhook-timestamp": str(timestamp),
+        "X-Webhook-Event": "job.success",
+        "X-Webhook-Delivery": "dlv_1",
+        "X-Webhook-Attempt": "1",
+        **signed,
+    }
     prepared = []
     for url in urls:
         request = requests.PreparedRequest()

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.receiver HOSTS`` listens on ``127.0.0.1`` … ``127.0.0.HOSTS``, all on one port, and
 prints it. A POST to ``/<ms>/…`` is answered after so many milliseconds, one to ``/hang`` never. ``GET`` asks:
-``/count``, ``/arrivals``, ``/latencies``, ``/hosts``, ``/reset``.
+``/count``, ``/arrivals``, ``/latencies``, ``/hosts``, ``/checked``, ``/reset``. Requests are kept as they
+came and looked at when ``/checked`` is asked for, so that checking them takes no time from a run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import array
 import asyncio
 import contextlib
 import gc
+import hashlib
+import hmac
 import http.client
 import json
 import sys
@@ -20,7 +23,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from flask_rq_webhooks.errors import SignatureError
+from flask_rq_webhooks.receiver import verify
 from tests.servers import Process
+
+from .payload import SECRET
+
+#: Requests kept for the check; a longer run is checked by its first ones.
+KEPT = 20_000
 
 _OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
 
@@ -35,11 +45,14 @@ class Ledger:
         self.arrivals = array.array("d")
         self.latencies = array.array("d")
         self.hosts: dict[str, list[float]] = {}
+        self.kept: list[tuple[bytes, bytes]] = []
         return {}
 
-    def note(self, host: str, path: bytes, body: bytes) -> None:
+    def note(self, host: str, path: bytes, head: bytes, body: bytes) -> None:
         now = time.monotonic()
         self.arrivals.append(now)
+        if len(self.kept) < KEPT:
+            self.kept.append((head, body))
         entry = self.hosts.setdefault(host, [0, 0.0])
         entry[0] += 1
         entry[1] = now
@@ -55,7 +68,41 @@ class Ledger:
             "/arrivals": lambda: list(self.arrivals),
             "/latencies": lambda: list(self.latencies),
             "/hosts": lambda: self.hosts,
+            "/checked": lambda: checked(self.kept),
         }[question]()
+
+
+def checked(requests: list[tuple[bytes, bytes]]) -> dict[str, Any]:
+    """Return how many requests there are, how many differ, and how many are signed, and signed rightly."""
+    ids, signed, wrong = set(), 0, []
+    for head, body in requests:
+        lines = head.decode("latin-1").split("\r\n")[1:]
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        ids.add(headers.get("x-webhook-delivery") or hashlib.sha256(body).hexdigest())
+        try:
+            signed += is_signed(headers, body)
+        except SignatureError as exc:
+            wrong.append(str(exc))
+    return {"requests": len(requests), "distinct": len(ids), "signed": signed, "wrong": wrong[:3]}
+
+
+def is_signed(headers: dict[str, str], body: bytes) -> bool:
+    """Say whether a request is signed.
+
+    :raises SignatureError: when it is, and not with the one secret.
+    """
+    if "webhook-signature" in headers or "x-webhook-signature" in headers:
+        verify(body, headers, SECRET, tolerance=86_400)
+        if "webhook-id" in headers:  # both families
+            verify(body, {"X-Webhook-Signature": headers["x-webhook-signature"]}, SECRET)
+        return True
+    if "django-webhook-signature-v1" in headers:
+        text = headers["django-webhook-request-timestamp"].encode() + b":" + body
+        expected = hmac.new(SECRET.encode(), text, hashlib.sha256).hexdigest()
+        if headers["django-webhook-signature-v1"] != expected:
+            raise SignatureError("django-webhook's signature is wrong")
+        return True
+    return False
 
 
 class Connection(asyncio.Protocol):
@@ -81,16 +128,16 @@ class Connection(asyncio.Protocol):
             body = self._buffer[end + 4 : end + 4 + length]
             self._buffer = self._buffer[end + 4 + length :]
             method, path = head.split(b" ", 2)[:2]
-            self._respond(method, path, body)
+            self._respond(method, path, head, body)
 
-    def _respond(self, method: bytes, path: bytes, body: bytes) -> None:
+    def _respond(self, method: bytes, path: bytes, head: bytes, body: bytes) -> None:
         if method == b"GET":
             content = json.dumps(self._ledger.answer(path.decode())).encode()
             self._transport.write(
                 b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
             )
             return
-        self._ledger.note(self._host, path, body)
+        self._ledger.note(self._host, path, head, body)
         if path == b"/hang":
             return
         delay_ms = int(path.split(b"/", 2)[1])
@@ -133,6 +180,18 @@ class RunningReceiver:
             return json.loads(connection.getresponse().read())
         finally:
             connection.close()
+
+    def check(self, count: int, *, signed: bool = True, distinct: bool = True) -> None:
+        """Fail unless exactly *count* requests have come, none twice, each rightly signed.
+
+        :param signed: ``False`` for those who do not sign.
+        :param distinct: ``False`` for those who send one body over and over.
+        """
+        arrived, seen = self.ask("/count"), self.ask("/checked")
+        assert arrived == count, f"{arrived} requests for {count} deliveries"
+        assert not seen["wrong"], seen
+        assert seen["signed"] == (seen["requests"] if signed else 0), seen
+        assert not distinct or seen["distinct"] == seen["requests"], seen
 
 
 @contextmanager

@@ -5,6 +5,7 @@ CPU time, not wall time: what the machine does meanwhile hardly shows.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import statistics
 import time
@@ -16,33 +17,59 @@ from flask_rq_webhooks.delivery.ingest import Ingest
 from flask_rq_webhooks.delivery.limits import RateLimiter
 from flask_rq_webhooks.delivery.sending import build_request
 from flask_rq_webhooks.delivery.telling import Teller
-from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, RequestsTransport
+from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, Transport
+from flask_rq_webhooks.delivery.transport.choosing import open_transport
 from flask_rq_webhooks.protocol.headers import mask_headers
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.deliveries import AttemptRecord, ClaimedDelivery, claim_due, record_attempts
 
-from .harness import Options, Report
-from .installation import Installation, servers
-from .receiver import receiver
+from .harness import Report, Size
+from .installation import KINDS, Installation, servers, transports
+from .receiver import RunningReceiver, receiver
 
+STEPS = ("ingest", "claim", "rate limit", "sign", "send", "record")
 #: What one claim and one record take while a dispatcher of 64 is busy.
 BATCH = 64
 
 
-def stages(options: Options) -> Report:
+def stages(size: Size) -> Report:
     """Take deliveries through every step, one step after the other."""
-    report = Report("CPU of one delivery by step, ms (one process, 40 hosts, batches of 64)")
-    count = options.scaled(4096, 1024)
+    report = Report(f"CPU of one delivery by step, one process, 40 hosts, batches of {BATCH}")
     with servers() as some, receiver(40) as target:
-        for kind in ("sqlite", "postgresql"):
+        measured = transports(report)
+        for kind, database in KINDS.items():
             installation = some.installation(kind)
-            rounds = [_measure(installation, target.urls(), count) for _ in range(options.rounds + 1)]
-            steps = {name: statistics.median(some[name] for some in rounds[1:]) for name in rounds[0]}
-            report.data[kind] = steps
-            total = sum(steps.values())
-            parts = ", ".join(f"{name} {value:.3f}" for name, value in steps.items())
-            report.add(f"{kind}: {parts}", f"{total:.2f} ms")
+            rounds: dict[str, list[dict[str, float]]] = {transport: [] for transport in measured}
+            for _ in range(size["rounds"] + 1):
+                for transport in measured:
+                    rounds[transport].append(_measure(installation, target, size["count"], transport))
+            for transport, measures in rounds.items():
+                steps = {name: statistics.median(some[name] for some in measures[1:]) for name in STEPS}
+                name = f"{database}, {transport}"
+                report.data[name] = steps
+                parts = ", ".join(f"{step} {value:.3f}" for step, value in steps.items())
+                report.add(f"{name}: {parts}", sum(steps.values()), "ms")
+        # The last installation is the one on PostgreSQL.
+        report.data["bytes"] = {
+            "sql": installation.bytes_per_delivery(),
+            "outbox entry": _entry_bytes(installation, target),
+        }
     return report
+
+
+def _entry_bytes(installation: Installation, target: RunningReceiver) -> float:
+    """Return the Redis memory of one entry in the outbox."""
+    installation.clear()
+    installation.seed_outbox(1000, target.urls())
+    used = installation.redis.memory_usage(installation.state.outbox.key, samples=0)
+    assert used is not None
+    return used / 1000
+
+
+def make_transport(state: State, name: str) -> Transport:
+    """Return the transport that a dispatcher makes."""
+    settings = dataclasses.replace(state.settings, transport=name)
+    return open_transport(settings, state.url_policy, concurrency=BATCH)
 
 
 class _Clock:
@@ -58,9 +85,10 @@ class _Clock:
         self.spent[name] = self.spent.get(name, 0.0) + time.process_time() - began
 
 
-def _measure(installation: Installation, urls: list[str], count: int) -> dict[str, float]:
+def _measure(installation: Installation, target: RunningReceiver, count: int, name: str) -> dict[str, float]:
     installation.clear()
-    installation.seed_outbox(count, urls)
+    target.ask("/reset")
+    installation.seed_outbox(count, target.urls())
     state, clock = installation.state, _Clock()
     settings = state.settings
     ingest = Ingest(state, consumer="bench", teller=Teller(state))
@@ -69,7 +97,8 @@ def _measure(installation: Installation, urls: list[str], count: int) -> dict[st
     while left:
         with clock.step("ingest"):
             left -= ingest.run_once(block_ms=0)
-    with RequestsTransport(state.url_policy, concurrency=BATCH) as transport:
+    transport = make_transport(state, name)
+    try:
         left = count
         while left:
             with clock.step("claim"):
@@ -86,7 +115,11 @@ def _measure(installation: Installation, urls: list[str], count: int) -> dict[st
                 records = [_record(state, *parts) for parts in zip(claimed, requests, results, strict=True)]
                 record_attempts(state.database, records, dispatcher_id="dsp_bench", disable_after=100)
             left -= len(claimed)
-    limiter.close()
+    finally:
+        transport.close(wait=True)
+        limiter.close()
+    installation.wait_until_recorded(count)
+    target.check(count)
     return {name: 1000 * seconds / count for name, seconds in clock.spent.items()}
 
 

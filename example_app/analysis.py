@@ -34,7 +34,7 @@ def create_app() -> Flask:
         RQ_WEBHOOKS_FORMAT="task",
         MAX_CONTENT_LENGTH=4 * 2**20,
     )
-    webhooks = RQWebhooks(app)
+    webhooks = RQWebhooks(app, redis=lambda: jobs.connect())
 
     @webhooks.authorize
     def may(permission: str, **what: Any) -> bool:

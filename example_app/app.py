@@ -59,8 +59,9 @@ class Base(DeclarativeBase):
 
 
 db = SQLAlchemy(model_class=Base)
-# `instrument_rq` lets the plain `rq.Queue` of existing code carry webhooks inside decorated views.
-webhooks = RQWebhooks(db=db, instrument_rq=True)
+# `instrument_rq` lets the plain `rq.Queue` of existing code carry webhooks inside decorated views; `redis`
+# gives webhooks the Redis of the queues, from whatever `jobs.connect` is then: tests replace it.
+webhooks = RQWebhooks(db=db, redis=lambda: jobs.connect(), instrument_rq=True)
 
 
 class Run(Base):

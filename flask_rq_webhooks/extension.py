@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import click
 from flask import Flask
 
 from .capture import attach
@@ -105,6 +107,9 @@ class RQWebhooks:
         if settings.dashboard:
             dashboard.add_pages(blueprint, state)
         app.register_blueprint(blueprint)
+        # `flask rq-webhooks` finds its entry point first, even where the app cannot be loaded; this is for
+        # what asks the app itself, as app.test_cli_runner() does.
+        app.cli.add_command(_Commands("rq-webhooks"))
         app.register_error_handler(InvalidWebhookError, decorators.answer_invalid)
         app.register_error_handler(StorageUnavailableError, decorators.answer_unavailable)
         if settings.attach == "all":
@@ -264,6 +269,30 @@ class RQWebhooks:
         """
         self.error_envelope_function = function
         return function
+
+
+class _Commands(click.Command):
+    """Our commands as a part of ``app.cli``, loaded when one of them is asked for.
+
+    By name, as an entry point is: web processes need nothing of what the dispatcher's commands import.
+    """
+
+    @staticmethod
+    def _loaded() -> click.Command:
+        found: click.Command = import_module(".cli", __package__).cli
+        return found
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Return the context of the commands themselves, which is what is then invoked."""
+        return self._loaded().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that the context is of."""
+        return ctx.command.invoke(ctx)
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the line for the list of commands."""
+        return self._loaded().get_short_help_str(limit)
 
 
 def _show_tables(db: SQLAlchemy, bind_key: str | None) -> None:

@@ -135,6 +135,11 @@ class State:
         return cast(Redis, self._once("redis", self._build_redis))
 
     @property
+    def redis_is_given(self) -> bool:
+        """Say whether the host handed the client over, so that ``RQ_WEBHOOKS_REDIS_URL`` is not read."""
+        return self._redis_source is not None
+
+    @property
     def namespace(self) -> str:
         """Return what tells our keys in Redis from those of another database's dispatchers."""
         return cast(str, self._once("namespace", lambda: shared_namespace(self.database)))

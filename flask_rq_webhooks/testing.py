@@ -14,20 +14,26 @@ clients get: same payloads, headers and signatures, same rows. Knows nothing of 
 The queue may be ``is_async=False`` on fakeredis, or worked off by a ``SimpleWorker`` before
 :func:`deliver_all`; ``RQWebhooks(db=db, redis=...)`` gets the same client. An in-memory SQLite URL works as
 it is: our tables then live in an in-memory database of their own.
+
+:func:`observe_routes` says which routes enqueued jobs without a webhook while a test-suite ran.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from flask import Flask
+from flask import Flask, current_app, has_request_context, request
 
+from .capture.observing import SeenJob, observe
 from .delivery.dispatcher import reconcile_now
 from .delivery.ingest import Ingest
 from .delivery.limits import RateLimiter
@@ -40,8 +46,16 @@ from .receiver import VerifiedWebhook, verify
 from .state import State, get_state
 from .storage.deliveries import hasten
 from .storage.models import new_id
+from .web.decorators import has_read_fields
 
-__all__ = ["InMemoryReceiver", "ReceivedWebhook", "deliver_all"]
+__all__ = [
+    "InMemoryReceiver",
+    "ObservedJob",
+    "ObservedRoutes",
+    "ReceivedWebhook",
+    "deliver_all",
+    "observe_routes",
+]
 
 #: Error codes a receiver may answer with instead of a status: what a network does.
 NETWORK_ERRORS = frozenset({"blocked", "connect", "dns", "reset", "timeout", "tls"})
@@ -145,6 +159,86 @@ def deliver_all(
     finally:
         notices.close()
     return receiver.received[already:]
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedJob:
+    """One job that a view enqueued.
+
+    :param view: Flask's endpoint name.
+    :param rule: the route; with *method*, the one that was called.
+    :param func: dotted name of the job's function.
+    :param webhook: ``"decorator"``, ``"helper"``, or ``"missing"``.
+    :param made_elsewhere: made by ``Job.create`` or fetched: a decorator alone does not help such a job,
+        :meth:`~flask_rq_webhooks.RQWebhooks.watch` does.
+    """
+
+    view: str
+    rule: str
+    method: str
+    func: str
+    webhook: str
+    made_elsewhere: bool = False
+
+
+@dataclass(slots=True)
+class ObservedRoutes:
+    """What :func:`observe_routes` has seen until now."""
+
+    _seen: list[tuple[SeenJob, tuple[str, str, str], bool]] = field(default_factory=list, repr=False)
+
+    @property
+    def jobs(self) -> list[ObservedJob]:
+        """Return the jobs views enqueued, in order."""
+        return [
+            ObservedJob(*where, seen.func, _webhook_of(seen, decorated), seen.made_elsewhere)
+            for seen, where, decorated in self._seen
+        ]
+
+    @property
+    def missing(self) -> list[str]:
+        """Return the view names that enqueued a job without a webhook, sorted."""
+        return sorted({job.view for job in self.jobs if job.webhook == "missing"})
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write what was seen as JSON, for ``flask rq-webhooks routes --observed``."""
+        unique = {job: None for job in self.jobs}
+        Path(path).write_text(json.dumps([asdict(job) for job in unique], indent=1) + "\n")
+
+
+@contextmanager
+def observe_routes(app: Flask) -> Iterator[ObservedRoutes]:
+    """Note which views of *app* enqueue jobs, and whether a webhook could go with them.
+
+    ::
+
+        @pytest.fixture(scope="session", autouse=True)
+        def observed(app):
+            with observe_routes(app) as routes:
+                yield
+            assert routes.missing == []
+
+    Only what runs is seen, whether or not a request asks for a webhook: as good as the tests that call the
+    routes. Sees through every wrapper of RQ's queues. Jobs enqueued outside of requests do not count, nor
+    those of threads a view starts.
+    """
+    routes = ObservedRoutes()
+
+    def note(seen: SeenJob) -> None:
+        if has_request_context() and current_app._get_current_object() is app:  # type: ignore[attr-defined]
+            where = request.endpoint or "", str(request.url_rule or ""), request.method
+            routes._seen.append((seen, where, has_read_fields()))
+
+    with observe(note):
+        yield routes
+
+
+def _webhook_of(seen: SeenJob, decorated: bool) -> str:
+    if seen.made_elsewhere:
+        return "missing"
+    if seen.by_helper:
+        return "helper"
+    return "decorator" if decorated or seen.attached else "missing"
 
 
 def _send_all(

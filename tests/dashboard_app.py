@@ -93,6 +93,22 @@ def add_delivery(state: State, endpoint_id: str, *, job_id: str = "job-1", **val
         )
 
 
+def add_deliveries(state: State, endpoint_id: str, count: int) -> None:
+    """Store the failures of many jobs, each with a delivery to *endpoint_id*, in one transaction."""
+    now = datetime.now(UTC)
+    items = [
+        IngestItem(
+            Occurrence(
+                type=JOB_FAILURE, occurred_at=now, source="callback", job_id=f"many-{number}",
+                run=format_time(now), enqueued_at=now,
+            ),
+            (endpoint_id,),
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    ingest(state.database, items, render=safe_render(state), max_attempts=state.settings.max_attempts)
+
+
 def attempt_all(state: State, decision: Any, **values: Any) -> int:
     """Record one attempt of whatever is due; return of how many."""
     claimed = storage_rows.claim(state.database)

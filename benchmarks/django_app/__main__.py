@@ -12,7 +12,7 @@ import django
 django.setup()
 
 from django.core.management import call_command  # noqa: E402
-from django_webhook.models import Webhook, WebhookSecret  # noqa: E402
+from django_webhook.models import Webhook, WebhookEvent, WebhookSecret  # noqa: E402
 from django_webhook.tasks import fire_webhook  # noqa: E402
 
 from ..payload import SECRET, body_of  # noqa: E402
@@ -26,6 +26,7 @@ def main() -> None:
             webhook = Webhook.objects.create(url=url)
             WebhookSecret.objects.create(webhook=webhook, token=SECRET)
         return
+    WebhookEvent.objects.all().delete()
     ids = itertools.cycle(Webhook.objects.values_list("id", flat=True))
     with app.pool.acquire() as connection:
         for number in range(int(sys.argv[2])):

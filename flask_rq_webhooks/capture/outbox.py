@@ -307,6 +307,18 @@ class Outbox:
         return self._redis.execute_command(*command, NEVER_DECODE=True)  # type: ignore[no-untyped-call]
 
 
+def age_of_oldest(redis: Redis, key: str) -> float | None:
+    """Return for how many seconds the oldest entry of a stream has waited, ``None`` where there is none.
+
+    :param key: the stream's, :attr:`Outbox.key`.
+    """
+    with redis.pipeline(transaction=False) as pipeline:
+        pipeline.xrange(key, count=1)
+        pipeline.time()
+        oldest, (seconds, _microseconds) = pipeline.execute()
+    return int(seconds) - int(_text(oldest[0][0]).partition("-")[0]) / 1000 if oldest else None
+
+
 def _only_stream(answer: Any) -> Any:
     """Return the entries of the one stream asked for, in whichever shape the protocol version has."""
     if not answer:

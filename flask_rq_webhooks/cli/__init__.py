@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,7 +18,7 @@ from redis import RedisError
 from ..delivery.dispatcher import Dispatcher, reconcile_now
 from ..delivery.hooks import safe_render
 from ..delivery.sending import send_ping
-from ..delivery.transport import RequestsTransport
+from ..delivery.transport import open_transport
 from ..errors import RQWebhooksError
 from ..state import get_state
 from ..storage import dispatchers
@@ -27,7 +28,8 @@ from ..storage.schema import upgrade_schema
 from .doctor import examine
 from .endpoints import endpoints
 from .listening import listen
-from .options import MOMENT, progress_to_stderr
+from .options import MOMENT, as_json, echo_json, progress_to_stderr
+from .routes import routes
 
 
 class _Commands(AppGroup):
@@ -49,6 +51,7 @@ def cli() -> None:
 
 cli.add_command(endpoints)
 cli.add_command(listen)
+cli.add_command(routes)
 
 
 @cli.command()
@@ -75,13 +78,17 @@ def init_db() -> None:
 
 
 @cli.command()
-def doctor() -> None:
-    """Check everything a webhook depends on; exit 1 if something is wrong."""
-    failed = False
+@as_json
+def doctor(json_wanted: bool) -> None:
+    """Check everything a webhook depends on, say what to do about it; exit 1 if something is wrong."""
+    found = []
     for finding in examine(get_state()):
-        failed = failed or not finding.ok
-        click.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {finding.text}")
-    if failed:
+        found.append(finding)
+        if not json_wanted:
+            click.echo(f"{finding.status:4} {finding.name}: {finding.text}")
+    if json_wanted:
+        echo_json([asdict(finding) for finding in found])
+    if any(finding.status != "ok" for finding in found):
         raise SystemExit(1)
 
 
@@ -92,7 +99,7 @@ def doctor() -> None:
 def trigger(url: str, secret: str | None, payload_format: str | None) -> None:
     """Send one webhook.ping to URL, under the same policy as every delivery, and say what came back."""
     state = get_state()
-    transport = RequestsTransport(state.url_policy, concurrency=1, proxy_url=state.settings.proxy_url)
+    transport = open_transport(state.settings, state.url_policy, concurrency=1)
     try:
         ping = send_ping(url, state=state, transport=transport, secret=secret, payload_format=payload_format)
     finally:

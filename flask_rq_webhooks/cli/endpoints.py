@@ -11,7 +11,7 @@ from ..errors import BlockedURLError, InvalidWebhookError
 from ..protocol.events import JOB_TYPES, is_application_type
 from ..protocol.headers import validate_headers, validate_secret
 from ..protocol.signing import generate_secret
-from ..protocol.urls import CheckedURL
+from ..protocol.urls import CheckedURL, redact_url
 from ..state import State, get_state
 from ..storage.ingesting import EVERY_TYPE
 from ..storage.queries import EndpointView, list_endpoints
@@ -24,6 +24,14 @@ from ..storage.registration import (
     enable_standing,
     rotate_secret,
 )
+from .options import as_json, echo_json
+
+#: What ``list --json`` tells of an endpoint, beside its redacted URL.
+_TOLD = (
+    "id", "host", "description", "events", "scope", "format", "runid", "reference", "timeout_s",
+    "max_attempts", "sign_payload", "secrets", "enabled", "disabled_at", "disabled_reason", "failures",
+    "failing_since", "created_at",
+)  # fmt: skip
 
 
 @click.group(cls=AppGroup)
@@ -32,16 +40,23 @@ def endpoints() -> None:
 
 
 @endpoints.command("list")
-def list_command() -> None:
+@as_json
+def list_command(json_wanted: bool) -> None:
     """List standing endpoints, newest first."""
     database, cursor = get_state().database, None
+    told: list[dict[str, Any]] = []
     while True:
         page = list_endpoints(database, cursor=cursor, limit=100)
         for endpoint in page.items:
-            click.echo(_line(endpoint))
+            if json_wanted:
+                told.append(_told(endpoint))
+            else:
+                click.echo(_line(endpoint))
         cursor = page.cursor
         if cursor is None:
-            return
+            break
+    if json_wanted:
+        echo_json(told)
 
 
 @endpoints.command()
@@ -144,6 +159,11 @@ def delete(endpoint_id: str) -> None:
     if not delete_standing(get_state().database, endpoint_id):
         _missing(endpoint_id)
     click.echo("Deleted.")
+
+
+def _told(endpoint: EndpointView) -> dict[str, Any]:
+    told = {name: getattr(endpoint, name) for name in _TOLD}
+    return {"url": redact_url(endpoint.url), **told}
 
 
 def _line(endpoint: EndpointView) -> str:

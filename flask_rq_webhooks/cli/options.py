@@ -1,7 +1,8 @@
-"""What the commands share: times on the command line, and progress."""
+"""What the commands share: times on the command line, progress, and output for programs."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from datetime import UTC, datetime, timedelta
@@ -44,3 +45,12 @@ def progress_to_stderr(done: int) -> None:
     """Show how far long work has come, where somebody looks."""
     if sys.stderr.isatty():
         click.echo(f"\r{done} …", nl=False, err=True)
+
+
+#: Option of a command whose output is data.
+as_json = click.option("--json", "json_wanted", is_flag=True, help="Print JSON, for programs.")
+
+
+def echo_json(value: Any) -> None:
+    """Print *value* as JSON; times as ISO 8601."""
+    click.echo(json.dumps(value, indent=2, default=datetime.isoformat))

@@ -35,7 +35,7 @@ from .notices import Notices
 from .recorder import Recorder
 from .sender import Sender
 from .telling import Teller
-from .transport import RequestsTransport, Transport
+from .transport import Transport, open_transport
 
 if TYPE_CHECKING:
     from ..state import State
@@ -107,10 +107,11 @@ class Dispatcher:
     """Deliver until told to stop.
 
     :param state: the app's state.
-    :param transport: how bytes travel; ``requests`` adapters by default. A given one is not closed here.
+    :param transport: how bytes travel; what ``TRANSPORT`` says by default. A given one is not closed here.
     :param concurrency: requests in flight at once; ``CONCURRENCY`` by default.
     :param periodic: jobs of the main thread beside reconcile and pruning.
     :raises StorageUnavailableError: when SQL cannot be reached.
+    :raises ConfigurationError: when ``TRANSPORT`` needs something that is not installed.
     """
 
     def __init__(
@@ -128,8 +129,8 @@ class Dispatcher:
         self._limiter = RateLimiter(state.redis, settings.rate_limit_per_minute, namespace=state.namespace)
         self._notices = Notices.from_settings(settings)
         self._own_transport = transport is None
-        self._transport = transport or RequestsTransport(
-            state.url_policy, concurrency=self._concurrency, proxy_url=settings.proxy_url
+        self._transport = transport or open_transport(
+            settings, state.url_policy, concurrency=self._concurrency
         )
         self._recorder = Recorder(state, notices=self._notices, dispatcher_id=self.id)
         self._sender = Sender(

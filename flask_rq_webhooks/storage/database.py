@@ -10,17 +10,19 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, TypeGuard
 
-from sqlalchemy import ColumnElement, Connection, Engine, create_engine, event, func, literal, select
+from sqlalchemy import ColumnElement, Connection, Dialect, Engine, create_engine, event, func, literal, select
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, StaticPool
 
 from ..errors import ConfigurationError, StorageUnavailableError
 from .models import Base, UTCDateTime
@@ -41,6 +43,10 @@ LIBPQ_TIMEOUTS = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
 }
+
+#: Seconds of rest after which a pooled connection to PostgreSQL is asked whether it is still alive, before it
+#: is used. One that was used a moment ago is hardly ever dead, and asking costs a round trip.
+PING_AFTER_S = 1.0
 
 #: The first SQLite with ``RETURNING``, which claiming and ingesting are built on.
 MINIMUM_SQLITE = (3, 35, 0)
@@ -89,10 +95,12 @@ class Database:
                 pool_size=pool_size,
                 max_overflow=pool_size,
                 pool_timeout=BUSY_TIMEOUT,
-                pool_pre_ping=True,
                 hide_parameters=True,  # errors are logged, and parameters are URLs and results
             )
             event.listen(engine, "begin", _begin_postgresql)
+            event.listen(engine, "connect", _note_use)
+            event.listen(engine, "checkin", _note_use)
+            event.listen(engine, "checkout", partial(_ping_after_rest, engine.dialect))
             return engine
         connect_args.setdefault("timeout", BUSY_TIMEOUT)
         self._busy_timeout_s = float(connect_args["timeout"])
@@ -123,16 +131,15 @@ class Database:
         :param busy_timeout_s: SQLite: wait no longer than this for another writer.
         :param single_statement: the caller executes exactly one statement. PostgreSQL then runs it as a
             transaction of its own, which saves the round trips of ``BEGIN`` and ``COMMIT``.
-        :param durable: ``False``: SQLite need not wait for the disk. What is written survives the death of
-            this process, and may be undone by that of the machine.
+        :param durable: ``False``: the database need not wait for the disk. What is written survives the death
+            of this process, and may be undone by that of the machine the database is on. PostgreSQL waits
+            all the same for a *single_statement*, unless that says otherwise itself (:func:`unwaited`).
         :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
             tables.
         """
-        options: dict[str, Any] = {
-            "rq_webhooks_write": True,
-        }
+        options: dict[str, Any] = {"rq_webhooks_write": True, "rq_webhooks_durable": durable}
         if self.is_sqlite:
-            options |= {"rq_webhooks_busy_timeout_s": busy_timeout_s, "rq_webhooks_durable": durable}
+            options["rq_webhooks_busy_timeout_s"] = busy_timeout_s
         elif single_statement:
             options["isolation_level"] = "AUTOCOMMIT"
         with self._transaction(options) as connection:
@@ -162,7 +169,7 @@ class Database:
                 finally:
                     if options.get("rq_webhooks_busy_timeout_s") is not None:
                         _set_pragma(connection, f"busy_timeout={int(self._busy_timeout_s * 1000)}")
-                    if not options.get("rq_webhooks_durable", True):
+                    if self.is_sqlite and not options.get("rq_webhooks_durable", True):
                         _set_pragma(connection, "synchronous=FULL")
         except (DBAPIError, PoolTimeoutError) as exc:
             if is_missing_schema(exc):
@@ -250,6 +257,11 @@ def is_unavailable(exc: SQLAlchemyError) -> bool:
     return type(exc.orig).__name__ in _UNAVAILABLE
 
 
+def is_disconnected(exc: StorageUnavailableError) -> bool:
+    """Say whether *exc* came of a connection that was lost; the next one may be as good as new."""
+    return isinstance(exc.__cause__, DBAPIError) and exc.__cause__.connection_invalidated
+
+
 #: Names of the drivers' errors, as psycopg's class per SQLSTATE, that mean: not now.
 _UNAVAILABLE = {
     "OperationalError",
@@ -308,10 +320,33 @@ def _set_pragma(connection: Connection, pragma: str) -> None:
 
 def _begin_postgresql(connection: Connection) -> None:
     # For this transaction only: behind a pooler the session is the host's in the next moment.
-    if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-        connection.exec_driver_sql(
-            f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_S}s'"
-        )
+    options = connection.get_execution_options()
+    if options.get("isolation_level") != "AUTOCOMMIT":
+        settings = f"set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_S}s', true)"
+        if not options.get("rq_webhooks_durable", True):
+            settings += ", set_config('synchronous_commit', 'off', true)"
+        connection.exec_driver_sql(f"SELECT {settings}").close()
+
+
+def unwaited() -> ColumnElement[bool]:
+    """Return a condition that always holds, for a statement of PostgreSQL that is a transaction of its own:
+    its commit need not wait for the disk then."""
+    return func.set_config("synchronous_commit", "off", True).is_not(None)
+
+
+def _note_use(_dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info["rq_webhooks_used_at"] = time.monotonic()
+
+
+def _ping_after_rest(
+    dialect: Dialect, dbapi_connection: Any, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection
+) -> None:
+    if time.monotonic() - record.info.get("rq_webhooks_used_at", 0.0) < PING_AFTER_S:
+        return
+    try:
+        dialect.do_ping(dbapi_connection)
+    except dialect.loaded_dbapi.Error as exc:
+        raise InvalidatePoolError from exc  # the pool connects anew, and trusts none of its others
 
 
 def _forget_parent(this: weakref.ref[Database]) -> None:

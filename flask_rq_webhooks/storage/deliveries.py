@@ -2,15 +2,18 @@
 
 :mod:`~.ingesting` (an occurrence becomes an event and its deliveries) → :mod:`~.claiming` (due deliveries
 are leased to a sender) → :mod:`~.recording` (an attempt and what follows from it) and, beside them,
-:mod:`~.operating` (what people do with deliveries). Holds nothing of its own.
+:mod:`~.operating` and :mod:`~.recovering` (what people do with one delivery, and with many). Holds nothing of
+its own.
 """
 
 from __future__ import annotations
 
 from .claiming import ClaimedDelivery, claim_due, defer, free_expired_leases, next_due_in, release
+from .filters import DeliveryFilter
 from .ingesting import EndpointRow, IngestedEvent, IngestItem, ingest, park_evidence
-from .operating import DeliveryFilter, cancel, hasten, prune, recover, resend
+from .operating import hasten, prune, resend
 from .recording import AttemptRecord, RecordResult, record_attempts
+from .recovering import cancel, recover
 
 __all__ = [
     "AttemptRecord",

@@ -1,31 +1,21 @@
-"""What people do with deliveries: resend, recover, cancel; and what time does: prune.
+"""What people do with one delivery: resend; with all that wait: hasten; and what time does: prune.
 
-Owns the changes that come from outside the pipeline. Everything long is done in bounded transactions, so
-that it never holds the pipeline up, and may be stopped and started again.
+Owns the changes that come from outside the pipeline, but for those to many deliveries by a filter, which are
+in :mod:`~.recovering`. Everything long is done in bounded transactions, so that it never holds the pipeline
+up, and may be stopped and started again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, case, delete, exists, or_, select, text, update
 
-from ..protocol.events import WEBHOOK_PING, Occurrence
-from ..protocol.payloads import occurrence_from_json
 from .database import Database
 from .dispatchers import forget_dead
-from .filters import DeliveryFilter
-from .ingesting import (
-    ENDPOINT_COLUMNS,
-    EndpointRow,
-    Render,
-    delivery_values,
-    endpoint_row,
-    store_deliveries,
-)
 from .models import (
     CANCELED,
     CLOSED,
@@ -45,8 +35,6 @@ from .models import (
     first_id_at,
 )
 
-__all__ = ["DeliveryFilter", "Pruned", "cancel", "hasten", "prune", "recover", "resend"]
-
 Progress = Callable[[int], None]
 
 #: Rows per transaction of everything that may touch many.
@@ -64,7 +52,7 @@ def resend(database: Database, delivery_id: str) -> str | None:
     """
     with database.write() as connection:
         row = connection.execute(
-            select(Delivery.status, _in_flight(database).label("in_flight"))
+            select(Delivery.status, in_flight(database).label("in_flight"))
             .where(Delivery.id == delivery_id)
             .with_for_update()
         ).one_or_none()
@@ -72,7 +60,7 @@ def resend(database: Database, delivery_id: str) -> str | None:
             return None
         if row.in_flight:
             return SENDING
-        connection.execute(update(Delivery).where(Delivery.id == delivery_id).values(_again(database)))
+        connection.execute(update(Delivery).where(Delivery.id == delivery_id).values(due_again(database)))
     return PENDING
 
 
@@ -87,72 +75,6 @@ def hasten(database: Database) -> int:
             .where(Delivery.status == text("'pending'"), Delivery.next_attempt_at > database.clock())
             .values(next_attempt_at=database.clock())
         ).rowcount
-
-
-def recover(
-    database: Database,
-    where: DeliveryFilter,
-    *,
-    render: Render,
-    max_attempts: int,
-    batch: int = BATCH,
-    progress: Progress | None = None,
-) -> int:
-    """Make many deliveries due now, for one more attempt each; return how many.
-
-    Without ``where.statuses``: those exhausted or canceled, and those that were never made because their
-    standing endpoint was disabled when the event happened (since that endpoint was made, by what it listens
-    for now). With it: those of these statuses.
-
-    :param render: see :func:`~.ingesting.ingest`; for deliveries that were never made.
-    :param max_attempts: for those too, where the endpoint sets none.
-    :param progress: called with the number done so far, after each transaction.
-    """
-    done = 0
-    chosen = replace(where, statuses=where.statuses or (EXHAUSTED, CANCELED))
-    ready = ~_in_flight(database)
-    for connection, ids in _batches(database, Delivery.id, [*chosen.conditions(), ready], batch):
-        changed = connection.execute(
-            update(Delivery).where(Delivery.id.in_(ids), ready).values(_again(database))
-        )
-        done += changed.rowcount
-        if progress is not None:
-            progress(done)
-    if where.statuses is None:
-        for made in _make_missing(database, where, render, max_attempts, batch):
-            done += made
-            if progress is not None and made:
-                progress(done)
-    return done
-
-
-def cancel(
-    database: Database, where: DeliveryFilter, *, batch: int = BATCH, progress: Progress | None = None
-) -> int:
-    """Cancel unfinished deliveries; return how many.
-
-    One that is being sent is canceled too: its attempt is still recorded, and no other follows.
-
-    :param where: its ``statuses`` may narrow this to ``pending`` or ``sending``.
-    :param progress: called with the number done so far, after each transaction.
-    """
-    unfinished = {PENDING, SENDING}
-    statuses = tuple(sorted(unfinished.intersection(where.statuses or unfinished)))
-    if not statuses:
-        return 0
-    chosen = replace(where, statuses=statuses)
-    done = 0
-    for connection, ids in _batches(database, Delivery.id, chosen.conditions(), batch):
-        changed = connection.execute(
-            update(Delivery)
-            .where(Delivery.id.in_(ids), Delivery.status.in_(statuses))
-            # The lease stays: the sender that holds it may still record its attempt.
-            .values(status=CANCELED, next_attempt_at=None, finished_at=database.clock())
-        )
-        done += changed.rowcount
-        if progress is not None:
-            progress(done)
-    return done
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +110,7 @@ def prune(
     finished = [
         Delivery.finished_at < older_than,
         Delivery.status.in_([SUCCEEDED, EXHAUSTED, CANCELED]),
-        ~_in_flight(database),
+        ~in_flight(database),
     ]
     for connection, ids in _batches(database, Delivery.finished_at, finished, batch, key=Delivery.id):
         connection.execute(delete(Attempt).where(Attempt.delivery_id.in_(ids)))
@@ -224,7 +146,8 @@ def prune(
     return Pruned(**deleted)
 
 
-def _again(database: Database) -> dict[str, Any]:
+def due_again(database: Database) -> dict[str, Any]:
+    """Return the values that make a delivery due now, for one more attempt by hand."""
     one_more = Delivery.attempts + 1
     return {
         "status": PENDING,
@@ -237,8 +160,8 @@ def _again(database: Database) -> dict[str, Any]:
     }
 
 
-def _in_flight(database: Database) -> ColumnElement[bool]:
-    """Return whether a sender holds the delivery; a canceled one may still be under way."""
+def in_flight(database: Database) -> ColumnElement[bool]:
+    """Return the condition that a sender holds the delivery; a canceled one may still be under way."""
     held = or_(Delivery.status == SENDING, Delivery.status == CANCELED)
     return held & Delivery.lease_until.is_not(None) & (Delivery.lease_until > database.clock())
 
@@ -273,70 +196,3 @@ def _batches(
                 last = rows[-1]
         if len(rows) < batch:
             return
-
-
-def _make_missing(
-    database: Database, where: DeliveryFilter, render: Render, max_attempts: int, batch: int
-) -> Iterator[int]:
-    """Make the deliveries that standing endpoints missed while disabled; yield how many, by batch."""
-    query = select(*ENDPOINT_COLUMNS).where(Endpoint.kind == "standing", Endpoint.enabled)
-    if where.endpoint_id is not None:
-        query = query.where(Endpoint.id == where.endpoint_id)
-    if where.host is not None:
-        query = query.where(Endpoint.host == where.host)
-    with database.read() as connection:
-        endpoints = [endpoint_row(row) for row in connection.execute(query)]
-    for endpoint in endpoints:
-        last = first_id_at("evt", max(endpoint.created_at, where.since or endpoint.created_at))
-        while last:
-            made, last = _make_missing_batch(database, endpoint, where, last, render, max_attempts, batch)
-            yield made
-
-
-def _make_missing_batch(
-    database: Database,
-    endpoint: EndpointRow,
-    where: DeliveryFilter,
-    after: str,
-    render: Render,
-    max_attempts: int,
-    batch: int,
-) -> tuple[int, str]:
-    query = (
-        select(Event.id, Event.type, Event.payload)
-        .where(
-            Event.id > after,
-            Event.type != WEBHOOK_PING,
-            ~exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id == endpoint.id),
-        )
-        .order_by(Event.id)
-        .limit(batch)
-    )
-    if where.until is not None:
-        query = query.where(Event.id < first_id_at("evt", where.until))
-    for column, wanted in (
-        (Event.type, where.event_type),
-        (Event.id, where.event_id),
-        (Event.job_id, where.job_id),
-        (Event.runid, where.runid),
-    ):
-        if wanted is not None:
-            query = query.where(column == wanted)
-    with database.write() as connection:
-        now = database.now(connection)
-        events = connection.execute(query).all()
-        rows = []
-        for event in events:
-            if not endpoint.wants(event.type):
-                continue
-            occurrence: Occurrence = occurrence_from_json(event.payload)
-            if occurrence.scope != endpoint.scope:
-                continue
-            body = render(endpoint, event.id, occurrence)
-            rows.append(
-                delivery_values(
-                    event.id, event.type, endpoint, body, max_attempts=max_attempts, now=now, trigger=MANUAL
-                )
-            )
-        made = store_deliveries(database, connection, rows)
-    return sum(made.values()), events[-1].id if len(events) == batch else ""

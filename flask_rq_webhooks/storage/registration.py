@@ -20,8 +20,9 @@ from sqlalchemy import Executable, bindparam, delete, func, insert, select, upda
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
+from ..errors import StorageUnavailableError
 from .crypto import Cipher
-from .database import Database
+from .database import Database, is_disconnected, unwaited
 from .models import ALPHABET, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
 from .upsert import insert_or_ignore
 
@@ -79,6 +80,7 @@ def register(
     :raises StorageUnavailableError: when the database cannot be reached or stays locked.
     """
     now = now or datetime.now(UTC)
+    own_id = endpoint_id is None
     endpoint_id = endpoint_id or new_id("ep" + namespace)
     rows = {Endpoint.__tablename__: _endpoint_values(cipher, endpoint, endpoint_id, now)}
     if endpoint.secret is not None:
@@ -97,7 +99,12 @@ def register(
     else:
         columns = tuple((table, tuple(row)) for table, row in rows.items())
         values = {f"{table}_{name}": value for table, row in rows.items() for name, value in row.items()}
-        _execute(database, [(_insert_at_once(columns), values)])
+        try:
+            _execute(database, [(_insert_at_once(columns), values)])
+        except IntegrityError:
+            # An id made here is there already only where the first of two tries was committed after all.
+            if not own_id or not endpoint_exists(database, endpoint_id):
+                raise
     return endpoint_id
 
 
@@ -313,7 +320,7 @@ def rotate_secret(
 def enable_standing(database: Database, endpoint_id: str) -> bool:
     """Let a standing endpoint get deliveries again, with a clean record.
 
-    What happened meanwhile is delivered by :func:`~.operating.recover`.
+    What happened meanwhile is delivered by :func:`~.recovering.recover`.
 
     :returns: whether there is such an endpoint.
     """
@@ -433,6 +440,9 @@ def _insert_at_once(columns: tuple[tuple[str, tuple[str, ...]], ...]) -> Executa
     return last
 
 
+_WATCHES = Base.metadata.tables[Watch.__tablename__]
+
+
 def _insert_open(statement: Any) -> Executable:
     changes = {name: statement.excluded[name] for name in ("status", "confirmed_at", "run")}
     insert: Executable = statement.on_conflict_do_update(
@@ -441,9 +451,17 @@ def _insert_open(statement: Any) -> Executable:
     return insert
 
 
-_WATCHES = Base.metadata.tables[Watch.__tablename__]
+def _unwaited_row() -> Any:
+    """Return an insert of one watch, as a selection: that has a place for the condition."""
+    names = (
+        "id", "endpoint_id", "job_id", "status", "run", "missing_passes", "created_at", "confirmed_at"
+    )  # fmt: skip
+    row = select(*[bindparam(name, type_=_WATCHES.c[name].type) for name in names]).where(unwaited())
+    return postgresql.insert(_WATCHES).from_select(names, row)
+
+
 #: Whether on SQLite → the statement that opens a watch, reserved or not.
-_INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(postgresql.insert(_WATCHES))}
+_INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(_unwaited_row())}
 
 
 def _execute(
@@ -456,8 +474,18 @@ def _execute(
     if not statements:
         return
     single = len(statements) == 1 and not isinstance(statements[0][1], list)
-    with database.write(
-        busy_timeout_s=busy_timeout_s, single_statement=single, durable=durable
-    ) as connection:
-        for statement, parameters in statements:
-            connection.execute(statement, parameters)
+
+    def run() -> None:
+        with database.write(
+            busy_timeout_s=busy_timeout_s, single_statement=single, durable=durable
+        ) as connection:
+            for statement, parameters in statements:
+                connection.execute(statement, parameters)
+
+    try:
+        run()
+    except StorageUnavailableError as exc:
+        # A pooled connection may have died since it was last used; the next one is new.
+        if not single or not is_disconnected(exc):
+            raise
+        run()

@@ -1,11 +1,11 @@
-"""``INSERT … ON CONFLICT`` on both databases.
+"""``INSERT … ON CONFLICT`` on both databases, and how much one statement takes.
 
 Owns the one place where the two dialects' insert constructs are chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement
@@ -15,6 +15,15 @@ from .database import Database
 from .models import Base
 
 Insert = postgresql.Insert | sqlite.Insert
+
+#: Rows per statement; SQLite takes 32766 parameters in one.
+_CHUNK = 1000
+
+
+def chunks_of(rows: Sequence[Any]) -> Iterator[list[Any]]:
+    """Give *rows* in lists that one statement can take."""
+    for start in range(0, len(rows), _CHUNK):
+        yield list(rows[start : start + _CHUNK])
 
 
 def insert_into(database: Database, model: type[Base]) -> Insert:

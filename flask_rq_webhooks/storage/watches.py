@@ -20,9 +20,9 @@ from typing import Any
 from sqlalchemy import Connection, Executable, and_, bindparam, func, insert, or_, select, update
 
 from ..protocol.events import TERMINAL_TYPES, run_key
+from .addressing import EVERY_TYPE
 from .crypto import Cipher
 from .database import Database
-from .ingesting import EVERY_TYPE
 from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch, new_id
 from .registration import NewEndpoint, register
 from .upsert import insert_or_update

@@ -7,28 +7,25 @@ what an answer may contain in :mod:`.api_schemas`, who may in :mod:`.permissions
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from flask import Blueprint, Response, request
 
-from ..delivery.hooks import safe_render
-from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
-from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from ..errors import ConfigurationError, StorageUnavailableError
 from ..protocol.headers import mask_headers
 from ..protocol.payloads import RenderContext, job_payload, occurrence_from_json
 from ..protocol.signing import generate_secret
 from ..state import State
 from ..storage import queries, registration
-from ..storage.deliveries import IngestItem, cancel, ingest, recover, resend
+from ..storage.deliveries import resend
 from ..storage.dispatchers import dispatcher_alive, pause, resume
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView, EventView, Page
 from ..storage.registration import ROTATION_GRACE_S, NewEndpoint
 from ..storage.statistics import statistics
 from . import api_schemas as schemas
+from . import standing
 from .answers import (
     ApiError,
     idempotency_key,
@@ -38,6 +35,7 @@ from .answers import (
     not_found,
     query_input,
 )
+from .bulk import cancel_some, recover_some
 from .csrf import csrf_token, is_forgeable, replace_csrf_protect
 from .metrics import CONTENT_TYPE, metrics_text
 from .permissions import Permission, is_allowed
@@ -211,16 +209,16 @@ def _add_changes(blueprint: Blueprint, state: State) -> None:
     @blueprint.post("/api/recover")
     @requires(state, "manage")
     def recover_many() -> Any:
-        where = _filter(json_input(schemas.ManyInput()))
-        number = recover(
-            state.database, where, render=safe_render(state), max_attempts=state.settings.max_attempts
-        )
-        return {"recovered": number}
+        values = json_input(schemas.ManyInput())
+        found = recover_some(state, _filter(values), values.get("cursor"))
+        return {"recovered": found.done, "remaining": found.remaining, "cursor": found.cursor}
 
     @blueprint.post("/api/cancel")
     @requires(state, "manage")
     def cancel_many() -> Any:
-        return {"canceled": cancel(state.database, _filter(json_input(schemas.ManyInput())))}
+        values = json_input(schemas.ManyInput())
+        found = cancel_some(state, _filter(values), values.get("cursor"))
+        return {"canceled": found.done, "remaining": found.remaining, "cursor": found.cursor}
 
     @blueprint.post("/api/pause")
     @requires(state, "manage")
@@ -248,7 +246,9 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
         values = json_input(input_schema())
         # Signed unless that is refused by name: "secret": null.
         secret = values.pop("secret", generate_secret())
-        endpoint = NewEndpoint(kind="standing", secret=secret, **_endpoint_values(state, values))
+        endpoint = NewEndpoint(
+            kind="standing", secret=secret, **standing.stored_values(state, values, creating=True)
+        )
         try:
             endpoint_id = registration.create_standing(
                 state.database, state.cipher, endpoint, namespace=state.namespace, idempotency_key=key
@@ -270,7 +270,7 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
             if name in values:
                 why = "Use rotate for a new secret." if name == "secret" else "Cannot be changed."
                 raise ApiError(400, "invalid", "The request is not acceptable.", {name: [why]})
-        changes = _endpoint_values(state, values, partial=True)
+        changes = standing.stored_values(state, values, creating=False)
         if not registration.update_standing(state.database, state.cipher, endpoint_id, changes):
             raise not_found("endpoint")
         return _endpoint(state, endpoint_id)
@@ -299,18 +299,7 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
         found = queries.endpoint_detail(state.database, endpoint_id)
         if found is None or found.kind != "standing":
             raise not_found("endpoint")
-        # Through the pipeline like everything else, so that it is seen where operators look.
-        (event,) = ingest(
-            state.database,
-            [
-                IngestItem(
-                    Occurrence(type=WEBHOOK_PING, occurred_at=datetime.now(UTC), source=SOURCE_APPLICATION),
-                    endpoint_ids=(endpoint_id,),
-                )
-            ],
-            render=safe_render(state),
-            max_attempts=1,
-        )
+        event = standing.ping(state, endpoint_id)
         return {"event_id": event.event_id, "deliveries": event.deliveries}, 202
 
     @blueprint.post("/api/endpoints/<endpoint_id>/enable")
@@ -340,21 +329,6 @@ def _filter(values: Mapping[str, Any]) -> DeliveryFilter:
     )
 
 
-def _endpoint_values(state: State, values: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
-    found = dict(values)
-    if "url" in found:
-        checked = found["url"]
-        found["url"], found["host"] = checked.url, checked.host_key
-    if found.get("events") is not None:
-        found["events"] = tuple(found["events"])
-    if not partial:
-        found.setdefault("format", state.settings.format)
-    if found.get("sign_payload") and state.settings.signing_secret is None:
-        why = "This server has no secret of its own to sign with."
-        raise ApiError(400, "invalid", "The request is not acceptable.", {"sign_payload": [why]})
-    return found
-
-
 def _endpoint(state: State, endpoint_id: str) -> dict[str, Any]:
     found = queries.endpoint_detail(state.database, endpoint_id)
     if found is None:
@@ -364,14 +338,8 @@ def _endpoint(state: State, endpoint_id: str) -> dict[str, Any]:
 
 def _told_endpoint(state: State, endpoint: EndpointView) -> dict[str, Any]:
     told: dict[str, Any] = _ENDPOINT.dump(endpoint)
-    told["headers"] = {}
-    if endpoint.headers is not None:
-        try:
-            told["headers"] = mask_headers(
-                json.loads(state.cipher.decrypt(endpoint.headers)), header_prefix=state.settings.header_prefix
-            )
-        except DecryptionError:
-            told["headers"] = None
+    headers = standing.own_headers(state, endpoint)
+    told["headers"] = headers and mask_headers(headers, header_prefix=state.settings.header_prefix)
     return told
 
 

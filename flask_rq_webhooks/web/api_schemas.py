@@ -7,7 +7,7 @@ the rest is for callers with the permission ``read``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -230,13 +230,17 @@ class DeliveriesInput(PageInput, FilterInput):
 
 
 class ManyInput(FilterInput):
-    """Which deliveries to change. All of them only where that is said."""
+    """Which deliveries to change. All of them only where that is said.
+
+    ``cursor`` goes on where the answer to the same request, without it, stopped.
+    """
 
     all = fields.Boolean()
+    cursor = fields.String()
 
     @validates_schema
     def _check(self, data: Mapping[str, Any], **_kwargs: Any) -> None:
-        if not data.get("all") and not any(name != "all" for name in data):
+        if not data.get("all") and data.keys() <= {"all", "cursor"}:
             raise ValidationError('Name at least one condition, or send "all": true.', "all")
 
 
@@ -279,7 +283,7 @@ def endpoint_input(settings: Settings, url_policy: UrlPolicy, formats: frozenset
             "events": TextList(allow_none=True, validate=[validate.Length(min=1, max=100), _event_types]),
             "scope": fields.String(validate=validate.OneOf(("job", "tree"))),
             "format": Text(validate=one_of(formats, "format")),
-            "sign_payload": fields.Boolean(),
+            "sign_payload": fields.Boolean(validate=_signable(settings)),
             "description": Text(allow_none=True, validate=validate.Length(max=1000)),
             "reference": Text(allow_none=True, validate=validate.Length(max=256)),
             "runid": Text(allow_none=True, validate=validate.Length(max=1000)),
@@ -291,6 +295,14 @@ def endpoint_input(settings: Settings, url_policy: UrlPolicy, formats: frozenset
         name="EndpointInput",
     )
     return schema()
+
+
+def _signable(settings: Settings) -> Callable[[bool], None]:
+    def check(wanted: bool) -> None:
+        if wanted and settings.signing_secret is None:
+            raise ValidationError("This server has no secret of its own to sign with.")
+
+    return check
 
 
 def _event_types(values: Collection[str]) -> None:

@@ -20,14 +20,13 @@ from redis.exceptions import RedisError
 from werkzeug.datastructures import MultiDict
 
 from ..capture.rq_state import JobState, read_jobs
-from ..delivery.hooks import safe_render
 from ..errors import StorageUnavailableError
 from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
 from ..protocol.signing import generate_secret
 from ..protocol.urls import redact_url
 from ..state import State
 from ..storage import queries, registration
-from ..storage.deliveries import cancel, recover, resend
+from ..storage.deliveries import resend
 from ..storage.dispatchers import pause, resume
 from ..storage.filters import DeliveryFilter
 from ..storage.ingesting import EVERY_TYPE
@@ -38,6 +37,7 @@ from ..storage.statistics import COUNT_CAP, FINISHED_WINDOW, statistics
 from . import shown, standing
 from .alarms import everywhere, of_numbers
 from .api_schemas import STATUSES
+from .bulk import Progress, cancel_some, recover_some
 from .charts import OUTCOMES, RANGES, endings
 from .csrf import FORM_FIELD, csrf_token, is_forgeable
 from .filter_form import FilterForm, read_filter
@@ -90,6 +90,8 @@ def page(state: State, permission: Permission = "read") -> Callable[[View], View
                 abort(403, "This form has expired. Go back, load the page again and repeat.")
             try:
                 response = make_response(view(*args, **kwargs))
+            except CursorError:
+                abort(400 if request.method == "POST" else 404)
             except StorageUnavailableError as exc:
                 logger.error("%s %r could not be answered: %s", request.method, request.path, exc)
                 response = make_response(_render(state, "unavailable.html"), 503)
@@ -159,15 +161,12 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             found = _search(state, text)
             if found is not None:
                 return found
-        try:
-            listed = queries.list_deliveries(
-                state.database,
-                wanted.where,
-                cursor=request.args.get("cursor") or None,
-                limit=PAGE_ITEMS,
-            )
-        except CursorError:
-            abort(404)
+        listed = queries.list_deliveries(
+            state.database,
+            wanted.where,
+            cursor=request.args.get("cursor") or None,
+            limit=PAGE_ITEMS,
+        )
         return _render(
             state,
             "deliveries.html",
@@ -177,6 +176,8 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             statuses=STATUSES,
             event_types=sorted(TERMINAL_TYPES | OPTIONAL_TYPES),
             q=text,
+            next_part=request.args.get("next", ""),
+            left=request.args.get("left", type=int),
             not_first="cursor" in request.args,
             refresh_s=_refresh_s(listed.items),
         )
@@ -185,18 +186,13 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
     @page(state, "manage")
     def recover_many() -> Any:
         wanted = _filter_of_form()
-        count = recover(
-            state.database, wanted.where, render=safe_render(state), max_attempts=state.settings.max_attempts
-        )
-        return _done("recovered", ".page_deliveries", count, **_without_status(wanted))
+        return _done_some("recovered", wanted, recover_some(state, wanted.where, _cursor_of_form()))
 
     @blueprint.post("/deliveries/cancel", endpoint="page_cancel")
     @page(state, "manage")
     def cancel_many() -> Any:
         wanted = _filter_of_form()
-        return _done(
-            "canceled", ".page_deliveries", cancel(state.database, wanted.where), **_without_status(wanted)
-        )
+        return _done_some("canceled", wanted, cancel_some(state, wanted.where, _cursor_of_form()))
 
     @blueprint.get("/deliveries/<delivery_id>", endpoint="page_delivery")
     @page(state)
@@ -257,12 +253,9 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
         kind = request.args.get("kind", "standing")
         if kind not in ("standing", "job"):
             abort(404)
-        try:
-            listed: queries.Page[EndpointView] = queries.list_endpoints(
-                state.database, kind=kind, cursor=request.args.get("cursor") or None, limit=PAGE_ITEMS
-            )
-        except CursorError:
-            abort(404)
+        listed: queries.Page[EndpointView] = queries.list_endpoints(
+            state.database, kind=kind, cursor=request.args.get("cursor") or None, limit=PAGE_ITEMS
+        )
         return _render(state, "endpoints.html", kind=kind, listed=listed, not_first="cursor" in request.args)
 
     @blueprint.get("/endpoints/new", endpoint="page_new_endpoint")
@@ -340,8 +333,9 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
     @page(state, "manage")
     def test(endpoint_id: str) -> Any:
         _standing(state, endpoint_id)
-        event_id = standing.ping(state, endpoint_id)
-        (made,) = queries.list_deliveries(state.database, DeliveryFilter(event_id=event_id), limit=1).items
+        event = standing.ping(state, endpoint_id)
+        where = DeliveryFilter(event_id=event.event_id)
+        (made,) = queries.list_deliveries(state.database, where, limit=1).items
         return _done("pinged", ".page_delivery", delivery_id=made.id)
 
     @blueprint.post("/endpoints/<endpoint_id>/enable", endpoint="page_enable")
@@ -355,13 +349,13 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
         if found.failing_since is not None:
             # What failed first was made earlier: at most as long as retries go on.
             since = found.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
-        count = recover(
-            state.database,
-            DeliveryFilter(endpoint_id=endpoint_id, since=since),
-            render=safe_render(state),
-            max_attempts=state.settings.max_attempts,
-        )
-        return _done("enabled_recovered", ".page_endpoint", count, endpoint_id=endpoint_id)
+        # As the field of the list has it, which goes on with what is left.
+        text = since.replace(tzinfo=None).isoformat(timespec="milliseconds")
+        wanted = read_filter(MultiDict([("endpoint_id", endpoint_id), ("since", text)]))
+        did = recover_some(state, wanted.where, None)
+        if did.cursor is not None:
+            return _done_some("recovered", wanted, did)
+        return _done("enabled_recovered", ".page_endpoint", did.done, endpoint_id=endpoint_id)
 
     @blueprint.post("/endpoints/<endpoint_id>/disable", endpoint="page_disable")
     @page(state, "manage")
@@ -440,9 +434,19 @@ def _filter_of_form() -> FilterForm:
     return wanted
 
 
-def _without_status(wanted: FilterForm) -> dict[str, Any]:
-    """Return the filter for the page afterwards, where the same deliveries have another status."""
-    return {name: value for name, value in wanted.fields.items() if name != "status"}
+def _cursor_of_form() -> str | None:
+    return request.form.get("cursor") or None
+
+
+def _done_some(what: str, wanted: FilterForm, did: Progress) -> Response:
+    """Return to the list that was acted on, which says what is left and goes on with it."""
+    count = did.done + max(0, request.form.get("n", 0, type=int))
+    if did.cursor is None:
+        # Without the status, which the deliveries no longer have.
+        fields = {name: value for name, value in wanted.fields.items() if name != "status"}
+        return _done(what, ".page_deliveries", count, **fields)
+    rest = {} if did.remaining is None else {"left": did.remaining}
+    return _done(what, ".page_deliveries", count, next=did.cursor, **rest, **wanted.fields)
 
 
 def _search(state: State, text: str) -> Response | None:

@@ -34,6 +34,7 @@ View = TypeVar("View", bound=Callable[..., Any])
 RETRY_UNAVAILABLE_S, RETRY_BUSY_S = 5, 60
 
 _ATTRIBUTE = "_rq_webhooks_asked"
+_MARK = "_rq_webhooks_accepts"
 
 
 def accepts_webhook(
@@ -63,6 +64,7 @@ def accepts_webhook(
             with begun:
                 return await view(*args, **kwargs)
 
+        setattr(async_wrapper, _MARK, True)
         return cast(View, async_wrapper)
 
     @functools.wraps(view)
@@ -75,7 +77,18 @@ def accepts_webhook(
         with begun:
             return view(*args, **kwargs)
 
+    setattr(wrapper, _MARK, True)
     return cast(View, wrapper)
+
+
+def accepts_webhooks(function: Callable[..., Any]) -> bool:
+    """Say whether *function* is decorated; decorators above that use ``functools.wraps`` keep the mark."""
+    return _MARK in getattr(function, "__dict__", {})
+
+
+def has_read_fields() -> bool:
+    """Say whether a decorated function has run in the current request."""
+    return has_request_context() and hasattr(request, _ATTRIBUTE)
 
 
 def answer_invalid(exc: InvalidWebhookError) -> Response:

@@ -44,6 +44,9 @@ IN_MEMORY = 2**20
 
 _CHUNK = 2**16
 _NEEDLE = URL.encode()
+_UNDERSCORE = _NEEDLE.index(b"_")
+#: Underscores after which a body is searched as a whole.
+_FEW = 50
 #: A percent-encoded letter or underscore, which no ordinary client writes.
 _ENCODED_LETTER = re.compile(rb"%[567]")
 #: The longest thing looked for, less one: may be cut in two by the border of two chunks.
@@ -221,10 +224,25 @@ def _looks_like_object(head: bytes) -> bool:
     return head.lstrip(b" \t\r\n\x00\xef\xbb\xbf\xff\xfe").startswith(b"{")
 
 
+def _mentions_url(data: bytes) -> bool:
+    """Say whether ``webhook_url`` is in *data*, looking from underscore to underscore while there are few.
+
+    A single byte is found fifty times as fast as a longer needle, and most bodies have hardly one.
+    """
+    start = 0
+    for _ in range(_FEW):
+        at = data.find(b"_", start)
+        if at < 0:
+            return False
+        if at >= _UNDERSCORE and data.startswith(_NEEDLE, at - _UNDERSCORE):
+            return True
+        start = at + 1
+    return data.find(_NEEDLE, max(start - _OVERLAP, 0)) >= 0
+
+
 def _may_hold(data: bytes, mimetype: str) -> bool:
     """Say whether ``webhook_url`` can be a name in *data*; cheap, and never wrong in saying no."""
-    # One byte is looked for first: that is fifty times as fast, and most bodies have none.
-    if b"_" in data and _NEEDLE in data:
+    if _mentions_url(data):
         return True
     if mimetype == _MULTIPART:
         return b"*" in data and b"name*" in data.lower()  # RFC 2231 encodes what follows

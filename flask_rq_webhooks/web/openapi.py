@@ -97,13 +97,24 @@ class Resent(Schema):
     status = fields.String()
 
 
-class Recovered(Schema):
+class Left(Schema):
+    """What a change of many deliveries has left for the next request.
+
+    ``cursor`` is what to send with it, null when everything is done. ``remaining`` is counted up to 10,001,
+    and null where it is not known, because the deliveries are still to be made.
+    """
+
+    remaining = fields.Integer(allow_none=True)
+    cursor = fields.String(allow_none=True)
+
+
+class Recovered(Left):
     """How many deliveries are due now."""
 
     recovered = fields.Integer()
 
 
-class Canceled(Schema):
+class Canceled(Left):
     """How many deliveries were canceled."""
 
     canceled = fields.Integer()

@@ -1,4 +1,4 @@
-"""Standing endpoints as people handle them: from a form to what storage takes, and the test ping.
+"""Standing endpoints as people handle them: from input to what storage takes, own headers, the test ping.
 
 Knows nothing of how answers look.
 """
@@ -18,7 +18,7 @@ from ..delivery.hooks import safe_render
 from ..errors import DecryptionError
 from ..protocol.events import JOB_TYPES, SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from ..state import State
-from ..storage.deliveries import IngestItem, ingest
+from ..storage.deliveries import IngestedEvent, IngestItem, ingest
 from ..storage.queries import EndpointView
 from .api_schemas import endpoint_input
 from .schemas import flat_details
@@ -69,8 +69,6 @@ def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) 
     secret = form.get("secret", "")
     if creating and secret:
         raw["secret"] = secret
-    if raw["sign_payload"] and state.settings.signing_secret is None:
-        errors["sign_payload"] = ["This server has no secret of its own to sign with."]
     schema = endpoint_input(state.settings, state.url_policy, frozenset(state.formats))
     try:
         values: dict[str, Any] = schema.load(raw, partial=not creating)
@@ -79,28 +77,44 @@ def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) 
         raise EndpointFormError({**flat_details(exc), **errors}) from None
     if errors:
         raise EndpointFormError(errors)
-    if "url" in values:
-        checked = values["url"]
-        values["url"], values["host"] = checked.url, checked.host_key
-    if values.get("events") is not None:
-        values["events"] = tuple(values["events"])
+    return stored_values(state, values, creating=creating)
+
+
+def stored_values(state: State, values: Mapping[str, Any], *, creating: bool) -> dict[str, Any]:
+    """Return what the schema accepted, as storage takes it.
+
+    :param creating: a new endpoint, which gets the configured format where none is named.
+    """
+    found = dict(values)
+    if "url" in found:
+        checked = found["url"]
+        found["url"], found["host"] = checked.url, checked.host_key
+    if found.get("events") is not None:
+        found["events"] = tuple(found["events"])
     if creating:
-        values.setdefault("format", state.settings.format)
-    return values
+        found.setdefault("format", state.settings.format)
+    return found
+
+
+def own_headers(state: State, endpoint: EndpointView) -> dict[str, str] | None:
+    """Return an endpoint's own headers, unmasked; ``None`` where no key opens them."""
+    if endpoint.headers is None:
+        return {}
+    try:
+        found: dict[str, str] = json.loads(state.cipher.decrypt(endpoint.headers))
+    except DecryptionError:
+        return None
+    return found
 
 
 def header_names(state: State, endpoint: EndpointView) -> list[str] | None:
     """Return the names of an endpoint's own headers; ``None`` where no key opens them."""
-    if endpoint.headers is None:
-        return []
-    try:
-        return list(json.loads(state.cipher.decrypt(endpoint.headers)))
-    except DecryptionError:
-        return None
+    headers = own_headers(state, endpoint)
+    return None if headers is None else list(headers)
 
 
-def ping(state: State, endpoint_id: str) -> str:
-    """Send a ``webhook.ping`` to an endpoint, through the pipeline like everything else; return its id.
+def ping(state: State, endpoint_id: str) -> IngestedEvent:
+    """Send a ``webhook.ping`` to an endpoint, through the pipeline like everything else.
 
     So it is seen where operators look, and takes the way that events take.
     """
@@ -111,7 +125,7 @@ def ping(state: State, endpoint_id: str) -> str:
         render=safe_render(state),
         max_attempts=1,
     )
-    return event.event_id
+    return event
 
 
 def _events(form: MultiDict[str, str]) -> list[str] | None:

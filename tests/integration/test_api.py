@@ -15,6 +15,8 @@ from flask_rq_webhooks.delivery.hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
 from flask_rq_webhooks.storage.dispatchers import is_paused
+from flask_rq_webhooks.web import bulk
+from flask_rq_webhooks.web.bulk import AT_MOST, PER_PART
 from tests.integration.hosts import Host
 
 HOOK = "https://receiver.example.com/hooks/T0000000/XXXXXXXXXXXXXXXXXXXXXXXX?key=hidden"
@@ -53,6 +55,25 @@ def succeed(host: Host, *job_ids: str, runid: str = "r1", result: Any = 42) -> N
             runid=runid, enqueued_at=now, started_at=now, ended_at=now, result=result,
         )  # fmt: skip
         ingest(host.state.database, [IngestItem(occurrence)], render=safe_render(host.state), max_attempts=3)
+
+
+def succeed_many(host: Host, count: int) -> None:
+    """Store the success of many jobs, in one transaction."""
+    now = datetime.now(UTC)
+    items = [
+        IngestItem(
+            Occurrence(
+                type=JOB_SUCCESS,
+                occurred_at=now,
+                source="callback",
+                job_id=f"job-{number}",
+                run=format_time(now),
+                enqueued_at=now,
+            )  # fmt: skip
+        )
+        for number in range(count)
+    ]
+    ingest(host.state.database, items, render=safe_render(host.state), max_attempts=3)
 
 
 def get(at: Host, path: str, **query: Any) -> Any:
@@ -289,10 +310,53 @@ def test_cancel_and_recover_by_filter(host: Host) -> None:
     recovered = host.post("/webhooks/api/recover", json={"job_id": "a"})
     everything = host.post("/webhooks/api/cancel", json={"all": True})
 
-    assert canceled.get_json() == {"canceled": 2}
+    done = {"remaining": 0, "cursor": None}
+    assert canceled.get_json() == {"canceled": 2, **done}
     assert statuses == ["canceled", "canceled", "pending"]
-    assert recovered.get_json() == {"recovered": 1}
-    assert everything.get_json() == {"canceled": 2}
+    assert recovered.get_json() == {"recovered": 1, **done}
+    assert everything.get_json() == {"canceled": 2, **done}
+
+
+def test_one_request_does_a_bounded_part_and_says_how_to_go_on(host: Host) -> None:
+    create(host)
+    succeed_many(host, AT_MOST + 40)
+    one, another = ({"all": True}, {"status": ["canceled"]})
+
+    first = host.post("/webhooks/api/cancel", json=one).get_json()
+    rest = host.post("/webhooks/api/cancel", json={**one, "cursor": first["cursor"]}).get_json()
+    again = host.post("/webhooks/api/recover", json=another).get_json()
+    last = host.post("/webhooks/api/recover", json={**another, "cursor": again["cursor"]}).get_json()
+
+    assert (first["canceled"], first["remaining"]) == (AT_MOST, 40)
+    assert rest == {"canceled": 40, "remaining": 0, "cursor": None}
+    assert (again["recovered"], again["remaining"]) == (AT_MOST, 40)
+    assert last == {"recovered": 40, "remaining": 0, "cursor": None}
+    assert {row["status"] for row in host.rows("delivery")} == {"pending"}
+
+
+def test_a_request_stops_when_its_time_is_over(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    create(host)
+    succeed_many(host, PER_PART + 10)
+    monkeypatch.setattr(bulk, "ENOUGH_S", 0.0)
+
+    answer = host.post("/webhooks/api/cancel", json={"all": True}).get_json()
+
+    assert (answer["canceled"], answer["remaining"]) == (PER_PART, 10)
+    assert answer["cursor"] is not None
+
+
+@pytest.mark.parametrize("path", ["cancel", "recover"])
+def test_a_cursor_is_no_filter_and_must_be_one_of_ours(host: Host, path: str) -> None:
+    create(host)
+    succeed(host, "a")
+
+    alone = host.post(f"/webhooks/api/{path}", json={"cursor": "dlv_" + "0" * 26})
+    strange = host.post(f"/webhooks/api/{path}", json={"all": True, "cursor": "x"})
+
+    assert (alone.status_code, strange.status_code) == (400, 400)
+    assert list(alone.get_json()["error"]["details"]) == ["all"]
+    assert list(strange.get_json()["error"]["details"]) == ["cursor"]
+    assert [row["status"] for row in host.rows("delivery")] == ["pending"]
 
 
 @pytest.mark.parametrize("path", ["cancel", "recover"])

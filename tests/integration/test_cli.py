@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +26,7 @@ from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage import dispatchers
 from flask_rq_webhooks.storage.queries import list_endpoints
 from tests.pipeline import add_endpoint, attempts, deliveries, enqueue
-from tests.servers import Process, Receiver, free_port
+from tests.servers import ROOT, Process, Receiver, free_port
 
 
 @pytest.fixture
@@ -63,6 +65,35 @@ def run(host: Flask, *arguments: str) -> Result:
     return CliRunner().invoke(command, ["rq-webhooks", *arguments])
 
 
+def test_the_app_itself_knows_the_commands(host: Flask, state: State) -> None:
+    runner = host.test_cli_runner()
+    asked_app = runner.invoke(args=["rq-webhooks", "doctor"])
+    asked_command = runner.invoke(host.cli.commands["rq-webhooks"], ["doctor"])
+    assert asked_app.output == asked_command.output == run(host, "doctor").output
+    assert asked_app.exit_code == asked_command.exit_code == 1  # no dispatcher
+    assert "rq-webhooks" in runner.invoke(args=["--help"]).output
+    failed = runner.invoke(args=["rq-webhooks", "resend", "dlv_unknown"])
+    assert (failed.exit_code, failed.output) == (1, "Error: There is no delivery 'dlv_unknown'.\n")
+    assert runner.invoke(args=["rq-webhooks", "endpoints", "list"]).exit_code == 0
+
+
+def test_the_commands_are_listed_once(host: Flask) -> None:
+    command = FlaskGroup(create_app=lambda: host, set_debug_flag=False)
+    listed = CliRunner().invoke(command, ["--help"]).output
+    assert listed.count("rq-webhooks") == 1
+    assert "Deliver webhooks for RQ jobs" in listed
+
+
+def test_web_processes_do_not_load_the_commands() -> None:
+    code = (
+        "import sys; from flask import Flask; from flask_rq_webhooks import RQWebhooks; app = Flask('web'); "
+        "app.config['RQ_WEBHOOKS_DATABASE_URI'] = 'sqlite://'; RQWebhooks(app); "
+        "assert 'rq-webhooks' in app.cli.commands; print('flask_rq_webhooks.cli' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
+
+
 def test_commands_explain_what_is_missing_without_the_extension() -> None:
     result = run(Flask("bare"), "worker", "--burst")
     assert result.exit_code == 1
@@ -88,51 +119,6 @@ def test_worker_burst_delivers(host: Flask, state: State, receiver: Receiver) ->
     result = run(host, "worker", "--burst", "--concurrency", "2")
     assert result.exit_code == 0, result.output
     assert len(receiver.received) == 1
-
-
-def test_doctor_says_what_is_wrong_and_what_to_do(host: Flask) -> None:
-    host.config["RQ_WEBHOOKS_REDIS_URL"] = f"redis://127.0.0.1:{free_port()}/0"
-    sick = Flask("sick")
-    sick.config.update(host.config)
-    RQWebhooks(sick)
-    result = run(sick, "doctor")
-    get_state(sick).redis.close()
-    get_state(sick).database.dispose()
-    assert result.exit_code == 1
-    lines = {line.split()[1].rstrip(":"): line for line in result.output.splitlines()}
-    assert lines["redis"].startswith("FAIL")
-    assert "RQ_WEBHOOKS_REDIS_URL" in lines["redis"]
-    assert lines["sql"].startswith("ok")
-    assert "init-db" in lines["tables"]
-    assert "rq-webhooks worker" in lines["dispatcher"] or "init-db" in lines["dispatcher"]
-    assert "@webhooks.authorize" in lines["permission"]
-
-
-def test_doctor_finds_nothing_on_a_healthy_host(host: Flask, state: State, receiver: Receiver) -> None:
-    dispatchers.heartbeat(state.database, "dsp_x", started=True)
-    enqueue(state, add_endpoint(state, receiver.url, headers={"X-Key": "k"}), "tests.jobs.add", 1, 2)
-    result = run(host, "doctor")
-    assert result.exit_code == 0, result.output
-    assert "FAIL" not in result.output
-    assert len(result.output.splitlines()) == 9
-
-
-@pytest.mark.parametrize("what", ["keys", "outbox"])
-def test_doctor_finds_wrong_keys_and_rejected_entries(
-    host: Flask, state: State, redis_client: redis.Redis, what: str
-) -> None:
-    dispatchers.heartbeat(state.database, "dsp_x", started=True)
-    add_endpoint(state, "http://127.0.0.1:9/hook")
-    assert run(host, "doctor").exit_code == 0
-    if what == "keys":
-        host.config["SECRET_KEY"] = "another one"
-        state._built.pop("cipher")
-    else:
-        redis_client.xadd(state.outbox.rejected_key, {"why": "a test"})
-    result = run(host, "doctor")
-    assert result.exit_code == 1
-    (line,) = [line for line in result.output.splitlines() if line.startswith("FAIL")]
-    assert line.startswith(f"FAIL {what}: ")
 
 
 def test_trigger_sends_a_signed_ping(host: Flask, receiver: Receiver) -> None:
@@ -177,7 +163,13 @@ def test_life_of_a_standing_endpoint(host: Flask, state: State, receiver: Receiv
     listed = run(host, "endpoints", "list").output
     assert endpoint_id in listed
     assert "job.failure" in listed
-    assert secret not in listed
+    (told,) = json.loads(run(host, "endpoints", "list", "--json").output)
+    assert (told["id"], told["events"], told["enabled"]) == (endpoint_id, ["job.failure"], True)
+    assert told["description"] == "for the operators"
+    assert told["url"].startswith(receiver.url.rpartition("/")[0])
+    for text in (secret, "k: v"):
+        assert text not in listed
+        assert text not in json.dumps(told)
     rotated = run(host, "endpoints", "rotate", endpoint_id, "--grace-hours", "1")
     assert rotated.exit_code == 0
     assert "whsec_" in rotated.output

@@ -23,9 +23,11 @@ from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.dispatchers import heartbeat, is_paused
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint, Event, Secret
 from flask_rq_webhooks.web import alarms
+from flask_rq_webhooks.web.bulk import AT_MOST
 from tests import storage_rows
 from tests.dashboard_app import (
     HOSTILE,
+    add_deliveries,
     add_delivery,
     add_endpoint,
     add_hostile,
@@ -515,6 +517,61 @@ def test_recover_and_cancel_by_filter(client: FlaskClient, state: State) -> None
     response = submit(client, everything, "/deliveries/recover", all="yes")
     assert "2 deliveries are due now" in Page(response).text
     assert (status_of(state, one), status_of(state, two)) == ("pending", "pending")
+
+
+def test_a_page_does_a_bounded_part_and_a_button_goes_on(client: FlaskClient, state: State) -> None:
+    endpoint_id = add_endpoint(state, kind="job")
+    add_deliveries(state, endpoint_id, AT_MOST + 30)
+    other = add_delivery(
+        state, add_endpoint(state, "https://other.example.com/x", kind="job"), job_id="other"
+    )
+
+    first = submit(client, page(client, "/deliveries?host=hooks.example.com"), "/deliveries/cancel")
+    found = Page(first)
+    assert "1,000 deliveries were canceled. 30 more match." in found.text
+    goes_on = next(form for form in found.forms if "cursor" in form["fields"])
+    assert goes_on["fields"]["host"] == "hooks.example.com"
+    last = client.post(goes_on["action"], data=goes_on["fields"], follow_redirects=True)
+    assert "1,030 deliveries were canceled." in Page(last).text
+    assert not [form for form in Page(last).forms if "cursor" in form["fields"]]
+    assert status_of(state, other) == "pending"
+
+    everything = submit(client, page(client, "/deliveries?status=canceled"), "/deliveries/recover")
+    found = Page(everything)
+    assert "30 more match." in found.text
+    goes_on = next(form for form in found.forms if "cursor" in form["fields"])
+    assert goes_on["fields"]["status"] == "canceled"
+    last = client.post(goes_on["action"], data=goes_on["fields"], follow_redirects=True)
+    assert "1,030 deliveries are due now" in Page(last).text
+    assert {one.status for one in storage_rows.rows(state.database, Delivery)} == {"pending"}
+
+
+def test_an_endpoint_that_missed_many_goes_on_with_a_button(client: FlaskClient, state: State) -> None:
+    endpoint_id = add_endpoint(state)
+    submit(client, page(client, f"/endpoints/{endpoint_id}"), "/disable")
+    add_deliveries(state, add_endpoint(state, "https://other.example.com/x", kind="job"), AT_MOST + 30)
+    response = submit(client, page(client, f"/endpoints/{endpoint_id}"), "/enable", recover="yes")
+    found = Page(response)
+    assert "1,000 deliveries are due now" in found.text
+    assert "There may be more, which disabled endpoints missed." in found.text
+    goes_on = next(form for form in found.forms if "cursor" in form["fields"])
+    last = client.post(goes_on["action"], data=goes_on["fields"], follow_redirects=True)
+    assert "1,030 deliveries are due now" in Page(last).text
+    made = storage_rows.rows(state.database, Delivery, Delivery.endpoint_id == endpoint_id)
+    assert len(made) == AT_MOST + 30
+
+
+def test_readers_get_no_button_to_go_on_and_strange_cursors_change_nothing(
+    client: FlaskClient, state: State, allowed: set[str]
+) -> None:
+    delivery_id = add_delivery(state, add_endpoint(state))
+    data = {"csrf_token": token(client), "all": "yes", "cursor": "strange"}
+    for action in ("cancel", "recover"):
+        assert client.post(f"{PREFIX}/deliveries/{action}", data=data).status_code == 400
+    assert status_of(state, delivery_id) == "pending"
+    allowed.discard("manage")
+    found = page(client, "/deliveries?done=canceled&n=5&next=dlv_1&left=3")
+    assert {form["method"] for form in found.forms} == {"get"}
 
 
 def test_a_bulk_form_with_a_bad_filter_changes_nothing(client: FlaskClient, state: State) -> None:

@@ -542,6 +542,21 @@ def test_large_upload_with_fields_keeps_files_and_closes_what_it_opened() -> Non
     assert opened[0].closed
 
 
+@pytest.mark.parametrize("before", [0, 1, 49, 50, 51, 200])
+@pytest.mark.parametrize("filling", ["_", "a_b", "webhook_u", "webhook_", "_url", "x" * 1000 + "_"])
+def test_field_behind_any_number_of_underscores(before: int, filling: str) -> None:
+    host = Host(see_json)
+    sent = {"": [filling] * before}
+
+    response = host.client.post("/", json={**sent, "webhook_url": URL})
+    assert host.taken == {"webhook_url": URL}
+    assert response.get_json() == sent
+
+    response = host.client.post("/", json={**sent, "webhookurl": URL})
+    assert host.taken is None
+    assert response.get_json() == {**sent, "webhookurl": URL}
+
+
 def test_name_cut_in_two_by_a_chunk_border() -> None:
     host = Host(see_json)
     head = b'{"a": "'

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import update
 
 from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from flask_rq_webhooks.storage import recovering
 from flask_rq_webhooks.storage.crypto import Cipher, rekey
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import (
@@ -22,6 +24,14 @@ from flask_rq_webhooks.storage.deliveries import (
 )
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch
 from flask_rq_webhooks.storage.operating import Pruned
+from flask_rq_webhooks.storage.queries import CursorError
+from flask_rq_webhooks.storage.recovering import (
+    Part,
+    cancel_part,
+    left_to_cancel,
+    left_to_recover,
+    recover_part,
+)
 from flask_rq_webhooks.storage.registration import confirm, disable_standing, enable_standing
 from tests.storage_rows import (
     CIPHER,
@@ -124,6 +134,81 @@ def test_recover_makes_what_a_disabled_endpoint_missed(database: Database) -> No
     assert recovered(database, DeliveryFilter(statuses=("exhausted",))) == 0
     assert recovered(database, DeliveryFilter(since=datetime.now(UTC) + timedelta(hours=1))) == 0
     assert {one.host for one in rows(database, Delivery)} == {"hooks.example.com", "late.example"}
+
+
+def part_of(database: Database, where: DeliveryFilter, cursor: str | None, at_most: int = 2) -> Part:
+    return recover_part(
+        database, where, render=render, max_attempts=MAX_ATTEMPTS, cursor=cursor, at_most=at_most
+    )
+
+
+def test_recover_goes_on_where_the_part_before_stopped(database: Database) -> None:
+    ids = deliver_to(database, "a.example", 5)
+    finish(database, EXHAUSTED)
+    where = DeliveryFilter(host="a.example", statuses=("exhausted",))
+    first = part_of(database, where, None)
+    assert first == Part(2, sorted(ids)[1])
+    assert left_to_recover(database, where, first.cursor) == 3
+    # What fails again meanwhile is behind the cursor: the walk ends.
+    finish(database, EXHAUSTED)
+    assert left_to_recover(database, where, None) == 5
+    second = part_of(database, where, first.cursor)
+    assert part_of(database, where, second.cursor) == Part(1, None)
+    by_status = {one.id: one.status for one in rows(database, Delivery)}
+    assert [by_status[one] for one in sorted(ids)] == ["exhausted"] * 2 + ["pending"] * 3
+
+
+def test_a_part_that_was_the_last_says_so(database: Database) -> None:
+    deliver_to(database, "a.example", 4)
+    first = cancel_part(database, DeliveryFilter(), at_most=2)
+    assert left_to_cancel(database, DeliveryFilter(), first.cursor) == 2
+    assert cancel_part(database, DeliveryFilter(), cursor=first.cursor, at_most=2) == Part(2, None)
+    assert left_to_cancel(database, DeliveryFilter(statuses=("succeeded",)), None) == 0
+
+
+def test_what_disabled_endpoints_missed_is_made_in_parts(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovering, "EVENTS_PER_PART", 3)
+    ids = sorted(new_endpoint(database, kind="standing", host=f"{name}.example") for name in "abc")
+    for endpoint_id in ids:
+        disable_standing(database, endpoint_id)
+    tell(database, *[occurrence(f"missed-{number}") for number in range(7)])
+    for endpoint_id in ids:
+        enable_standing(database, endpoint_id)
+    everything, parts = DeliveryFilter(), []
+    cursor: str | None = None
+    while True:
+        if cursor is not None and len(rows(database, Delivery)) == 9:
+            disable_standing(database, ids[1])  # seven for the first endpoint, two of this one's
+        parts.append(part_of(database, everything, cursor))
+        cursor = parts[-1].cursor
+        if cursor is None:
+            break
+        assert left_to_recover(database, everything, cursor) is None
+    assert all(part.done <= 2 for part in parts)
+    by_endpoint = Counter(one.endpoint_id for one in rows(database, Delivery))
+    assert (by_endpoint[ids[0]], by_endpoint[ids[2]]) == (7, 7)
+    assert 0 < by_endpoint[ids[1]] < 7
+    enable_standing(database, ids[1])
+    assert recovered(database, everything) == 7 - by_endpoint[ids[1]] + 0
+    assert part_of(database, everything, None).cursor is not None, (
+        "whether anything was missed has to be looked for"
+    )
+
+
+@pytest.mark.parametrize(
+    "cursor", ["", "x", "dlv_1", "ep_1:evt_1", "dlv_" + "U" * 26, "dlv_" + "0" * 26 + "\n"]
+)
+def test_a_cursor_of_somebody_else_is_refused(database: Database, cursor: str) -> None:
+    deliver_to(database, "a.example")
+    for step in (part_of, lambda *args: cancel_part(args[0], args[1], cursor=cursor)):
+        with pytest.raises(CursorError):
+            step(database, DeliveryFilter(), cursor)
+    for count in (left_to_recover, left_to_cancel):
+        with pytest.raises(CursorError):
+            count(database, DeliveryFilter(), cursor)
+    assert row(database, Delivery).status == "pending"
 
 
 def test_cancel_by_filter(database: Database) -> None:

@@ -14,18 +14,34 @@ from typing import Any
 
 import pytest
 
-from flask_rq_webhooks.delivery import transport as transport_module
-from flask_rq_webhooks.delivery.transport import BODY_CAP, AttemptRequest, RequestsTransport
+from flask_rq_webhooks.delivery.transport import BODY_CAP, AttemptRequest, RequestsTransport, keeping
+from flask_rq_webhooks.delivery.transport.pinned import PinnedHTTPConnection
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, read_request, silence
 from tests.servers import ROOT, Receiver, wait_until
+from tests.transports import CLASSES, AnyTransport
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
+Make = Callable[[int], AnyTransport]
+
+
+@pytest.fixture(params=list(CLASSES))
+def kind(request: pytest.FixtureRequest) -> str:
+    """Every kind of transport has its turn."""
+    name: str = request.param
+    return name
+
 
 @pytest.fixture
-def transport() -> Iterator[RequestsTransport]:
-    with RequestsTransport(UrlPolicy(allow_http=True), concurrency=4) as made:
+def make(kind: str) -> Make:
+    """Give a function that makes a transport for so many requests at once."""
+    return lambda concurrency: CLASSES[kind](UrlPolicy(allow_http=True), concurrency=concurrency)
+
+
+@pytest.fixture
+def transport(make: Make) -> Iterator[AnyTransport]:
+    with make(4) as made:
         yield made
 
 
@@ -52,7 +68,7 @@ def keep_alive(answer: bytes = OK, requests: int = 1000) -> Callable[[socket.soc
     return script
 
 
-def test_the_bytes_on_the_wire(transport: RequestsTransport) -> None:
+def test_the_bytes_on_the_wire(transport: AnyTransport) -> None:
     got: list[bytes] = []
 
     def script(connection: socket.socket) -> None:
@@ -96,7 +112,7 @@ def server_port(request: AttemptRequest) -> int:
     return int(match[1])
 
 
-def test_the_result_of_an_answer(transport: RequestsTransport) -> None:
+def test_the_result_of_an_answer(transport: AnyTransport) -> None:
     before = datetime.now(UTC)
     headers = {
         "Content-Type": "text/plain",
@@ -117,7 +133,7 @@ def test_the_result_of_an_answer(transport: RequestsTransport) -> None:
     assert 0 < result.duration_ms < 5000
 
 
-def test_header_values_are_made_fit_for_the_database(transport: RequestsTransport) -> None:
+def test_header_values_are_made_fit_for_the_database(transport: AnyTransport) -> None:
     answer = b"HTTP/1.1 200 OK\r\nServer: a\x00b\x1b[31mc\x85d\r\nContent-Length: 0\r\n\r\n"
     with Attacker(after_request(answer)) as server:
         result = transport.submit(request_to(server.url)).result(10)
@@ -125,7 +141,7 @@ def test_header_values_are_made_fit_for_the_database(transport: RequestsTranspor
 
 
 @pytest.mark.parametrize("size", [0, 1, BODY_CAP - 1, BODY_CAP, BODY_CAP + 1, 10 * BODY_CAP])
-def test_a_connection_is_kept_if_the_body_was_read_whole(transport: RequestsTransport, size: int) -> None:
+def test_a_connection_is_kept_if_the_body_was_read_whole(transport: AnyTransport, size: int) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
     with Attacker(keep_alive(answer)) as server:
         for _ in range(3):
@@ -148,7 +164,7 @@ def test_a_connection_is_kept_if_the_body_was_read_whole(transport: RequestsTran
     ],
     ids=["204", "chunked", "500", "close", "http-1.0", "redirect"],
 )
-def test_when_connections_are_kept(transport: RequestsTransport, answer: bytes, connections: int) -> None:
+def test_when_connections_are_kept(transport: AnyTransport, answer: bytes, connections: int) -> None:
     with Attacker(keep_alive(answer)) as server:
         for _ in range(3):
             transport.submit(request_to(server.url)).result(10)
@@ -156,7 +172,7 @@ def test_when_connections_are_kept(transport: RequestsTransport, answer: bytes, 
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.03], ids=["together", "later"])
-def test_an_answer_nobody_asked_for_is_not_believed(transport: RequestsTransport, pause_s: float) -> None:
+def test_an_answer_nobody_asked_for_is_not_believed(transport: AnyTransport, pause_s: float) -> None:
     def script(connection: socket.socket) -> None:
         while read_request(connection):
             connection.sendall(OK)
@@ -170,7 +186,7 @@ def test_an_answer_nobody_asked_for_is_not_believed(transport: RequestsTransport
             time.sleep(0.1)
 
 
-def test_a_connection_closed_while_idle_costs_no_attempt(transport: RequestsTransport) -> None:
+def test_a_connection_closed_while_idle_costs_no_attempt(transport: AnyTransport) -> None:
     with Attacker(keep_alive(requests=1)) as server:
         for _ in range(3):
             assert transport.submit(request_to(server.url)).result(10).status_code == 200
@@ -200,7 +216,7 @@ class ClosesOnSecondRequest:
             connection.sendall(OK)
 
 
-def test_a_connection_closed_as_we_write_is_replaced_once(transport: RequestsTransport) -> None:
+def test_a_connection_closed_as_we_write_is_replaced_once(transport: AnyTransport) -> None:
     script = ClosesOnSecondRequest()
     with Attacker(script) as server:
         assert transport.submit(request_to(server.url)).result(10).status_code == 200
@@ -208,7 +224,7 @@ def test_a_connection_closed_as_we_write_is_replaced_once(transport: RequestsTra
     assert (script.connections, script.requests) == (2, 3)
 
 
-def test_once_an_answer_has_begun_nothing_is_repeated(transport: RequestsTransport) -> None:
+def test_once_an_answer_has_begun_nothing_is_repeated(transport: AnyTransport) -> None:
     script = ClosesOnSecondRequest(b"HTTP/1.1 200")
     with Attacker(script) as server:
         assert transport.submit(request_to(server.url)).result(10).status_code == 200
@@ -216,13 +232,13 @@ def test_once_an_answer_has_begun_nothing_is_repeated(transport: RequestsTranspo
     assert (script.connections, script.requests) == (1, 2)
 
 
-def test_a_new_connection_that_is_closed_is_not_tried_again(transport: RequestsTransport) -> None:
+def test_a_new_connection_that_is_closed_is_not_tried_again(transport: AnyTransport) -> None:
     with Attacker(lambda connection: None) as server:
         assert transport.submit(request_to(server.url)).result(10).error_code == "reset"
         assert server.connections == 1
 
 
-def test_a_kept_connection_still_has_a_deadline(transport: RequestsTransport) -> None:
+def test_a_kept_connection_still_has_a_deadline(transport: AnyTransport) -> None:
     def script(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(OK)
@@ -237,19 +253,19 @@ def test_a_kept_connection_still_has_a_deadline(transport: RequestsTransport) ->
 
 
 @pytest.mark.parametrize("limit", ["MAX_IDLE_S", "MAX_AGE_S"])
-def test_old_connections_are_not_used(
-    transport: RequestsTransport, monkeypatch: pytest.MonkeyPatch, limit: str
-) -> None:
-    monkeypatch.setattr(transport_module, limit, 0.05)
-    with Attacker(keep_alive()) as server:
+def test_old_connections_are_not_used(make: Make, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(keeping, limit, 0.05)
+    with make(4) as transport, Attacker(keep_alive()) as server:
         for _ in range(3):
             assert transport.submit(request_to(server.url)).result(10).status_code == 200
             time.sleep(0.1)
         assert server.connections == 3
 
 
-def test_idle_connections_are_closed_without_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module, "MAX_IDLE_S", 0.1)
+def test_idle_connections_are_closed_without_another_request(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "MAX_IDLE_S", 0.1)
     ended = threading.Event()
 
     def script(connection: socket.socket) -> None:
@@ -259,21 +275,21 @@ def test_idle_connections_are_closed_without_another_request(monkeypatch: pytest
             ended.set()
 
     with (
-        RequestsTransport(UrlPolicy(allow_http=True), concurrency=2) as transport,
+        make(2) as transport,
         Attacker(script) as server,
     ):
         assert transport.submit(request_to(server.url)).result(10).status_code == 200
         assert ended.wait(5)
 
 
-def test_hosts_do_not_share_connections(transport: RequestsTransport) -> None:
+def test_hosts_do_not_share_connections(transport: AnyTransport) -> None:
     with Attacker(keep_alive()) as server:
         for host in ("127.0.0.1", "localhost", "127.0.0.1"):
             assert transport.submit(request_to(f"http://{host}:{server.port}/")).result(10).status_code == 200
         assert server.connections == 2
 
 
-def test_no_more_requests_travel_at_once_than_allowed() -> None:
+def test_no_more_requests_travel_at_once_than_allowed(make: Make) -> None:
     lock = threading.Lock()
     now = peak = 0
 
@@ -289,7 +305,7 @@ def test_no_more_requests_travel_at_once_than_allowed() -> None:
 
     with (
         Receiver(respond) as receiver,
-        RequestsTransport(UrlPolicy(allow_http=True), concurrency=3) as transport,
+        make(3) as transport,
     ):
         futures = [transport.submit(request_to(receiver.url)) for _ in range(12)]
         assert {future.result(10).status_code for future in futures} == {204}
@@ -297,7 +313,7 @@ def test_no_more_requests_travel_at_once_than_allowed() -> None:
 
 
 def test_a_fault_of_ours_is_a_result_and_is_logged(
-    transport: RequestsTransport, caplog: pytest.LogCaptureFixture, receiver: Receiver
+    transport: AnyTransport, caplog: pytest.LogCaptureFixture, receiver: Receiver
 ) -> None:
     result = transport.submit(
         request_to(receiver.url + "?token=hunter2", headers={"X-Bad": object()})
@@ -310,16 +326,16 @@ def test_a_fault_of_ours_is_a_result_and_is_logged(
 
 @pytest.mark.parametrize("headers", [{"X-A": "✓"}, {"X-A": "a\r\nb: c"}, {"X-A\n": "b"}])
 def test_headers_that_slipped_through_are_not_sent(
-    transport: RequestsTransport, receiver: Receiver, headers: dict[str, str]
+    transport: AnyTransport, receiver: Receiver, headers: dict[str, str]
 ) -> None:
     result = transport.submit(request_to(receiver.url, headers=headers)).result(10)
     assert result.error_code == "internal"
     assert not receiver.received
 
 
-def test_a_cancelled_future_is_left_alone() -> None:
+def test_a_cancelled_future_is_left_alone(make: Make) -> None:
     with (
-        RequestsTransport(UrlPolicy(allow_http=True), concurrency=1) as transport,
+        make(1) as transport,
         Attacker(silence) as server,
     ):
         stuck = transport.submit(request_to(server.url, timeout_s=0.5))
@@ -330,18 +346,18 @@ def test_a_cancelled_future_is_left_alone() -> None:
 
 
 class TestClosing:
-    def test_requests_under_way_may_end(self) -> None:
+    def test_requests_under_way_may_end(self, make: Make) -> None:
         release = threading.Event()
         with Receiver(lambda _received: release.wait(5) and 204) as receiver:
-            transport = RequestsTransport(UrlPolicy(allow_http=True), concurrency=2)
+            transport = make(2)
             futures = [transport.submit(request_to(receiver.url)) for _ in range(4)]
             threading.Timer(0.2, release.set).start()
             transport.close(wait=True)
             assert [future.result(0).status_code for future in futures] == [204] * 4
 
-    def test_or_are_broken_off(self) -> None:
+    def test_or_are_broken_off(self, make: Make) -> None:
         with Attacker(silence) as server:
-            transport = RequestsTransport(UrlPolicy(allow_http=True), concurrency=2)
+            transport = make(2)
             futures = [transport.submit(request_to(server.url, timeout_s=30)) for _ in range(4)]
             wait_until(lambda: server.connections == 2)
             started = time.monotonic()
@@ -349,27 +365,34 @@ class TestClosing:
             assert time.monotonic() - started < 2
             assert [future.result(0).error_code for future in futures] == ["internal"] * 4
 
-    def test_afterwards_nothing_is_taken(self) -> None:
-        transport = RequestsTransport(UrlPolicy(), concurrency=1)
+    def test_afterwards_nothing_is_taken(self, make: Make) -> None:
+        transport = make(1)
         transport.close(wait=True)
         transport.close(wait=False)
         with pytest.raises(RuntimeError, match="closed"):
             transport.submit(request_to("https://example.com/"))
 
-    def test_a_stalled_look_up_does_not_keep_the_process(self) -> None:
+    def test_a_stalled_look_up_does_not_keep_the_process(self, kind: str) -> None:
         """The interpreter must be able to exit while getaddrinfo hangs."""
         program = """
-import time
-from flask_rq_webhooks.delivery.transport import AttemptRequest, RequestsTransport
+import sys, time
+from flask_rq_webhooks.delivery.transport import AttemptRequest
 from flask_rq_webhooks.protocol.urls import UrlPolicy
-transport = RequestsTransport(UrlPolicy(), concurrency=1, resolver=lambda host, port: time.sleep(60))
+from tests.transports import CLASSES
+made = CLASSES[sys.argv[1]]
+transport = made(UrlPolicy(), concurrency=1, resolver=lambda host, port: time.sleep(60))
 request = AttemptRequest(
     url="https://example.com/", headers={}, body=b"", timeout_s=0.2, connect_timeout_s=0.2
 )
 print(transport.submit(request).result().error_code)
 """
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=15, cwd=ROOT, check=True
+            [sys.executable, "-c", program, kind],
+            capture_output=True,
+            text=True,
+            timeout=15,
+            cwd=ROOT,
+            check=True,
         )
         assert done.stdout.strip() == "dns"
 
@@ -382,7 +405,7 @@ def test_nothing_of_a_request_shows_in_its_representation() -> None:
 
 
 def test_a_connection_outside_an_attempt_is_refused() -> None:
-    connection = transport_module._PinnedHTTPConnection("127.0.0.1", 1)
+    connection = PinnedHTTPConnection("127.0.0.1", 1)
     with pytest.raises(RuntimeError, match="outside"):
         connection.connect()
 

@@ -7,20 +7,21 @@ from typing import Any
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, RequestsTransport
+from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, Transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
+from tests.transports import CLASSES
 
 Send = Callable[..., AttemptResult]
 
 
-@pytest.fixture
-def make_transport() -> Iterator[Callable[..., RequestsTransport]]:
-    """Give a function that makes transports, all closed at the end."""
-    made: list[RequestsTransport] = []
+@pytest.fixture(params=list(CLASSES))
+def make_transport(request: pytest.FixtureRequest) -> Iterator[Callable[..., Transport]]:
+    """Give a function that makes transports of one kind, all closed at the end; every kind has its turn."""
+    made: list[Transport] = []
 
-    def make(policy: UrlPolicy | None = None, **options: Any) -> RequestsTransport:
+    def make(policy: UrlPolicy | None = None, **options: Any) -> Transport:
         options.setdefault("concurrency", 4)
-        made.append(RequestsTransport(policy or UrlPolicy(allow_http=True), **options))
+        made.append(CLASSES[request.param](policy or UrlPolicy(allow_http=True), **options))
         return made[-1]
 
     yield make
@@ -29,7 +30,7 @@ def make_transport() -> Iterator[Callable[..., RequestsTransport]]:
 
 
 @pytest.fixture
-def send(make_transport: Callable[..., RequestsTransport]) -> Send:
+def send(make_transport: Callable[..., Transport]) -> Send:
     """Give a function that sends one request through one transport and waits for the result."""
     return sender(make_transport())
 
@@ -45,7 +46,7 @@ def request_to(url: str, *, timeout_s: float = 5, **changes: Any) -> AttemptRequ
     return AttemptRequest(**(values | changes))
 
 
-def sender(transport: RequestsTransport) -> Send:
+def sender(transport: Transport) -> Send:
     def send(url: str, **changes: Any) -> AttemptResult:
         return transport.submit(request_to(url, **changes)).result(timeout=30)
 

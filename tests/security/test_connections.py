@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import ipaddress
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flask_rq_webhooks.delivery import transport as transport_module
-from flask_rq_webhooks.delivery.transport import RequestsTransport
+from flask_rq_webhooks.delivery.transport import Transport
+from flask_rq_webhooks.delivery.transport.lookups import alternate
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, elapsed, read_request, silence
 from tests.security.conftest import Send, request_to, sender
@@ -27,7 +28,7 @@ from tests.servers import Receiver, free_port
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
-MakeTransport = Callable[..., RequestsTransport]
+MakeTransport = Callable[..., Transport]
 
 
 class FakeDNS:
@@ -47,15 +48,13 @@ class Connects:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.addresses: list[str] = []
-        original = transport_module._open
+        original = socket.socket.connect
 
-        def recording(
-            family: socket.AddressFamily, address: str, port: int, timeout_s: float
-        ) -> socket.socket:
-            self.addresses.append(address)
-            return original(family, address, port, timeout_s)
+        def recording(sock: socket.socket, address: tuple[str, int]) -> None:
+            self.addresses.append(address[0])
+            original(sock, address)
 
-        monkeypatch.setattr(transport_module, "_open", recording)
+        monkeypatch.setattr(socket.socket, "connect", recording)
 
 
 @pytest.fixture
@@ -141,26 +140,30 @@ def test_of_two_hundred_addresses_four_are_tried(make_transport: MakeTransport, 
     assert connects.addresses == answers[:4]
 
 
-def test_an_address_that_does_not_answer_leaves_time_for_the_next(
-    make_transport: MakeTransport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stalling(family: socket.AddressFamily, address: str, port: int, timeout_s: float) -> socket.socket:
-        if address == "127.0.0.9":
-            time.sleep(timeout_s)
-            raise TimeoutError
-        return original(family, address, port, timeout_s)
-
-    original = transport_module._open
-    monkeypatch.setattr(transport_module, "_open", stalling)
-    with Attacker(after_request(OK)) as attacker, elapsed() as seconds:
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(make_transport: MakeTransport) -> None:
+    with Attacker(after_request(OK)) as attacker, unanswering("127.0.0.9", attacker.port):
         policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
         send = sender(make_transport(policy, resolver=FakeDNS(["127.0.0.9", "127.0.0.1"])))
-        assert send(f"http://two.example.com:{attacker.port}/", connect_timeout_s=1).status_code == 200
-        assert seconds() < 1
+        with elapsed() as seconds:
+            result = send(f"http://two.example.com:{attacker.port}/", connect_timeout_s=1)
+            assert (result.status_code, seconds() < 1) == (200, True)
+
+
+@contextlib.contextmanager
+def unanswering(host: str, port: int = 0) -> Iterator[int]:
+    """Listen at an address without ever accepting, with the backlog full; give the port."""
+    with socket.socket() as full, contextlib.ExitStack() as waiting:
+        full.bind((host, port))
+        full.listen(0)
+        for _ in range(3):  # fill the backlog
+            sock = waiting.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        yield full.getsockname()[1]
 
 
 def test_families_take_turns() -> None:
-    assert transport_module._alternate(["::1", "::2", "::3", "1.1.1.1", "2.2.2.2"]) == [
+    assert alternate(["::1", "::2", "::3", "1.1.1.1", "2.2.2.2"]) == [
         "::1",
         "1.1.1.1",
         "::2",
@@ -263,21 +266,11 @@ def test_nobody_listening_is_a_connect_error(send: Send) -> None:
 
 
 def test_a_connection_that_is_not_accepted_is_a_connect_error(send: Send) -> None:
-    with socket.socket() as full:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        waiting = []
-        for _ in range(3):  # fill the backlog
-            sock = socket.socket()
-            sock.setblocking(False)
-            sock.connect_ex(full.getsockname())
-            waiting.append(sock)
-        with elapsed() as seconds:
-            result = send(f"http://127.0.0.1:{full.getsockname()[1]}/", timeout_s=5, connect_timeout_s=0.5)
-            took = seconds()
-        for sock in waiting:
-            sock.close()
+    with unanswering("127.0.0.1") as port, elapsed() as seconds:
+        result = send(f"http://127.0.0.1:{port}/", timeout_s=5, connect_timeout_s=0.5)
+        took = seconds()
     assert (result.error_code, took < 1.5) == ("connect", True)
+    assert result.error_detail == "127.0.0.1: timed out"
 
 
 # --- TLS --------------------------------------------------------------------------------------------------

@@ -9,15 +9,16 @@ import pytest
 from sqlalchemy import update
 
 from flask_rq_webhooks.delivery.dispatcher import Dispatcher
-from flask_rq_webhooks.delivery.transport import RequestsTransport
 from flask_rq_webhooks.errors import InvalidWebhookError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from flask_rq_webhooks.storage.models import Endpoint
 from tests.integration.hosts import Host
 from tests.pipeline import work
 from tests.servers import Receiver
+from tests.transports import CLASSES
 
 MakeHost = Callable[..., Host]
+Deliver = Callable[..., None]
 
 
 @pytest.fixture
@@ -45,11 +46,17 @@ def submit(host: Host, url: str) -> str:
     return str(response.get_json()["job_id"])
 
 
-def deliver(host: Host, policy: UrlPolicy | None = None, **options: Any) -> None:
-    """Run what is queued, and deliver, through real sockets."""
-    work(host.redis)
-    with RequestsTransport(policy or host.state.url_policy, concurrency=4, **options) as transport:
-        Dispatcher(host.state, transport=transport).run(burst=True)
+@pytest.fixture(params=list(CLASSES))
+def deliver(request: pytest.FixtureRequest) -> Deliver:
+    """Give a function that runs what is queued, and delivers, through real sockets of every transport."""
+
+    def run(host: Host, policy: UrlPolicy | None = None, **options: Any) -> None:
+        work(host.redis)
+        chosen = policy or host.state.url_policy
+        with CLASSES[request.param](chosen, concurrency=4, **options) as transport:
+            Dispatcher(host.state, transport=transport).run(burst=True)
+
+    return run
 
 
 def status(host: Host, job_id: str) -> Any:
@@ -168,7 +175,9 @@ def test_no_way_in_takes_such_a_url(make_host: MakeHost, url: str) -> None:
 # -- and what goes out ------------------------------------------------------------------------------------
 
 
-def test_a_url_is_judged_again_before_every_attempt(make_host: MakeHost, receiver: Receiver) -> None:
+def test_a_url_is_judged_again_before_every_attempt(
+    make_host: MakeHost, deliver: Deliver, receiver: Receiver
+) -> None:
     """An operator may have closed a network since; and whoever writes to SQL gains no way in."""
     host = make_host(RQ_WEBHOOKS_ALLOW_HTTP=True)
     narrowed, forged = submit(host, receiver.url), submit(host, receiver.url)
@@ -187,7 +196,9 @@ def test_a_url_is_judged_again_before_every_attempt(make_host: MakeHost, receive
     assert {status(host, job)["delivery_status"] for job in (narrowed, forged)} == {"exhausted"}
 
 
-def test_a_name_that_leads_inside_is_not_connected_to(make_host: MakeHost, receiver: Receiver) -> None:
+def test_a_name_that_leads_inside_is_not_connected_to(
+    make_host: MakeHost, deliver: Deliver, receiver: Receiver
+) -> None:
     host = make_host(RQ_WEBHOOKS_RETRY_SCHEDULE=[])
     port = receiver.port
     jobs = {
@@ -237,7 +248,7 @@ def test_registering_looks_no_name_up(make_host: MakeHost, monkeypatch: pytest.M
     assert not any("example.com" in str(name) for name in asked)
 
 
-def test_a_redirect_inside_is_not_followed(make_host: MakeHost, receiver: Receiver) -> None:
+def test_a_redirect_inside_is_not_followed(make_host: MakeHost, deliver: Deliver, receiver: Receiver) -> None:
     host = make_host(RQ_WEBHOOKS_ALLOW_HTTP=True, RQ_WEBHOOKS_RETRY_SCHEDULE=[])
     with Receiver(lambda _received: (307, {"Location": receiver.url}, b"")) as redirecting:
         job_id = submit(host, redirecting.url)

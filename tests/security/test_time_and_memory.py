@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import BODY_CAP, RequestsTransport
+from flask_rq_webhooks.delivery.transport import BODY_CAP, Transport
 from tests.security.attackers import (
     Attacker,
     MemoryGrowth,
@@ -59,9 +59,7 @@ STALLS: dict[str, Script] = {
     "slow-chunk-size": then(OK + b"Transfer-Encoding: chunked\r\n\r\n", drip(b"0")),
     "slow-trailers": then(OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", drip(b"X-A: b\r\n")),
     "silent-body": then(OK + b"Content-Length: 5\r\n\r\n", silence),
-    "100-continue-flood": then(b"", flood(b"HTTP/1.1 100 Continue\r\n\r\n" * 50)),
     "100-continue-drip": then(b"", drip(b"HTTP/1.1 100 Continue\r\n\r\n", 0.01)),
-    "103-early-hints-flood": then(b"", flood(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 50)),
     "trailer-flood": then(
         OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", flood(b"X-A: bbbbbbbbbbbbbbbbbbbbbbbb\r\n" * 50)
     ),
@@ -70,15 +68,21 @@ STALLS: dict[str, Script] = {
 
 
 @pytest.mark.parametrize("script", STALLS.values(), ids=STALLS)
-def test_a_stalling_receiver_is_left_at_the_deadline(send: Send, script: Script) -> None:
+def test_a_stalling_receiver_is_left_at_the_deadline(
+    request: pytest.FixtureRequest, send: Send, script: Script
+) -> None:
     for _ in range(2):  # a flood on a machine that is busy with other tests gets a second chance
         with Attacker(script) as attacker, MemoryGrowth() as growth, elapsed() as seconds:
             result = send(attacker.url, timeout_s=DEADLINE_S)
             took = seconds()
         if took < DEADLINE_S + 1:
             break
-    assert (result.error_code, result.status_code) == ("timeout", None)
-    assert DEADLINE_S * 0.9 <= took < DEADLINE_S + 1
+    if request.node.callspec.id == "aiohttp-trailer-flood":  # its parser stops at the hundredth
+        assert (result.error_code, result.status_code) == ("reset", None)
+    else:
+        assert (result.error_code, result.status_code) == ("timeout", None)
+        assert took >= DEADLINE_S * 0.9
+    assert took < DEADLINE_S + 1
     assert growth.peak_mb < MAX_GROWTH_MB
     assert result.response_body == b""
 
@@ -163,6 +167,8 @@ HEADER_BOMBS = {
     "long-values": then(OK, flood(b"X-A: " + b"a" * 60_000 + b"\r\n")),
     "folded": then(OK + b"X-A: b\r\n", flood(b" continued " * 5000 + b"\r\n")),
     "long-status-line": then(b"HTTP/1.1 200 ", flood(b"a" * 65536)),
+    "100-continue-flood": then(b"", flood(b"HTTP/1.1 100 Continue\r\n\r\n" * 50)),
+    "103-early-hints-flood": then(b"", flood(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 50)),
     "long-interim": then(b"HTTP/1.1 100 Continue\r\nX-A: ", flood(b"a" * 65536)),
 }
 
@@ -224,7 +230,7 @@ def test_interim_responses_are_skipped(send: Send) -> None:
 
 
 def test_one_attack_on_every_thread_leaves_the_next_request_alone(
-    make_transport: Callable[..., RequestsTransport],
+    make_transport: Callable[..., Transport],
 ) -> None:
     transport = make_transport(concurrency=8)
     with (
@@ -239,7 +245,7 @@ def test_one_attack_on_every_thread_leaves_the_next_request_alone(
         assert seconds() < DEADLINE_S + 1.5
 
 
-def test_fifty_attackers_at_once_are_bounded(make_transport: Callable[..., RequestsTransport]) -> None:
+def test_fifty_attackers_at_once_are_bounded(make_transport: Callable[..., Transport]) -> None:
     transport = make_transport(concurrency=50)
     with (
         Attacker(then(OK, flood(b"X-A: " + b"a" * 600 + b"\r\n"))) as headers,
@@ -253,7 +259,7 @@ def test_fifty_attackers_at_once_are_bounded(make_transport: Callable[..., Reque
 
 
 def test_threads_and_descriptors_are_bounded_and_given_back(
-    make_transport: Callable[..., RequestsTransport],
+    make_transport: Callable[..., Transport],
 ) -> None:
     before_fds = len(os.listdir("/proc/self/fd"))
     before_threads = threading.active_count()

@@ -8,12 +8,12 @@ from functools import partial
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import _DaemonThreads
+from flask_rq_webhooks.delivery.transport.threads import DaemonThreads
 
 
 @pytest.mark.parametrize("limit", [1, 4, 16])
 def test_tasks_that_wait_for_each_other_run_at_once(limit: int) -> None:
-    threads = _DaemonThreads("test", limit)
+    threads = DaemonThreads("test", limit)
     together = threading.Barrier(limit)
     for _ in range(limit):
         threads.run(lambda: print(together.wait(10)))
@@ -23,7 +23,7 @@ def test_tasks_that_wait_for_each_other_run_at_once(limit: int) -> None:
 
 
 def test_never_more_than_the_limit_and_in_order() -> None:
-    threads = _DaemonThreads("test", 2)
+    threads = DaemonThreads("test", 2)
     begun: list[int] = []
     running, most = 0, 0
     lock = threading.Lock()
@@ -48,7 +48,7 @@ def test_never_more_than_the_limit_and_in_order() -> None:
 
 
 def test_work_given_before_the_end_is_done() -> None:
-    threads = _DaemonThreads("test", 3)
+    threads = DaemonThreads("test", 3)
     gate = threading.Event()
     done: list[int] = []
 
@@ -65,7 +65,7 @@ def test_work_given_before_the_end_is_done() -> None:
 
 
 def test_many_givers_lose_nothing() -> None:
-    threads = _DaemonThreads("test", 8)
+    threads = DaemonThreads("test", 8)
     done: list[int] = []
 
     def give(start: int) -> None:
@@ -83,7 +83,7 @@ def test_many_givers_lose_nothing() -> None:
 
 
 def test_nobody_is_started_for_nothing() -> None:
-    threads = _DaemonThreads("test", 8)
+    threads = DaemonThreads("test", 8)
     done = threading.Event()
     threads.run(done.set)
     assert done.wait(10)

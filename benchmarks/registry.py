@@ -1,0 +1,70 @@
+"""Every benchmark by name, with how much it does: enough for figures, or for a quick look."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from . import callback, deliveries, designs, hanging, latency, route, scale, stages
+from .harness import Benchmark
+
+BENCHMARKS: Final[dict[str, Benchmark]] = {
+    "deliveries": Benchmark(
+        deliveries.instant,
+        full={"rounds": 5, "count": 4000, "limit": 8000},
+        quick={"rounds": 1, "count": 800, "limit": 2000},
+        promises=("limit", "fast"),
+    ),
+    "designs": Benchmark(
+        designs.instant,
+        full={"rounds": 3, "count": 3000, "others": 600, "forking": 80},
+        quick={"rounds": 1, "count": 800, "others": 120, "forking": 16},
+        promises=("job-per-attempt", "django-webhook"),
+    ),
+    "slow": Benchmark(
+        designs.slow,
+        full={"rounds": 3, "count": 4000, "others": 80},
+        quick={"rounds": 1, "count": 800, "others": 16},
+        promises=("naive",),
+    ),
+    "one-host": Benchmark(
+        deliveries.one_host, full={"rounds": 3, "count": 800}, quick={"rounds": 1, "count": 200}
+    ),
+    "two-dispatchers": Benchmark(
+        deliveries.two_dispatchers,
+        full={"rounds": 3, "count": 4000},
+        quick={"rounds": 1, "count": 800},
+        promises=("two-dispatchers",),
+    ),
+    "stages": Benchmark(stages.stages, full={"rounds": 5, "count": 2048}, quick={"rounds": 1, "count": 256}),
+    "callback": Benchmark(
+        callback.callback,
+        full={"rounds": 5, "simple": 1500, "forking": 400, "beside": 3},
+        quick={"rounds": 1, "simple": 300, "forking": 60, "beside": 1},
+        promises=("callback", "callback-independent"),
+    ),
+    "route": Benchmark(
+        route.routes,
+        full={"rounds": 5, "count": 1500, "unused": 4000},
+        quick={"rounds": 2, "count": 200, "unused": 600},
+        promises=("route", "route-unused"),
+    ),
+    "latency": Benchmark(latency.end_to_end, full={"count": 800}, quick={"count": 60}, promises=("latency",)),
+    "hanging": Benchmark(
+        hanging.hanging,
+        full={"rounds": 3, "each": 1000},
+        quick={"rounds": 1, "each": 100},
+        promises=("hanging",),
+    ),
+    "growth": Benchmark(
+        scale.growth,
+        full={"rounds": 5, "claims": 100, "rows": 1_000_000},
+        quick={"rounds": 2, "claims": 10, "rows": 30_000},
+        promises=("growth",),
+    ),
+    "memory": Benchmark(
+        scale.memory,
+        full={"due": 1_000_000, "sent": 200_000},
+        quick={"due": 20_000, "sent": 2_000},
+        promises=("memory",),
+    ),
+}

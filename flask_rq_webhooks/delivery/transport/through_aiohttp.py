@@ -1,0 +1,581 @@
+"""The transport of :mod:`aiohttp`, on one event loop in a thread of its own: the extra ``fast``.
+
+The promises are those of :class:`.RequestsTransport`, and they come from the same modules: which URL and
+address may be used, what goes out, what may come back, why there is no answer. What differs is who waits: one
+loop instead of many threads.
+
+Of aiohttp it uses the session and the connector, whose ``connect`` and ``_create_connection`` are made to be
+overridden, and the protocol that the connector makes, to count the bytes of a response's head.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import re
+import ssl
+import threading
+import time
+from collections import OrderedDict, deque
+from concurrent.futures import Future
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from functools import lru_cache, partial
+from typing import Any, cast
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
+from yarl import URL
+
+from ...protocol.urls import CheckedURL, UrlPolicy, redact_url
+from . import keeping
+from .answers import BODY_CAP, MAX_HEADER_BYTES, MAX_HEADERS, broken, failed, head_of
+from .contract import AttemptRequest, AttemptResult
+from .destinations import Destinations, is_literal
+from .failures import Failure, deadline_passed, innermost, transport_closed
+from .lookups import MAX_ADDRESSES, Lookups, Resolver, alternate, look_up_failure, system_resolver
+from .loop import LoopThread
+from .opening import open_one_in_loop
+from .outgoing import wire_headers
+from .tls import default_ssl_context
+
+logger = logging.getLogger(__name__)
+
+#: Kept connections at most, beside as many as may be in use.
+_MIN_KEPT = 32
+#: aiohttp warns of longer bodies when they are bytes.
+_LARGE_BODY = 2**20
+#: Seconds between two tries to get a thread for a look-up.
+_LOOK_UP_PAUSE_S = 0.02
+
+
+class AiohttpTransport:
+    """Send through :mod:`aiohttp` on one event loop in a daemon thread.
+
+    :param policy: what may be reached.
+    :param concurrency: requests in flight at most.
+    :param proxy_url: egress proxy; it then decides about addresses, and may itself have a private one.
+    :param resolver: ``(host, port) -> addresses``; may block and raise :exc:`OSError`. Called in a thread of
+        its own, since a look-up cannot be given a deadline.
+    :param ssl_context: instead of :func:`.default_ssl_context`.
+    :param ca_file: PEM bundle for :func:`.default_ssl_context`.
+    :param body_cap: bytes of a response body that are kept.
+    """
+
+    def __init__(
+        self,
+        policy: UrlPolicy,
+        *,
+        concurrency: int,
+        proxy_url: str | None = None,
+        resolver: Resolver = system_resolver,
+        ssl_context: ssl.SSLContext | None = None,
+        ca_file: str | None = None,
+        body_cap: int = BODY_CAP,
+    ) -> None:
+        context = ssl_context or default_ssl_context(ca_file)
+        self._concurrency = concurrency
+        self._closing = threading.Lock()
+        self._closed = False
+        self._submitted: deque[tuple[Future[AttemptResult], AttemptRequest]] = deque()
+        self._drain_is_due = False
+        self._thread = LoopThread("rq-webhooks-send")
+        self._loop = self._thread.loop
+        self._exchanges: _Exchanges = self._thread.call(
+            _open_exchanges,
+            Destinations(policy),
+            Lookups(resolver, limit=max(8, 2 * concurrency)),
+            context,
+            proxy_url=proxy_url,
+            concurrency=concurrency,
+            body_cap=body_cap,
+        )
+        # What follows belongs to the loop's thread.
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._deadlines = _Deadlines(self._loop)
+
+    def submit(self, request: AttemptRequest) -> Future[AttemptResult]:
+        """Send *request* as soon as a slot is free.
+
+        :returns: a future that never raises: what went wrong is in the result.
+        :raises RuntimeError: after :meth:`close`.
+        """
+        future: Future[AttemptResult] = Future()
+        with self._closing:
+            if self._closed:
+                raise RuntimeError("This transport is closed; make a new one.")
+            self._submitted.append((future, request))
+            if not self._drain_is_due:  # one call for all that comes until the loop looks
+                self._drain_is_due = True
+                self._loop.call_soon_threadsafe(self._drain)
+        return future
+
+    def close(self, *, wait: bool) -> None:
+        """Take no more requests, end the thread and close the connections.
+
+        :param wait: let requests under way end by themselves, which their deadlines bound. Otherwise they
+            are broken off and end as ``internal``.
+        """
+        with self._closing:
+            already, self._closed = self._closed, True
+            if not wait and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._deadlines.abort)
+        if already:
+            self._thread.join()
+            return
+        self._thread.call(self._finish)
+        with self._closing:
+            self._thread.stop()
+
+    def __enter__(self) -> AiohttpTransport:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close(wait=True)
+
+    # -- in the loop's thread ---------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Start as many tasks as there are requests and slots."""
+        self._drain_is_due = False
+        for _ in range(min(len(self._submitted), self._concurrency - len(self._tasks))):
+            self._tasks.add(self._loop.create_task(self._work()))
+
+    async def _work(self) -> None:
+        """Make one attempt after the other until nothing is left."""
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        while self._submitted:
+            future, request = self._submitted.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_result(await self._make(request, task))
+        self._tasks.discard(task)  # not a moment later, or a request might wait for a slot that is free
+
+    async def _make(self, request: AttemptRequest, task: asyncio.Task[None]) -> AttemptResult:
+        started_at = datetime.now(UTC)
+        started = time.monotonic()
+        if self._deadlines.aborted:
+            return AttemptResult(started_at=started_at, duration_ms=0.0, **failed(transport_closed()))
+        attempt = _Attempt(task, request, started)
+        self._deadlines.watch(attempt)
+        try:
+            outcome = await self._exchanges.run(attempt, request)
+        except Failure as failure:
+            outcome = failed(failure)
+        except asyncio.CancelledError:
+            outcome = failed(attempt.fired or transport_closed())
+        except Exception:  # the future's promise: a fault of ours is a result too, and is logged
+            logger.exception("Sending to %s failed in an unforeseen way.", redact_url(request.url))
+            outcome = broken()
+        self._deadlines.forget(attempt)
+        if attempt.fired is not None:
+            while task.uncancel():  # also what was asked for and not yet thrown
+                pass
+            outcome = failed(attempt.fired)
+        duration_ms = (time.monotonic() - started) * 1000
+        return AttemptResult(started_at=started_at, duration_ms=duration_ms, **outcome)
+
+    async def _finish(self) -> None:
+        while self._submitted or self._tasks:
+            self._drain()
+            await asyncio.wait(self._tasks)
+        self._deadlines.end()
+        await self._exchanges.close()
+
+
+class _Attempt:
+    """One attempt's deadlines, and the task that can be cancelled to end it."""
+
+    __slots__ = (
+        "answered",
+        "checked",
+        "connect_deadline",
+        "deadline",
+        "fired",
+        "late",
+        "opened_at",
+        "protocol",
+        "reused",
+        "task",
+        "transport",
+        "wants_new_connection",
+    )
+
+    checked: CheckedURL
+
+    def __init__(self, task: asyncio.Task[None], request: AttemptRequest, started: float) -> None:
+        self.task = task
+        self.deadline = started + request.timeout_s
+        self.connect_deadline = started + min(request.connect_timeout_s, request.timeout_s)
+        #: Why it was ended from outside.
+        self.fired: Failure | None = None
+        #: What it comes to if the deadline passes now; a timeout, if nothing else.
+        self.late: Failure | None = None
+        self.protocol: _Protocol | None = None
+        self.transport: asyncio.Transport | None = None
+        self.opened_at = 0.0
+        self.reused = False
+        self.wants_new_connection = False
+
+    def fire(self, failure: Failure | None = None) -> None:
+        """End the attempt now."""
+        if self.fired is None:
+            self.fired = failure or self.late or deadline_passed()
+            self.task.cancel()
+
+    def may_repeat(self) -> bool:
+        """Say once whether a broken connection may be blamed on its having been idle."""
+        answered = self.protocol is not None and bool(self.protocol.answer)
+        if not self.reused or self.wants_new_connection or answered:
+            return False
+        self.wants_new_connection = True
+        return True
+
+
+#: The attempt a task is making; how the connector knows its deadline.
+_current: ContextVar[_Attempt] = ContextVar("rq_webhooks_attempt")
+
+
+class _Deadlines:
+    """End attempts at their deadlines, with one timer that in good times never has to act."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._attempts: set[_Attempt] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = 0.0
+        self.aborted = False
+
+    def watch(self, attempt: _Attempt) -> None:
+        self._attempts.add(attempt)
+        if self._timer is None or attempt.deadline < self._wakes_at:
+            self._wake_at(attempt.deadline)
+
+    def forget(self, attempt: _Attempt) -> None:
+        self._attempts.discard(attempt)
+
+    def abort(self) -> None:
+        """End every attempt now; no other may begin."""
+        self.aborted = True
+        for attempt in self._attempts:
+            attempt.fire(transport_closed())
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wake_at(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._wakes_at = when
+        # uvloop's clock has another zero, so seconds from now are what both understand.
+        self._timer = self._loop.call_later(max(when - time.monotonic(), 0) + 0.001, self._sweep)
+
+    def _sweep(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        for attempt in self._attempts:
+            if attempt.deadline <= now:
+                attempt.fire()
+        waiting = [attempt.deadline for attempt in self._attempts if attempt.fired is None]
+        if waiting:
+            self._wake_at(min(waiting))
+
+
+async def _open_exchanges(
+    destinations: Destinations,
+    lookups: Lookups,
+    context: ssl.SSLContext,
+    *,
+    proxy_url: str | None,
+    concurrency: int,
+    body_cap: int,
+) -> _Exchanges:
+    connector = _PinnedConnector(destinations, lookups, context, keep=max(_MIN_KEPT, concurrency))
+    return _Exchanges(destinations, connector, proxy=URL(proxy_url) if proxy_url else None, body_cap=body_cap)
+
+
+class _Exchanges:
+    """Requests and their answers, within one session."""
+
+    def __init__(
+        self, destinations: Destinations, connector: _PinnedConnector, *, proxy: URL | None, body_cap: int
+    ) -> None:
+        self._destinations = destinations
+        self._connector = connector
+        self._body_cap = body_cap
+        self._parsed = lru_cache(maxsize=256)(partial(URL, encoded=True))
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
+            skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+            trust_env=False,
+            auto_decompress=False,
+            read_bufsize=body_cap,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            max_headers=MAX_HEADERS,
+        )
+        self._options: dict[str, Any] = {"allow_redirects": False}
+        if proxy is not None:
+            self._options["proxy"] = proxy
+
+    async def run(self, attempt: _Attempt, request: AttemptRequest) -> dict[str, Any]:
+        """Return the fields of the result.
+
+        :raises Failure: when there is no answer.
+        """
+        attempt.checked = self._destinations.check_url(request.url)
+        headers = wire_headers(request)
+        _current.set(attempt)
+        try:
+            return await self._exchange(attempt, request, headers)
+        except Failure as failure:
+            if failure.code not in ("reset", "tls") or not attempt.may_repeat():
+                raise
+        # The receiver closed an idle connection while we were writing to it: not its verdict on this
+        # request. Receivers tell repeats by webhook-id, so one more try on a new connection is safe.
+        return await self._exchange(attempt, request, headers)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    async def _exchange(
+        self, attempt: _Attempt, request: AttemptRequest, headers: dict[str, str]
+    ) -> dict[str, Any]:
+        """Make the request once; translate everything that can go wrong on the way."""
+        body: Any = request.body if len(request.body) < _LARGE_BODY else io.BytesIO(request.body)
+        response: aiohttp.ClientResponse | None = None
+        attempt.protocol = attempt.transport = None
+        try:
+            response = await self._session.post(
+                self._parsed(attempt.checked.url), data=body, headers=headers, **self._options
+            )
+            return await self._read(response, cast(_Protocol, attempt.protocol))
+        except (aiohttp.ClientError, OSError) as exc:
+            outcome = _readable_part(exc, attempt.protocol)
+            if outcome is None:
+                raise _failure(exc) from exc
+            return outcome
+        finally:
+            if response is not None and not response.closed:
+                response.close()  # never drained: what follows may have no end
+            self._connector.done(attempt)
+
+    async def _read(self, response: aiohttp.ClientResponse, protocol: _Protocol) -> dict[str, Any]:
+        outcome = head_of(response.status, response.raw_headers)
+        if "error_code" in outcome:
+            protocol.close()
+            return outcome
+        content = response.content
+        body = b""
+        # One byte more than is kept, so that a body of just that size is seen to have ended.
+        while len(body) <= self._body_cap and (chunk := await content.read(self._body_cap + 1 - len(body))):
+            body += chunk
+            if content.at_eof():
+                break
+        outcome["response_body"] = body[: self._body_cap]
+        return outcome
+
+
+#: Statuses without a body, whatever follows (RFC 9112, 6.3).
+_BODILESS = (b"204", b"304")
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([2-5][0-9]{2})(?: [^\r\n]*)?\r\n")
+_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*)", re.DOTALL)
+_CONTROLS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+class _Protocol(ResponseHandler):
+    """A connection that counts the bytes of an answer's heads, and knows whether any came."""
+
+    #: What came first since the request.
+    answer = b""
+    #: Bytes that may still come before a head has ended; ``None`` once the final one has.
+    _head_left: int | None = None
+
+    def expect_answer(self) -> None:
+        """Begin to count: a request is about to be sent."""
+        self.answer = b""
+        self._head_left = MAX_HEADER_BYTES
+
+    def data_received(self, data: bytes) -> None:
+        """Hand *data* to the parser, which tells of every head that ended by :meth:`feed_data`."""
+        if self._head_left is not None:
+            self.answer = self.answer or data
+            self._head_left -= len(data)
+            if data[9:12] in _BODILESS and 0 <= (end := data.find(b"\r\n\r\n")) < len(data) - 4:
+                data = data[: end + 4]  # some send a body all the same; it is nobody's answer
+                self.force_close()
+        super().data_received(data)
+        if self._head_left is not None and self._head_left < 0:
+            self.set_exception(aiohttp.ClientPayloadError("the headers are too long"))
+
+    def feed_data(self, data: Any, size: int = 0) -> None:
+        """Take a head from the parser."""
+        if data[0].code >= 200:
+            self._head_left = None
+        super().feed_data(data, size)
+
+
+def _readable_part(exc: BaseException, protocol: _Protocol | None) -> dict[str, Any] | None:
+    """Return what can be told of an answer whose headers the parser would not have.
+
+    The status is believed, whatever lines stand below it, and of these the readable ones; not the body.
+    """
+    if protocol is None or not isinstance(exc, aiohttp.ClientResponseError):
+        return None
+    head, end, _ = protocol.answer.partition(b"\r\n\r\n")
+    match = _STATUS_LINE.match(head + b"\r\n")
+    if match is None or not end or len(head) > MAX_HEADER_BYTES:
+        return None
+    lines = head.split(b"\r\n")[1:]
+    pairs = [(line[1], line[2]) for text in lines if (line := _HEADER_LINE.fullmatch(text))]
+    if len(pairs) == len(lines) and not any(_CONTROLS.search(text) for text in lines):
+        return None  # it is broken elsewhere
+    return head_of(int(match[1]), pairs)
+
+
+class _PinnedConnector(aiohttp.TCPConnector):
+    """A connector that opens connections to judged addresses only, and does not keep them too long."""
+
+    def __init__(
+        self, destinations: Destinations, lookups: Lookups, context: ssl.SSLContext, *, keep: int
+    ) -> None:
+        super().__init__(
+            resolver=_ProxyResolver(lookups),
+            use_dns_cache=False,
+            ssl=context,
+            limit=0,  # the transport counts
+            keepalive_timeout=keeping.MAX_IDLE_S,
+            happy_eyeballs_delay=None,
+        )
+        self._destinations = destinations
+        self._lookups = lookups
+        self._context = context
+        self._keep = keep
+        self._kept: OrderedDict[ResponseHandler, float] = OrderedDict()
+        self._factory = cast("partial[ResponseHandler]", partial(_Protocol, loop=asyncio.get_running_loop()))
+
+    async def connect(self, req: Any, traces: Any, timeout: Any) -> Connection:
+        """Return a kept connection that is clean and young enough, or a new one."""
+        attempt = _current.get()
+        while True:
+            attempt.reused = True
+            connection = await super().connect(req, traces, timeout)
+            protocol = cast(_Protocol, connection.protocol)
+            if attempt.reused:
+                attempt.opened_at = self._kept.pop(protocol, 0.0)
+                if (
+                    attempt.wants_new_connection
+                    or protocol.should_close  # it said something nobody asked for
+                    or time.monotonic() - attempt.opened_at > keeping.MAX_AGE_S
+                ):
+                    connection.close()
+                    continue
+            attempt.protocol, attempt.transport = protocol, protocol.transport
+            protocol.expect_answer()
+            return connection
+
+    def done(self, attempt: _Attempt) -> None:
+        """Count the connection of *attempt* among the kept ones; end it now if it is not kept."""
+        protocol = attempt.protocol
+        if protocol is None:
+            return
+        if not protocol.is_connected():
+            if attempt.transport is not None:
+                attempt.transport.abort()  # closing waits for a peer that may never read
+            return
+        self._kept[protocol] = attempt.opened_at
+        if len(self._kept) > self._keep:
+            self._kept.popitem(last=False)[0].close()
+
+    async def _create_connection(self, req: Any, traces: Any, timeout: Any) -> ResponseHandler:
+        attempt = _current.get()
+        attempt.reused = False
+        attempt.opened_at = time.monotonic()
+        if req.proxy is not None:
+            return await super()._create_connection(req, traces, timeout)
+        checked = attempt.checked
+        sock = await self._open(attempt, checked)
+        loop = asyncio.get_running_loop()
+        try:
+            if checked.scheme == "https":
+                _, protocol = await loop.create_connection(
+                    self._factory,
+                    sock=sock,
+                    ssl=self._context,
+                    server_hostname=checked.host,
+                    # The attempt's own deadline comes first; asyncio's is a minute.
+                    ssl_handshake_timeout=attempt.deadline - time.monotonic() + 60,
+                )
+            else:
+                _, protocol = await loop.create_connection(self._factory, sock=sock)
+        except BaseException as exc:
+            sock.close()
+            # asyncio knows no SSLError for a peer that leaves amid the handshake.
+            if isinstance(exc, ssl.SSLError) or (isinstance(exc, ConnectionResetError) and not exc.errno):
+                raise Failure("tls", innermost(exc)) from exc
+            raise
+        return protocol
+
+    async def _open(self, attempt: _Attempt, checked: CheckedURL) -> Any:
+        host, port = checked.host, checked.port
+        deadline = attempt.connect_deadline
+        if is_literal(host):
+            addresses = [host]
+        else:
+            attempt.late = Failure("dns", f"{host}: no answer in time")
+            addresses = await _look_up(self._lookups, host, port, deadline)
+        self._destinations.check_addresses(checked, addresses)
+        attempt.late = Failure("connect", f"{host}: no connection in time")
+        sock = await open_one_in_loop(alternate(addresses)[:MAX_ADDRESSES], port, deadline)
+        attempt.late = None
+        return sock
+
+
+class _ProxyResolver(AbstractResolver):
+    """Look up the name of the operator's own proxy, which decides about addresses itself."""
+
+    def __init__(self, lookups: Lookups) -> None:
+        self._lookups = lookups
+
+    async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[ResolveResult]:
+        addresses = await _look_up(self._lookups, host, port, _current.get().connect_deadline)
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=family, proto=0, flags=0)
+            for address in alternate(addresses)[:MAX_ADDRESSES]
+        ]
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+async def _look_up(lookups: Lookups, host: str, port: int, deadline: float) -> list[str]:
+    while (future := lookups.begin(host, port)) is None:
+        if time.monotonic() >= deadline:
+            raise Failure("dns", f"{host}: too many look-ups are stalled")
+        await asyncio.sleep(_LOOK_UP_PAUSE_S)
+    try:
+        async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+            addresses = await asyncio.wrap_future(future)
+    except OSError as exc:
+        raise look_up_failure(host, exc) from exc
+    if not addresses:
+        raise Failure("dns", f"{host} has no address")
+    return addresses
+
+
+def _failure(exc: BaseException) -> Failure:
+    """Return the coarse code for an error of aiohttp or the socket."""
+    detail = innermost(exc)
+    if isinstance(exc, ssl.SSLError | aiohttp.ClientSSLError):
+        return Failure("tls", detail)
+    if isinstance(exc, aiohttp.ClientHttpProxyError | aiohttp.ClientProxyConnectionError):
+        return Failure("connect", f"proxy: {detail}")
+    if isinstance(exc, aiohttp.InvalidURL):
+        return Failure("internal", "the URL cannot be sent")
+    return Failure("reset", detail)

@@ -1,0 +1,415 @@
+"""Broken set-ups, each with the one line by which ``doctor`` names it and says what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import redis
+import sqlalchemy as sa
+from click.testing import Result
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_rq_webhooks import RQWebhooks
+from flask_rq_webhooks.capture.rq_state import database_name
+from flask_rq_webhooks.cli.doctor import _CHECKS
+from flask_rq_webhooks.state import State, get_state
+from flask_rq_webhooks.storage import dispatchers
+from flask_rq_webhooks.storage.database import Database
+from tests.dashboard_app import add_endpoint
+from tests.servers import free_port, valkey_server
+
+PASSWORD = "correct horse"
+NAMES = [name for name, _needs, _check in _CHECKS]
+
+
+@pytest.fixture(scope="module")
+def own_redis_url() -> Iterator[str]:
+    """Give a server of this module's own, whose configuration tests may change."""
+    with valkey_server() as server:
+        yield server.url
+
+
+@dataclass
+class Setup:
+    """A set-up in which everything is right until a test breaks it, before the app is made or after.
+
+    :param named: what the expected line is filled with.
+    """
+
+    config: dict[str, Any]
+    redis: redis.Redis
+    cleanup: ExitStack
+    options: dict[str, Any] = field(default_factory=dict)
+    authorize: Callable[..., Any] | None = lambda permission, **what: True  # noqa: E731
+    named: dict[str, Any] = field(default_factory=dict)
+    after: Callable[[State], None] | None = None
+
+    def client(self, kind: type[redis.Redis], **options: Any) -> redis.Redis:
+        made: redis.Redis = kind.from_url(self.config["RQ_WEBHOOKS_REDIS_URL"], **options)
+        self.cleanup.callback(made.close)
+        return made
+
+    def configure_redis(self, **values: str) -> None:
+        """Change the server's configuration until the end of the test."""
+        for name, value in values.items():
+            key = name.replace("_", "-")
+            before = self.redis.config_get(key)[key]
+            self.redis.config_set(key, value)
+            self.cleanup.callback(self.redis.config_set, key, before)
+
+    def run(self) -> Result:
+        app = Flask("host")
+        app.config.update(self.config)
+        webhooks = RQWebhooks(app, **self.options)
+        if self.authorize is not None:
+            webhooks.authorize(self.authorize)
+        state = get_state(app)
+        self.cleanup.callback(lambda: state._built.get("redis") and state.redis.close())
+        self.cleanup.callback(lambda: state._built.get("database") and state.database.dispose())
+        if self.after is not None:
+            self.after(state)
+        return app.test_cli_runner().invoke(args=["rq-webhooks", "doctor"])
+
+
+@pytest.fixture
+def setup(own_redis_url: str, sqlite_url: str) -> Iterator[Setup]:
+    database = Database(sqlite_url)
+    database.create_tables()
+    dispatchers.heartbeat(database, "dsp_x", started=True)
+    database.dispose()
+    with ExitStack() as cleanup:
+        client = redis.Redis.from_url(own_redis_url)
+        cleanup.callback(client.close)
+        cleanup.callback(client.flushdb)
+        yield Setup(
+            config={
+                "SECRET_KEY": "a key for tests only",
+                "RQ_WEBHOOKS_DATABASE_URI": sqlite_url,
+                "RQ_WEBHOOKS_REDIS_URL": own_redis_url,
+            },
+            redis=client,
+            cleanup=cleanup,
+            named={"redis": database_name(client)},
+        )
+
+
+def change_tables(setup: Setup, *statements: str) -> None:
+    engine = sa.create_engine(setup.config["RQ_WEBHOOKS_DATABASE_URI"])
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.execute(sa.text(statement))
+    engine.dispose()
+
+
+class ClockAhead(redis.Redis):
+    """A server whose clock is wrong."""
+
+    def time(self, **kwargs: Any) -> Any:
+        seconds, microseconds = super().time(**kwargs)  # type: ignore[misc]
+        return seconds + 90, microseconds
+
+
+class Old(redis.Redis):
+    """A server of another time."""
+
+    def info(self, *args: Any, **kwargs: Any) -> Any:
+        return {**super().info(*args, **kwargs), "redis_version": "5.0.7"}  # type: ignore[dict-item]
+
+
+class Replica(redis.Redis):
+    """A server that follows another one."""
+
+    def info(self, *args: Any, **kwargs: Any) -> Any:
+        return {**super().info(*args, **kwargs), "role": "slave"}  # type: ignore[dict-item]
+
+
+# -- what may be broken -----------------------------------------------------------------------------------
+
+
+def switched_off(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_ENABLED"] = False
+
+
+def no_redis(setup: Setup) -> None:
+    port = free_port()
+    setup.config["RQ_WEBHOOKS_REDIS_URL"] = f"redis://127.0.0.1:{port}/0"
+    setup.named["port"] = port
+
+
+def no_password(setup: Setup) -> None:
+    setup.configure_redis(requirepass=PASSWORD)
+
+
+def wrong_password(setup: Setup) -> None:
+    setup.configure_redis(requirepass=PASSWORD)
+    setup.config["RQ_WEBHOOKS_REDIS_URL"] = setup.config["RQ_WEBHOOKS_REDIS_URL"].replace("//", "//:guessed@")
+
+
+def wrong_password_of_a_given_client(setup: Setup) -> None:
+    setup.configure_redis(requirepass=PASSWORD)
+    setup.options["redis"] = setup.client(redis.Redis, password="guessed")
+
+
+def too_few_rights(setup: Setup) -> None:
+    setup.redis.acl_setuser("weak", enabled=True, passwords=[f"+{PASSWORD}"], commands=["+ping"], keys=["*"])
+    setup.cleanup.callback(setup.redis.acl_deluser, "weak")
+    setup.options["redis"] = setup.client(redis.Redis, username="weak", password=PASSWORD)
+
+
+def old_redis(setup: Setup) -> None:
+    setup.options["redis"] = setup.client(Old)
+
+
+def replica(setup: Setup) -> None:
+    setup.options["redis"] = setup.client(Replica)
+
+
+def decoding_client(setup: Setup) -> None:
+    setup.options["redis"] = setup.client(redis.Redis, decode_responses=True)
+
+
+def evicting_redis(setup: Setup) -> None:
+    setup.configure_redis(maxmemory="500mb", maxmemory_policy="allkeys-lru")
+
+
+def no_database(setup: Setup) -> None:
+    port = free_port()
+    setup.config["RQ_WEBHOOKS_DATABASE_URI"] = f"postgresql+psycopg://u:{PASSWORD}@127.0.0.1:{port}/db"
+
+
+def no_database_of_the_host(setup: Setup) -> None:
+    url = f"postgresql+psycopg://127.0.0.1:{free_port()}/db"
+    setup.config |= {"SQLALCHEMY_DATABASE_URI": url, "RQ_WEBHOOKS_DATABASE_URI": None}
+
+
+def no_database_named(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_DATABASE_URI"] = None
+
+
+def unusable_url(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_DATABASE_URI"] = f"//{PASSWORD}@localhost/db"
+
+
+def driver_missing(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_DATABASE_URI"] = "postgresql+psycopg2cffi://localhost/db"
+
+
+def host_database_not_initialised(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_DATABASE_URI"] = None
+    setup.options["db"] = SQLAlchemy()
+
+
+def no_tables(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_DATABASE_URI"] = setup.config["RQ_WEBHOOKS_DATABASE_URI"] + ".other"
+
+
+def old_schema(setup: Setup) -> None:
+    change_tables(
+        setup,
+        "DROP INDEX ix_rq_webhooks_delivery_host",
+        "ALTER TABLE rq_webhooks_endpoint DROP COLUMN description",
+    )
+
+
+def no_key(setup: Setup) -> None:
+    del setup.config["SECRET_KEY"]
+
+
+def other_key(setup: Setup) -> None:
+    def store(state: State) -> None:
+        add_endpoint(state, secret="stored with the first key")
+        state.app.config["SECRET_KEY"] = "another key"
+        state._built.pop("cipher")
+
+    setup.after = store
+
+
+def no_dispatcher(setup: Setup) -> None:
+    change_tables(setup, "UPDATE rq_webhooks_dispatcher SET heartbeat_at = '2024-01-01 00:00:00.000000'")
+
+
+def clock_ahead(setup: Setup) -> None:
+    setup.options["redis"] = setup.client(ClockAhead)
+
+
+def nobody_authorizes(setup: Setup) -> None:
+    setup.authorize = None
+
+
+def authorized_later(setup: Setup) -> None:
+    async def may(permission: str, **_what: Any) -> bool:
+        return True
+
+    setup.authorize = may
+
+
+def rejected_entries(setup: Setup) -> None:
+    def add(state: State) -> None:
+        setup.redis.xadd(state.outbox.rejected_key, {"why": "a test"})
+        setup.named["key"] = state.outbox.rejected_key
+
+    setup.after = add
+
+
+def unread_outbox(setup: Setup) -> None:
+    def add(state: State) -> None:
+        long_ago = datetime.now(UTC) - timedelta(minutes=10)
+        setup.redis.xadd(state.outbox.key, {"entry": "{}"}, id=f"{int(long_ago.timestamp() * 1000)}-0")
+        setup.redis.xadd(state.outbox.key, {"entry": "{}"})
+
+    setup.after = add
+
+
+def full_outbox(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_OUTBOX_MAXLEN"] = 1000
+
+    def add(state: State) -> None:
+        pipeline = setup.redis.pipeline()
+        for _ in range(1000):
+            pipeline.xadd(state.outbox.key, {"entry": "{}"})
+        pipeline.execute()
+
+    setup.after = add
+
+
+#: How it is broken → the lines that FAIL. ``…`` stands for what a driver, a server or time makes of it.
+BROKEN: dict[Callable[[Setup], None], str] = {
+    switched_off: "FAIL settings: RQ_WEBHOOKS_ENABLED is off, so no webhooks are accepted; set it to True "
+    "(it is read from WEBHOOKS_ENABLED in the environment, too).",
+    no_redis: "FAIL redis: redis://localhost:{port}/0 does not answer (ConnectionError: …); start it, or "
+    "correct RQ_WEBHOOKS_REDIS_URL.",
+    no_password: "FAIL redis: {redis} refuses us (…); correct user name and password "
+    "in RQ_WEBHOOKS_REDIS_URL.",
+    wrong_password: "FAIL redis: {redis} refuses us (…invalid username-password pair…); correct user name "
+    "and password in RQ_WEBHOOKS_REDIS_URL.",
+    wrong_password_of_a_given_client: "FAIL redis: {redis} refuses us (…); correct user name and password in "
+    "what RQWebhooks(redis=...) gets.",
+    too_few_rights: "FAIL redis: {redis} allows our user too little (…no permissions to run the 'info' "
+    "command…); give it the rights of RQ.",
+    old_redis: "FAIL redis: version 5.0.7 is too old; install Redis 6.2 or newer, or any Valkey.",
+    replica: "FAIL redis: {redis} is a replica, which takes no writes; name its primary.",
+    decoding_client: "FAIL redis: the client decodes what it reads (decode_responses=True), and RQ cannot "
+    "read its jobs so; make it without, for RQ and for us.",
+    evicting_redis: "FAIL redis: with maxmemory-policy allkeys-lru {redis} throws away jobs and our outbox "
+    "when its memory is full; run `CONFIG SET maxmemory-policy noeviction`, and write it into its "
+    "configuration.",
+    no_database: "FAIL sql: The database of flask_rq_webhooks (postgresql+psycopg://u:***@127.0.0.1:…/db) "
+    "cannot be used now: OperationalError: …; start the database, or correct RQ_WEBHOOKS_DATABASE_URI.",
+    no_database_of_the_host: "FAIL sql: The database of flask_rq_webhooks (…) cannot be used now: …; start "
+    "the database, or correct SQLALCHEMY_DATABASE_URI.",
+    no_database_named: "FAIL sql: flask_rq_webhooks does not know its database; set "
+    "RQ_WEBHOOKS_DATABASE_URI or SQLALCHEMY_DATABASE_URI, or pass db= to RQWebhooks.",
+    unusable_url: "FAIL sql: RQ_WEBHOOKS_DATABASE_URI is not usable (ArgumentError); write it as "
+    "postgresql+psycopg://user:password@host/database or sqlite:///file.",
+    driver_missing: "FAIL sql: RQ_WEBHOOKS_DATABASE_URI needs the driver 'psycopg2cffi', which is not "
+    "installed; for PostgreSQL run `pip install 'flask-rq-webhooks[postgres]'` and begin the URL with "
+    "postgresql+psycopg://.",
+    host_database_not_initialised: "FAIL sql: The SQLAlchemy object given to RQWebhooks is not initialised "
+    "for this app; call db.init_app(app) before the first request, or set RQ_WEBHOOKS_DATABASE_URI.",
+    no_tables: "FAIL tables: missing: table rq_webhooks_dispatcher, table …; run "
+    "`flask rq-webhooks init-db`, or your migrations.",
+    old_schema: "FAIL tables: missing: column rq_webhooks_endpoint.description, index "
+    "ix_rq_webhooks_delivery_host; run `flask rq-webhooks init-db`, or your migrations.",
+    no_key: "FAIL keys: …SECRET_KEY…RQ_WEBHOOKS_ENCRYPTION_KEYS…",
+    other_key: "FAIL keys: A stored secret or header cannot be decrypted with any configured key. Nothing is "
+    "lost: put the key it was stored with back, behind the new one, in RQ_WEBHOOKS_ENCRYPTION_KEYS (or in "
+    "SECRET_KEY_FALLBACKS, where keys are derived from SECRET_KEY), then run `flask rq-webhooks rekey`.",
+    no_dispatcher: "FAIL dispatcher: none has shown a sign of life for 30 s, so nothing is delivered; start "
+    "`flask rq-webhooks worker`.",
+    clock_ahead: "FAIL clock: the clock of Redis and this machine's are … s apart; receivers refuse "
+    "timestamps that are off, so synchronise them (NTP).",
+    nobody_authorizes: "FAIL permission function: none is registered, so status, API and dashboard answer "
+    "403; register one with @webhooks.authorize.",
+    authorized_later: "FAIL permission function: it is `async def`, which is not waited for, so everything "
+    "is answered 403; make it a plain `def` that returns True or False.",
+    rejected_entries: "FAIL outbox: 1 entries were set aside as unusable; look at them with `XRANGE {key} - "
+    "+`, and `DEL` that key when done.",
+    unread_outbox: "FAIL outbox: 2 entries wait, the oldest for 60… s, so no dispatcher reads them, or too "
+    "few do; start `flask rq-webhooks worker` with this Redis and database, or see its log.",
+    full_outbox: "FAIL outbox: 1000 entries wait and the stream is full, so older ones are trimmed and left "
+    "to reconcile; start `flask rq-webhooks worker` with this Redis and database, or see its log.",
+}
+
+
+def lines_of(result: Result) -> dict[str, str]:
+    """Return the lines by the name of the check; every check has one."""
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    found = {line[5:].partition(":")[0]: line for line in result.output.splitlines()}
+    assert list(found) == NAMES, result.output
+    return found
+
+
+@pytest.mark.parametrize("break_it", list(BROKEN), ids=lambda function: function.__name__)
+def test_doctor_names_what_is_broken_and_the_fix(setup: Setup, break_it: Callable[[Setup], None]) -> None:
+    break_it(setup)
+    result = setup.run()
+    assert result.exit_code == 1
+    lines = lines_of(result)
+    failed = [line for line in lines.values() if line.startswith("FAIL")]
+    pattern = ".*".join(re.escape(part) for part in BROKEN[break_it].format(**setup.named).split("…"))
+    assert len(failed) == 1, failed
+    assert re.fullmatch(pattern, failed[0]), failed[0]
+    broken = failed[0][5:].partition(":")[0]
+    for name, line in lines.items():
+        # What cannot be known now points to the one line to begin with.
+        assert line.startswith(("ok   ", "FAIL")) or line == (
+            f"skip {name}: not checked; first mend what `{broken}` says."
+        )
+    assert PASSWORD not in result.output
+    assert "guessed" not in result.output
+
+
+def test_what_needs_something_broken_is_skipped(setup: Setup) -> None:
+    no_redis(setup)
+    no_tables(setup)
+    lines = lines_of(setup.run())
+    assert {name: line[:4].strip() for name, line in lines.items()} == {
+        "settings": "ok", "redis": "FAIL", "sql": "ok", "tables": "FAIL", "keys": "skip",
+        "dispatcher": "skip", "clock": "skip", "permission function": "ok", "queue database": "skip",
+        "outbox": "skip",
+    }  # fmt: skip
+    assert lines["outbox"].endswith("first mend what `redis` says.")
+
+
+def test_doctor_finds_nothing_on_a_healthy_host(setup: Setup) -> None:
+    setup.after = lambda state: add_endpoint(state, secret="s", headers={"X-Key": "k"}) and None
+    setup.redis.sadd("rq:queues", "rq:queue:default")
+    setup.redis.sadd("rq:workers", "rq:worker:one")
+    result = setup.run()
+    assert result.exit_code == 0, result.output
+    lines = lines_of(result)
+    assert {line[:5] for line in lines.values()} == {"ok   "}
+    assert lines["keys"] == "ok   keys: the key opens what is stored (4 samples)"
+    assert lines["queue database"].startswith("ok   queue database: 1 RQ queues and 1 RQ workers are in ")
+
+
+def test_a_pause_and_an_empty_redis_are_told_without_alarm(setup: Setup) -> None:
+    setup.after = lambda state: dispatchers.pause(state.database)
+    result = setup.run()
+    assert result.exit_code == 0
+    lines = lines_of(result)
+    assert "all sending is paused since" in lines["dispatcher"]
+    assert lines["queue database"].endswith("if your jobs are elsewhere, correct RQ_WEBHOOKS_REDIS_URL")
+
+
+def test_findings_for_programs(setup: Setup) -> None:
+    nobody_authorizes(setup)
+    app = Flask("host")
+    app.config.update(setup.config)
+    RQWebhooks(app)
+    result = app.test_cli_runner().invoke(args=["rq-webhooks", "doctor", "--json"])
+    get_state(app).redis.close()
+    get_state(app).database.dispose()
+    assert result.exit_code == 1
+    found = json.loads(result.output)
+    assert [finding["name"] for finding in found] == NAMES
+    assert {finding["name"]: finding["status"] for finding in found}["permission function"] == "FAIL"
+    assert all(set(finding) == {"name", "status", "text"} for finding in found)

@@ -1,0 +1,332 @@
+"""``flask rq-webhooks routes`` and ``observe_routes`` on views written in many ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+import rq
+from click.testing import CliRunner, Result
+from flask import Flask
+from flask.cli import FlaskGroup
+from flask.views import MethodView
+
+from flask_rq_webhooks import RQWebhooks
+from flask_rq_webhooks.testing import observe_routes
+from flask_rq_webhooks.web.survey import Route, survey
+from tests.hosts import enqueueing, jobs
+from tests.hosts.many_views import create_app, webhooks
+
+
+@pytest.fixture(scope="module")
+def routes() -> dict[str, list[Route]]:
+    """Give what is read of every view, by view name."""
+    found: dict[str, list[Route]] = {}
+    for route in survey(create_app()):
+        found.setdefault(route.view.rpartition(".")[2], []).append(route)
+    return found
+
+
+def run(app: Flask, *arguments: str) -> Result:
+    return CliRunner().invoke(
+        FlaskGroup(create_app=lambda: app, set_debug_flag=False), ["rq-webhooks", "routes", *arguments]
+    )
+
+
+MISSING = [
+    "async",
+    "class",
+    "context",
+    "delay",
+    "direct",
+    "careless",
+    "global_queue",
+    "imported_wrapper",
+    "in_blueprint",
+    "lambda",
+    "local_import",
+    "logged",
+    "made_by_hand",
+    "nested_helper",
+    "partial",
+    "partial_inside",
+    "through_module",
+]
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_views_that_enqueue(routes: dict[str, list[Route]], name: str) -> None:
+    (route,) = routes[f"missing_{name}"]
+    assert route.webhook == "missing"
+    assert not route.decorated
+    assert route.missing is not None
+    assert route.missing.certain, route.missing
+
+
+@pytest.mark.parametrize("name", ["may_current_app", "may_untyped", "may_mentioned", "missing_object"])
+def test_views_that_may_enqueue(routes: dict[str, list[Route]], name: str) -> None:
+    """The last one enqueues through an attribute, whose class the source does not say."""
+    (route,) = routes[name]
+    assert route.missing is not None
+    assert not route.missing.certain
+
+
+@pytest.mark.parametrize(
+    "name", ["decorated", "decorated_async", "decorated_below_another", "decorated_below_careless"]
+)
+def test_decorated_views(routes: dict[str, list[Route]], name: str) -> None:
+    (route,) = routes[name]
+    assert route.webhook == "decorator"
+    assert route.places
+
+
+def test_view_that_calls_a_decorated_one_is_covered(routes: dict[str, list[Route]]) -> None:
+    (route,) = routes["decorated_view_called"]
+    assert route.webhook == "decorator"
+    assert not route.decorated
+
+
+def test_helper(routes: dict[str, list[Route]]) -> None:
+    (route,) = routes["helper"]
+    assert route.webhook == "helper"
+
+
+@pytest.mark.parametrize("name", ["none_reads", "none_mail", "none_describe", "none_recursive"])
+def test_views_that_enqueue_nothing(routes: dict[str, list[Route]], name: str) -> None:
+    (route,) = routes[name]
+    assert route.webhook == "none"
+    assert route.readable
+
+
+def test_methods_of_a_method_view_are_judged_one_by_one(routes: dict[str, list[Route]]) -> None:
+    def judged(name: str) -> dict[tuple[str, ...], str]:
+        return {route.methods: route.webhook for route in routes[name]}
+
+    assert judged("missing_method_view") == {("GET",): "none", ("POST",): "missing"}
+    assert judged("decorated_method_view") == {("GET",): "decorator", ("POST",): "decorator"}
+    assert judged("half_decorated") == {("GET",): "none", ("POST",): "decorator", ("PUT",): "missing"}
+
+
+def test_the_way_to_the_queue_is_named(routes: dict[str, list[Route]]) -> None:
+    (route,) = routes["missing_imported_wrapper"]
+    assert route.missing is not None
+    assert route.missing.through == ("tests.hosts.enqueueing.enqueue_build", "tests.hosts.enqueueing._push")
+    assert route.missing.file == enqueueing.__file__
+    line = Path(enqueueing.__file__).read_text().splitlines()[route.missing.line - 1]
+    assert "get_queue().enqueue(function" in line
+
+
+def test_every_view_of_the_host_is_judged_here(routes: dict[str, list[Route]]) -> None:
+    expected = {f"missing_{name}" for name in MISSING}
+    others = {name for name in routes if name.startswith("missing_")} - expected
+    assert others == {"missing_object", "missing_method_view"}
+
+
+# -- the command --------------------------------------------------------------------------------------------
+
+
+def test_table_and_exit_status() -> None:
+    app = create_app()
+    result = run(app)
+    assert result.exit_code == 0, result.output
+    header, *lines, total = result.output.splitlines()
+    assert header.split() == ["ROUTE", "METHODS", "VIEW", "WEBHOOK", "ENQUEUES"]
+    by_view = {line.split()[2]: line for line in lines}
+    assert " MISSING         q.enqueue_call (tests/hosts/many_views.py:" in by_view["missing_direct"]
+    assert by_view["missing_imported_wrapper"].endswith(
+        " < tests.hosts.enqueueing._push < tests.hosts.enqueueing.enqueue_build"
+    )
+    assert " MISSING         may: q.enqueue (" in by_view["may_untyped"]
+    assert " yes, by helper  webhooks.enqueue_with_webhook (" in by_view["helper"]
+    assert " yes " in by_view["decorated"]
+    assert "none_reads" not in by_view
+    missing = sum(" MISSING " in line for line in lines)
+    assert total.endswith(f"{missing} of them without a webhook.")
+    assert run(app, "--check").exit_code == 1
+
+
+def test_ignored_views_do_not_fail_the_check() -> None:
+    app = Flask("host")
+
+    @app.post("/a")
+    def a() -> str:
+        return enqueueing.enqueue_build("a").id
+
+    assert run(app, "--check").exit_code == 1
+    result = run(app, "--check", "--ignore", "a")
+    assert result.exit_code == 0, result.output
+    assert " ignored " in result.output
+    result = run(app, "--check", "--ignore", "b")
+    assert result.exit_code == 2
+    assert "no view 'b'" in result.output
+
+
+def test_all_and_json() -> None:
+    listed = json.loads(run(create_app(), "--all", "--json").output)
+    by_view = {route["view"]: route for route in listed}
+    assert by_view["none_reads"]["webhook"] == "none"
+    assert by_view["none_reads"]["enqueues"] == "no"
+    assert by_view["may_untyped"]["enqueues"] == "may"
+    direct = by_view["missing_direct"]
+    assert (direct["rule"], direct["methods"]) == ("/missing/direct/<runid>", ["POST"])
+    assert direct["places"][0]["call"] == "q.enqueue_call"
+    assert by_view["missing_imported_wrapper"]["places"][0]["through"] == [
+        "tests.hosts.enqueueing.enqueue_build",
+        "tests.hosts.enqueueing._push",
+    ]
+
+
+def test_our_own_routes_are_not_listed() -> None:
+    app = Flask("host")
+    app.config.update(RQ_WEBHOOKS_DATABASE_URI="sqlite://", SECRET_KEY="tests")
+    RQWebhooks(app)
+    assert json.loads(run(app, "--all", "--json").output) == []
+    assert run(app, "--check").exit_code == 0
+
+
+def test_an_app_without_the_extension_can_be_read() -> None:
+    app = Flask("host")
+    app.add_url_rule("/a", "a", lambda: enqueueing.enqueue_build("a").id)
+    assert "rq_webhooks" not in app.extensions
+    assert "MISSING" in run(app).output
+
+
+def test_what_a_view_imports_may_be_missing(caplog: pytest.LogCaptureFixture) -> None:
+    app = Flask("host")
+
+    @app.post("/a")
+    def a() -> str:
+        from tests.hosts import no_such_name  # type: ignore[attr-defined]
+        from tests.no_such_module import push  # type: ignore[import-not-found]
+
+        return str(push(no_such_name)) + enqueueing.enqueue_build("a").id
+
+    assert " MISSING " in run(app).output
+    assert "tests.no_such_module, which a view imports, cannot be imported here" in caplog.text
+
+
+def test_annotations_and_inherited_methods_say_what_an_object_is() -> None:
+    app = Flask("host")
+
+    def push(queue: rq.Queue, runner: enqueueing.Runner, other: rq.Queue | None = None) -> str:
+        return queue.enqueue(jobs.build, runner.describe()).id
+
+    class Base(MethodView):
+        def post(self) -> str:
+            return self.start()
+
+        def start(self) -> str:
+            raise NotImplementedError
+
+    class Child(Base):
+        def start(self) -> str:
+            return push(enqueueing.get_queue(), enqueueing.Runner("a"))
+
+    app.add_url_rule("/a", view_func=Child.as_view("a"))
+    (route,) = survey(app)
+    assert route.missing is not None
+    assert route.missing.certain
+    assert [name.rpartition(".")[2] for name in route.missing.through] == ["start", "push"]
+
+
+def test_views_without_source_and_callable_objects() -> None:
+    app = Flask("host")
+
+    class Callable:
+        def __call__(self) -> str:
+            return enqueueing.enqueue_build("a").id
+
+    namespace: dict[str, Any] = {"queue": enqueueing.get_queue()}
+    exec("def made_of_text():\n    return queue.enqueue(print).id", namespace)
+    app.add_url_rule("/a", "made_of_text", namespace["made_of_text"])
+    app.add_url_rule("/b", "callable_object", Callable())
+    made_of_text, callable_object = sorted(survey(app), key=lambda route: route.rule)
+    assert (made_of_text.webhook, made_of_text.readable) == ("none", False)
+    assert callable_object.webhook == "missing"
+    assert "no source of the app's own" in run(app, "--all").output
+
+
+# -- by observation -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def host(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Flask:
+    """Give the app on a queue in memory."""
+    app = create_app()
+    client = fakeredis.FakeStrictRedis()
+    monkeypatch.setattr(enqueueing, "connection", client)
+    monkeypatch.setattr("tests.hosts.many_views.queue", enqueueing.get_queue())
+    app.config.update(RQ_WEBHOOKS_DATABASE_URI=sqlite_url, SECRET_KEY="tests")
+    app.task_queue = enqueueing.get_queue()  # type: ignore[attr-defined]
+    webhooks.init_app(app)
+    return app
+
+
+def called(app: Flask) -> dict[str, Any]:
+    """Call every route of *app* once."""
+    client = app.test_client()
+    answers = {}
+    for rule in app.url_map.iter_rules():
+        if rule.endpoint.startswith(("rq_webhooks", "static", "missing_delay")):
+            continue
+        with app.test_request_context():
+            url = str(rule.build({argument: 1 for argument in rule.arguments})[1])  # type: ignore[index]
+        for method in rule.methods - {"HEAD", "OPTIONS"}:
+            answers[f"{rule.endpoint} {method}"] = client.open(url, method=method, json={})
+    return answers
+
+
+def test_observation_agrees_with_the_source_and_sees_what_it_cannot(host: Flask, tmp_path: Path) -> None:
+    with observe_routes(host) as observed:
+        answers = called(host)
+    assert {answer.status_code for answer in answers.values()} == {200}
+
+    read = {route.view for route in survey(host) if route.webhook == "missing"}
+    # `missing_delay` is bound to a connection of its own and was not called.
+    assert set(observed.missing) == read - {"missing_delay"} | {"unseen_object"}
+    by_view = {(job.view, job.method): job for job in observed.jobs}
+    assert by_view["helper", "POST"].webhook == "helper"
+    assert by_view["decorated_below_careless", "POST"].webhook == "decorator"
+    assert by_view["half_decorated", "POST"].webhook == "decorator"
+    assert by_view["half_decorated", "PUT"].webhook == "missing"
+    assert by_view["missing_made_by_hand", "POST"].made_elsewhere
+    assert by_view["missing_direct", "POST"].func == "tests.hosts.jobs.build"
+    assert not any(view.startswith("none_") for view, _ in by_view)
+
+    observed.save(tmp_path / "observed.json")
+    before, after = run(host), run(host, "--observed", str(tmp_path / "observed.json"))
+    assert "unseen_object" not in before.output
+    (line,) = [line for line in after.output.splitlines() if "unseen_object" in line]
+    assert line.split()[3:] == ["MISSING", "observed:", "tests.hosts.jobs.build"]
+
+
+def test_observation_ends(host: Flask) -> None:
+    with observe_routes(host) as observed:
+        pass
+    host.test_client().post("/missing/direct/1")
+    assert observed.jobs == []
+    assert "observing" not in repr(enqueueing.get_queue().enqueue_job)
+
+
+def test_jobs_outside_of_requests_do_not_count(host: Flask) -> None:
+    with observe_routes(host) as observed, host.app_context():
+        enqueueing.get_queue().enqueue(jobs.build, "a")
+    assert observed.jobs == []
+
+
+def test_jobs_of_another_app_do_not_count(host: Flask) -> None:
+    with observe_routes(Flask("other")) as observed:
+        host.test_client().post("/missing/direct/1")
+    assert observed.jobs == []
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"view": "a"}]'])
+def test_a_file_that_is_no_observation(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "observed.json"
+    file.write_text(content)
+    result = run(create_app(), "--observed", str(file))
+    assert result.exit_code == 2
+    assert "--observed" in result.output

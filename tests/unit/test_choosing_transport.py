@@ -1,0 +1,48 @@
+"""Which transport the settings ask for, and what is said where it cannot be had."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from flask_rq_webhooks.config import load_settings
+from flask_rq_webhooks.delivery.transport import open_transport
+from flask_rq_webhooks.errors import ConfigurationError
+from flask_rq_webhooks.protocol.urls import UrlPolicy
+from tests.servers import ROOT
+from tests.transports import CLASSES
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_the_setting_names_the_transport(name: str) -> None:
+    settings = load_settings({"RQ_WEBHOOKS_TRANSPORT": name}, {})
+    with open_transport(settings, UrlPolicy(), concurrency=1) as transport:
+        assert type(transport) is CLASSES[name]
+
+
+def test_another_name_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'requests', 'aiohttp'"):
+        load_settings({"RQ_WEBHOOKS_TRANSPORT": "httpx"}, {})
+
+
+def test_without_aiohttp_the_extra_is_named_and_nothing_else_needs_it() -> None:
+    program = """
+import sys
+sys.modules["aiohttp"] = None
+from flask_rq_webhooks.config import load_settings
+from flask_rq_webhooks.delivery.transport import open_transport
+from flask_rq_webhooks.errors import ConfigurationError
+from flask_rq_webhooks.protocol.urls import UrlPolicy
+open_transport(load_settings({}, {}), UrlPolicy(), concurrency=1).close(wait=True)
+try:
+    open_transport(load_settings({"RQ_WEBHOOKS_TRANSPORT": "aiohttp"}, {}), UrlPolicy(), concurrency=1)
+except ConfigurationError as exc:
+    print(exc)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True
+    )
+    assert "aiohttp is not installed" in done.stdout
+    assert "pip install 'flask-rq-webhooks[fast]'" in done.stdout
