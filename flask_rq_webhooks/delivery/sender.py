@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from .._steps import reached
 from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
-from ..storage.deliveries import ClaimedDelivery, claim_due, defer, next_due_in, release
+from ..storage.deliveries import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
+from ..storage.models import new_id
 from .in_flight import InFlight
 from .limits import RateLimiter
 from .recorder import Recorder
@@ -85,6 +86,7 @@ class Sender:
         self._in_flight = InFlight()
         self._queued: deque[tuple[float, Future[AttemptResult], ClaimedDelivery]] = deque()
         self._capped: frozenset[str] = frozenset()
+        self._doubtful: list[str] = []  # leases of claims that may have gone through, the answer lost
         self._enough_at = -1  # so many in flight, and there is room worth a claim; negative: no wish for it
         self._pace = _Pace()
         self._claim_at = 0.0
@@ -206,13 +208,22 @@ class Sender:
 
     def _send_due(self, limit: int, began: float) -> None:
         settings = self._state.settings
-        claimed = claim_due(
-            self._state.database,
-            limit=limit,
-            per_host=settings.concurrency_per_host,
-            in_flight=self._occupied(),
-            lease_s=settings.timeout + LEASE_MARGIN_S,
-        )
+        if self._doubtful:
+            free_leases(self._state.database, self._doubtful)
+            self._doubtful.clear()
+        lease_id = new_id("lea")
+        try:
+            claimed = claim_due(
+                self._state.database,
+                limit=limit,
+                per_host=settings.concurrency_per_host,
+                in_flight=self._occupied(),
+                lease_s=settings.timeout + LEASE_MARGIN_S,
+                lease_id=lease_id,
+            )
+        except StorageUnavailableError:
+            self._doubtful.append(lease_id)
+            raise
         if claimed:
             reached("delivery claimed")
             self.idle_since = None

@@ -87,7 +87,13 @@ class ClaimedDelivery:
 
 
 def claim_due(
-    database: Database, *, limit: int, per_host: int, in_flight: Mapping[str, int], lease_s: float
+    database: Database,
+    *,
+    limit: int,
+    per_host: int,
+    in_flight: Mapping[str, int],
+    lease_s: float,
+    lease_id: str | None = None,
 ) -> list[ClaimedDelivery]:
     """Lease due deliveries to the caller; nothing while sending is paused.
 
@@ -97,10 +103,12 @@ def claim_due(
     :param per_host: requests the caller may have in flight per host.
     :param in_flight: how many it has, by host.
     :param lease_s: seconds after which the deliveries are free again, on the database's clock.
+    :param lease_id: a new one by default. Who gives one can free what was claimed although the answer was
+        lost (:func:`free_leases`).
     """
     if limit < 1:
         return []
-    lease_id = new_id("lea")
+    lease_id = lease_id or new_id("lea")
     after = database.claim_after
     parameters: dict[str, Any] = {
         "limit": limit,
@@ -156,6 +164,16 @@ def _let_go(database: Database, claimed: Sequence[ClaimedDelivery], values: Mapp
             ).rowcount
             for lease_id, ids in sorted(by_lease.items())
         )
+
+
+def free_leases(database: Database, lease_ids: Sequence[str]) -> int:
+    """Make due again whatever is held under these leases; return how many."""
+    with database.write(durable=False) as connection:
+        return connection.execute(
+            update(Delivery)
+            .where(Delivery.status == text("'sending'"), Delivery.lease_id.in_(lease_ids))
+            .values(_FREE)
+        ).rowcount
 
 
 def free_expired_leases(database: Database) -> int:

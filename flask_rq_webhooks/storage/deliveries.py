@@ -8,7 +8,15 @@ its own.
 
 from __future__ import annotations
 
-from .claiming import ClaimedDelivery, claim_due, defer, free_expired_leases, next_due_in, release
+from .claiming import (
+    ClaimedDelivery,
+    claim_due,
+    defer,
+    free_expired_leases,
+    free_leases,
+    next_due_in,
+    release,
+)
 from .filters import DeliveryFilter
 from .ingesting import EndpointRow, IngestedEvent, IngestItem, ingest, park_evidence
 from .operating import hasten, prune, resend
@@ -27,6 +35,7 @@ __all__ = [
     "claim_due",
     "defer",
     "free_expired_leases",
+    "free_leases",
     "hasten",
     "ingest",
     "next_due_in",

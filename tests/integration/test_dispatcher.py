@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,7 +17,10 @@ import pytest
 from sqlalchemy import update
 
 from flask_rq_webhooks import signals
+from flask_rq_webhooks.delivery import sender
 from flask_rq_webhooks.delivery.dispatcher import Dispatcher, PeriodicJob
+from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult
+from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage import dispatchers
@@ -338,6 +342,56 @@ def test_redis_may_go_and_come_back(
             enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)
             receiver.wait_for(3)
         assert caplog.text.count("ingest: ConnectionError") + caplog.text.count("ingest: TimeoutError") <= 2
+
+
+def test_claim_whose_answer_was_lost_is_made_again_at_once(
+    state: State, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[str] = []
+
+    def claim_and_lose(*args: Any, **options: Any) -> Any:
+        claimed = claim_due(*args, **options)
+        if claimed and not lost:
+            lost.append(claimed[0].lease_id)
+            raise StorageUnavailableError("the connection broke before the answer came")
+        return claimed
+
+    monkeypatch.setattr(sender, "claim_due", claim_and_lose)
+    enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
+    with running(state):
+        receiver.wait_for(1, timeout=sender.LEASE_MARGIN_S / 2)
+        wait_until(lambda: deliveries(state)[0].status == "succeeded")
+    assert lost
+    assert len(attempts(state)) == 1
+
+
+class IdleTransport:
+    """Takes requests and never begins with them."""
+
+    def __init__(self) -> None:
+        self.submitted = 0
+
+    def submit(self, request: AttemptRequest) -> Future[AttemptResult]:
+        self.submitted += 1
+        return Future()
+
+    def close(self, *, wait: bool) -> None:
+        """Nothing was begun."""
+
+
+def test_what_the_transport_does_not_begin_is_given_back(
+    state: State, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "QUEUED_S", 0.1)
+    enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
+    transport = IdleTransport()
+    with running(state, transport=transport):
+        wait_until(lambda: transport.submitted >= 2)
+    (left,) = deliveries(state)
+    assert (left.status, left.attempts, left.lease_id) == ("pending", 0, None)
+    assert not attempts(state)
+    burst(state)
+    assert len(receiver.received) == 1
 
 
 @pytest.mark.slow
