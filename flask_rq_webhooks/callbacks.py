@@ -12,36 +12,32 @@ The user's own callback comes first, with the arguments RQ hands in, and means t
 what it raises, RQ gets. Our own part appends one JSON entry with one command on the job's own connection.
 It never raises, never sleeps, and gives up after :data:`RENDER_LIMIT_S` and :data:`APPEND_LIMIT_S`.
 
-RQ imports this module inside every forked work-horse, so it imports only what RQ has loaded already. It
-knows nothing of Flask, SQL or HTTP, nor of what becomes of an entry.
+RQ imports this module inside every forked work-horse: every line of it is paid for by every job. So it
+imports only what RQ has loaded already, builds nothing when imported, and leaves what a job that succeeds
+with a plain result does not need to modules that are imported when they are needed. It knows nothing of
+Flask, SQL or HTTP, nor of what becomes of an entry.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import logging
-import pickle
-import re
 import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
-from datetime import UTC, datetime
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from datetime import UTC
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rq.utils import import_attribute
 
-from .protocol.jsonsafe import dumps_capped, safe_text
-
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import Any
+
     from redis import Redis
     from rq.job import Job
-
-logger = logging.getLogger(__name__)
 
 #: First part of the stream's key; the rest is the first part of the endpoint id.
 OUTBOX_KEY_PREFIX = "rq_webhooks:outbox:"
@@ -51,8 +47,6 @@ DEFAULT_MAXLEN = 100_000
 ENTRY_VERSION = 1
 #: Bytes of JSON of a result; a larger one is left out and marked.
 MAX_RESULT_BYTES = 2**20
-#: Characters kept of an exception's message and of its traceback.
-MAX_MESSAGE_CHARS, MAX_TRACEBACK_CHARS = 10_000, 65_536
 #: Characters kept of a function name, a queue name and a run id.
 MAX_NAME_CHARS = 512
 #: Seconds our part may take to turn the outcome into JSON, and to hand it to Redis. redis-py's own retries
@@ -60,8 +54,8 @@ MAX_NAME_CHARS = 512
 RENDER_LIMIT_S, APPEND_LIMIT_S = 2.0, 3.0
 
 _KINDS = ("success", "failure", "stopped")
-# Compiling a pattern costs every job a fifth of a millisecond; this one is for those that were stopped.
-_CALL = r"[A-Za-z_]\w*(?:\.\w+)+(?=\()"
+#: Values and characters, and containers within containers, of a result that may be told as it stands.
+_PLAIN_SIZE, _PLAIN_DEPTH = 20_000, 10
 
 #: The callback ``hasattr`` has just built; RQ asks for the same name with ``getattr`` right after.
 _just_built: tuple[str, Callable[..., None]] | None = None
@@ -129,6 +123,8 @@ def _build(kind: str, token: str, user_path: str) -> Callable[..., None]:
 
 def _refusal(kind: str, user: Any) -> TypeError | None:
     """Return the error with which RQ 3 refuses a coroutine function; it cannot see through to it any more."""
+    import inspect
+
     refuses = hasattr(sys.modules.get("rq.callbacks"), "execute_success_callback")
     if refuses and inspect.iscoroutinefunction(user):
         return TypeError(f"Coroutine {kind} callbacks are not supported")
@@ -143,31 +139,43 @@ def _append(kind: str, token: str, job: Job, connection: Redis, outcome: tuple[A
     endpoint, _, maxlen = token.partition("~")
     key = OUTBOX_KEY_PREFIX + endpoint.partition("_")[0]
     try:
-        with _Deadline(RENDER_LIMIT_S):
-            text = json.dumps(_entry(kind, endpoint, job, outcome), separators=(",", ":"), allow_nan=False)
-        with _Deadline(APPEND_LIMIT_S):
-            connection.xadd(key, {"entry": text}, maxlen=int(maxlen or DEFAULT_MAXLEN), approximate=True)
+        _in_turn(
+            (RENDER_LIMIT_S, lambda _none: _entry(kind, endpoint, job, outcome)),
+            (
+                APPEND_LIMIT_S,
+                lambda text: connection.xadd(
+                    key, {"entry": text}, maxlen=int(maxlen or DEFAULT_MAXLEN), approximate=True
+                ),
+            ),
+        )
     except (Exception, _OutOfTime) as exc:
         _log(kind, job, exc)
 
 
 def _log(kind: str, job: Job, exc: BaseException) -> None:
+    import logging
+    import traceback
+
     try:
-        logger.warning(
+        from .protocol.jsonsafe import safe_text
+
+        job_id = _get(job, "id")
+        logging.getLogger(__name__).warning(
             "Job %r: its %s callback could not append to the webhook outbox (%s: %s); "
             "the dispatcher's reconcile will report the job's end.",
-            _get(lambda: safe_text(job.id)), kind, type(exc).__name__, safe_text(exc),
+            job_id and safe_text(job_id), kind, type(exc).__name__, safe_text(exc),
         )  # fmt: skip
     except Exception:  # a host's logging filter may raise; the job must not pay for it
         traceback.print_exc()
 
 
-def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...]) -> dict[str, Any]:
+def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...]) -> str:
+    """Return the entry as JSON."""
     func, args = _call_of(kind, job, outcome)
-    created_at = _get(lambda: _time(job.created_at))
-    enqueued_at = _get(lambda: _time(job.enqueued_at))
-    result, truncated = dumps_capped(outcome[0], MAX_RESULT_BYTES) if kind == "success" else (None, False)
-    return {
+    created_at, enqueued_at = _time(job, "created_at"), _time(job, "enqueued_at")
+    retries_left = _get(job, "retries_left")
+    result, truncated = _result(outcome[0]) if kind == "success" else (None, False)
+    entry = {
         "v": ENTRY_VERSION,
         "kind": kind,
         "endpoint": endpoint,
@@ -175,16 +183,17 @@ def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...]) -> dict
         "run": enqueued_at or f"created:{created_at}",
         "at": time.time(),
         "func": _name(func),
-        "queue": _name(_get(lambda: job.origin)),
+        "queue": _name(_get(job, "origin")),
         "created_at": created_at,
         "enqueued_at": enqueued_at,
-        "started_at": _get(lambda: _time(job.started_at)),
+        "started_at": _time(job, "started_at"),
         "runid": _runid(job, args),
-        "retries_left": _get(lambda: job.retries_left if isinstance(job.retries_left, int) else None),
+        "retries_left": retries_left if isinstance(retries_left, int) else None,
         "result": result,
         "result_truncated": truncated,
-        "error": _error(*outcome) if kind == "failure" else None,
+        "error": _error(outcome) if kind == "failure" else None,
     }
+    return json.dumps(entry, separators=(",", ":"), allow_nan=False)
 
 
 def _call_of(kind: str, job: Job, outcome: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -194,76 +203,104 @@ def _call_of(kind: str, job: Job, outcome: tuple[Any, ...]) -> tuple[Any, Any]:
     modules, so there the job's data is read only as far as plain values go.
     """
     if kind == "success" or (kind == "failure" and isinstance(outcome[-1], TracebackType)):
-        return _get(lambda: job.func_name), _get(lambda: job.args)
-    call = _get(lambda: _plain(job.data))
-    if isinstance(call, list | tuple) and len(call) == 4:
-        return call[0], call[2]
-    # RQ's own description begins with the call; a user's own is not likely to look like one.
-    match = re.match(_CALL, _get(lambda: job.description) or "")
-    return match and match[0], None
+        return _get(job, "func_name"), _get(job, "args")
+    from .protocol.failures import plain_call
+
+    return plain_call(job)
 
 
-def _plain(data: bytes) -> Any:
-    if data[:1] == b"\x80":
-        import io
+def _error(outcome: tuple[Any, ...]) -> dict[str, str]:
+    from .protocol.failures import error_texts
 
-        return _PlainUnpickler(io.BytesIO(data)).load()
-    return json.loads(data)
+    return error_texts(*outcome)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, texts and containers of them; imports nothing."""
+def _result(value: Any) -> tuple[Any, bool]:
+    """Return *value* as JSON can hold it, and whether it was left out because it is too large."""
+    if _is_plain(value):
+        return value, False
+    from .protocol.jsonsafe import dumps_capped
 
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name} is not a plain value")
+    return dumps_capped(value, MAX_RESULT_BYTES)
+
+
+def _is_plain(value: Any) -> bool:
+    """Say whether *value* is small and JSON as it stands: converting it would change nothing."""
+    left = _PLAIN_SIZE
+    level = [value]
+    for _ in range(_PLAIN_DEPTH):
+        deeper: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is str or kind is dict or kind is list or kind is tuple:
+                left -= len(item)
+                if left < 0:
+                    return False
+            if kind is dict:
+                if any(type(key) is not str for key in item):
+                    return False
+                deeper += item
+                deeper += item.values()
+            elif kind is list or kind is tuple:
+                deeper += item
+            elif kind is str:
+                if not item.isascii():
+                    return False
+            elif kind is int:
+                if item.bit_length() > 64:
+                    return False
+            elif kind is float:
+                if item - item != 0:  # NaN and infinities
+                    return False
+            elif item is not None and kind is not bool:
+                return False
+        if not deeper:
+            return True
+        level = deeper
+    return False
 
 
 def _runid(job: Job, args: Any) -> str | None:
-    runid = _get(lambda: job.meta["runid"])
+    runid = _item(_get(job, "meta"), "runid")
     if isinstance(runid, int) and not isinstance(runid, bool):
         runid = str(runid)
-    if not isinstance(runid, str):
-        first = _get(lambda: args[0])
-        runid = first if isinstance(first, str) else None
-    return _name(runid)
+    return _name(runid if isinstance(runid, str) else _item(args, 0))
 
 
-def _error(kind: Any = None, value: Any = None, tb: Any = None) -> dict[str, str]:
-    """Return what RQ hands to on_failure as texts; *tb* is a traceback only where the job ran here."""
-    full = _get(
-        lambda: "".join(
-            traceback.format_exception(kind, value, tb if isinstance(tb, TracebackType) else None)
-        )
-    )
-    text = safe_text(full or "", sys.maxsize)
-    if len(text) > MAX_TRACEBACK_CHARS:
-        half = MAX_TRACEBACK_CHARS // 2
-        text = f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
-    return {
-        "type": safe_text(_get(lambda: kind.__name__) or kind, MAX_NAME_CHARS),
-        "message": safe_text(value, MAX_MESSAGE_CHARS),
-        "traceback": text,
-    }
-
-
-def _time(moment: datetime | None) -> str | None:
-    """Return *moment* as RQ writes it; RQ before 2.0 hands out naive UTC."""
-    if moment is None:
+def _time(job: Job, name: str) -> str | None:
+    """Return a time of the job's as RQ writes it; RQ before 2.0 hands out naive UTC."""
+    moment = _get(job, name)
+    try:
+        if moment.tzinfo is not None:
+            moment = moment.astimezone(UTC).replace(tzinfo=None)
+        return f"{moment.isoformat(timespec='microseconds')}Z"
+    except Exception:
         return None
-    if moment.tzinfo is not None:
-        moment = moment.astimezone(UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _name(value: Any) -> str | None:
     """Return a text that SQL can hold as it is; ``None`` where there is none."""
-    return safe_text(value.replace("\0", ""), MAX_NAME_CHARS) or None if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    text = value.replace("\0", "")
+    if type(text) is not str or len(text) > MAX_NAME_CHARS or not text.isascii():
+        from .protocol.jsonsafe import safe_text
+
+        text = safe_text(text, MAX_NAME_CHARS)
+    return text or None
 
 
-def _get(read: Callable[[], Any]) -> Any:
-    """Return ``read()``, or ``None`` where the job cannot tell."""
+def _get(job: Job, name: str) -> Any:
+    """Return an attribute of *job*, or ``None`` where the job cannot tell."""
     try:
-        return read()
+        return getattr(job, name)
+    except Exception:
+        return None
+
+
+def _item(container: Any, key: Any) -> Any:
+    try:
+        return container[key]
     except Exception:
         return None
 
@@ -272,45 +309,45 @@ class _OutOfTime(BaseException):
     """Our part takes too long. No :exc:`Exception`: what we call must not take it for its own."""
 
 
-class _Deadline:
-    """Ends the block with :exc:`_OutOfTime` after some seconds, and keeps RQ's own alarm away from it.
+def _in_turn(*steps: tuple[float, Callable[[Any], Any]]) -> None:
+    """Take steps, each with what the one before returned, and each ended by :exc:`_OutOfTime` after its time.
 
     RQ's alarm limits the user's callback, which has returned by now. If it rang in here, a job that is good
     would be called failed. So it is put aside and set again for what is left of it. Signals reach the main
-    thread only; in other threads, and where there are no alarms, the block takes the time it takes.
+    thread only; in other threads, and where there are no alarms, the steps take the time they take.
 
-    :param limit_s: seconds.
+    :param steps: seconds, and what is to be done within them.
     """
+    value = None
+    previous = None
+    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+        previous = signal.getsignal(signal.SIGALRM)
+    if previous is None:  # also: not set from Python, so it could not be set again
+        for _limit_s, step in steps:
+            value = step(value)
+        return
+    limit_s = 0.0
+    watching = False
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._watching = False
-        self._previous: Any = None
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        nonlocal watching
+        if watching:
+            watching = False
+            raise _OutOfTime(f"not done within {limit_s:g} s")
 
-    def __enter__(self) -> None:
-        if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-            return
-        self._previous = signal.getsignal(signal.SIGALRM)
-        if self._previous is None:  # not set from Python, so it could not be set again
-            return
-        self._started = time.monotonic()
-        self._left_s, self._interval_s = signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self._ring)
-        self._watching = True
-        signal.setitimer(signal.ITIMER_REAL, self._limit_s)
-
-    def __exit__(self, *exc: object) -> None:
-        self._watching = False
-        if self._previous is None:
-            return
+    started = time.monotonic()
+    left_s, interval_s = signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, ring)
+    try:
+        for limit_s, step in steps:
+            watching = True
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            value = step(value)
+    finally:
+        watching = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self._previous)
-        if self._left_s:
+        signal.signal(signal.SIGALRM, previous)
+        if left_s:
             # Due while we were busy: let it ring when RQ has had the time to take it back.
-            left_s = max(self._left_s - (time.monotonic() - self._started), 0.05)
-            signal.setitimer(signal.ITIMER_REAL, left_s, self._interval_s)
-
-    def _ring(self, _number: int, _frame: FrameType | None) -> None:
-        if self._watching:
-            self._watching = False
-            raise _OutOfTime(f"not done within {self._limit_s:g} s")
+            left_s = max(left_s - (time.monotonic() - started), 0.05)
+            signal.setitimer(signal.ITIMER_REAL, left_s, interval_s)

@@ -25,7 +25,7 @@ _PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
 _TARGET = re.compile(
     r"`[^`]*<([^`>]+)>`__?|^ *\.\. (?:image|figure|include|literalinclude):: (\S+)", re.MULTILINE
 )
-_MAKE = re.compile(r"(?:``|^ {4}(?:\$ )?)make ([a-z]+(?: [a-z]+)*)(?=``|  |$| [A-Z])", re.MULTILINE)
+_MAKE = re.compile(r"(?:``|^ {4}(?:\$ )?)make ([a-z-]+(?: [a-z-]+)*)(?=``|  |$| [A-Z])", re.MULTILINE)
 
 
 class _Page(HTMLParser):
@@ -81,7 +81,7 @@ def broken_in_source(path: Path, root: Path = ROOT) -> Iterator[str]:
         # <label> of a role, <where you found it>: no address.
         if not urlsplit(target).scheme and "/" in target and not (path.parent / target).exists():
             yield f"{name}: {target}: there is no such file"
-    targets = set(re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE))
     for words in _MAKE.findall(text):
         for word in set(words.split()) - targets:
             yield f"{name}: make {word}: there is no such target"

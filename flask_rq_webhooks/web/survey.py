@@ -237,7 +237,8 @@ class _Reader:
         :param through: functions on the way until here, without the view itself.
         """
         seen = set() if seen is None else seen
-        for layer in _layers(function):
+        layers = list(_layers(function))
+        for layer in layers:
             covered = covered or accepts_webhooks(layer)
             if not _is_followed(layer) or (layer, covered, certain) in seen:
                 continue
@@ -249,6 +250,8 @@ class _Reader:
                     certain=place.certain and certain, covered=place.covered or covered, helper=place.helper,
                 )  # fmt: skip
             for callee, callee_owner, called in body.callees:
+                if any(callee is inner for inner in layers):
+                    continue  # a decorator's wrapper calls what it wraps: its turn comes
                 yield from self.places(
                     callee,
                     owner=callee_owner,
@@ -336,7 +339,7 @@ class _Scope:
         file, line = self._function.__code__.co_filename, node.lineno
         if isinstance(node, ast.Attribute):
             base = self.infer(node.value)
-            text = ast.unparse(node)
+            text = _shortened(node)
             if node.attr == HELPER:
                 body.places.append(Place(text, file, line, certain=called, covered=True, helper=True))
                 return
@@ -537,6 +540,13 @@ def _closure(function: Any) -> dict[str, Any]:
         except ValueError:  # not filled yet
             continue
     return values
+
+
+def _shortened(node: ast.Attribute) -> str:
+    """Return the source of *node*, without arguments on the way."""
+    if isinstance(node.value, ast.Call):
+        return f"{ast.unparse(node.value.func)}(...).{node.attr}"
+    return ast.unparse(node)
 
 
 def _name_of(node: ast.expr) -> str:

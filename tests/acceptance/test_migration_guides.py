@@ -21,7 +21,7 @@ from flask_rq_webhooks.receiver import verify
 from tests.hosts.copies import HostCopy
 from tests.servers import Process, Received, Receiver, free_port, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 SECRET = "a long random secret"
 
@@ -67,8 +67,7 @@ def test_from_rq_webhook(tmp_path: Path, redis_url: str) -> None:
         # The service has changed, the receiver has not.
         host.apply("1-app.diff")
         web, _ = host.start_web(), host.start_worker()
-        host.flask("rq-webhooks init-db")
-        host.start_dispatcher()
+        host.start_dispatcher("rq-webhooks init-db")
         web.wait()
         good = web.post("/reports/two", {"webhook_url": old_receiver.url}).json()["job_id"]
         bad = web.post("/reports/two", {"webhook_url": old_receiver.url, "pages": 0}).json()["job_id"]
@@ -135,8 +134,7 @@ def test_from_a_callback_that_posts(tmp_path: Path, redis_url: str, redis_client
         # After: the app asks for webhooks. The job that waits still posts, once; new ones do not.
         host.apply("1-app.diff")
         web, worker = host.start_web(), host.start_worker()
-        host.flask("rq-webhooks init-db")
-        dispatcher = host.start_dispatcher()
+        dispatcher = host.start_dispatcher("rq-webhooks init-db")
         web.wait()
         (posted,) = bodies(receiver.wait_for(5)[4:])
         assert posted == {"job": in_between, "state": "done", "result": {"steps": 3}}
@@ -183,8 +181,7 @@ def test_from_task_notifications(tmp_path: Path, redis_url: str, monkeypatch: py
         # After: RQ runs the tasks; the receiver is the same process.
         host.apply("1-app.diff")
         web, _ = host.start_web(), host.start_worker()
-        host.flask("rq-webhooks init-db")
-        host.start_dispatcher()
+        host.start_dispatcher("rq-webhooks init-db")
         web.wait()
         asked = {"webhook_url": receiver.url, "sign_payload": True}
         answer = web.post("/api/v1/checks", {"text": "gr\u00fcn \U0001f33f", **asked})

@@ -116,8 +116,11 @@ class HostCopy:
             "-m", "rq.cli", "worker", "--url", self.environment["REDIS_URL"], *options, **environment
         )
 
-    def start_dispatcher(self, *options: str, **environment: str) -> Process:
-        return self.start("-m", "flask", "--app", "app", "rq-webhooks", "worker", *options, **environment)
+    def start_dispatcher(self, *commands: str) -> Process:
+        """Start ``flask rq-webhooks worker``, after other commands in the same process; wait for those."""
+        process = self.start("-c", _COMMANDS, *commands, "rq-webhooks worker")
+        process.wait_for_output("$ flask rq-webhooks worker")
+        return process
 
     def __enter__(self) -> HostCopy:
         return self

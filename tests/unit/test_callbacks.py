@@ -22,12 +22,16 @@ from typing import Any
 
 import pytest
 import redis
+from hypothesis import given
+from hypothesis import strategies as st
 from rq.job import Job
 from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 from rq.utils import import_attribute
 
 from flask_rq_webhooks import callbacks
 from flask_rq_webhooks.capture.outbox import parse_entry
+from flask_rq_webhooks.protocol import failures
+from flask_rq_webhooks.protocol.jsonsafe import dumps_capped
 
 ENDPOINT = "ep" + "n" * 8 + "_" + "0" * 26
 SUCCESS = f"flask_rq_webhooks.callbacks.success.{ENDPOINT}"
@@ -387,6 +391,58 @@ def test_huge_result_is_left_out() -> None:
     assert parse_entry(stream.appended[1][1].encode()).result == second["result"]
 
 
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else 1
+
+
+inside_itself: list[Any] = []
+inside_itself.append(inside_itself)
+
+
+class Text(str):
+    """A text of the user's own kind."""
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (None, True), (True, True), (7, True), (-(2**63), True), (12.5, True), ("basin", True),
+        ("a\0b\"", True), ([], True), ({}, True), ((1, [2, {"a": (None,)}]), True), (nested(9), True),
+        ({"a": {"b": [1, "x" * 1000]}}, True), ("x" * 19_000, True), (list(range(19_000)), True),
+        (2**70, False), (float("nan"), False), ([float("-inf")], False), ("caf\u00e9", False),
+        (["\ud800"], False), ({"\u00e9": 1}, False), ({1: 2}, False), (b"x", False), ({1, 2}, False),
+        (MOMENT, False), (Text("x"), False), (nested(10), False), (nested(60), False),
+        (inside_itself, False), ("x" * 20_001, False), ([0] * 20_001, False),
+        ({str(n): n for n in range(20_001)}, False), (Path("/data"), False), (ValueError("x"), False),
+    ],
+    ids=lambda value: repr(value)[:40] if type(value) is not bool else str(value),
+)  # fmt: skip
+def test_result_told_as_it_stands_is_what_it_would_be_converted_to(value: Any, plain: bool) -> None:
+    stream = Stream()
+    import_attribute(SUCCESS)(a_job(), stream, value)
+
+    assert callbacks._is_plain(value) is plain
+    (entry,) = stream.entries
+    converted, truncated = dumps_capped(value, callbacks.MAX_RESULT_BYTES)
+    assert (entry["result"], entry["result_truncated"]) == (json.loads(json.dumps(converted)), truncated)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+        lambda inner: (
+            st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner)
+        ),
+    )
+)
+def test_plain_results_are_those_that_conversion_leaves_alone(value: Any) -> None:
+    if callbacks._is_plain(value):
+        told = json.loads(json.dumps(value, allow_nan=False))
+        assert (told, False) == dumps_capped(told, callbacks.MAX_RESULT_BYTES)
+        converted, truncated = dumps_capped(value, callbacks.MAX_RESULT_BYTES)
+        assert (json.dumps(converted), truncated) == (json.dumps(value), False)
+
+
 def test_long_error_is_cut() -> None:
     stream = Stream()
     message = "first " + "\u00e9" * 500_000 + " last"
@@ -395,11 +451,11 @@ def test_long_error_is_cut() -> None:
 
     error = parse_entry(stream.appended[0][1].encode()).error
     assert error is not None
-    assert error["message"] == message[: callbacks.MAX_MESSAGE_CHARS - 3] + "..."
+    assert error["message"] == message[: failures.MAX_MESSAGE_CHARS - 3] + "..."
     assert error["traceback"].startswith("ValueError: first")
     assert error["traceback"].endswith(" last\n")
     assert "characters left out" in error["traceback"]
-    assert len(error["traceback"]) < callbacks.MAX_TRACEBACK_CHARS + 100
+    assert len(error["traceback"]) < failures.MAX_TRACEBACK_CHARS + 100
 
 
 # -- jobs that did not run in this process ------------------------------------------------------------------
@@ -656,11 +712,32 @@ def test_import_brings_in_nothing_but_our_own() -> None:
         print(*sorted(set(sys.modules) - before), sep="\\n")
         """
     )
+    assert printed.split() == ["flask_rq_webhooks", "flask_rq_webhooks.callbacks"]
+
+
+@pytest.mark.parametrize(
+    ("result", "more"),
+    [("None", []), ("{'peak': [1.5, (2, True)]}", []), ("{1: 2}", ["protocol", "protocol.jsonsafe"])],
+)
+def test_success_with_a_plain_result_brings_in_nothing_more(result: str, more: list[str]) -> None:
+    printed = in_a_worker(
+        f"""
+        import redis
+        from rq.utils import import_attribute
+        class Stream:
+            def xadd(self, *args, **kwargs):
+                assert "at" in args[1]["entry"]
+        job = rq.job.Job(id="job-1", connection=redis.Redis())
+        job.func_name, job.args, job.origin = "tests.jobs.run", ("basin-7",), "default"
+        before = set(sys.modules)
+        import_attribute("flask_rq_webhooks.callbacks.success.{ENDPOINT}")(job, Stream(), {result})
+        print(*sorted(set(sys.modules) - before))
+        """
+    )
     assert printed.split() == [
         "flask_rq_webhooks",
         "flask_rq_webhooks.callbacks",
-        "flask_rq_webhooks.protocol",
-        "flask_rq_webhooks.protocol.jsonsafe",
+        *(f"flask_rq_webhooks.{module}" for module in more),
     ]
 
 

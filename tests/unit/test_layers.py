@@ -31,7 +31,7 @@ RANKS = {
 
 #: Outside the ranks: what runs in users' workers and receivers may use hardly anything.
 ALONE = {
-    "callbacks": {"protocol.jsonsafe"},
+    "callbacks": {"protocol.failures", "protocol.jsonsafe"},
     "receiver": {"protocol.signing", "errors"},
     # The names of the package, loaded on first use; `version` is all it really imports.
     "__init__": {"version", "errors", "extension", "capture.attach"},
