@@ -133,11 +133,10 @@ class Sender:
                 raise
         elif self._is_busy():
             self.idle_since = None
-        if self._fresh or self._freed:
-            return 0.0
-        wait_s = self._claim_at - time.monotonic()
+        wait_s = 0.0 if self._fresh or self._freed else self._claim_at - time.monotonic()
         if room > 0 and wait_s > 0:
             return wait_s
+        # There is more to be had than room for it.
         limit = self._concurrency + self._ahead()
         self._enough_at = limit - max(1, self._ahead() // 2)
         if self._room() > 0 and len(self._in_flight) <= self._enough_at:
@@ -321,6 +320,8 @@ class Sender:
     def _on_recorded(self, retry_in_s: float | None) -> None:
         if retry_in_s is not None and retry_in_s < LONGEST_SLEEP_S:
             self.wake()
+        elif len(self._in_flight) <= self._enough_at:
+            self._woken.set()  # there was no room because too much waited to be recorded
 
 
 class _Pace:
