@@ -37,7 +37,7 @@ from ..storage.statistics import COUNT_CAP, FINISHED_WINDOW, statistics
 from . import shown, standing
 from .alarms import everywhere, of_numbers
 from .api_schemas import STATUSES
-from .bulk import Progress, cancel_some, recover_some
+from .bulk import AT_MOST, Progress, cancel_some, recover_some
 from .charts import OUTCOMES, RANGES, endings
 from .csrf import FORM_FIELD, csrf_token, is_forgeable
 from .filter_form import FilterForm, read_filter
@@ -181,6 +181,7 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             q=text,
             next_part=request.args.get("next", ""),
             left=request.args.get("left", type=int),
+            at_most=AT_MOST,
             not_first="cursor" in request.args,
             refresh_s=_refresh_s(listed.items),
         )

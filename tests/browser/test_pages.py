@@ -313,7 +313,9 @@ def test_hostile_text_runs_nowhere(
         ids = add_hostile(state)
         add_endpoint(state, "https://hooks.example.com/in", kind="job", runid="<b>")
         with served(app) as url:
-            for path in (*PAGES, *MANAGED_PAGES, "/deliveries?q=%3Cscript%3Ewindow.hacked=1%3C/script%3E"):
+            script = "%22%3E%3Cscript%3Ewindow.hacked=1%3C/script%3E"
+            made_up = [f"/deliveries?q={script}", f"/deliveries?done=recovered&n=9&left=5&next={script}"]
+            for path in (*PAGES, *MANAGED_PAGES, *made_up):
                 look(chromium, size=size)
                 chromium.get(f"{url}/webhooks{filled(path, ids)}")
                 chromium.execute_script(
