@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import flask
 import pytest
@@ -12,8 +13,40 @@ import redis
 
 from tests.servers import PostgresHandle, Receiver, postgres_server, valkey_server
 
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
+
 REDIS_URL = os.environ.get("RQ_WEBHOOKS_TEST_REDIS_URL")
 DATABASE_URL = os.environ.get("RQ_WEBHOOKS_TEST_DATABASE_URL")
+
+#: Folders whose tests take seconds each, the longest first: they run first, so that no process is left with
+#: them at the end.
+LONG = ("chaos", "multimachine", "browser", "acceptance")
+#: Of these, each test goes to whichever process is free: they share nothing, or only the run's servers.
+SPLIT = ("tests/chaos/", "tests/acceptance/test_pipeline.py", "tests/acceptance/test_dispatcher_kills.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests by folder, the long ones first; within a folder as they are."""
+    items.sort(
+        key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG)
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """Hand out files in this order, and what is in ``SPLIT`` test by test."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+
+    class LongFirst(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(SPLIT) else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return LongFirst(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,24 @@ ENDINGS = {
         },
     ),
     "stopped": replace(SUCCESS, type="job.stopped", result=None),
+    "lost": replace(
+        SUCCESS, type="job.lost", source="reconciled", result=None, started_at=None, ended_at=None
+    ),
+    "tree": replace(
+        SUCCESS,
+        type="job.failure",
+        source="reconciled",
+        func="example_app.jobs.run_wepp_rq",
+        result=None,
+        error={
+            "type": "ValueError",
+            "message": "hillslope 2 has no soil",
+            "traceback": "Traceback (most recent call last):\n  ...\nValueError: hillslope 2 has no soil\n",
+        },
+        scope="tree",
+        jobs={"finished": 3, "failed": 1, "deferred": 1},
+    ),
+    "correction": replace(SUCCESS, source="reconciled", supersedes="evt_01hk1g5t00zz9yx8wv7ut6sr5q"),
     "application": Occurrence(
         type="model.published",
         occurred_at=ENDED_AT,

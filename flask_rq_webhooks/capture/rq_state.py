@@ -40,6 +40,8 @@ _FIELDS = (
     "status", "created_at", "enqueued_at", "started_at", "ended_at", "origin", "description", "retries_left",
     "success_callback_name", "failure_callback_name", "stopped_callback_name", "exc_info",
 )  # fmt: skip
+#: Those that say how a run ended.
+_ENDING_FIELDS = ("status", "created_at", "enqueued_at", "ended_at", "retries_left", "exc_info")
 _CALLBACK_FIELDS = ("success_callback_name", "failure_callback_name", "stopped_callback_name")
 _TOKEN = re.compile(r"flask_rq_webhooks\.callbacks\.(?:success|failure|stopped)\.(ep[0-9a-z]+_[0-9a-z]+)")
 _CALL = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+(?=\()")
@@ -110,10 +112,26 @@ def read_jobs(redis: Redis, job_ids: Sequence[str]) -> dict[str, JobState]:
 
     :raises redis.RedisError: when Redis cannot be asked.
     """
+    return _read_states(redis, job_ids, _FIELDS)
+
+
+def read_endings(redis: Redis, job_ids: Sequence[str]) -> dict[str, JobState]:
+    """Return of each job's state what says how its run ended; the rest is as if it were not there.
+
+    For those who look at very many jobs: half of the work of :func:`read_jobs`.
+
+    :raises redis.RedisError: when Redis cannot be asked.
+    """
+    return _read_states(redis, job_ids, _ENDING_FIELDS)
+
+
+def _read_states(redis: Redis, job_ids: Sequence[str], fields: Sequence[str]) -> dict[str, JobState]:
+    # Encoded here, once, and not by the client for every job.
+    names = [name.encode() for name in fields]
     states = {}
-    for chunk, answers in _pipelined(redis, job_ids, lambda job_id: ("HMGET", Job.key_for(job_id), *_FIELDS)):
+    for chunk, answers in _pipelined(redis, job_ids, lambda job_id: ("HMGET", Job.key_for(job_id), *names)):
         for job_id, values in zip(chunk, answers, strict=True):
-            states[job_id] = _state(job_id, dict(zip(_FIELDS, values, strict=True)))
+            states[job_id] = _state(job_id, dict(zip(fields, values, strict=True)))
     return states
 
 
@@ -246,7 +264,7 @@ def _state(job_id: str, fields: dict[str, Any]) -> JobState:
     if all(value is None for value in fields.values()):
         return JobState(job_id=job_id, exists=False)
     created_at, enqueued_at = _moment(fields["created_at"]), _moment(fields["enqueued_at"])
-    description = _CALL.match(_text(fields["description"]) or "")
+    description = _CALL.match(_text(fields.get("description")) or "")
     return JobState(
         job_id=job_id,
         exists=True,
@@ -254,12 +272,12 @@ def _state(job_id: str, fields: dict[str, Any]) -> JobState:
         run=_run(created_at, enqueued_at),
         created_at=created_at,
         enqueued_at=enqueued_at,
-        started_at=_moment(fields["started_at"]),
+        started_at=_moment(fields.get("started_at")),
         ended_at=_moment(fields["ended_at"]),
-        queue=_text(fields["origin"]) or None,
+        queue=_text(fields.get("origin")) or None,
         func=description[0] if description else None,
         retries_left=_count(fields["retries_left"]),
-        tokens=_tokens([fields[name] for name in _CALLBACK_FIELDS]),
+        tokens=_tokens([fields.get(name) for name in _CALLBACK_FIELDS]),
         exc=_inflated(fields["exc_info"]),
     )
 

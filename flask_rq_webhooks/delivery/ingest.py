@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError
 
 from .._steps import reached
-from ..capture.rq_state import JobResult, JobState, read_jobs, read_results
+from ..capture.rq_state import JobResult, JobState, read_endings, read_results
 from ..errors import StorageUnavailableError
 from ..storage.deliveries import IngestItem, park_evidence
 from ..storage.registration import confirm
@@ -174,7 +174,7 @@ class Ingest:
                 ids.update(dict.fromkeys(waiting.entry.jobs))
             else:
                 ids[waiting.entry.job_id] = None
-        return read_jobs(self._state.redis, list(ids))
+        return read_endings(self._state.redis, list(ids))
 
     def _judge_by_results(
         self, undecided: Sequence[_Waiting], jobs: dict[str, JobState]

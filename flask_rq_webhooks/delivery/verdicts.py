@@ -158,8 +158,11 @@ def occurrence_of(
     told_at = datetime.fromtimestamp(entry.at, UTC)
     result, truncated, error = None, False, None
     if verdict.type == JOB_SUCCESS and entry.kind == "success" and include_result:
-        # JSON already, as the entry is.
-        truncated = len(json.dumps(entry.result, separators=(",", ":"))) > max_payload_bytes
+        # JSON already, as the entry is, and no larger than it.
+        truncated = (
+            not 0 < entry.size <= max_payload_bytes
+            and len(json.dumps(entry.result, separators=(",", ":"))) > max_payload_bytes
+        )
         result = None if truncated else entry.result
         truncated = truncated or entry.result_truncated
     elif verdict.type == JOB_FAILURE:

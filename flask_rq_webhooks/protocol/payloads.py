@@ -341,13 +341,14 @@ def _time(moment: datetime | None) -> str | None:
     return None if moment is None else format_time(moment)
 
 
+_FIELDS = tuple(field.name for field in fields(Occurrence))
 _TIMES = ("occurred_at", "enqueued_at", "started_at", "ended_at")
 _OBJECTS = ("error", "jobs", "data")
 
 
 def occurrence_to_json(occurrence: Occurrence) -> str:
     """Return the canonical JSON of *occurrence*: what is stored of an event, ASCII."""
-    values = {field.name: getattr(occurrence, field.name) for field in fields(occurrence)}
+    values = {name: getattr(occurrence, name) for name in _FIELDS}
     for name in _TIMES:
         values[name] = _time(values[name])
     for name in _OBJECTS:
@@ -366,7 +367,7 @@ def occurrence_from_json(text: str) -> Occurrence:
     stored = json.loads(text)
     if not isinstance(stored, dict):
         raise ValueError(f"a stored event is not a JSON object but {type(stored).__name__}")
-    values = {field.name: stored[field.name] for field in fields(Occurrence) if field.name in stored}
+    values = {name: stored[name] for name in _FIELDS if name in stored}
     for name in ("type", "source", "occurred_at"):
         if not isinstance(values.get(name), str):
             raise ValueError(f"a stored event has no {name!r}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from ..protocol.events import TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
 from .database import Database
@@ -87,6 +87,15 @@ ENDPOINT_COLUMNS = (
 )  # fmt: skip
 
 
+#: Locked so that pruning cannot take an endpoint away before its delivery is there.
+_THESE = (
+    select(*ENDPOINT_COLUMNS)
+    .where(Endpoint.id.in_(bindparam("ids", expanding=True)))
+    .order_by(Endpoint.id)
+    .with_for_update(read=True, key_share=True)
+)
+
+
 def endpoints_of(
     connection: Connection, stored: Sequence[StoredEvent], watches: Mapping[str, Sequence[Any]]
 ) -> dict[str, EndpointRow]:
@@ -95,14 +104,7 @@ def endpoints_of(
     ids |= {row.endpoint_id for rows in watches.values() for row in rows if row.endpoint_id is not None}
     endpoints: dict[str, EndpointRow] = {}
     for chunk in chunks_of(sorted(ids)):
-        # Locked so that pruning cannot take an endpoint away before its delivery is there.
-        query = (
-            select(*ENDPOINT_COLUMNS)
-            .where(Endpoint.id.in_(chunk))
-            .order_by(Endpoint.id)
-            .with_for_update(read=True, key_share=True)
-        )
-        endpoints.update((row.id, endpoint_row(row)) for row in connection.execute(query))
+        endpoints.update((row.id, endpoint_row(row)) for row in connection.execute(_THESE, {"ids": chunk}))
     for event in stored:
         for endpoint_id in event.named:
             if endpoint_id not in endpoints and is_endpoint(endpoint_id):

@@ -24,13 +24,17 @@ from .upsert import chunks_of, insert_into, insert_or_ignore
 logger = logging.getLogger(__name__)
 
 
+_OF_JOBS = select(Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run).where(
+    Watch.job_id.in_(bindparam("jobs", expanding=True))
+)
+
+
 def watches_of(connection: Connection, stored: Sequence[StoredEvent]) -> dict[str, list[Any]]:
     """Return the watches on the events' jobs, by job id."""
     jobs = sorted({event.occurrence.job_id for event in stored if event.occurrence.job_id is not None})
     watches: dict[str, list[Any]] = defaultdict(list)
-    columns = (Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run)
     for chunk in chunks_of(jobs):
-        for row in connection.execute(select(*columns).where(Watch.job_id.in_(chunk))):
+        for row in connection.execute(_OF_JOBS, {"jobs": chunk}):
             watches[row.job_id].append(row)
     return watches
 

@@ -85,10 +85,13 @@ def endings(hours: Sequence[Hour], *, now: datetime, back: int = 24) -> Chart:
 
 
 def nice_top(most: int) -> int:
-    """Return the smallest of 4, 10, 20, 40, 100, … that is not below *most*."""
+    """Return the smallest of 4, 6, 8, 10, 16, 20, 30, 40, 60, 80, 100, … that is not below *most*.
+
+    Even ones: the line in the middle stands for a whole number, too.
+    """
     scale = 1
     while True:
-        for step in (4, 10, 20):
+        for step in (4, 6, 8, 10, 16, 20, 30):
             if most <= step * scale:
                 return step * scale
         scale *= 10

@@ -37,7 +37,7 @@ from ..storage.statistics import COUNT_CAP, FINISHED_WINDOW, statistics
 from . import shown, standing
 from .alarms import everywhere, of_numbers
 from .api_schemas import STATUSES
-from .bulk import Progress, cancel_some, recover_some
+from .bulk import AT_MOST, Progress, cancel_some, recover_some
 from .charts import OUTCOMES, RANGES, endings
 from .csrf import FORM_FIELD, csrf_token, is_forgeable
 from .filter_form import FilterForm, read_filter
@@ -50,8 +50,9 @@ View = TypeVar("View", bound=Callable[..., Any])
 #: Deliveries on a page of the list, and below an endpoint or event.
 PAGE_ITEMS, FEW_ITEMS = 50, 20
 
-#: Seconds after which a page that shows something in flight looks again, and the overview at rest.
-REFRESH_S, REFRESH_IDLE_S = 2, 15
+#: Seconds after which a page that shows something in flight looks again; the overview while nothing is
+#: delivered, which somebody is about to mend; and at rest.
+REFRESH_S, REFRESH_ALARM_S, REFRESH_IDLE_S = 2, 5, 15
 
 #: With our own base template nothing but our own files is loaded and nobody else's script runs.
 POLICY = (
@@ -120,6 +121,8 @@ def _add_overview(blueprint: Blueprint, state: State) -> None:
             abort(404)
         now = datetime.now(UTC)
         numbers = statistics(state.database, hours=back)
+        alarms = [*everywhere(state), *of_numbers(numbers, now)]
+        idle_s = REFRESH_ALARM_S if any(alarm.severe for alarm in alarms) else REFRESH_IDLE_S
         moving = numbers.counts[SENDING] or numbers.oldest_due_s is not None
         return _render(
             state,
@@ -131,8 +134,8 @@ def _add_overview(blueprint: Blueprint, state: State) -> None:
             back=back,
             ranges={24: "24 hours", 168: "7 days", 720: "30 days"},
             window=FINISHED_WINDOW,
-            alarms=[*everywhere(state), *of_numbers(numbers, now)],
-            refresh_s=REFRESH_S if moving else REFRESH_IDLE_S,
+            alarms=alarms,
+            refresh_s=REFRESH_S if moving else idle_s,
         )
 
     @blueprint.post("/pause", endpoint="page_pause")
@@ -178,6 +181,7 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             q=text,
             next_part=request.args.get("next", ""),
             left=request.args.get("left", type=int),
+            at_most=AT_MOST,
             not_first="cursor" in request.args,
             refresh_s=_refresh_s(listed.items),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,16 +115,22 @@ def look(
     )  # fmt: skip
 
 
-def axe_violations(driver: webdriver.Chrome, axe: str) -> list[str]:
-    """Return what axe finds on the page, one line each; nothing without its source."""
+def axe_violations(driver: webdriver.Chrome, axe: str, *, rules: Sequence[str] = ()) -> list[str]:
+    """Return what axe finds on the page, one line each; nothing without its source.
+
+    :param rules: only these; all of them by default.
+    """
     if not axe:
         return []
-    # By the protocol, not by a script element: the page's policy stays in force.
-    driver.execute_cdp_cmd("Runtime.evaluate", {"expression": axe})
+    if driver.execute_script("return typeof axe === 'undefined'"):
+        # By the protocol, not by a script element: the page's policy stays in force.
+        driver.execute_cdp_cmd("Runtime.evaluate", {"expression": axe})
     found: Any = driver.execute_async_script(
         "const done = arguments[arguments.length - 1];"
-        "axe.run(document).then((r) => done(r.violations.flatMap((v) => v.nodes.map((n) =>"
-        " v.id + ': ' + n.html.slice(0, 200) + ' – ' + n.failureSummary))), (e) => done([String(e)]));"
+        "const options = arguments[0].length ? {runOnly: arguments[0]} : {};"
+        "axe.run(document, options).then((r) => done(r.violations.flatMap((v) => v.nodes.map((n) =>"
+        " v.id + ': ' + n.html.slice(0, 200) + ' – ' + n.failureSummary))), (e) => done([String(e)]));",
+        list(rules),
     )
     return [str(line) for line in found]
 

@@ -24,6 +24,7 @@ from flask_rq_webhooks.storage.dispatchers import heartbeat, is_paused
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint, Event, Secret
 from flask_rq_webhooks.web import alarms
 from flask_rq_webhooks.web.bulk import AT_MOST
+from flask_rq_webhooks.web.dashboard import REFRESH_ALARM_S, REFRESH_IDLE_S
 from tests import storage_rows
 from tests.dashboard_app import (
     HOSTILE,
@@ -731,6 +732,16 @@ def test_the_overview_counts_what_is_there(client: FlaskClient, state: State) ->
     assert f"{datetime.now(UTC):%Y-%m-%d %H}:00 4 1 0" in found.text  # the table below the chart
     svg = [attributes for tag, attributes in found.tags if tag == "svg" and attributes.get("role") == "img"]
     assert svg[0]["aria-labelledby"] == "rqw-chart-title rqw-chart-desc"
+
+
+def test_the_overview_looks_sooner_while_nothing_is_delivered(client: FlaskClient, state: State) -> None:
+    def refresh_s() -> list[str | None]:
+        tags = page(client, "/").tags
+        return [fields["data-rqw-refresh"] for _tag, fields in tags if "data-rqw-refresh" in fields]
+
+    assert refresh_s() == [str(REFRESH_ALARM_S)]  # no dispatcher is alive
+    heartbeat(state.database, "dsp_x", started=True)
+    assert refresh_s() == [str(REFRESH_IDLE_S)]
 
 
 def test_pages_refresh_only_while_something_is_in_flight(client: FlaskClient, state: State) -> None:

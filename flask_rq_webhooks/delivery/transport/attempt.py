@@ -1,17 +1,15 @@
 """One attempt while a thread makes it: its deadlines, and the grip by which it can be ended from outside.
 
-Knows nothing of urllib3; :mod:`.pinned` opens its connections.
+Knows nothing of urllib3; :mod:`.pinned` holds the connections.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 import threading
 import time
-from typing import Any
 
 from ...protocol.urls import CheckedURL
 from .destinations import Destinations, is_literal
@@ -22,17 +20,44 @@ from .opening import open_one
 logger = logging.getLogger(__name__)
 
 
-class Attempt:
-    """One attempt's deadlines, and the grip by which the watchdog ends it.
+class Grip:
+    """A hold on a connection by which another thread can end it.
 
-    The grip is a duplicate of the connection's descriptor: it stays valid while TLS wraps, or urllib3
-    closes, the socket itself.
+    It is a duplicate of the connection's descriptor, made once: it stays valid while TLS wraps the socket
+    itself, and until the connection lets it go.
     """
+
+    __slots__ = ("_lock", "_sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock: socket.socket | None = sock.dup()
+        self._lock = threading.Lock()
+
+    def end(self) -> None:
+        """Shut the connection down, which ends every read and write on it."""
+        with self._lock:
+            if self._sock is None:
+                return
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError as exc:
+                if exc.errno != errno.ENOTCONN:  # the peer was faster
+                    logger.warning("A connection past its deadline could not be shut down: %s", exc)
+
+    def close(self) -> None:
+        """Let go."""
+        with self._lock:
+            if self._sock is not None:
+                self._sock.close()
+                self._sock = None
+
+
+class Attempt:
+    """One attempt's deadlines, and what the watchdog needs to end it."""
 
     __slots__ = (
         "_destinations",
         "_fired",
-        "_finished",
         "_grip",
         "_lock",
         "_lookups",
@@ -58,46 +83,44 @@ class Attempt:
         self._lookups = lookups
         self.deadline = deadline
         self.connect_deadline = connect_deadline
+        #: Whether any byte of an answer came.
         self.answered = False
         self._lock = threading.Lock()
-        self._grip: int | None = None
+        self._grip: Grip | None = None
         self._fired: Failure | None = None
-        self._finished = False
         self._reused = False
         self._repeated = False
 
-    def hold(self, sock: Any, *, reused: bool) -> None:
-        """Let the watchdog end what happens on *sock*."""
+    def hold(self, grip: Grip, *, reused: bool) -> None:
+        """Let the watchdog end what happens on a connection.
+
+        :param reused: it was kept from an earlier request.
+        """
         with self._lock:
             if self._fired is not None:
                 raise self._fired
-            self._drop_grip()
-            self._grip = os.dup(sock.fileno())
+            self._grip = grip
             self._reused = reused
+
+    def let_go(self) -> None:
+        """Let go of the connection, which others may use from here on; nothing can end it any more."""
+        with self._lock:
+            self._grip = None
 
     def fire(self, failure: Failure) -> None:
         """End the attempt now; called by the watchdog's thread."""
         with self._lock:
-            if self._finished or self._fired is not None:
-                return
-            self._fired = failure
-            if self._grip is not None:
-                held = socket.socket(fileno=os.dup(self._grip))
-                try:
-                    held.shutdown(socket.SHUT_RDWR)
-                except OSError as exc:
-                    if exc.errno != errno.ENOTCONN:  # the peer was faster
-                        logger.warning("A connection past its deadline could not be shut down: %s", exc)
-                finally:
-                    held.close()
+            if self._fired is None:
+                self._fired = failure
+                if self._grip is not None:
+                    self._grip.end()
 
-    def finish(self) -> None:
-        """Let go of the connection; nothing can fire any more."""
-        with self._lock:
-            self._finished = True
-            self._drop_grip()
+    def left_s(self) -> float:
+        """Return the seconds until the deadline, as a timeout for a socket."""
+        return max(self.deadline - time.monotonic(), 0.001)
 
     def raise_if_fired(self, cause: BaseException | None = None) -> None:
+        """Raise why the attempt was ended, if it was, or should have been by now."""
         with self._lock:
             fired = self._fired
             if fired is None and time.monotonic() >= self.deadline:
@@ -114,6 +137,7 @@ class Attempt:
 
     @property
     def wants_new_connection(self) -> bool:
+        """Say whether this is the repeat, for which no kept connection will do."""
         return self._repeated
 
     def connect(self, host: str, port: int, *, through_proxy: bool) -> socket.socket:
@@ -128,44 +152,4 @@ class Attempt:
             raise Failure("dns", f"{host} has no address")
         if not through_proxy:
             self._destinations.check_addresses(self.checked, addresses)
-        sock = open_one(alternate(addresses)[:MAX_ADDRESSES], port, self.connect_deadline)
-        try:
-            self.hold(sock, reused=False)
-            sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def _drop_grip(self) -> None:
-        if self._grip is not None:
-            os.close(self._grip)
-            self._grip = None
-
-
-class _ThreadState(threading.local):
-    attempt: Attempt | None = None
-
-
-_thread = _ThreadState()
-
-
-def set_attempt_of_this_thread(attempt: Attempt | None) -> None:
-    """Say what attempt this thread makes, which is how its connections know deadline and policy."""
-    _thread.attempt = attempt
-
-
-def attempt_of_this_thread() -> Attempt | None:
-    """Return the attempt this thread is making, if it is one of ours."""
-    return _thread.attempt
-
-
-def current_attempt() -> Attempt:
-    """Return the attempt this thread is making.
-
-    :raises RuntimeError: when it makes none: a connection must not be opened unchecked.
-    """
-    attempt = _thread.attempt
-    if attempt is None:
-        raise RuntimeError("A connection of this transport was used outside of it; nothing would be checked.")
-    return attempt
+        return open_one(alternate(addresses)[:MAX_ADDRESSES], port, self.connect_deadline)

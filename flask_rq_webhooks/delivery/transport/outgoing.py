@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 
+from ...protocol.urls import CheckedURL
 from .contract import AttemptRequest
 from .failures import Failure
 
@@ -15,6 +17,24 @@ _TRANSPORT_HEADERS = frozenset(
 #: RFC 9110, 5.1 and 5.5, without the bytes above ASCII.
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e]*")
+
+
+def request_bytes(
+    checked: CheckedURL, request: AttemptRequest, proxy_headers: Mapping[str, str] | None = None
+) -> bytes:
+    """Return the whole request as it goes over the wire, head and body, for one write.
+
+    :param proxy_headers: given when the request goes to a proxy that has to pass it on: the request line then
+        names the whole URL, and these headers are the proxy's.
+    :raises Failure: ``internal``, for what may not stand in a header; it was checked long before.
+    """
+    netloc = checked.url[len(checked.scheme) + 3 :].partition("/")[0]
+    target = checked.target if proxy_headers is None else checked.url
+    head = [f"POST {target} HTTP/1.1\r\nHost: {netloc}\r\n"]
+    head += [f"{name}: {value}\r\n" for name, value in wire_headers(request).items()]
+    head += [f"{name}: {value}\r\n" for name, value in (proxy_headers or {}).items()]
+    head.append("\r\n")
+    return "".join(head).encode("ascii") + request.body
 
 
 def wire_headers(request: AttemptRequest) -> dict[str, str]:

@@ -1,31 +1,36 @@
-"""The transport of :mod:`requests` adapters, on a bounded pool of threads. Needs nothing installed beside."""
+"""The transport of :mod:`requests` adapters, on a bounded pool of threads. Needs nothing installed beside.
+
+Pools and connections are the adapter's and urllib3's, with what TLS and proxies need; answers are read by
+:mod:`http.client`. What requests and urllib3 build around one exchange (prepared request, retry plan, two
+response objects, cookies) carries no promise of ours and costs twice as much as the exchange, so the request
+goes from :mod:`.outgoing` straight to the connection.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import ssl
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import requests
-from urllib3 import HTTPResponse
 from urllib3 import exceptions as urllib3_errors
 
-from ...protocol.urls import CheckedURL, UrlPolicy, redact_url
+from ...protocol.urls import UrlPolicy, redact_url
 from .answers import BODY_CAP, broken, failed, head_of
-from .attempt import Attempt, attempt_of_this_thread, set_attempt_of_this_thread
+from .attempt import Attempt
 from .contract import AttemptRequest, AttemptResult
 from .destinations import Destinations
 from .failures import Failure, innermost
+from .heads import Answer
 from .lookups import Lookups, Resolver, system_resolver
-from .outgoing import wire_headers
-from .pinned import PinnedAdapter
+from .outgoing import request_bytes
+from .pinned import PinnedAdapter, PinnedConnection, PinnedPool, ProxyFailure
 from .threads import DaemonThreads
 from .tls import default_ssl_context
 from .watchdog import Watchdog
@@ -58,9 +63,8 @@ class RequestsTransport:
         body_cap: int = BODY_CAP,
     ) -> None:
         self._body_cap = body_cap
-        self._proxies = {"http": proxy_url, "https": proxy_url} if proxy_url else None
         self._destinations = Destinations(policy)
-        self._adapter = PinnedAdapter(concurrency, ssl_context or default_ssl_context(ca_file))
+        self._adapter = PinnedAdapter(concurrency, ssl_context or default_ssl_context(ca_file), proxy_url)
         self._lookups = Lookups(resolver, limit=max(8, 2 * concurrency))
         self._watchdog = Watchdog(on_idle=self._adapter.close_idle)
         self._threads = DaemonThreads("rq-webhooks-send", concurrency)
@@ -127,97 +131,64 @@ class RequestsTransport:
             deadline=started + request.timeout_s,
             connect_deadline=started + min(request.connect_timeout_s, request.timeout_s),
         )
-        prepared = _prepare(checked, request)
         self._watchdog.watch(attempt)
-        set_attempt_of_this_thread(attempt)
         try:
             attempt.raise_if_fired()
             try:
-                return self._exchange(attempt, prepared)
+                return self._exchange(attempt, request)
             except Failure as failure:
                 if failure.code not in ("reset", "tls") or not attempt.may_repeat():
                     raise
             # The receiver closed an idle connection while we were writing to it: not its verdict on this
             # request. Receivers tell repeats by webhook-id, so one more try on a new connection is safe.
-            return self._exchange(attempt, prepared)
+            return self._exchange(attempt, request)
         finally:
-            set_attempt_of_this_thread(None)
             self._watchdog.forget(attempt)
-            attempt.finish()
 
-    def _exchange(self, attempt: Attempt, prepared: requests.PreparedRequest) -> dict[str, Any]:
+    def _exchange(self, attempt: Attempt, request: AttemptRequest) -> dict[str, Any]:
         """Make the request once; translate everything that can go wrong on the way."""
-        timeout = max(attempt.deadline - time.monotonic(), 0.001)
-        raw: HTTPResponse | None = None
         try:
-            raw = self._adapter.send(prepared, stream=True, timeout=timeout, proxies=self._proxies).raw
-            outcome = self._read(raw)
+            pool, connection = self._adapter.take(attempt)
+            keep = False
+            try:
+                outcome, keep = self._converse(attempt, request, pool, connection)
+            finally:
+                pool.give_back(connection, attempt, keep=keep)
         except Failure:
             raise
-        except (
-            requests.RequestException,
-            urllib3_errors.HTTPError,
-            http.client.HTTPException,
-            OSError,
-        ) as exc:
+        except (ProxyFailure, urllib3_errors.HTTPError, http.client.HTTPException, OSError) as exc:
             attempt.raise_if_fired(exc)
             raise _failure(exc) from exc
-        finally:
-            if raw is not None:
-                if not raw.closed:
-                    raw.close()  # never drained: what follows may have no end
-                raw.release_conn()
         # A socket shut down in mid-headers or mid-body can look like a short, valid response.
         attempt.raise_if_fired()
         return outcome
 
-    def _read(self, raw: HTTPResponse) -> dict[str, Any]:
-        outcome = head_of(raw.status, _raw_headers(raw))
-        if "error_code" in outcome:
-            raw.close()
-            return outcome
-        body = b""
-        # One byte more than is kept, so that a body of just that size is seen to have ended.
-        while chunk := raw.read(self._body_cap + 1 - len(body), decode_content=False):
-            body += chunk
-            if len(body) > self._body_cap:
-                break
-        return outcome | {"response_body": body[: self._body_cap]}
-
-
-def _prepare(checked: CheckedURL, request: AttemptRequest) -> requests.PreparedRequest:
-    prepared = requests.PreparedRequest()
-    prepared.method = "POST"
-    prepared.url = checked.url
-    # The adapter only looks for Content-Length, as spelled there.
-    prepared.headers = cast(Any, wire_headers(request))
-    prepared.body = request.body
-    return prepared
-
-
-def _raw_headers(raw: HTTPResponse) -> Iterator[tuple[bytes, bytes]]:
-    return ((name.encode("latin-1"), value.encode("latin-1")) for name, value in raw.headers.iteritems())
+    def _converse(
+        self, attempt: Attempt, request: AttemptRequest, pool: PinnedPool, connection: PinnedConnection
+    ) -> tuple[dict[str, Any], bool]:
+        """Write the request and read the answer; return it, and whether the connection may be kept."""
+        proxy_headers = pool.proxy_headers if connection.proxy_is_forwarding else None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before
+            connection.sock.sendall(request_bytes(attempt.checked, request, proxy_headers))
+        with Answer(connection.sock, attempt) as answer:
+            answer.begin()
+            raw_headers = ((n.encode("latin-1"), v.encode("latin-1")) for n, v in answer.headers.items())
+            outcome = head_of(answer.status, raw_headers)
+            if "error_code" in outcome:
+                return outcome, False
+            # One byte more than is kept, so that a body of just that size is seen to have ended.
+            body = answer.read_up_to(self._body_cap + 1)
+            outcome["response_body"] = body[: self._body_cap]
+            return outcome, answer.has_ended
 
 
 def _failure(exc: BaseException) -> Failure:
-    """Return the coarse code for an error of requests, urllib3, http.client or the socket."""
+    """Return the coarse code for an error of urllib3, http.client or the socket."""
     detail = innermost(exc)
-    if isinstance(exc, requests.exceptions.SSLError | ssl.SSLError | urllib3_errors.SSLError):
+    if isinstance(exc, ssl.SSLError | urllib3_errors.SSLError):
         return Failure("tls", detail)
-    if isinstance(exc, requests.exceptions.ProxyError | urllib3_errors.ProxyError):
+    if isinstance(exc, ProxyFailure):
         return Failure("connect", f"proxy: {detail}")
-    if isinstance(exc, requests.exceptions.Timeout | urllib3_errors.TimeoutError | TimeoutError):
+    if isinstance(exc, TimeoutError):
         return Failure("timeout", detail)
-    if isinstance(exc, requests.exceptions.InvalidURL | requests.exceptions.InvalidHeader):
-        return Failure("internal", detail)
     return Failure("reset", detail)
-
-
-def _not_ours(_record: logging.LogRecord) -> bool:
-    return attempt_of_this_thread() is None
-
-
-# At DEBUG urllib3 logs whole URLs. Those of webhooks often hold a secret, so its lines about our requests
-# are dropped; about everybody else's they stay.
-for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
-    logging.getLogger(_name).addFilter(_not_ours)
