@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import psutil
 import redis
 import rq
 from rq.job import Job
@@ -80,17 +83,39 @@ def _tell(
 def _beside_receivers(
     installation: Installation, target: RunningReceiver, worker_class: str, count: int, delay_ms: int
 ) -> tuple[float, float]:
-    """Run a burst while a dispatcher delivers to receivers that take so long."""
+    """Run a burst while a dispatcher delivers to receivers that take so long.
+
+    The worker has a processor of its own: what it would lose to a dispatcher on the same one is not the
+    callback's doing.
+    """
     installation.clear()
     target.ask("/reset")
     names = [register_endpoint(installation, url) for url in target.urls(delay_ms=delay_ms)]
     with installation.dispatcher() as dispatcher:
         dispatcher.wait_for_output("started")
-        pair = _burst(installation, worker_class, count, names, clear=False)
+        own, others = _processors()
+        for pid in (dispatcher.pid, target.pid):
+            _keep_to(pid, others)
+        pair = _burst(installation, worker_class, count, names, clear=False, processors=own)
         wait_until(lambda: target.ask("/count") >= count // 2, timeout=60, what="all deliveries")
         installation.wait_until_recorded(count // 2)
     target.check(count // 2)
     return pair
+
+
+def _processors() -> tuple[set[int], set[int]]:
+    """Return a processor for the worker, and those for the others; nothing where that cannot be chosen."""
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        return set(), set()
+    first, *others = sorted(os.sched_getaffinity(0))
+    return {first}, set(others)
+
+
+def _keep_to(pid: int, processors: Collection[int]) -> None:
+    """Let all threads of a process, and what they start from now on, use only *processors*."""
+    for thread in psutil.Process(pid).threads() if processors else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(thread.id, processors)
 
 
 def _burst(
@@ -100,12 +125,14 @@ def _burst(
     callbacks: Sequence[str],
     *,
     clear: bool = True,
+    processors: Collection[int] = (),
 ) -> tuple[float, float]:
     """Return the median milliseconds from a job's start to the next one's: without the callback, and with it.
 
     The callback runs before RQ takes the next job, so all it costs is in between.
 
     :param callbacks: dotted names that take turns.
+    :param processors: those the worker may use; all by default.
     """
     client: redis.Redis = installation.redis
     if clear:
@@ -124,6 +151,7 @@ def _burst(
     )
     ids = list(queue.job_ids)
     with rq_worker(installation.redis_url, "bench", burst=True, worker_class=worker_class) as worker:
+        _keep_to(worker.pid, processors)
         assert worker.wait(300) == 0, worker.output
     jobs = [job for job in Job.fetch_many(ids, connection=client) if job is not None]
     starts = [job.started_at.timestamp() for job in jobs if job.started_at is not None]

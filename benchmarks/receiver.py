@@ -162,6 +162,7 @@ class RunningReceiver:
 
     port: int
     hosts: int
+    pid: int
 
     def url(self, host: int = 0, *, delay_ms: int = 0, name: str = "hook") -> str:
         return f"http://127.0.0.{host % self.hosts + 1}:{self.port}/{delay_ms}/{name}"
@@ -199,7 +200,7 @@ def receiver(hosts: int = 40) -> Iterator[RunningReceiver]:
     """Start a receiver that listens on so many addresses."""
     with Process("python", "-m", "benchmarks.receiver", str(hosts)) as process:
         process.wait_for_output("listening on")
-        yield RunningReceiver(int(process.output.split()[-1]), hosts)
+        yield RunningReceiver(int(process.output.split()[-1]), hosts, process.pid)
 
 
 if __name__ == "__main__":
