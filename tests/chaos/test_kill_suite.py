@@ -85,7 +85,7 @@ def test_sigkill_at_a_named_step(field: Field, step: str, tmp_path: Path) -> Non
     process, times = STEPS[step]
     mark = tmp_path / "died"
     field.die = {"TEST_DIE_AT": step, "TEST_DIE_ONCE": str(mark)}
-    for name in ("web", "worker-1", "dispatcher-1"):
+    for name in ("worker-1", "dispatcher-1", "web"):  # web last: it is waited for
         field.start(name)
 
     # A work-horse that dies has no callback, so that reconcile has to find its job.
