@@ -4,14 +4,15 @@ The promises are those of :class:`.RequestsTransport`, and they come from the sa
 address may be used, what goes out, what may come back, why there is no answer. What differs is who waits: one
 loop instead of many threads.
 
-Of aiohttp it uses the session and the connector, whose ``connect`` and ``_create_connection`` are made to be
-overridden, and the protocol that the connector makes, to count the bytes of a response's head.
+Of aiohttp it uses the connector, whose ``connect`` and ``_create_connection`` are made to be overridden, and
+the protocol that the connector makes, with its parser. The session is left out: what it does for a request
+(redirects, cookies, decoding, the environment's proxies) is what must not happen here, and costs as much as
+the rest.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import re
 import ssl
@@ -28,6 +29,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from ...protocol.urls import CheckedURL, UrlPolicy, redact_url
@@ -39,15 +41,17 @@ from .failures import Failure, deadline_passed, innermost, transport_closed
 from .lookups import MAX_ADDRESSES, Lookups, Resolver, alternate, look_up_failure, system_resolver
 from .loop import LoopThread
 from .opening import open_one_in_loop
-from .outgoing import wire_headers
+from .outgoing import request_bytes
 from .tls import default_ssl_context
 
 logger = logging.getLogger(__name__)
 
 #: Kept connections at most, beside as many as may be in use.
 _MIN_KEPT = 32
-#: aiohttp warns of longer bodies when they are bytes.
-_LARGE_BODY = 2**20
+#: aiohttp's own, which would cost a timer each; the attempt's deadlines are above them.
+_NO_TIMEOUTS = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
+#: What the connector may put into the headers of a request that a proxy has to pass on.
+_PROXY_HEADERS = frozenset({"Proxy-Authorization"})
 #: Seconds between two tries to get a thread for a look-up.
 _LOOK_UP_PAUSE_S = 0.02
 
@@ -199,7 +203,6 @@ class _Attempt:
         "protocol",
         "reused",
         "task",
-        "transport",
         "wants_new_connection",
     )
 
@@ -214,7 +217,6 @@ class _Attempt:
         #: What it comes to if the deadline passes now; a timeout, if nothing else.
         self.late: Failure | None = None
         self.protocol: _Protocol | None = None
-        self.transport: asyncio.Transport | None = None
         self.opened_at = 0.0
         self.reused = False
         self.wants_new_connection = False
@@ -298,88 +300,100 @@ async def _open_exchanges(
 
 
 class _Exchanges:
-    """Requests and their answers, within one session."""
+    """Requests and their answers over the connections of one connector."""
 
     def __init__(
         self, destinations: Destinations, connector: _PinnedConnector, *, proxy: URL | None, body_cap: int
     ) -> None:
         self._destinations = destinations
         self._connector = connector
+        self._proxy = proxy
         self._body_cap = body_cap
-        self._parsed = lru_cache(maxsize=256)(partial(URL, encoded=True))
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
-            skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
-            trust_env=False,
-            auto_decompress=False,
-            read_bufsize=body_cap,
-            max_line_size=MAX_HEADER_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
-            max_headers=MAX_HEADERS,
-        )
-        self._options: dict[str, Any] = {"allow_redirects": False}
-        if proxy is not None:
-            self._options["proxy"] = proxy
+        self._destination = lru_cache(maxsize=256)(self._make_destination)
 
     async def run(self, attempt: _Attempt, request: AttemptRequest) -> dict[str, Any]:
         """Return the fields of the result.
 
         :raises Failure: when there is no answer.
         """
-        attempt.checked = self._destinations.check_url(request.url)
-        headers = wire_headers(request)
+        checked = attempt.checked = self._destinations.check_url(request.url)
         _current.set(attempt)
+        destination = self._destination(checked.url)
         try:
-            return await self._exchange(attempt, request, headers)
+            return await self._exchange(attempt, request, destination)
         except Failure as failure:
             if failure.code not in ("reset", "tls") or not attempt.may_repeat():
                 raise
         # The receiver closed an idle connection while we were writing to it: not its verdict on this
         # request. Receivers tell repeats by webhook-id, so one more try on a new connection is safe.
-        return await self._exchange(attempt, request, headers)
+        return await self._exchange(attempt, request, destination)
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._session.close()
+        await self._connector.close()
+
+    def _make_destination(self, url: str) -> aiohttp.ClientRequest:
+        """Return what the connector finds or opens a connection for; nothing of it is sent."""
+        return aiohttp.ClientRequest(
+            "POST", URL(url, encoded=True), loop=asyncio.get_running_loop(), proxy=self._proxy
+        )
 
     async def _exchange(
-        self, attempt: _Attempt, request: AttemptRequest, headers: dict[str, str]
+        self, attempt: _Attempt, request: AttemptRequest, destination: aiohttp.ClientRequest
     ) -> dict[str, Any]:
         """Make the request once; translate everything that can go wrong on the way."""
-        body: Any = request.body if len(request.body) < _LARGE_BODY else io.BytesIO(request.body)
-        response: aiohttp.ClientResponse | None = None
-        attempt.protocol = attempt.transport = None
+        attempt.protocol = None
+        connection: Connection | None = None
+        transport: asyncio.Transport | None = None
+        keep = False
         try:
-            response = await self._session.post(
-                self._parsed(attempt.checked.url), data=body, headers=headers, **self._options
+            connection = await self._connector.connect(destination, [], _NO_TIMEOUTS)
+            protocol = cast(_Protocol, connection.protocol)
+            transport = cast(asyncio.Transport, protocol.transport)
+            protocol.set_response_params(
+                read_until_eof=True,
+                auto_decompress=False,
+                read_bufsize=self._body_cap,
+                max_line_size=MAX_HEADER_BYTES,
+                max_field_size=MAX_HEADER_BYTES,
+                max_headers=MAX_HEADERS,
             )
-            return await self._read(response, cast(_Protocol, attempt.protocol))
-        except (aiohttp.ClientError, OSError) as exc:
-            outcome = _readable_part(exc, attempt.protocol)
-            if outcome is None:
+            proxy_headers = None
+            if self._proxy is not None and attempt.checked.scheme == "http":
+                proxy_headers = {
+                    name: value for name, value in destination.headers.items() if name in _PROXY_HEADERS
+                }
+            transport.write(request_bytes(attempt.checked, request, proxy_headers))
+            while True:
+                message, payload = await protocol.read()
+                if message.code >= 200 or message.code == 101:
+                    break
+            outcome = head_of(message.code, message.raw_headers)
+            if "error_code" not in outcome:
+                outcome["response_body"] = await self._read(payload)
+                keep = payload.at_eof()
+            return outcome
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as exc:
+            readable = _readable_part(exc, attempt.protocol)
+            if readable is None:
                 raise _failure(exc) from exc
-            return outcome
+            return readable
         finally:
-            if response is not None and not response.closed:
-                response.close()  # never drained: what follows may have no end
-            self._connector.done(attempt)
+            if connection is not None:
+                if keep:
+                    connection.release()
+                else:
+                    connection.close()  # never drained: what follows may have no end
+                self._connector.done(attempt)
+                if not keep and transport is not None:
+                    transport.abort()  # closing waits for a peer that may never read
 
-    async def _read(self, response: aiohttp.ClientResponse, protocol: _Protocol) -> dict[str, Any]:
-        outcome = head_of(response.status, response.raw_headers)
-        if "error_code" in outcome:
-            protocol.close()
-            return outcome
-        content = response.content
+    async def _read(self, payload: aiohttp.StreamReader) -> bytes:
         body = b""
         # One byte more than is kept, so that a body of just that size is seen to have ended.
-        while len(body) <= self._body_cap and (chunk := await content.read(self._body_cap + 1 - len(body))):
-            body += chunk
-            if content.at_eof():
-                break
-        outcome["response_body"] = body[: self._body_cap]
-        return outcome
+        while not payload.at_eof() and len(body) <= self._body_cap:
+            body += await payload.read(self._body_cap + 1 - len(body))
+        return body[: self._body_cap]
 
 
 #: Statuses without a body, whatever follows (RFC 9112, 6.3).
@@ -426,7 +440,7 @@ def _readable_part(exc: BaseException, protocol: _Protocol | None) -> dict[str, 
 
     The status is believed, whatever lines stand below it, and of these the readable ones; not the body.
     """
-    if protocol is None or not isinstance(exc, aiohttp.ClientResponseError):
+    if protocol is None or not isinstance(exc, HttpProcessingError):
         return None
     head, end, _ = protocol.answer.partition(b"\r\n\r\n")
     match = _STATUS_LINE.match(head + b"\r\n")
@@ -476,18 +490,14 @@ class _PinnedConnector(aiohttp.TCPConnector):
                 ):
                     connection.close()
                     continue
-            attempt.protocol, attempt.transport = protocol, protocol.transport
+            attempt.protocol = protocol
             protocol.expect_answer()
             return connection
 
     def done(self, attempt: _Attempt) -> None:
-        """Count the connection of *attempt* among the kept ones; end it now if it is not kept."""
+        """Count the connection of *attempt* among the kept ones, if it was kept."""
         protocol = attempt.protocol
-        if protocol is None:
-            return
-        if not protocol.is_connected():
-            if attempt.transport is not None:
-                attempt.transport.abort()  # closing waits for a peer that may never read
+        if protocol is None or not protocol.is_connected():
             return
         self._kept[protocol] = attempt.opened_at
         if len(self._kept) > self._keep:
