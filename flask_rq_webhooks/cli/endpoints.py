@@ -7,13 +7,11 @@ from typing import Any, NoReturn
 import click
 from flask.cli import AppGroup
 
-from ..errors import BlockedURLError, InvalidWebhookError
-from ..protocol.events import JOB_TYPES, is_application_type
-from ..protocol.headers import validate_headers, validate_secret
+from ..errors import InvalidWebhookError
+from ..protocol.headers import validate_secret
 from ..protocol.signing import generate_secret
-from ..protocol.urls import CheckedURL, redact_url
-from ..state import State, get_state
-from ..storage.ingesting import EVERY_TYPE
+from ..protocol.urls import redact_url
+from ..state import get_state
 from ..storage.queries import EndpointView, list_endpoints
 from ..storage.registration import (
     ROTATION_GRACE_S,
@@ -24,6 +22,7 @@ from ..storage.registration import (
     enable_standing,
     rotate_secret,
 )
+from ..web.standing import EndpointFormError, checked_values, header_pairs
 from .options import as_json, echo_json
 
 #: What ``list --json`` tells of an endpoint, beside its redacted URL.
@@ -84,33 +83,31 @@ def create(
 ) -> None:
     """Make a standing endpoint that sends to URL."""
     state = get_state()
-    checked = _checked_url(state, url)
-    name = payload_format or state.settings.format
-    if name not in state.formats:
-        raise click.UsageError(f"Unknown format {name!r}; known are {', '.join(sorted(state.formats))}.")
-    for event in events:
-        if event != EVERY_TYPE and event not in JOB_TYPES and not is_application_type(event):
-            raise click.UsageError(f"{event!r} is no event type; known are {', '.join(sorted(JOB_TYPES))}.")
-    if timeout is not None and timeout > state.settings.timeout:
-        raise click.UsageError(f"--timeout is at most {state.settings.timeout:g}, the configured TIMEOUT.")
     made_up = secret is None
-    chosen = generate_secret() if secret is None else _checked_secret(secret)
+    try:
+        pairs = header_pairs(headers)
+    except ValueError as exc:
+        raise click.UsageError(f"--header: {exc}") from None
+    raw = {
+        "url": url,
+        "secret": generate_secret() if secret is None else secret,
+        "headers": pairs or None,
+        "events": list(events) or None,
+        "format": payload_format,
+        "timeout_s": timeout,
+        "max_attempts": attempts,
+        "description": description,
+    }
+    try:
+        values = checked_values(
+            state, {name: value for name, value in raw.items() if value is not None}, creating=True
+        )
+    except EndpointFormError as exc:
+        reasons = [f"{name}: {' '.join(why)}" for name, why in exc.errors.items()]
+        raise click.UsageError("\n".join(reasons)) from exc
+    chosen = values["secret"]
     endpoint_id = create_standing(
-        state.database,
-        state.cipher,
-        NewEndpoint(
-            url=checked.url,
-            host=checked.host_key,
-            headers=_checked_headers(state, headers),
-            secret=chosen,
-            events=events or None,
-            format=name,
-            timeout_s=timeout,
-            max_attempts=attempts,
-            kind="standing",
-            description=description,
-        ),
-        namespace=state.namespace,
+        state.database, state.cipher, NewEndpoint(kind="standing", **values), namespace=state.namespace
     )
     click.echo(endpoint_id)
     if made_up:
@@ -171,26 +168,6 @@ def _line(endpoint: EndpointView) -> str:
     events = "endings" if endpoint.events is None else ",".join(endpoint.events)
     description = f"  {endpoint.description}" if endpoint.description else ""
     return f"{endpoint.id}  {endpoint.host}  {status}  {endpoint.format}  {events}{description}"
-
-
-def _checked_url(state: State, url: str) -> CheckedURL:
-    try:
-        return state.url_policy.check_url(url)
-    except BlockedURLError as exc:
-        raise click.UsageError(f"URL refused ({exc.code}): {exc}") from exc
-
-
-def _checked_headers(state: State, headers: tuple[str, ...]) -> dict[str, str]:
-    pairs: dict[str, Any] = {}
-    for header in headers:
-        name, colon, value = header.partition(":")
-        if not colon:
-            raise click.UsageError(f"{name!r} is not a header; expected 'Name: value'.")
-        pairs[name.strip()] = value.strip()
-    try:
-        return validate_headers(pairs, header_prefix=state.settings.header_prefix)
-    except InvalidWebhookError as exc:
-        raise click.UsageError(" ".join(exc.details.get("webhook_headers", [str(exc)]))) from exc
 
 
 def _checked_secret(secret: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -61,7 +61,7 @@ def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) 
     lines = form.get("headers", "").strip()
     if lines:
         try:
-            raw["headers"] = _headers(lines)
+            raw["headers"] = header_pairs(lines.splitlines())
         except ValueError as exc:
             errors["headers"] = [str(exc)]
     elif "no_headers" in form:
@@ -69,14 +69,28 @@ def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) 
     secret = form.get("secret", "")
     if creating and secret:
         raw["secret"] = secret
+    try:
+        values = checked_values(state, raw, creating=creating)
+    except EndpointFormError as exc:
+        raise EndpointFormError({**exc.errors, **errors}) from None
+    if errors:
+        raise EndpointFormError(errors)
+    return values
+
+
+def checked_values(state: State, raw: Mapping[str, Any], *, creating: bool) -> dict[str, Any]:
+    """Return what somebody wants of an endpoint, checked by the API's schema, as storage takes it.
+
+    :param raw: as the API takes it.
+    :param creating: a new endpoint; otherwise only what *raw* holds.
+    :raises EndpointFormError: with every reason.
+    """
     schema = endpoint_input(state.settings, state.url_policy, frozenset(state.formats))
     try:
         values: dict[str, Any] = schema.load(raw, partial=not creating)
     except ValidationError as exc:
         # Without the cause: it holds the values, the secret among them.
-        raise EndpointFormError({**flat_details(exc), **errors}) from None
-    if errors:
-        raise EndpointFormError(errors)
+        raise EndpointFormError(flat_details(exc)) from None
     return stored_values(state, values, creating=creating)
 
 
@@ -113,6 +127,24 @@ def header_names(state: State, endpoint: EndpointView) -> list[str] | None:
     return None if headers is None else list(headers)
 
 
+def header_pairs(lines: Iterable[str]) -> dict[str, str]:
+    """Return the headers that somebody wrote, each as ``Name: value``.
+
+    :raises ValueError: saying which is none, or comes twice; without its value, which may be a secret.
+    """
+    found: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not line.strip():
+            continue
+        if not colon:
+            raise ValueError("One of them is not a header; write each as Name: value.")
+        if name.strip() in found:
+            raise ValueError(f"{name.strip()[:80]!r} is given more than once.")
+        found[name.strip()] = value.strip()
+    return found
+
+
 def ping(state: State, endpoint_id: str) -> IngestedEvent:
     """Send a ``webhook.ping`` to an endpoint, through the pipeline like everything else.
 
@@ -133,17 +165,3 @@ def _events(form: MultiDict[str, str]) -> list[str] | None:
     chosen = [name for name in form.getlist("events") if name in JOB_TYPES or name == "*"]
     chosen += [name for name in re.split(r"[,\s]+", form.get("other_events", "")) if name]
     return list(dict.fromkeys(chosen)) or None
-
-
-def _headers(lines: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for line in lines.splitlines():
-        name, colon, value = line.partition(":")
-        if not line.strip():
-            continue
-        if not colon:
-            raise ValueError("Write one header a line, as Name: value.")
-        if name.strip() in found:
-            raise ValueError(f"{name.strip()[:80]!r} is given more than once.")
-        found[name.strip()] = value.strip()
-    return found

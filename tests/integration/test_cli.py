@@ -184,10 +184,15 @@ def test_life_of_a_standing_endpoint(host: Flask, state: State, receiver: Receiv
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        pytest.param(["https://user:pw@example.com/"], "URL refused", id="userinfo"),
-        pytest.param(["https://example.com/", "--event", "Nonsense"], "no event type", id="event"),
+        pytest.param(["https://user:pw@example.com/"], "url: The URL must not contain a user", id="userinfo"),
+        pytest.param(["https://example.com/", "--event", "Nonsense"], "events: Unknown event", id="event"),
         pytest.param(["https://example.com/", "--header", "no colon"], "not a header", id="header"),
         pytest.param(["https://example.com/", "--header", "Host: x"], "Host", id="refused-header"),
+        pytest.param(
+            ["https://example.com/", "--header", "X: 1", "--header", "X: 2"],
+            "more than once",
+            id="header-twice",
+        ),
         pytest.param(["https://example.com/", "--format", "xml"], "Unknown format", id="format"),
         pytest.param(["https://example.com/", "--timeout", "1000"], "at most", id="timeout"),
     ],
