@@ -55,4 +55,15 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
         job = queue().enqueue_call(getattr(tasks, name), **options)
         return {"job_id": job.id, "fields": sorted(options)}
 
+    @app.post("/trees/<runid>")
+    @webhooks.accepts_webhook(scope="tree")
+    def tree(runid: str) -> Any:
+        """Enqueue jobs that end when they are let go: all at once, or below a root that has ended by then."""
+        order = request.get_json()
+        if order["below"]:
+            root = queue().enqueue_call(tasks.plant, (runid, order["jobs"]), timeout=600)
+            return {"roots": [root.id]}
+        jobs = [queue().enqueue_call(tasks.wait_for, (runid,), timeout=600) for _ in range(order["jobs"])]
+        return {"roots": [job.id for job in jobs]}
+
     return app

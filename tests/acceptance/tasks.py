@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import rq
+from rq.job import get_current_job
+
 
 def add(first: int, second: int) -> dict[str, int]:
     return {"sum": first + second}
@@ -24,6 +27,28 @@ def fail(message: str) -> None:
 def sleep(seconds: float) -> str:
     time.sleep(seconds)
     return "woke up"
+
+
+def wait_for(name: str) -> str:
+    """Say that the job is there, and end as soon as *name* is let go."""
+    job = get_current_job()
+    assert job is not None
+    job.connection.rpush(f"{name}:there", job.id)
+    while not job.connection.exists(f"{name}:go"):
+        time.sleep(0.002)
+    return "let go"
+
+
+def plant(name: str, children: int) -> str:
+    """Enqueue children that end when *name* is let go, and note them where hosts note them."""
+    job = get_current_job()
+    assert job is not None
+    queue = rq.Queue("default", connection=job.connection)
+    for number in range(children):
+        child = queue.enqueue_call(wait_for, (name,), timeout=600)
+        job.meta[f"jobs:{number},func:wait_for"] = child.id
+    job.save_meta()
+    return "planted"
 
 
 def slow_callback(job: Any, connection: Any, result: Any) -> None:
