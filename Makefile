@@ -8,6 +8,9 @@ PYTEST_ARGS ?=
 # Test processes side by side; most tests wait for servers more than they compute.
 PYTEST_WORKERS ?= 3
 
+# Where it is set, each of the many processes the tests start would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -73,7 +76,7 @@ package: $(VENV)/.dev  ## build sdist and wheel into dist/ and check them
 	mkdir build
 	$(INSTALL) build twine check-wheel-contents
 	@echo "Building ..."
-	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m build --outdir dist . >build/log 2>&1 || { cat build/log; exit 1; }
+	@$(BIN)/python -m build --outdir dist . >build/log 2>&1 || { cat build/log; exit 1; }
 	@! grep -E '^warning: |Setuptools[A-Za-z]*Warning|\*{40}|is absent from' build/log
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
