@@ -371,6 +371,8 @@ class _Exchanges:
             outcome = head_of(message.code, message.raw_headers)
             if "error_code" not in outcome:
                 outcome["response_body"] = await self._read(payload)
+                if protocol.broken and not message.chunked and "Content-Length" not in message.headers:
+                    raise protocol.broken  # only its end can tell that such a body is whole
                 keep = payload.at_eof()
             return outcome
         except (aiohttp.ClientError, HttpProcessingError, OSError) as exc:
@@ -408,6 +410,8 @@ class _Protocol(ResponseHandler):
 
     #: What came first since the request.
     answer = b""
+    #: What the connection broke of, if it did not end orderly.
+    broken: BaseException | None = None
     #: Bytes that may still come before a head has ended; ``None`` once the final one has.
     _head_left: int | None = None
 
@@ -427,6 +431,11 @@ class _Protocol(ResponseHandler):
         super().data_received(data)
         if self._head_left is not None and self._head_left < 0:
             self.set_exception(aiohttp.ClientPayloadError("the headers are too long"))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Remember how it ended; aiohttp takes every end for the end of a body without a length."""
+        self.broken = exc
+        super().connection_lost(exc)
 
     def feed_data(self, data: Any, size: int = 0) -> None:
         """Take a head from the parser."""
