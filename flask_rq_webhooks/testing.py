@@ -168,7 +168,8 @@ class ObservedJob:
     :param view: Flask's endpoint name.
     :param rule: the route; with *method*, the one that was called.
     :param func: dotted name of the job's function.
-    :param webhook: ``"decorator"``, ``"helper"``, or ``"missing"``.
+    :param webhook: ``"decorator"``, ``"helper"``, ``"missing"``, or ``"unattached"``: the view is decorated,
+        but its queue is a plain ``rq.Queue``, which carries a webhook with ``instrument_rq=True`` only.
     :param made_elsewhere: made by ``Job.create`` or fetched: a decorator alone does not help such a job,
         :meth:`~flask_rq_webhooks.RQWebhooks.watch` does.
     """
@@ -197,8 +198,8 @@ class ObservedRoutes:
 
     @property
     def missing(self) -> list[str]:
-        """Return the view names that enqueued a job without a webhook, sorted."""
-        return sorted({job.view for job in self.jobs if job.webhook == "missing"})
+        """Return the view names that enqueued a job no webhook can go with, sorted."""
+        return sorted({job.view for job in self.jobs if job.webhook in ("missing", "unattached")})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write what was seen as JSON, for ``flask rq-webhooks routes --observed``."""
@@ -238,7 +239,9 @@ def _webhook_of(seen: SeenJob, decorated: bool) -> str:
         return "missing"
     if seen.by_helper:
         return "helper"
-    return "decorator" if decorated or seen.attached else "missing"
+    if not decorated:
+        return "missing"
+    return "decorator" if seen.attachable else "unattached"
 
 
 def _send_all(

@@ -153,6 +153,11 @@ def uninstrument() -> None:
             rq.Queue.create_job = current.__wrapped__  # type: ignore[method-assign]
 
 
+def is_instrumented() -> bool:
+    """Say whether plain :class:`rq.Queue` objects of this process carry webhooks."""
+    return _instrumented
+
+
 class _Instrumented:
     """``rq.Queue.create_job`` with our callbacks; a descriptor, as functions are."""
 

@@ -16,21 +16,21 @@ from typing import Any
 import rq
 from rq.job import Job
 
-from .attach import _create_twin_job, current_attachment
+from .attach import Queue, _create_twin_job, is_instrumented
 
 
 @dataclass(slots=True)
 class SeenJob:
     """One job that was enqueued.
 
-    :param attached: whether a webhook that was asked for goes with it.
+    :param attachable: whether its queue carries a webhook where one is asked for.
     :param made_elsewhere: whether it was made without a queue (``Job.create``), so that none can.
     :param by_helper: whether ``enqueue_with_webhook`` enqueued it.
     """
 
     job_id: str
     func: str
-    attached: bool
+    attachable: bool
     made_elsewhere: bool = False
     by_helper: bool = False
 
@@ -71,15 +71,15 @@ class _Watcher:
             result = original(queue, *args, **kwargs)
             if self.active:
                 if name == "create_job":
-                    self._made(result)
+                    self._made(queue, result)
                 else:
                     self._enqueued(queue, args[0] if args else kwargs["job"])
             return result
 
         return wrapper
 
-    def _made(self, job: Job) -> None:
-        seen = SeenJob(job.id, job.func_name or "", attached=current_attachment.get() is not None)
+    def _made(self, queue: rq.Queue, job: Job) -> None:
+        seen = SeenJob(job.id, job.func_name or "", attachable=isinstance(queue, Queue) or is_instrumented())
         with self._lock:
             self._seen[job.id] = seen
         self._note(seen)
@@ -88,7 +88,7 @@ class _Watcher:
         with self._lock:
             seen = self._seen.get(job.id)
         if seen is None:
-            self._note(SeenJob(job.id, job.func_name or "", attached=False, made_elsewhere=True))
+            self._note(SeenJob(job.id, job.func_name or "", attachable=False, made_elsewhere=True))
         else:
             create = vars(queue).get("create_job")
             seen.by_helper = isinstance(create, functools.partial) and create.func is _create_twin_job

@@ -18,7 +18,13 @@ from flask.cli import with_appcontext
 
 from ..web.survey import Place, Route, survey
 
-_WORDS = {"decorator": "yes", "helper": "yes, by helper", "missing": "MISSING", "none": "-"}
+_WORDS = {
+    "decorator": "yes",
+    "helper": "yes, by helper",
+    "missing": "MISSING",
+    "unattached": "PLAIN QUEUE",
+    "none": "-",
+}
 
 
 @click.command()
@@ -85,6 +91,7 @@ def _with_observed(found: list[Route], jobs: Sequence[dict[str, Any]]) -> list[R
             Place(
                 f"observed: {job['func']}", "", 0,
                 covered=job["webhook"] != "missing", helper=job["webhook"] == "helper",
+                plain=job["webhook"] == "unattached",
             )
             for job in jobs
             if (job["view"], job["rule"]) == (route.view, route.rule) and job["method"] in route.methods

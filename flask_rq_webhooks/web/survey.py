@@ -29,6 +29,7 @@ import rq.decorators
 from flask import Flask
 from flask.views import MethodView
 
+from ..capture.attach import Queue, is_instrumented
 from .decorators import accepts_webhooks
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Place:
     :param through: dotted names of the functions between the view and the place.
     :param certain: whether it is an RQ queue for sure, and is reached by calls only.
     :param covered: whether ``accepts_webhook`` or our helper stands before it.
+    :param plain: whether it is an ``rq.Queue`` and not ours, which carries a webhook only if instrumented.
     """
 
     call: str
@@ -70,6 +72,7 @@ class Place:
     certain: bool = True
     covered: bool = False
     helper: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class Route:
     :param view: Flask's endpoint name.
     :param decorated: whether the view itself accepts webhooks.
     :param readable: whether there was any source to read.
+    :param instrumented: whether plain RQ queues carry webhooks.
     """
 
     rule: str
@@ -87,18 +91,28 @@ class Route:
     decorated: bool
     readable: bool
     places: tuple[Place, ...] = ()
+    instrumented: bool = True
 
     @property
     def missing(self) -> Place | None:
         """Return the plainest place that enqueues without a webhook, ``None`` where there is none."""
-        bare = (place for place in self.places if not place.covered)
-        return min(bare, key=lambda place: (not place.certain, len(place.through)), default=None)
+        bare = (
+            place
+            for place in self.places
+            if not place.covered or (place.plain and not place.helper and not self.instrumented)
+        )
+        return min(
+            bare, key=lambda place: (place.covered, not place.certain, len(place.through)), default=None
+        )
 
     @property
     def webhook(self) -> str:
-        """Return ``"missing"``, ``"decorator"``, ``"helper"``, or ``"none"`` where nothing is enqueued."""
+        """Return ``"decorator"``, ``"helper"``, or what is wrong: ``"missing"``, ``"unattached"``.
+
+        The last is a decorated view with a plain queue. ``"none"`` where nothing is enqueued.
+        """
         if self.missing is not None:
-            return "missing"
+            return "unattached" if self.missing.covered else "missing"
         if self.decorated or any(place.covered and not place.helper for place in self.places):
             return "decorator"
         return "helper" if self.places else "none"
@@ -124,7 +138,12 @@ def survey(app: Flask) -> list[Route]:
                 for place in reader.places(function, owner=owner, covered=decorated):
                     places[place] = None
                 readable = readable or any(reader.readable(layer) for layer in _layers(function))
-            routes.append(Route(str(rule), tuple(methods), rule.endpoint, decorated, readable, tuple(places)))
+            routes.append(
+                Route(
+                    str(rule), tuple(methods), rule.endpoint, decorated, readable, tuple(places),
+                    instrumented=is_instrumented(),
+                )
+            )  # fmt: skip
     return routes
 
 
@@ -248,6 +267,7 @@ class _Reader:
                 yield Place(
                     place.call, place.file, place.line, through,
                     certain=place.certain and certain, covered=place.covered or covered, helper=place.helper,
+                    plain=place.plain,
                 )  # fmt: skip
             for callee, callee_owner, called in body.callees:
                 if any(callee is inner for inner in layers):
@@ -344,10 +364,12 @@ class _Scope:
                 body.places.append(Place(text, file, line, certain=called, covered=True, helper=True))
                 return
             if _is_rq_delay(base, node.attr):
-                body.places.append(Place(text, file, line, certain=called))
+                body.places.append(Place(text, file, line, certain=called, plain=True))
                 return
             if node.attr in ENQUEUING and (base is None or _is_queue(base) or not self._followed(node)):
-                body.places.append(Place(text, file, line, certain=called and _is_queue(base)))
+                body.places.append(
+                    Place(text, file, line, certain=called and _is_queue(base), plain=_is_plain_queue(base))
+                )
                 return
         inferred = self.infer(node)
         if isinstance(inferred, _Known):
@@ -494,6 +516,13 @@ def _is_queue(inferred: _Inferred) -> bool:
     if isinstance(inferred, _Instance):
         return issubclass(inferred.cls, rq.Queue)
     return isinstance(inferred, _Known) and issubclass(type(inferred.value), rq.Queue)
+
+
+def _is_plain_queue(inferred: _Inferred) -> bool:
+    if inferred is None or not _is_queue(inferred):
+        return False
+    cls = inferred.cls if isinstance(inferred, _Instance) else type(inferred.value)
+    return not issubclass(cls, Queue)
 
 
 def _is_rq_delay(base: _Inferred, name: str) -> bool:

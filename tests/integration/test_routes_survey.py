@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,24 @@ from flask import Flask
 from flask.cli import FlaskGroup
 from flask.views import MethodView
 
+from flask_rq_webhooks import Queue as OurQueue
 from flask_rq_webhooks import RQWebhooks
+from flask_rq_webhooks.capture import attach
 from flask_rq_webhooks.testing import observe_routes
 from flask_rq_webhooks.web.survey import Route, survey
 from tests.hosts import enqueueing, jobs
 from tests.hosts.many_views import create_app, webhooks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def _instrumented() -> Iterator[None]:
+    """Let plain queues carry webhooks, as most of these views need."""
+    attach.instrument()
+    yield
+    attach.uninstrument()
+
+
+@pytest.fixture
 def routes() -> dict[str, list[Route]]:
     """Give what is read of every view, by view name."""
     found: dict[str, list[Route]] = {}
@@ -99,6 +110,35 @@ def test_views_that_enqueue_nothing(routes: dict[str, list[Route]], name: str) -
     (route,) = routes[name]
     assert route.webhook == "none"
     assert route.readable
+
+
+def test_decorated_view_with_a_plain_queue_is_told_unless_instrumented() -> None:
+    app = Flask("host")
+
+    @app.post("/plain")
+    @webhooks.accepts_webhook
+    def plain() -> str:
+        return enqueueing.get_queue().enqueue(jobs.build, "a").id
+
+    @app.post("/ours")
+    @webhooks.accepts_webhook
+    def ours() -> str:
+        return OurQueue(connection=enqueueing.connection).enqueue(jobs.build, "a").id
+
+    @app.post("/helper")
+    def helper() -> str:
+        return webhooks.enqueue_with_webhook(enqueueing.get_queue(), jobs.build, ("a",)).id
+
+    def judged() -> dict[str, str]:
+        return {route.view: route.webhook for route in survey(app)}
+
+    assert judged() == {"plain": "decorator", "ours": "decorator", "helper": "helper"}
+    assert run(app, "--check").exit_code == 0
+    attach.uninstrument()
+    assert judged() == {"plain": "unattached", "ours": "decorator", "helper": "helper"}
+    result = run(app, "--check")
+    assert result.exit_code == 1
+    assert " PLAIN QUEUE " in result.output
 
 
 def test_methods_of_a_method_view_are_judged_one_by_one(routes: dict[str, list[Route]]) -> None:
@@ -301,6 +341,15 @@ def test_observation_agrees_with_the_source_and_sees_what_it_cannot(host: Flask,
     assert "unseen_object" not in before.output
     (line,) = [line for line in after.output.splitlines() if "unseen_object" in line]
     assert line.split()[3:] == ["MISSING", "observed:", "tests.hosts.jobs.build"]
+
+
+def test_observation_of_a_decorated_view_with_a_plain_queue(host: Flask, tmp_path: Path) -> None:
+    attach.uninstrument()
+    with observe_routes(host) as observed:
+        host.test_client().post("/decorated/1")
+        host.test_client().post("/helper/1", json={})
+    assert [job.webhook for job in observed.jobs] == ["unattached", "helper"]
+    assert observed.missing == ["decorated"]
 
 
 def test_observation_ends(host: Flask) -> None:
