@@ -103,8 +103,6 @@ def memory(size: Size) -> Report:
     report = Report(f"Resident memory of a dispatcher, SQLite, {due:,} due, over {sent:,} deliveries")
     with servers() as some, receiver(40) as target:
         for transport in transports(report):
-            # The default transport over all of them; the other one as long as that takes it a few seconds.
-            wanted = sent if transport == "requests" else sent // 4
             installation = some.installation()
             endpoints = installation.endpoints(HOSTS, target.urls())
             fill(installation.state.database, due, HOSTS, analyze=True, endpoints=endpoints)
@@ -115,7 +113,7 @@ def memory(size: Size) -> Report:
                 process = psutil.Process(dispatcher.pid)
                 samples: list[tuple[int, float]] = []
                 deadline = time.monotonic() + 1200
-                while not samples or samples[-1][0] < wanted:
+                while not samples or samples[-1][0] < sent:
                     time.sleep(0.5)
                     assert dispatcher.popen.poll() is None, dispatcher.output
                     assert time.monotonic() < deadline, samples[-1]
@@ -123,7 +121,7 @@ def memory(size: Size) -> Report:
                 assert dispatcher.stop() == 0, dispatcher.output
             requests = target.ask("/count")
             installation.wait_until_recorded(requests)
-            tell_memory(report, transport, samples, wanted)
+            tell_memory(report, transport, samples, sent)
     return report
 
 
