@@ -338,20 +338,34 @@ def disable_standing(database: Database, endpoint_id: str, *, reason: str = "ope
 def delete_standing(database: Database, endpoint_id: str, *, batch: int = 1000) -> bool:
     """Delete a standing endpoint with its deliveries and attempts, in bounded transactions.
 
+    :param batch: deliveries per transaction.
     :returns: whether there was such an endpoint.
     """
+    deleted = delete_standing_part(database, endpoint_id, at_most=batch)
+    while deleted is False:
+        deleted = delete_standing_part(database, endpoint_id, at_most=batch)
+    return deleted is True
+
+
+def delete_standing_part(database: Database, endpoint_id: str, *, at_most: int = 1000) -> bool | None:
+    """Disable a standing endpoint and delete some of its deliveries; with the last of them, itself.
+
+    :param at_most: deliveries, in one transaction.
+    :returns: whether it is deleted now; otherwise call again. ``None``: there is no such endpoint.
+    """
     if not disable_standing(database, endpoint_id, reason="deleted"):
-        return False
-    some = select(Delivery.id).where(Delivery.endpoint_id == endpoint_id).limit(batch)
-    while True:
-        with database.write() as connection:
-            ids = connection.execute(some).scalars().all()
-            if not ids:
-                # In the transaction that saw no delivery; one made meanwhile goes by cascade.
-                connection.execute(delete(Endpoint).where(Endpoint.id == endpoint_id))
-                return True
+        return None
+    some = select(Delivery.id).where(Delivery.endpoint_id == endpoint_id).limit(at_most)
+    with database.write() as connection:
+        ids = connection.execute(some).scalars().all()
+        if ids:
             connection.execute(delete(Attempt).where(Attempt.delivery_id.in_(ids)))
             connection.execute(delete(Delivery).where(Delivery.id.in_(ids)))
+        if len(ids) == at_most:
+            return False
+        # In the transaction that saw no further delivery; one made meanwhile goes by cascade.
+        connection.execute(delete(Endpoint).where(Endpoint.id == endpoint_id))
+    return True
 
 
 def _set_enabled(database: Database, endpoint_id: str, *, enabled: bool, reason: str | None) -> bool:

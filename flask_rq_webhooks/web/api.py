@@ -35,7 +35,7 @@ from .answers import (
     not_found,
     query_input,
 )
-from .bulk import cancel_some, recover_some
+from .bulk import cancel_some, delete_endpoint_some, recover_some
 from .csrf import csrf_token, is_forgeable, replace_csrf_protect
 from .metrics import CONTENT_TYPE, metrics_text
 from .permissions import Permission, is_allowed
@@ -278,8 +278,12 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
     @blueprint.delete("/api/endpoints/<endpoint_id>")
     @requires(state, "manage")
     def delete_endpoint(endpoint_id: str) -> Any:
-        if not registration.delete_standing(state.database, endpoint_id):
+        deleted = delete_endpoint_some(state, endpoint_id)
+        if deleted is None:
             raise not_found("endpoint")
+        if not deleted:
+            # Disabled, and with fewer deliveries; the same request again goes on.
+            return _endpoint(state, endpoint_id), 202
         return "", 204
 
     @blueprint.post("/api/endpoints/<endpoint_id>/rotate")

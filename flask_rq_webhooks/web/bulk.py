@@ -1,4 +1,4 @@
-"""Recover and cancel by filter, as much of it as one request may do.
+"""Recover and cancel by filter, and delete an endpoint with all it has: as much as one request may do.
 
 Owns the bound: so many deliveries and so much time, then the caller is told what is left and how to go on.
 Pages and API share it; the command line has all the time it needs and does not come here.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..delivery.hooks import safe_render
 from ..state import State
-from ..storage import recovering
+from ..storage import recovering, registration
 from ..storage.filters import DeliveryFilter
 from ..storage.recovering import Step
 
@@ -74,6 +74,18 @@ def cancel_some(state: State, where: DeliveryFilter, cursor: str | None) -> Prog
     if cursor is None:
         return Progress(done)
     return Progress(done, cursor, recovering.left_to_cancel(state.database, where, cursor))
+
+
+def delete_endpoint_some(state: State, endpoint_id: str) -> bool | None:
+    """Delete a standing endpoint, or as many of its deliveries as time allows.
+
+    :returns: see :func:`~flask_rq_webhooks.storage.registration.delete_standing_part`.
+    """
+    began = time.monotonic()
+    deleted = registration.delete_standing_part(state.database, endpoint_id)
+    while deleted is False and time.monotonic() - began < ENOUGH_S:
+        deleted = registration.delete_standing_part(state.database, endpoint_id)
+    return deleted
 
 
 def _some(step: Step, cursor: str | None) -> tuple[int, str | None]:

@@ -37,7 +37,7 @@ from ..storage.statistics import COUNT_CAP, FINISHED_WINDOW, statistics
 from . import shown, standing
 from .alarms import everywhere, of_numbers
 from .api_schemas import STATUSES
-from .bulk import AT_MOST, Progress, cancel_some, recover_some
+from .bulk import AT_MOST, Progress, cancel_some, delete_endpoint_some, recover_some
 from .charts import OUTCOMES, RANGES, endings
 from .csrf import FORM_FIELD, csrf_token, is_forgeable
 from .filter_form import FilterForm, read_filter
@@ -372,7 +372,8 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
     @page(state, "manage")
     def delete(endpoint_id: str) -> Any:
         _standing(state, endpoint_id)
-        registration.delete_standing(state.database, endpoint_id)
+        if delete_endpoint_some(state, endpoint_id) is False:
+            return _done("deleted_some", ".page_endpoint", endpoint_id=endpoint_id)
         return _done("deleted", ".page_endpoints")
 
 

@@ -379,6 +379,9 @@ def _described(operation: Operation) -> dict[str, Any]:
     }
     if operation.answer is Status:
         found["responses"]["304"] = {"description": "Unchanged since the ETag in If-None-Match."}
+    if operation.method == "delete":
+        more = "Disabled; more of its deliveries are left than one request deletes. Send it again."
+        found["responses"]["202"] = _answer(EndpointAnswer, more)
     if operation.answer is Health:
         found["responses"]["503"] = _answer(Health)
     if operation.repeated:

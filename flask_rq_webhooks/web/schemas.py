@@ -187,13 +187,14 @@ class TargetURL(fields.Field):  # type: ignore[type-arg]
 
     def __init__(self, policy: UrlPolicy, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._policy = policy
+        # Clients send the same URL again and again, and the answer depends on nothing else.
+        self._check_url = lru_cache(maxsize=256)(policy.check_url)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> CheckedURL:
         if not isinstance(value, str):
             raise ValidationError("Not a valid string.")
         try:
-            return self._policy.check_url(value)
+            return self._check_url(value)
         except BlockedURLError as exc:
             raise ValidationError(str(exc)) from None
 

@@ -345,6 +345,22 @@ def test_a_request_stops_when_its_time_is_over(host: Host, monkeypatch: pytest.M
     assert answer["cursor"] is not None
 
 
+def test_an_endpoint_with_many_deliveries_is_deleted_in_parts(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint_id = create(host)["id"]
+    succeed_many(host, 2100)
+    monkeypatch.setattr(bulk, "ENOUGH_S", 0.0)
+
+    client = host.app.test_client()
+    first, second, third, fourth = (client.delete(f"/webhooks/api/endpoints/{endpoint_id}") for _ in range(4))
+
+    assert (first.status_code, first.get_json()["enabled"]) == (202, False)
+    assert first.get_json()["disabled_reason"] == "deleted"
+    assert (second.status_code, third.status_code, fourth.status_code) == (202, 204, 404)
+    assert host.rows("delivery") == host.rows("endpoint") == []
+
+
 @pytest.mark.parametrize("path", ["cancel", "recover"])
 def test_a_cursor_is_no_filter_and_must_be_one_of_ours(host: Host, path: str) -> None:
     create(host)

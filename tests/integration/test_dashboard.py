@@ -22,7 +22,7 @@ from werkzeug.test import TestResponse
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.dispatchers import heartbeat, is_paused
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint, Event, Secret
-from flask_rq_webhooks.web import alarms
+from flask_rq_webhooks.web import alarms, bulk
 from flask_rq_webhooks.web.bulk import AT_MOST
 from flask_rq_webhooks.web.dashboard import REFRESH_ALARM_S, REFRESH_IDLE_S
 from tests import storage_rows
@@ -468,6 +468,20 @@ def test_deleted_with_its_deliveries(client: FlaskClient, state: State) -> None:
     assert "were deleted" in response.text
     for table in (Endpoint, Delivery, Attempt, Secret):
         assert storage_rows.rows(state.database, table) == []
+
+
+def test_deleted_in_parts_where_there_are_many(
+    client: FlaskClient, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint_id = add_endpoint(state)
+    add_deliveries(state, endpoint_id, 1100)
+    monkeypatch.setattr(bulk, "ENOUGH_S", 0.0)
+    response = submit(client, page(client, f"/endpoints/{endpoint_id}"), "/delete")
+    assert "There are more: delete it again to go on." in Page(response).text
+    assert len(storage_rows.rows(state.database, Delivery)) == 100
+    response = submit(client, Page(response), "/delete")
+    assert "The endpoint and its deliveries were deleted." in Page(response).text
+    assert storage_rows.rows(state.database, Endpoint) == storage_rows.rows(state.database, Delivery) == []
 
 
 def test_an_endpoint_from_a_request_is_shown_and_not_changed(client: FlaskClient, state: State) -> None:
