@@ -21,7 +21,7 @@ from redis.exceptions import ResponseError
 
 from ..callbacks import DEFAULT_MAXLEN, ENTRY_VERSION, OUTBOX_KEY_PREFIX
 from ..errors import OutboxEntryError
-from ..protocol.events import format_time, parse_time
+from ..protocol.events import parse_time
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ _NO_GROUP = ("NOGROUP", "UNBLOCKED", "requires the key to exist")
 
 _KINDS = frozenset({"success", "failure", "stopped"})
 _ENDPOINT = re.compile(r"ep[0-9a-z]{1,16}_(?:[0-9a-z]{26}|all)")
+_MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
 _MAX_JOB_ID = 512
 _MAX_NAME = 512
 
@@ -514,10 +515,13 @@ def _moment(fields: Mapping[str, Any], name: str) -> str | None:
 
 
 def _is_moment(text: str) -> bool:
-    try:
-        return len(text) == 27 and format_time(parse_time(text)) == text
-    except (ValueError, OverflowError):
+    if _MOMENT.fullmatch(text) is None:
         return False
+    try:
+        parse_time(text)
+    except ValueError:  # the 31st of a short month
+        return False
+    return True
 
 
 def _unix_time(value: Any) -> float:
