@@ -224,6 +224,27 @@ def test_from_task_notifications(tmp_path: Path, redis_url: str, monkeypatch: py
         assert "X-Guardrails-Signature" not in unsigned.headers
 
 
+def test_the_tasks_notified_before(tmp_path: Path, redis_url: str) -> None:
+    """The page's starting point, in Celery itself."""
+    pytest.importorskip("celery")
+    environment = {"CELERY_BROKER_URL": "memory://", "WEBHOOK_SIGNING_SECRET": SECRET}
+    with HostCopy("task_notifications", tmp_path, redis_url, **environment) as host:
+        receiver = Printing(host)
+        code = (
+            "import tasks\n"
+            "tasks.celery.conf.task_always_eager = True\n"
+            f"print(tasks.check_document.delay('a b', webhook_url={receiver.url!r}, sign=True).id)"
+        )
+        wait_until(lambda: _listens(receiver.port))
+        task_id = host.run("-c", code).strip()
+        event, task, body = receiver.wait_for(task_id)
+        assert (event, task["name"], json.loads(body)["result"]["words"]) == (
+            "task.completed",
+            "check_document",
+            2,
+        )
+
+
 def load(path: Path) -> dict[str, Any]:
     """Run a file of the old service and return its names."""
     spec = importlib.util.spec_from_file_location("old_notifications", path)

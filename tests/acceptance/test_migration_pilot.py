@@ -200,6 +200,8 @@ def test_pilot_then_all_then_back(tmp_path: Path, redis_url: str, redis_client: 
                 (asked[name],) = job_ids(response)
             else:
                 assert "Webhook-Registered" not in response.headers, name
+                for job_id in job_ids(response):
+                    assert in_redis(redis_client, job_id)["callbacks"] == before[name][1][0]["callbacks"]
         assert rows(database, "rq_webhooks_endpoint") == len(PILOTS)
         told = by_job(receiver.wait_for(len(PILOTS)))
         assert set(told) == set(asked.values())
