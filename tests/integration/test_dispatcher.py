@@ -27,7 +27,7 @@ from flask_rq_webhooks.storage import dispatchers
 from flask_rq_webhooks.storage.deliveries import claim_due
 from flask_rq_webhooks.storage.models import Delivery
 from tests.pipeline import SECRET, add_endpoint, attempts, deliveries, enqueue, events, open_state
-from tests.servers import PostgresHandle, Received, Receiver, valkey_server, wait_until
+from tests.servers import Received, Receiver, postgres_server, valkey_server, wait_until
 
 
 @pytest.fixture
@@ -395,30 +395,27 @@ def test_what_the_transport_does_not_begin_is_given_back(
 
 
 @pytest.mark.slow
-def test_postgresql_may_be_restarted(receiver: Receiver, redis_url: str, tmp_path: Any) -> None:
-    server = PostgresHandle(tmp_path / "pg")
-    (tmp_path / "pg").mkdir()
-    server.start()
-    try:
-        with open_state(server.new_database(), redis_url, retry_schedule=(0.2,) * 20) as state:
-            endpoint_id = add_endpoint(state, receiver.url)
-            jobs = [enqueue(state, endpoint_id, "tests.jobs.add", 1, number) for number in range(150)]
-            receiver.respond = lambda received: time.sleep(0.02) or 204
-            with running(state, concurrency=4):
-                receiver.wait_for(20)
-                server.stop()
-                time.sleep(1.5)
-                server.start()
-                wait_until(
-                    lambda: (
-                        len(deliveries(state)) == 150
-                        and all(delivery.status == "succeeded" for delivery in deliveries(state))
-                    ),
-                    timeout=60,
-                )
-            by_id = Counter(received.headers["webhook-id"] for received in receiver.received)
-            assert {received.json["job_id"] for received in receiver.received} == set(jobs)
-            assert set(by_id) == {event.id for event in events(state)}
-            assert len(attempts(state)) == 150
-    finally:
-        server.stop()
+def test_postgresql_may_be_restarted(receiver: Receiver, redis_url: str) -> None:
+    with (
+        postgres_server() as server,
+        open_state(server.new_database(), redis_url, retry_schedule=(0.2,) * 20) as state,
+    ):
+        endpoint_id = add_endpoint(state, receiver.url)
+        jobs = [enqueue(state, endpoint_id, "tests.jobs.add", 1, number) for number in range(150)]
+        receiver.respond = lambda received: time.sleep(0.02) or 204
+        with running(state, concurrency=4):
+            receiver.wait_for(20)
+            server.stop()
+            time.sleep(1.5)
+            server.start()
+            wait_until(
+                lambda: (
+                    len(deliveries(state)) == 150
+                    and all(delivery.status == "succeeded" for delivery in deliveries(state))
+                ),
+                timeout=60,
+            )
+        by_id = Counter(received.headers["webhook-id"] for received in receiver.received)
+        assert {received.json["job_id"] for received in receiver.received} == set(jobs)
+        assert set(by_id) == {event.id for event in events(state)}
+        assert len(attempts(state)) == 150
