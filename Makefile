@@ -39,7 +39,7 @@ chaos: $(VENV)/.dev  ## the long kill suite, an hour; write what it measured int
 	RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -q tests/chaos -m "chaos or not chaos" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.chaos.write_tables .endings.json .chaos.jsonl
 
-bench: .venv-bench/.bench  ## measure everything, about 20 minutes, and write it into the documentation; BENCH="name …" measures only those
+bench: .venv-bench/.bench  ## measure everything, about 25 minutes, and write it into the documentation; BENCH="name …" measures only those
 	@status=0; $(BENCHMARKS) $(BENCH) --json $(if $(BENCH),.bench.json,benchmarks/results.json) || status=$$?; \
 		$(if $(BENCH),,.venv-bench/bin/python -m benchmarks.write_tables benchmarks/results.json || status=$$?;) \
 		exit $$status

@@ -68,25 +68,22 @@ def two_dispatchers(size: Size) -> Report:
     with servers() as some, receiver(HOSTS) as target:
         urls = target.urls(delay_ms=50)
         installation = some.installation("postgresql")
-        candidates = {}
-        measured = transports(report)
-        for transport in measured:
-            for number, words in ((1, "one"), (2, "two")):
-                candidates[f"{transport}, {words}"] = contenders.ours(
-                    target, urls, size["count"] * number // 2, installation,
-                    concurrency=16, dispatchers=number, transport=transport,
-                )  # fmt: skip
+        candidates = {
+            words: contenders.ours(
+                target, urls, size["count"] * number // 2, installation,
+                concurrency=16, dispatchers=number,
+            )
+            for number, words in ((1, "one"), (2, "two"))
+        }  # fmt: skip
         runs = alternately(candidates, size["rounds"])
     report.data = runs_data(runs)
-    for transport in measured:
-        one, two = runs[f"{transport}, one"], runs[f"{transport}, two"]
-        busy = max(run.busy or 0 for run in two)
-        report.add(
-            f"{transport}: {median_rate(one):,.0f}/s by one, {median_rate(two):,.0f}/s by two, processors "
-            f"busy {busy:.0%} at most",
-            ratios(two, one),
-            "x",
-            promise="two-dispatchers",
-            at_least=1.8,
-        )
+    one, two = runs["one"], runs["two"]
+    busy = max(run.busy or 0 for run in two)
+    report.add(
+        f"{median_rate(one):,.0f}/s by one, {median_rate(two):,.0f}/s by two, processors busy {busy:.0%} at most",
+        ratios(two, one),
+        "x",
+        promise="two-dispatchers",
+        at_least=1.8,
+    )
     return report

@@ -10,24 +10,24 @@ from .harness import Benchmark
 BENCHMARKS: Final[dict[str, Benchmark]] = {
     "deliveries": Benchmark(
         deliveries.instant,
-        full={"rounds": 5, "count": 4000, "limit": 8000},
+        full={"rounds": 5, "count": 3000, "limit": 6000},
         quick={"rounds": 1, "count": 800, "limit": 2000},
         promises=("limit", "fast"),
     ),
     "designs": Benchmark(
         designs.instant,
-        full={"rounds": 3, "count": 3000, "others": 600, "forking": 80},
+        full={"rounds": 3, "count": 2500, "others": 400, "forking": 60},
         quick={"rounds": 1, "count": 800, "others": 120, "forking": 16},
         promises=("job-per-attempt", "django-webhook"),
     ),
     "slow": Benchmark(
         designs.slow,
-        full={"rounds": 3, "count": 4000, "others": 80},
+        full={"rounds": 3, "count": 3000, "others": 60},
         quick={"rounds": 1, "count": 800, "others": 16},
         promises=("naive",),
     ),
     "one-host": Benchmark(
-        deliveries.one_host, full={"rounds": 3, "count": 800}, quick={"rounds": 1, "count": 200}
+        deliveries.one_host, full={"rounds": 1, "count": 800}, quick={"rounds": 1, "count": 200}
     ),
     "two-dispatchers": Benchmark(
         deliveries.two_dispatchers,
@@ -35,10 +35,10 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         quick={"rounds": 1, "count": 800},
         promises=("two-dispatchers",),
     ),
-    "stages": Benchmark(stages.stages, full={"rounds": 5, "count": 2048}, quick={"rounds": 1, "count": 256}),
+    "stages": Benchmark(stages.stages, full={"rounds": 3, "count": 2048}, quick={"rounds": 1, "count": 256}),
     "callback": Benchmark(
         callback.callback,
-        full={"rounds": 5, "simple": 1500, "forking": 400, "beside": 3},
+        full={"rounds": 5, "simple": 1000, "forking": 300, "beside": 3},
         quick={"rounds": 1, "simple": 300, "forking": 60, "beside": 1},
         promises=("callback", "callback-independent"),
     ),
@@ -48,7 +48,7 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         quick={"rounds": 2, "count": 200, "unused": 600},
         promises=("route", "route-unused"),
     ),
-    "latency": Benchmark(latency.end_to_end, full={"count": 800}, quick={"count": 60}, promises=("latency",)),
+    "latency": Benchmark(latency.end_to_end, full={"count": 500}, quick={"count": 60}, promises=("latency",)),
     "hanging": Benchmark(
         hanging.hanging,
         full={"rounds": 3, "each": 1000},

@@ -114,13 +114,21 @@ def stages(reports: Reports) -> str:
     report = reports.get("stages")
     if report is None or not report.data:
         return "Not measured.\n"
-    measured = {name: steps for name, steps in report.data.items() if name != "bytes"}
+    measured = {
+        name: steps for name, steps in report.data.items() if name != "bytes" and "profile" not in name
+    }
     steps = list(next(iter(measured.values())))
     rows = [
         (name, *(f"{each[step]:.3f}" for step in steps), f"**{sum(each.values()):.2f}**")
         for name, each in measured.items()
     ]
-    return table(("CPU milliseconds", *steps, "together"), rows) + "\n" + _next_factor(measured, reports)
+    return (
+        table(("CPU milliseconds", *steps, "together"), rows)
+        + "\n"
+        + _next_factor(measured, reports)
+        + "\n"
+        + _profiles(report)
+    )
 
 
 def _next_factor(measured: Mapping[str, Mapping[str, float]], reports: Reports) -> str:
@@ -142,6 +150,18 @@ def _next_factor(measured: Mapping[str, Mapping[str, float]], reports: Reports) 
             f"included) takes {alone:.2f} ms."
         )
     return "\n".join(lines) + "\n"
+
+
+def _profiles(report: Report) -> str:
+    lines = []
+    for name, shares in report.data.items():
+        if "profile" not in name:
+            continue
+        told = ", ".join(f"{package} {share:.0%}" for package, share in shares.items() if share >= 0.03)
+        lines.append(
+            f"- {name} (cProfile, CPU time, from 3 %; built-in functions count for who calls them): {told}."
+        )
+    return "\n".join(lines) + "\n" if lines else ""
 
 
 def million(reports: Reports, processors: int) -> str:

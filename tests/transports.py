@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from flask_rq_webhooks.delivery.transport import RequestsTransport
 from flask_rq_webhooks.delivery.transport.through_aiohttp import AiohttpTransport
@@ -11,5 +13,6 @@ AnyTransport = RequestsTransport | AiohttpTransport
 
 CLASSES: dict[str, Callable[..., AnyTransport]] = {
     "requests": RequestsTransport,
-    "aiohttp": AiohttpTransport,
+    "aiohttp": AiohttpTransport,  # on uvloop, which comes with the extra `fast`
+    "aiohttp-on-asyncio": partial(AiohttpTransport, loop_factory=asyncio.new_event_loop),
 }

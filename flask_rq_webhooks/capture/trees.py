@@ -34,11 +34,12 @@ from ..protocol.events import (
 )
 from ..protocol.jsonsafe import dumps_capped
 from ..protocol.tracebacks import error_from_text
-from ..storage import watches as storage
+from ..storage import trees as storage
 from ..storage.database import Database
 from ..storage.ingesting import IngestItem
 from ..storage.models import RESERVED
-from ..storage.watches import TreeRow
+from ..storage.trees import TreeRow
+from ..storage.watches import endings_of_job
 from .endings import RESERVED_GRACE, TYPE_OF_STATUS, is_blocked
 from .rq_details import JobRecord, read_dependents, read_records, read_statuses
 from .rq_state import UNKNOWN, read_result_value, read_results
@@ -219,7 +220,7 @@ class TreeReporter:
             if row.last_status in TYPE_OF_STATUS:
                 known[row.job_id] = str(row.last_status)
                 continue
-            endings = storage.endings_of_job(self._database, row.job_id)
+            endings = endings_of_job(self._database, row.job_id)
             if endings and (status := _STATUS_OF_TYPE.get(endings[-1][0])) is not None:
                 known[row.job_id] = status
             elif endings and row.root:

@@ -46,11 +46,11 @@ def routes(
 ) -> None:
     """List the routes that enqueue RQ jobs, and whether clients can ask for a webhook there.
 
-    It reads the source of views and of the functions they call, and runs none of it; Redis and SQL are not
-    needed, nor that the extension is initialised. "may enqueue" means that it looks like it: a queue whose
-    class cannot be told from the source, or a function that is mentioned, not called. What it cannot see:
-    methods of objects whose class is not plain from the source, names made at run time, installed packages.
-    --observed adds what a test-suite has really seen.
+    It reads the source of views and of the functions they call, and runs none of it, though it imports what
+    views import; Redis and SQL are not needed, nor that the extension is initialised. "may" means that it
+    looks like it: a queue whose class cannot be told from the source, or a function that is mentioned, not
+    called. What it cannot see: methods of objects whose class is not plain from the source, names made at run
+    time, packages that are not the app's own. --observed adds what a test-suite has really seen.
 
     Exit status: 0, also where webhooks are missing; with --check 1 then; 2 for bad options.
     """

@@ -109,6 +109,8 @@ RESERVED = "reserved"
 OPEN = "open"
 SETTLED = "settled"
 CLOSED = "closed"
+#: On a job found below the root of a tree.
+MEMBER = "member"
 
 # Why an attempt is made.
 SCHEDULED = "scheduled"

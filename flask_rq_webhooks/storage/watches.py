@@ -1,12 +1,10 @@
-"""What reconcile reads and notes of watches, and what trees remember of their members.
+"""What reconcile reads and notes of watches.
 
-Owns the statements behind :mod:`~flask_rq_webhooks.capture.reconcile` and
-:mod:`~flask_rq_webhooks.capture.trees`. Knows nothing of Redis: it is told what RQ says. Events and
+Owns the statements behind :mod:`~flask_rq_webhooks.capture.reconcile`; those of trees are in
+:mod:`~flask_rq_webhooks.storage.trees`. Knows nothing of Redis: it is told what RQ says. Events and
 deliveries are made in :mod:`~flask_rq_webhooks.storage.ingesting` alone.
 
-A watch's ``run`` is the last run seen; ``settled_at`` says that this run was told. A watch of a tree's
-member (a job found below the root) has the status :data:`MEMBER` and keeps the member's last known status
-as its ``evidence``.
+A watch's ``run`` is the last run seen; ``settled_at`` says that this run was told.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Executable, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import Connection, Executable, and_, bindparam, insert, or_, select, update
 
 from ..protocol.events import TERMINAL_TYPES, run_key
 from .addressing import EVERY_TYPE
@@ -25,12 +23,7 @@ from .crypto import Cipher
 from .database import Database
 from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch, new_id
 from .registration import NewEndpoint, register
-from .upsert import insert_or_update
-
-#: Status of a watch on a job found below the root of a tree.
-MEMBER = "member"
-
-_CHUNK = 500
+from .upsert import chunks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +143,7 @@ def load_watches(database: Database, ids: Sequence[str]) -> list[WatchRow]:
         return []
     rows: list[WatchRow] = []
     with database.read() as connection:
-        for chunk in _chunks(ids):
+        for chunk in chunks_of(ids):
             query = _watch_query().where(Watch.id.in_(chunk), Watch.status.in_([RESERVED, OPEN]))
             rows += [_watch_row(row) for row in connection.execute(query)]
     return rows
@@ -183,7 +176,7 @@ def told_endings(database: Database, runs: Iterable[tuple[str, str]]) -> dict[tu
             keys[run_key(job_id, run, "job.success", correction=correction)] = (job_id, run)
     told: dict[tuple[str, str], list[Told]] = {}
     with database.read() as connection:
-        for chunk in _chunks(sorted(keys)):
+        for chunk in chunks_of(sorted(keys)):
             query = select(Event.run_key, Event.id, Event.type, Event.created_at, Event.supersedes).where(
                 Event.run_key.in_(chunk)
             )
@@ -197,7 +190,7 @@ def known_keys(database: Database, keys: Iterable[str]) -> set[str]:
     """Return those of *keys* under which an event is stored."""
     found: set[str] = set()
     with database.read() as connection:
-        for chunk in _chunks(sorted(set(keys))):
+        for chunk in chunks_of(sorted(set(keys))):
             query = select(Event.run_key).where(Event.run_key.in_(chunk))
             found.update(key for key in connection.execute(query).scalars() if key is not None)
     return found
@@ -310,135 +303,6 @@ def watch_job(
     return endpoint_id
 
 
-# -- trees ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class TreeRow:
-    """One job of a tree as SQL remembers it.
-
-    :param root: whether a request enqueued it itself; the others were found below.
-    :param last_status: of a member, when it was last seen.
-    """
-
-    watch_id: str
-    endpoint_id: str
-    job_id: str
-    status: str
-    run: str | None
-    root: bool
-    last_status: str | None
-    missing_passes: int
-    created_at: datetime
-
-
-def open_trees(
-    database: Database, *, after: str = "", limit: int = 200, job_ids: Sequence[str] | None = None
-) -> list[str]:
-    """Return ids of endpoints with a tree that has not been told, by id.
-
-    :param job_ids: only trees these jobs are known to be part of.
-    """
-    query = (
-        select(Watch.endpoint_id)
-        .join(Endpoint, Endpoint.id == Watch.endpoint_id)
-        .where(
-            Watch.status.in_([OPEN, RESERVED, MEMBER]),
-            Endpoint.scope == "tree",
-            Endpoint.kind == "job",
-            Watch.endpoint_id > after,
-        )
-        .distinct()
-        .order_by(Watch.endpoint_id)
-        .limit(limit)
-    )
-    if job_ids is not None:
-        query = query.where(Watch.job_id.in_(list(job_ids)))
-    with database.read() as connection:
-        return [endpoint_id for endpoint_id in connection.execute(query).scalars() if endpoint_id is not None]
-
-
-def load_trees(database: Database, endpoint_ids: Sequence[str]) -> dict[str, list[TreeRow]]:
-    """Return the known jobs of each tree, in the order in which they became known."""
-    trees: dict[str, list[TreeRow]] = {endpoint_id: [] for endpoint_id in endpoint_ids}
-    with database.read() as connection:
-        for chunk in _chunks(sorted(trees)):
-            query = (
-                select(
-                    Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run, Watch.evidence,
-                    Watch.missing_passes, Watch.created_at, Watch.confirmed_at,
-                )
-                .where(Watch.endpoint_id.in_(chunk), Watch.status != CLOSED)
-                .order_by(Watch.id)
-            )  # fmt: skip
-            for row in connection.execute(query):
-                root = row.status != MEMBER
-                trees[row.endpoint_id].append(
-                    TreeRow(
-                        row.id, row.endpoint_id, row.job_id, row.status, row.run, root,
-                        None if root else row.evidence, row.missing_passes, row.created_at,
-                    )
-                )  # fmt: skip
-    return trees
-
-
-def remember_members(
-    database: Database,
-    endpoint_id: str,
-    *,
-    found: Mapping[str, str],
-    changed: Mapping[str, str],
-    now: datetime | None = None,
-) -> None:
-    """Note jobs found below a root, so that the tree is known when the root's own record is gone.
-
-    :param found: new members: job id → status.
-    :param changed: known members that changed: watch id → status.
-    """
-    if not found and not changed:
-        return
-    now = now or datetime.now(UTC)
-    with database.write() as connection:
-        rows = [
-            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": MEMBER,
-             "evidence": status, "missing_passes": 0, "created_at": now}
-            for job_id, status in sorted(found.items())
-        ]  # fmt: skip
-        for chunk in _chunks(rows):
-            connection.execute(
-                # A member of a tree that was told and began again.
-                insert_or_update(
-                    database, Watch, chunk,
-                    index=("job_id", "endpoint_id"),
-                    changes={"status": MEMBER, "settled_at": None},
-                    where=Watch.status == CLOSED,
-                )
-            )  # fmt: skip
-        _each(
-            connection,
-            update(Watch)
-            .where(Watch.id == bindparam("watch"), Watch.status == MEMBER)
-            .values(evidence=bindparam("status_seen")),
-            dict(changed),
-            "status_seen",
-        )
-
-
-def settle_tree(database: Database, endpoint_id: str, *, run: str, now: datetime | None = None) -> None:
-    """Note that a tree was told: its roots are settled, its members need no look any more."""
-    now = now or datetime.now(UTC)
-    of_tree = Watch.endpoint_id == endpoint_id
-    with database.write() as connection:
-        connection.execute(
-            update(Watch)
-            .where(of_tree, Watch.status.in_([OPEN, RESERVED]))
-            .values(status=SETTLED, settled_at=now, missing_passes=0, run=func.coalesce(Watch.run, run))
-        )
-        connection.execute(
-            update(Watch).where(of_tree, Watch.status == MEMBER).values(status=CLOSED, settled_at=now)
-        )
-
-
 # -- parts ------------------------------------------------------------------------------------------------
 
 
@@ -482,8 +346,3 @@ def _each(
         assert isinstance(what, Mapping)  # noqa: S101  (for the type checker)
         rows = [{"watch": watch_id, parameter: what[watch_id]} for watch_id in sorted(what)]
     connection.execute(statement, rows)
-
-
-def _chunks(items: Sequence[Any]) -> Iterable[list[Any]]:
-    for start in range(0, len(items), _CHUNK):
-        yield list(items[start : start + _CHUNK])

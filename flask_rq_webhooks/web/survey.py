@@ -5,7 +5,7 @@ enqueues". Nothing is run. Knows nothing of requests, of webhooks that were aske
 answer is shown (:mod:`flask_rq_webhooks.cli.routes`).
 
 What it cannot see, and therefore does not claim: methods of objects whose class is not plain from the
-source, names that are made at run time, and code of installed packages.
+source, names that are made at run time, and packages that are not the host's own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sysconfig
 import tokenize
 import types
 from collections.abc import Generator, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -118,8 +119,23 @@ class Route:
         return "helper" if self.places else "none"
 
 
+#: Packages that are the host's although they may be installed: the one the app itself is in.
+_own_packages: ContextVar[frozenset[str]] = ContextVar("rq_webhooks_own_packages", default=frozenset())
+
+
 def survey(app: Flask) -> list[Route]:
-    """Return every route of *app* but ours and static files, in the order of its rules."""
+    """Return every route of *app* but ours and static files, in the order of its rules.
+
+    Modules that views import when they run are imported.
+    """
+    token = _own_packages.set(frozenset({app.import_name.partition(".")[0]}))
+    try:
+        return _survey(app)
+    finally:
+        _own_packages.reset(token)
+
+
+def _survey(app: Flask) -> list[Route]:
     reader = _Reader()
     ours = f"{_PACKAGE}/"
     routes = []
@@ -331,7 +347,7 @@ class _Scope:
             self._names[arguments[0].arg] = _Instance(owner)
         for argument in arguments:
             if argument.annotation is not None and isinstance(
-                known := self.infer(argument.annotation), _Known
+                known := self._infer_annotation(argument.annotation), _Known
             ):
                 self._names[argument.arg] = _instance_of(known.value)
 
@@ -429,9 +445,12 @@ class _Scope:
             return self._returned(node)
         if isinstance(node, ast.Await):
             return self.infer(node.value)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            return self._lookup(node.value)  # an annotation written as text
         return None
+
+    def _infer_annotation(self, node: ast.expr) -> _Inferred:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return self._lookup(node.value)
+        return self.infer(node)
 
     def _lookup(self, name: str) -> _Inferred:
         if name in self._names:
@@ -454,7 +473,7 @@ class _Scope:
         for layer in _layers(called.value) if _is_function(called.value) else ():
             try:
                 hint = get_type_hints(layer).get("return")
-            except (NameError, TypeError, AttributeError):
+            except (NameError, TypeError, AttributeError, SyntaxError, ValueError, ImportError):
                 continue
             if get_origin(hint) in (Iterator, Generator, Iterable):  # behind @contextmanager
                 hint = get_args(hint)[0]
@@ -547,12 +566,11 @@ def _is_bound_enqueue(value: Any) -> bool:
 def _is_followed(function: Any) -> bool:
     """Say whether *function* is the host's: neither of an installed package nor of this one."""
     file = _file(function)
-    return bool(
-        file
-        and not file.startswith((f"{_PACKAGE}/", "<"))
-        and not _SITE.intersection(Path(file).parts)
-        and not file.startswith(_INSTALLED)
-    )
+    if not file or file.startswith((f"{_PACKAGE}/", "<")):
+        return False
+    if str(getattr(function, "__module__", "")).partition(".")[0] in _own_packages.get():
+        return True
+    return not _SITE.intersection(Path(file).parts) and not file.startswith(_INSTALLED)
 
 
 def _file(function: Any) -> str:

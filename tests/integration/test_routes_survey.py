@@ -272,6 +272,34 @@ def test_annotations_and_inherited_methods_say_what_an_object_is() -> None:
     assert [name.rpartition(".")[2] for name in route.missing.through] == ["start", "push"]
 
 
+def test_an_app_that_is_installed_is_the_hosts_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site-packages" / "installed_host"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "from flask import Flask\n"
+        "app = Flask(__name__)\n"
+        "@app.post('/a')\n"
+        "def a(queue: 'Queue' = None):\n"
+        "    queue = 'get_queue'\n"
+        "    from .queues import push\n"
+        "    return push()\n"
+    )
+    (package / "queues.py").write_text(
+        "import rq\n"
+        "def get_queue(connection=None) -> rq.Queue:\n"
+        "    return rq.Queue(connection=connection)\n"
+        "def push():\n"
+        "    return get_queue().enqueue(print).id\n"
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    from installed_host import app  # type: ignore[import-not-found]
+
+    (route,) = survey(app)
+    assert route.missing is not None
+    assert route.missing.certain
+    assert route.missing.through == ("installed_host.queues.push",)
+
+
 def test_views_without_source_and_callable_objects() -> None:
     app = Flask("host")
 

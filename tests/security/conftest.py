@@ -1,4 +1,4 @@
-"""A transport for development settings, and the request it sends."""
+"""A host with one route, a transport for development settings, and the request it sends."""
 
 from __future__ import annotations
 
@@ -9,9 +9,27 @@ import pytest
 
 from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, Transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
+from tests.integration.hosts import Host
 from tests.transports import CLASSES
 
 Send = Callable[..., AttemptResult]
+MakeHost = Callable[..., Host]
+
+
+@pytest.fixture
+def make_host(sqlite_url: str, redis_url: str) -> Iterator[MakeHost]:
+    """Give a function that makes host apps with ``/job``, which enqueues; all are closed at the end."""
+    hosts: list[Host] = []
+
+    def make(database_url: str = sqlite_url, **config: Any) -> Host:
+        host = Host(database_url, redis_url, **config)
+        host.route(lambda: {"job_id": host.enqueue()}, "/job")
+        hosts.append(host)
+        return host
+
+    yield make
+    for host in hosts:
+        host.close()
 
 
 @pytest.fixture(params=list(CLASSES))

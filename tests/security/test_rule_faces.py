@@ -7,7 +7,6 @@ import logging
 import pickle
 import time
 import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +28,11 @@ from tests.pipeline import (
     open_state,
     work,
 )
+from tests.security.conftest import MakeHost
 from tests.servers import Receiver
-
-MakeHost = Callable[..., Host]
 
 #: Open to everybody: says whether a dispatcher is alive; our own style sheet and script.
 OPEN = {"rq_webhooks.health", "rq_webhooks.static"}
-
-
-@pytest.fixture
-def make_host(sqlite_url: str, redis_url: str) -> Iterator[MakeHost]:
-    hosts: list[Host] = []
-
-    def make(database_url: str = sqlite_url, **config: Any) -> Host:
-        host = Host(database_url, redis_url, **config)
-        host.route(lambda: {"job_id": host.enqueue()}, "/job")
-        hosts.append(host)
-        return host
-
-    yield make
-    for host in hosts:
-        host.close()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from flask_rq_webhooks.errors import ConfigurationError, DecryptionError, Invali
 from flask_rq_webhooks.receiver import verify
 from tests.integration.hosts import Host
 from tests.pipeline import SECRET, add_endpoint, attempts, deliveries, enqueue, open_state, rows, work
+from tests.security.conftest import MakeHost
 from tests.servers import Receiver
 
 HEADER_VALUE = "Bearer a value nobody else may see"
@@ -25,22 +26,10 @@ QUERY_SECRET = "a-token-in-the-query"
 PATH_SECRET = "T0A1B2C3D4E5F6G7H8I9J0"
 STANDING_SECRET = "a standing secret of an operator"
 
-MakeHost = Callable[..., Host]
-
 
 @pytest.fixture
-def make_host(sqlite_url: str, redis_url: str) -> Iterator[MakeHost]:
-    hosts: list[Host] = []
-
-    def make(**config: Any) -> Host:
-        host = Host(sqlite_url, redis_url, RQ_WEBHOOKS_ALLOW_HTTP=True, **config)
-        host.route(lambda: {"job_id": host.enqueue()}, "/job")
-        hosts.append(host)
-        return host
-
-    yield make
-    for host in hosts:
-        host.close()
+def make_host(make_host: MakeHost) -> MakeHost:
+    return partial(make_host, RQ_WEBHOOKS_ALLOW_HTTP=True)
 
 
 # -- headers ----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,26 +14,11 @@ from flask_rq_webhooks.protocol.urls import UrlPolicy
 from flask_rq_webhooks.storage.models import Endpoint
 from tests.integration.hosts import Host
 from tests.pipeline import work
+from tests.security.conftest import MakeHost
 from tests.servers import Receiver
 from tests.transports import CLASSES
 
-MakeHost = Callable[..., Host]
 Deliver = Callable[..., None]
-
-
-@pytest.fixture
-def make_host(sqlite_url: str, redis_url: str) -> Iterator[MakeHost]:
-    hosts: list[Host] = []
-
-    def make(**config: Any) -> Host:
-        host = Host(sqlite_url, redis_url, **config)
-        host.route(lambda: {"job_id": host.enqueue()}, "/job")
-        hosts.append(host)
-        return host
-
-    yield make
-    for host in hosts:
-        host.close()
 
 
 def ask(host: Host, url: object, **fields: Any) -> Any:

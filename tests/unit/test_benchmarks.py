@@ -34,6 +34,7 @@ from benchmarks.harness import (
 from benchmarks.promises import PROMISES
 from benchmarks.receiver import checked
 from benchmarks.registry import BENCHMARKS
+from benchmarks.stages import shares_by_package
 from flask_rq_webhooks.protocol.signing import signature_headers
 
 
@@ -227,6 +228,24 @@ def test_the_receiver_tells_unsigned_forged_and_repeated_requests() -> None:
 
     assert (seen["requests"], seen["distinct"], seen["signed"]) == (3, 2, 0)
     assert len(seen["wrong"]) == 1
+
+
+def test_a_profile_by_package_gives_built_in_time_to_callers() -> None:
+    ours, theirs = "/clone/flask_rq_webhooks/delivery/ingest.py", "/venv/lib/site-packages/redis/client.py"
+    stats = {
+        (ours, 1, "run"): (1, 1, 2.0, 9.0, {}),
+        (theirs, 2, "pack"): (1, 1, 1.0, 4.0, {}),
+        ("/usr/lib/python3/json/decoder.py", 3, "decode"): (1, 1, 1.0, 1.0, {}),
+        ("~", 0, "<len>"): (
+            4,
+            4,
+            4.0,
+            4.0,
+            {(ours, 1, "run"): (1, 1, 1.0, 1.0), (theirs, 2, "pack"): (3, 3, 3.0, 3.0)},
+        ),
+    }
+
+    assert shares_by_package(stats) == {"redis": 0.5, "flask_rq_webhooks": 0.375, "json": 0.125}
 
 
 def results() -> tuple[dict[str, Any], dict[str, Report]]:

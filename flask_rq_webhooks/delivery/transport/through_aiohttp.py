@@ -19,6 +19,7 @@ import ssl
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -39,7 +40,7 @@ from .contract import AttemptRequest, AttemptResult
 from .destinations import Destinations, is_literal
 from .failures import Failure, deadline_passed, innermost, transport_closed
 from .lookups import MAX_ADDRESSES, Lookups, Resolver, alternate, look_up_failure, system_resolver
-from .loop import LoopThread
+from .loop import LoopThread, fastest_loop
 from .opening import open_one_in_loop
 from .outgoing import request_bytes
 from .tls import default_ssl_context
@@ -67,6 +68,7 @@ class AiohttpTransport:
     :param ssl_context: instead of :func:`.default_ssl_context`.
     :param ca_file: PEM bundle for :func:`.default_ssl_context`.
     :param body_cap: bytes of a response body that are kept.
+    :param loop_factory: makes the event loop.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class AiohttpTransport:
         ssl_context: ssl.SSLContext | None = None,
         ca_file: str | None = None,
         body_cap: int = BODY_CAP,
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] = fastest_loop,
     ) -> None:
         context = ssl_context or default_ssl_context(ca_file)
         self._concurrency = concurrency
@@ -86,7 +89,7 @@ class AiohttpTransport:
         self._closed = False
         self._submitted: deque[tuple[Future[AttemptResult], AttemptRequest]] = deque()
         self._drain_is_due = False
-        self._thread = LoopThread("rq-webhooks-send")
+        self._thread = LoopThread("rq-webhooks-send", loop_factory())
         self._loop = self._thread.loop
         self._exchanges: _Exchanges = self._thread.call(
             _open_exchanges,
