@@ -45,16 +45,12 @@ def one_host(size: Size) -> Report:
     """One slow host: the cap per host binds, on purpose."""
     report = Report("One host that takes 50 ms: CONCURRENCY_PER_HOST = 8 binds, 8 / 50 ms = 160/s at most")
     with servers() as some, receiver(HOSTS) as target:
-        candidates = {}
-        for transport in transports(report):
-            for hosts in (1, HOSTS):
-                candidates[f"{transport}, {hosts} host" + "s" * (hosts > 1)] = contenders.ours(
-                    target,
-                    target.urls(hosts=hosts, delay_ms=50),
-                    size["count"],
-                    some.installation(),
-                    transport=transport,
-                )
+        candidates = {
+            f"{hosts} host" + "s" * (hosts > 1): contenders.ours(
+                target, target.urls(hosts=hosts, delay_ms=50), size["count"], some.installation()
+            )
+            for hosts in (1, HOSTS)
+        }
         runs = alternately(candidates, size["rounds"])
     report.data = runs_data(runs)
     for name in runs:

@@ -17,7 +17,7 @@ def hanging(size: Size) -> Report:
     report = Report(f"One of {HOSTS} hosts hangs, {each:,} deliveries each, TIMEOUT = 15 s")
     with servers() as some, receiver(HOSTS) as target:
         installation = some.installation()
-        measured = transports(report)
+        measured = transports(report, size["transports"])
         took: dict[str, list[tuple[float, float]]] = {transport: [] for transport in measured}
         for number in range(size["rounds"]):
             for transport in measured if number == 0 else ["requests"]:

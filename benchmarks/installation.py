@@ -252,8 +252,13 @@ def fast_transport_missing() -> str:
     return ""
 
 
-def transports(report: Report) -> list[str]:
-    """Return the transports to measure; *report* says why one is missing."""
+def transports(report: Report, number: int = 2) -> list[str]:
+    """Return the transports to measure; *report* says why one is missing.
+
+    :param number: 1 for the default one alone.
+    """
+    if number == 1:
+        return ["requests"]
     missing = fast_transport_missing()
     if missing:
         report.skip(missing)

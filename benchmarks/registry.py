@@ -48,11 +48,16 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         quick={"rounds": 2, "count": 200, "unused": 600},
         promises=("route", "route-unused"),
     ),
-    "latency": Benchmark(latency.end_to_end, full={"count": 500}, quick={"count": 60}, promises=("latency",)),
+    "latency": Benchmark(
+        latency.end_to_end,
+        full={"count": 500, "transports": 2},
+        quick={"count": 60, "transports": 1},
+        promises=("latency",),
+    ),
     "hanging": Benchmark(
         hanging.hanging,
-        full={"rounds": 3, "each": 1000},
-        quick={"rounds": 1, "each": 100},
+        full={"rounds": 3, "each": 1000, "transports": 2},
+        quick={"rounds": 1, "each": 100, "transports": 1},
         promises=("hanging",),
     ),
     "growth": Benchmark(
@@ -63,8 +68,8 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "memory": Benchmark(
         scale.memory,
-        full={"due": 1_000_000, "sent": 200_000},
-        quick={"due": 20_000, "sent": 2_000},
+        full={"due": 1_000_000, "sent": 200_000, "transports": 2},
+        quick={"due": 20_000, "sent": 2_000, "transports": 1},
         promises=("memory",),
     ),
 }

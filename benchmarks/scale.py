@@ -102,7 +102,7 @@ def memory(size: Size) -> Report:
     due, sent = size["due"], size["sent"]
     report = Report(f"Resident memory of a dispatcher, SQLite, {due:,} due, over {sent:,} deliveries")
     with servers() as some, receiver(40) as target:
-        for transport in transports(report):
+        for transport in transports(report, size["transports"]):
             installation = some.installation()
             endpoints = installation.endpoints(HOSTS, target.urls())
             fill(installation.state.database, due, HOSTS, analyze=True, endpoints=endpoints)

@@ -212,7 +212,7 @@ class _Need:
         )
 
     def _one_host(self) -> tuple[str, str, str] | None:
-        rate = _median_rate(self._reports, "one-host", "requests, 1 host")
+        rate = _median_rate(self._reports, "one-host", "1 host")
         if rate is None:
             return None
         return (
