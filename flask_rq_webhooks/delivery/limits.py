@@ -110,8 +110,10 @@ class RateLimiter:
             self._limiter = FixedWindowRateLimiter(storage)
         if self._limiter.hit(item, self._namespace, host, cost=self._block):
             if self._block > 1:
-                window = self._limiter.get_window_stats(item, self._namespace, host)
-                self._ahead[host] = self._block - 1, window.reset_time
+                _left, until = self._ahead.get(host, (0, 0.0))
+                if until <= self._clock():  # the first block of a window
+                    until = self._limiter.get_window_stats(item, self._namespace, host).reset_time
+                self._ahead[host] = self._block - 1, until
             return 0.0
         self._ahead.pop(host, None)
         window = self._limiter.get_window_stats(item, self._namespace, host)
