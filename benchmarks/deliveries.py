@@ -60,14 +60,14 @@ def one_host(size: Size) -> Report:
 
 def two_dispatchers(size: Size) -> Report:
     """One dispatcher and two on PostgreSQL, bound by concurrency and not by the CPU."""
-    report = Report("Two dispatchers against one, PostgreSQL, 50 ms, 16 requests in flight each")
+    report = Report("Two dispatchers against one, PostgreSQL, 50 ms, 8 requests in flight each")
     with servers() as some, receiver(HOSTS) as target:
         urls = target.urls(delay_ms=50)
         installation = some.installation("postgresql")
         candidates = {
             words: contenders.ours(
                 target, urls, size["count"] * number // 2, installation,
-                concurrency=16, dispatchers=number,
+                concurrency=8, dispatchers=number,
             )
             for number, words in ((1, "one"), (2, "two"))
         }  # fmt: skip

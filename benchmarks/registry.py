@@ -31,8 +31,8 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "two-dispatchers": Benchmark(
         deliveries.two_dispatchers,
-        full={"rounds": 3, "count": 4000},
-        quick={"rounds": 1, "count": 800},
+        full={"rounds": 3, "count": 2400},
+        quick={"rounds": 1, "count": 600},
         promises=("two-dispatchers",),
     ),
     "stages": Benchmark(stages.stages, full={"rounds": 3, "count": 2048}, quick={"rounds": 1, "count": 256}),

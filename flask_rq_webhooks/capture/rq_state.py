@@ -84,13 +84,11 @@ class JobResult:
     :param type: ``"success"``, ``"failure"``, ``"stopped"`` or ``"retried"`` (the job returned ``Retry``).
     :param at: when it was committed, on Redis' clock, to the millisecond.
     :param exc: traceback text of a failure.
-    :param execution_id: RQ's id of the execution, from RQ 2.10 on.
     """
 
     type: str
     at: datetime
     exc: str | None = None
-    execution_id: str | None = None
 
 
 class _Unknown(Enum):
@@ -302,7 +300,6 @@ def _result(entry_id: Any, fields: dict[str, Any]) -> JobResult | None:
         type=kind,
         at=datetime.fromtimestamp(milliseconds // 1000, UTC) + timedelta(milliseconds=milliseconds % 1000),
         exc=_inflated(_from_base64(encoded)) if encoded else None,
-        execution_id=_text(fields.get("execution_id")) or None,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
+from sqlalchemy import Connection, Select, func, or_, select
 
 from .database import Database
 from .filters import DeliveryFilter
@@ -30,7 +30,6 @@ from .models import (
     Event,
     Secret,
     Watch,
-    first_id_at,
 )
 from .walking import walk
 
@@ -240,34 +239,6 @@ def list_deliveries(
     return page
 
 
-def list_events(
-    database: Database,
-    *,
-    event_type: str | None = None,
-    job_id: str | None = None,
-    runid: str | None = None,
-    since: datetime | None = None,
-    until: datetime | None = None,
-    cursor: str | None = None,
-    limit: int = 50,
-) -> Page[EventView]:
-    """Return events, newest first.
-
-    :raises CursorError: when *cursor* is not one of ours.
-    """
-    query = select(*_EVENT_COLUMNS).where(*_event_conditions(event_type, job_id, runid))
-    if since is not None:
-        query = query.where(Event.id >= first_id_at("evt", since))
-    if until is not None:
-        query = query.where(Event.id < first_id_at("evt", until))
-    if cursor is not None:
-        query = query.where(Event.id < _id_of(cursor))
-    limit = _bounded(limit)
-    with database.read() as connection:
-        found = connection.execute(query.order_by(Event.id.desc()).limit(limit + 1)).all()
-    return _page([_event(row) for row in found], limit)
-
-
 def events_after(
     database: Database,
     *,
@@ -284,7 +255,10 @@ def events_after(
     :returns: a page whose cursor goes on where it ends, also when it is empty.
     :raises CursorError: when *cursor* is not one of ours.
     """
-    query = select(*_EVENT_COLUMNS, Event.payload).where(*_event_conditions(event_type, None, runid))
+    wanted = ((Event.type, event_type), (Event.runid, runid))
+    query = select(*_EVENT_COLUMNS, Event.payload).where(
+        *(column == value for column, value in wanted if value is not None)
+    )
     if cursor is not None:
         query = query.where(Event.id > _id_of(cursor))
     lag_s = FEED_LAG_SQLITE_S if database.is_sqlite else FEED_LAG_S
@@ -356,13 +330,6 @@ _EVENT_COLUMNS = (
     Event.id, Event.type, Event.job_id, Event.runid, Event.source, Event.supersedes, Event.occurred_at,
     Event.created_at,
 )  # fmt: skip
-
-
-def _event_conditions(
-    event_type: str | None, job_id: str | None, runid: str | None
-) -> list[ColumnElement[bool]]:
-    wanted = ((Event.type, event_type), (Event.job_id, job_id), (Event.runid, runid))
-    return [column == value for column, value in wanted if value is not None]
 
 
 def _event(row: Any) -> EventView:

@@ -215,7 +215,7 @@ def test_own_pool_is_small_and_shared_by_nobody(outage_stack: Stack, own_postgre
     threads = [threading.Thread(target=submit) for _ in range(20)]
     for thread in threads:
         thread.start()
-    most = 0
+    counts: list[int] = []
     import psycopg
 
     with psycopg.connect(own_postgres.url().replace("+psycopg", ""), autocommit=True) as admin:
@@ -224,10 +224,12 @@ def test_own_pool_is_small_and_shared_by_nobody(outage_stack: Stack, own_postgre
                 "SELECT count(*) FROM pg_stat_activity WHERE datname LIKE 'test_%'"
             ).fetchone()
             assert row is not None
-            most = max(most, row[0])
+            counts.append(row[0])
             time.sleep(0.01)
     for thread in threads:
         thread.join()
 
     assert answers == [200] * 100
+    # One that was closed is listed until its process has ended, so a single count may be too high.
+    most = max(min(counts[start : start + 10]) for start in range(max(1, len(counts) - 9)))
     assert 1 <= most <= 10

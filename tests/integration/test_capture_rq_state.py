@@ -151,9 +151,6 @@ def test_finished_and_failed_jobs(reader: redis.Redis, redis_url: str) -> None:
         of_rq = Job.fetch(job_id, connection=client).results()
         assert [result.exc for result in found] == [result.exc_string for result in reversed(of_rq)]
         assert [result.at for result in found] == [aware(result.created_at) for result in reversed(of_rq)]
-        assert [result.execution_id for result in found] == [
-            getattr(result, "execution_id", None) for result in reversed(of_rq)
-        ]
     client.close()
 
 
