@@ -76,7 +76,8 @@ def two_dispatchers(size: Size) -> Report:
     one, two = runs["one"], runs["two"]
     busy = max(run.busy or 0 for run in two)
     report.add(
-        f"{median_rate(one):,.0f}/s by one, {median_rate(two):,.0f}/s by two, processors busy {busy:.0%} at most",
+        f"{median_rate(one):,.0f}/s by one, {median_rate(two):,.0f}/s by two, "
+        f"processors busy {busy:.0%} at most",
         ratios(two, one),
         "x",
         promise="two-dispatchers",
