@@ -164,7 +164,7 @@ def plan(database: Database) -> str:
         statement = text("EXPLAIN QUERY PLAN " + claiming._CLAIM_SQLITE.text)
         parameters |= {"now": "2999-01-01", "lease_until": "2999-01-01"}
     else:
-        statement = text("EXPLAIN (ANALYZE, BUFFERS OFF) " + claiming._CLAIM_POSTGRESQL.text)
+        statement = text("EXPLAIN (ANALYZE, BUFFERS OFF) " + str(claiming._CLAIM_POSTGRESQL.element))
         parameters["lease_s"] = 45.0
     with database.engine.connect() as connection, connection.begin() as transaction:
         rows = connection.execute(statement, parameters).all()
