@@ -200,8 +200,10 @@ class Dispatcher:
                 for thread in threads:
                     while thread.is_alive():  # one long join would keep Python from handling signals
                         thread.join(0.1)
-                self._sender.finish(hurry=lambda: self._hurry)
-                self._close()
+                try:
+                    self._sender.finish(hurry=lambda: self._hurry)
+                finally:
+                    self._close()
         logger.info("Dispatcher %s stopped.", self.id)
 
     def stop(self) -> None:

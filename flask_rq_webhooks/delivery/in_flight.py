@@ -40,11 +40,14 @@ class InFlight:
             self._deliveries[delivery.id, delivery.lease_id] = delivery
             self._per_host[delivery.host] += 1
 
-    def remove(self, delivery: ClaimedDelivery) -> None:
-        """Forget *delivery*: its answer has come, or it was taken back."""
+    def remove(self, delivery: ClaimedDelivery, *, answered: bool) -> None:
+        """Forget *delivery*.
+
+        :param answered: its answer has come; otherwise it was taken back.
+        """
         with self._lock:
             del self._deliveries[delivery.id, delivery.lease_id]
-            self.answered += 1
+            self.answered += answered
             left = self._per_host[delivery.host] - 1
             if left:
                 self._per_host[delivery.host] = left

@@ -113,14 +113,15 @@ class Recorder:
         self.record()
 
     def record(self) -> None:
-        """Record what has come.
+        """Record what has come so far, not what comes meanwhile.
 
         :raises StorageUnavailableError: when SQL cannot be reached; the answers are kept, call again.
         """
-        while len(self):
-            while self._arrived:
-                one = self._arrived.popleft()
-                self._unrecorded.append(one if isinstance(one, AttemptRecord) else self._judge(*one))
+        for _ in range(len(self._arrived)):
+            one = self._arrived[0]  # until it is in the other list, it counts here
+            self._unrecorded.append(one if isinstance(one, AttemptRecord) else self._judge(*one))
+            self._arrived.popleft()
+        while self._unrecorded:
             batch = self._unrecorded[: self._state.settings.batch]
             reached("attempt made")
             self._record_batch(batch)
@@ -188,8 +189,9 @@ class Recorder:
         recorded = [(record, status) for record, status in told if status is not None]
         if outcome.stale:
             logger.warning(
-                "%d attempts were made under a lease that had run out, and will be made again under the same "
-                "webhook-id: %s", len(outcome.stale), ", ".join(outcome.stale[:5]),
+                "%d attempts are not recorded: they are already, or their delivery was deleted, or they "
+                "were made under a lease that had run out; then they are made again, same webhook-id: %s",
+                len(outcome.stale), ", ".join(outcome.stale[:5]),
             )  # fmt: skip
         self._notices.publish(recorded)
         self._emit(recorded, outcome.disabled)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from .._steps import reached
@@ -86,6 +87,7 @@ class Sender:
         self._in_flight = InFlight()
         self._queued: deque[tuple[float, Future[AttemptResult], ClaimedDelivery]] = deque()
         self._capped: frozenset[str] = frozenset()
+        self._unwanted: list[ClaimedDelivery] = []  # to be given back
         self._doubtful: list[str] = []  # leases of claims that may have gone through, the answer lost
         self._enough_at = -1  # so many in flight, and there is room worth a claim; negative: no wish for it
         self._pace = _Pace()
@@ -163,6 +165,7 @@ class Sender:
                 self._recorder.wait(0.1)
         try:
             self._recorder.record()
+            self._give_back()
             left = self._in_flight.deliveries()
             if left:
                 logger.warning("%d requests in flight are released; they will be sent again.", len(left))
@@ -190,18 +193,21 @@ class Sender:
 
     def _take_back(self, now: float) -> None:
         """Give back what the transport has not begun for long: its lease covers the request, not a queue."""
-        taken = []
         while self._queued:
             since, future, delivery = self._queued[0]
             if not (future.running() or future.done()):
                 if now - since < QUEUED_S:
                     break
                 if future.cancel():
-                    self._in_flight.remove(delivery)
-                    taken.append(delivery)
+                    self._in_flight.remove(delivery, answered=False)
+                    self._unwanted.append(delivery)
             self._queued.popleft()
-        if taken:
-            release(self._state.database, taken)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._unwanted:
+            release(self._state.database, self._unwanted)
+            self._unwanted.clear()
 
     # -- claim and send -------------------------------------------------------------------------------
 
@@ -227,11 +233,9 @@ class Sender:
             reached("delivery claimed")
             self.idle_since = None
             self._submit(claimed)
-        self._capped = frozenset(
-            host
-            for host, count in self._in_flight.per_host().items()
-            if count >= settings.concurrency_per_host
-        )
+        self._capped = self._full()
+        if self._capped != self._full():
+            self._freed = True  # an answer came before it could be known to make room
         now = time.monotonic()
         if len(claimed) == limit:
             self._claim_at = now
@@ -239,6 +243,11 @@ class Sender:
             self._claim_at = now + CAPPED_SLEEP_S
         else:
             self._claim_at = now + self._sleep_s(bool(claimed), began)
+
+    def _full(self) -> frozenset[str]:
+        """Return the hosts that have all the requests in flight they may have."""
+        most = self._state.settings.concurrency_per_host
+        return frozenset(host for host, count in self._in_flight.per_host().items() if count >= most)
 
     def _occupied(self) -> dict[str, int]:
         """Return what is in flight by host; one that had all its requests of this minute counts as full."""
@@ -266,7 +275,7 @@ class Sender:
         over_limit: dict[str, list[ClaimedDelivery]] = {}
         unsendable: list[ClaimedDelivery] = []
         cause: Exception | None = None
-        for delivery in claimed:
+        for number, delivery in enumerate(claimed):
             if self._limiter.wait_s(delivery.host) > 0:
                 over_limit.setdefault(delivery.host, []).append(delivery)
                 continue
@@ -277,7 +286,12 @@ class Sender:
                 cause = exc
                 continue
             self._in_flight.add(delivery)
-            future = self._transport.submit(request)
+            try:
+                future = self._transport.submit(request)
+            except BaseException:
+                self._in_flight.remove(delivery, answered=False)
+                self._unwanted += [*claimed[number:], *unsendable, *chain(*over_limit.values())]
+                raise
             self._queued.append((time.monotonic(), future, delivery))
             future.add_done_callback(self._collector(delivery, request))
         for host, deliveries in over_limit.items():
@@ -297,7 +311,7 @@ class Sender:
             if future.cancelled():
                 return  # taken back
             self._recorder.add(delivery, request, future.result())
-            self._in_flight.remove(delivery)
+            self._in_flight.remove(delivery, answered=True)
             if delivery.host in self._capped:
                 self._freed = True
                 self._woken.set()

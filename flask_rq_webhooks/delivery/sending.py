@@ -176,5 +176,6 @@ def _live_secrets(claimed: ClaimedDelivery, state: State) -> tuple[str, ...]:
 
 
 def _deadlines(state: State, timeout_s: float | None) -> dict[str, float]:
-    total = state.settings.timeout if timeout_s is None else timeout_s
+    # Never longer than the lease, which is made for the setting: that may have been lowered since.
+    total = min(state.settings.timeout, timeout_s or state.settings.timeout)
     return {"timeout_s": total, "connect_timeout_s": min(state.settings.connect_timeout, total)}

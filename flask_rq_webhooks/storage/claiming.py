@@ -41,6 +41,7 @@ from sqlalchemy import (
 
 from .database import Database
 from .models import (
+    CANCELED,
     PENDING,
     SENDING,
     SHARED,
@@ -126,7 +127,7 @@ def claim_due(
             rows = connection.execute(_LOAD_SQLITE, parameters).all() if hosts else []
             turns = [(row.host <= after, row.host) for row in rows]
     else:
-        with database.write(single_statement=True, durable=False) as connection:
+        with database.write(single_statement=True, durable=False, repeated=True) as connection:
             rows = connection.execute(_CLAIM_POSTGRESQL, parameters | {"lease_s": lease_s}).all()
             # Not told from the hosts themselves: how they sort is the database's own affair.
             turns = [(row.wrapped, row.turn) for row in rows]
@@ -155,15 +156,21 @@ def _let_go(database: Database, claimed: Sequence[ClaimedDelivery], values: Mapp
         by_lease.setdefault(delivery.lease_id, []).append(delivery.id)
     if not by_lease:
         return 0
+    held = 0
     with database.write(durable=False) as connection:
-        return sum(
-            connection.execute(
-                update(Delivery)
-                .where(Delivery.id.in_(ids), Delivery.lease_id == lease_id, Delivery.status == SENDING)
-                .values(values)
+        for lease_id, ids in sorted(by_lease.items()):
+            of_this = (Delivery.id.in_(ids), Delivery.lease_id == lease_id)
+            freed = connection.execute(
+                update(Delivery).where(*of_this, Delivery.status == SENDING).values(values)
             ).rowcount
-            for lease_id, ids in sorted(by_lease.items())
-        )
+            if freed < len(ids):  # one that was canceled meanwhile is free for resend and recover again
+                connection.execute(
+                    update(Delivery)
+                    .where(*of_this, Delivery.status == CANCELED)
+                    .values(lease_id=None, lease_until=None)
+                )
+            held += freed
+    return held
 
 
 def free_leases(database: Database, lease_ids: Sequence[str]) -> int:

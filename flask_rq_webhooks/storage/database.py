@@ -44,9 +44,13 @@ LIBPQ_TIMEOUTS = {
     "keepalives_count": 3,
 }
 
-#: Seconds of rest after which a pooled connection to PostgreSQL is asked whether it is still alive, before it
-#: is used. One that was used a moment ago is hardly ever dead, and asking costs a round trip.
+#: Seconds of rest after which a pooled connection to PostgreSQL is asked whether it is still alive even where
+#: the caller would try again: one that was used a moment ago is hardly ever dead, and asking costs a round
+#: trip.
 PING_AFTER_S = 1.0
+
+#: What the thread that takes a connection from the pool says of itself.
+_checkout = threading.local()
 
 #: The first SQLite with ``RETURNING``, which claiming and ingesting are built on.
 MINIMUM_SQLITE = (3, 35, 0)
@@ -124,7 +128,12 @@ class Database:
 
     @contextmanager
     def write(
-        self, *, busy_timeout_s: float | None = None, single_statement: bool = False, durable: bool = True
+        self,
+        *,
+        busy_timeout_s: float | None = None,
+        single_statement: bool = False,
+        durable: bool = True,
+        repeated: bool = False,
     ) -> Iterator[Connection]:
         """Open one transaction that writes; commit at the end, roll back on an exception.
 
@@ -133,11 +142,17 @@ class Database:
             transaction of its own, which saves the round trips of ``BEGIN`` and ``COMMIT``.
         :param durable: ``False``: the database need not wait for the disk. What is written survives the death
             of this process, and may be undone by that of the machine the database is on. PostgreSQL waits
-            all the same for a *single_statement*, unless that says otherwise itself (:func:`unwaited`).
+            all the same for a *single_statement*, unless that says otherwise itself.
+        :param repeated: the caller does it again if the connection turns out to be dead. PostgreSQL is then
+            not asked whether one is alive that was used within :data:`PING_AFTER_S`.
         :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
             tables.
         """
-        options: dict[str, Any] = {"rq_webhooks_write": True, "rq_webhooks_durable": durable}
+        options: dict[str, Any] = {
+            "rq_webhooks_write": True,
+            "rq_webhooks_durable": durable,
+            "rq_webhooks_repeated": repeated,
+        }
         if self.is_sqlite:
             options["rq_webhooks_busy_timeout_s"] = busy_timeout_s
         elif single_statement:
@@ -161,7 +176,7 @@ class Database:
     @contextmanager
     def _transaction(self, options: dict[str, Any]) -> Iterator[Connection]:
         try:
-            with self._my_turn(options), self.engine.connect() as connection:
+            with self._my_turn(options), self._connect(options) as connection:
                 connection = connection.execution_options(**options)
                 try:
                     with connection.begin():
@@ -183,6 +198,13 @@ class Database:
                     f"{type(exc).__name__}: {getattr(exc, 'orig', exc)}"
                 ) from exc
             raise
+
+    def _connect(self, options: Mapping[str, Any]) -> Connection:
+        _checkout.repeated = options.get("rq_webhooks_repeated", False)
+        try:
+            return self.engine.connect()
+        finally:
+            _checkout.repeated = False
 
     @contextmanager
     def _my_turn(self, options: Mapping[str, Any]) -> Iterator[None]:
@@ -328,12 +350,6 @@ def _begin_postgresql(connection: Connection) -> None:
         connection.exec_driver_sql(f"SELECT {settings}").close()
 
 
-def unwaited() -> ColumnElement[bool]:
-    """Return a condition that always holds, for a statement of PostgreSQL that is a transaction of its own:
-    its commit need not wait for the disk then."""
-    return func.set_config("synchronous_commit", "off", True).is_not(None)
-
-
 def _note_use(_dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
     record.info["rq_webhooks_used_at"] = time.monotonic()
 
@@ -341,7 +357,8 @@ def _note_use(_dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
 def _ping_after_rest(
     dialect: Dialect, dbapi_connection: Any, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection
 ) -> None:
-    if time.monotonic() - record.info.get("rq_webhooks_used_at", 0.0) < PING_AFTER_S:
+    rested_s = time.monotonic() - record.info.get("rq_webhooks_used_at", 0.0)
+    if getattr(_checkout, "repeated", False) and rested_s < PING_AFTER_S:
         return
     try:
         dialect.do_ping(dbapi_connection)

@@ -83,7 +83,7 @@ def record_attempts(
         newest[record.delivery.id] = record
     kept: list[AttemptRecord] = []
     stale: list[str] = []
-    with database.write() as connection:
+    with database.write(repeated=True) as connection:
         statuses = _update_deliveries(database, connection, newest)
         for record in records:
             delivery_id = record.delivery.id

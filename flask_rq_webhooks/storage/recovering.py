@@ -201,12 +201,12 @@ def _change(
     after: str | None,
     at_most: int,
 ) -> Part:
-    """Change the first deliveries above *after*; those that another transaction has locked are left out."""
+    """Change the first deliveries above *after*, waiting for those that are being claimed or recorded."""
     query = select(Delivery.id).where(*chosen.conditions(), *also)
     if after is not None:
         query = query.where(Delivery.id > after)
     # One more than is changed says whether there is a next part.
-    query = query.order_by(Delivery.id).limit(at_most + 1).with_for_update(skip_locked=True)
+    query = query.order_by(Delivery.id).limit(at_most + 1).with_for_update()
     with database.write() as connection:
         ids = connection.execute(query).scalars().all()
         if not ids:

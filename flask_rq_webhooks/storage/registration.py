@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError
 
 from ..errors import StorageUnavailableError
 from .crypto import Cipher
-from .database import Database, is_disconnected, unwaited
+from .database import Database, is_disconnected
 from .models import ALPHABET, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
 from .upsert import insert_or_ignore
 
@@ -159,8 +159,8 @@ def confirm(
         )
         statements.append((close, None))
     try:
-        # Reconcile would find all of it by itself, so nobody need wait for the disk.
-        _execute(database, statements, busy_timeout_s=busy_timeout_s, durable=False)
+        # Durable: of all jobs but the one whose id was reserved, this is the only word there is.
+        _execute(database, statements, busy_timeout_s=busy_timeout_s)
     except IntegrityError:
         # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.
         if endpoint_exists(database, endpoint_id):
@@ -465,17 +465,8 @@ def _insert_open(statement: Any) -> Executable:
     return insert
 
 
-def _unwaited_row() -> Any:
-    """Return an insert of one watch, as a selection: that has a place for the condition."""
-    names = (
-        "id", "endpoint_id", "job_id", "status", "run", "missing_passes", "created_at", "confirmed_at"
-    )  # fmt: skip
-    row = select(*[bindparam(name, type_=_WATCHES.c[name].type) for name in names]).where(unwaited())
-    return postgresql.insert(_WATCHES).from_select(names, row)
-
-
 #: Whether on SQLite → the statement that opens a watch, reserved or not.
-_INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(_unwaited_row())}
+_INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(postgresql.insert(_WATCHES))}
 
 
 def _execute(
@@ -483,7 +474,6 @@ def _execute(
     statements: Sequence[tuple[Executable, Any]],
     *,
     busy_timeout_s: float | None = None,
-    durable: bool = True,
 ) -> None:
     if not statements:
         return
@@ -491,7 +481,7 @@ def _execute(
 
     def run() -> None:
         with database.write(
-            busy_timeout_s=busy_timeout_s, single_statement=single, durable=durable
+            busy_timeout_s=busy_timeout_s, single_statement=single, repeated=single
         ) as connection:
             for statement, parameters in statements:
                 connection.execute(statement, parameters)

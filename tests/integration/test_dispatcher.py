@@ -19,7 +19,11 @@ from sqlalchemy import update
 from flask_rq_webhooks import signals
 from flask_rq_webhooks.delivery import sender
 from flask_rq_webhooks.delivery.dispatcher import Dispatcher, PeriodicJob
-from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult
+from flask_rq_webhooks.delivery.ingest import Ingest
+from flask_rq_webhooks.delivery.notices import Notices
+from flask_rq_webhooks.delivery.recorder import Recorder
+from flask_rq_webhooks.delivery.telling import Teller
+from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, RequestsTransport
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State
@@ -392,6 +396,54 @@ def test_what_the_transport_does_not_begin_is_given_back(
     assert not attempts(state)
     burst(state)
     assert len(receiver.received) == 1
+
+
+class RefusingTransport(IdleTransport):
+    """Has no thread for a request, once; then it hands it on."""
+
+    def __init__(self, transport: RequestsTransport) -> None:
+        super().__init__()
+        self._transport = transport
+
+    def submit(self, request: AttemptRequest) -> Future[AttemptResult]:
+        self.submitted += 1
+        if self.submitted == 2:
+            raise RuntimeError("can't start new thread")
+        return self._transport.submit(request)
+
+
+def test_what_the_transport_refuses_is_sent_later(state: State, receiver: Receiver) -> None:
+    endpoint_id = add_endpoint(state, receiver.url)
+    for number in range(4):
+        enqueue(state, endpoint_id, "tests.jobs.add", 1, number)
+    with (
+        RequestsTransport(state.url_policy, concurrency=2) as transport,
+        running(state, transport=RefusingTransport(transport), concurrency=2) as dispatcher,
+    ):
+        wait_until(lambda: [one.status for one in deliveries(state)] == ["succeeded"] * 4, timeout=20)
+        assert dispatcher._sender.in_flight == 0, "it keeps no place"
+    assert len(attempts(state)) == 4
+
+
+def test_recording_ends_however_fast_answers_come(state: State, receiver: Receiver) -> None:
+    endpoint_id = add_endpoint(state, receiver.url)
+    enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)
+    recorder = Recorder(state, notices=Notices.from_settings(state.settings), dispatcher_id="dsp_1")
+    written = 0
+
+    def one_more(_retry_in_s: float | None) -> None:
+        nonlocal written
+        written += 1
+        if written < 100:  # another answer arrived while this one was written
+            recorder.add_refusal(lost, "rate_limited", "")
+
+    recorder.on_recorded = one_more
+    Ingest(state, consumer="tests", teller=Teller(state)).run_once(block_ms=1)
+    (lost,) = claim_due(state.database, limit=1, per_host=8, in_flight={}, lease_s=45)
+    recorder.add_refusal(lost, "rate_limited", "")
+    recorder.record()
+    assert written == 1
+    assert len(recorder) == 1
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from flask_rq_webhooks.storage.crypto import Cipher
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.dispatchers import heartbeat
 from flask_rq_webhooks.storage.models import Dispatcher, Endpoint, Secret, Watch
-from flask_rq_webhooks.storage.registration import NewEndpoint, confirm, register
+from flask_rq_webhooks.storage.registration import NewEndpoint, confirm, register, waiting_for_host
 from tests.servers import PostgresHandle
 
 ENDPOINT = NewEndpoint(url="https://hooks.example.com/in", host="hooks.example.com", secret="s")
@@ -120,11 +120,17 @@ def test_registration_survives_the_death_of_a_connection_used_a_moment_ago(
     monkeypatch.setattr(database_module, "PING_AFTER_S", 3600.0)
     url = str(opened.url.render_as_string(hide_password=False))
     _end_all_connections(url)
-    with pytest.raises(StorageUnavailableError), opened.read() as connection:  # so nobody asked before
+    with (
+        pytest.raises(StorageUnavailableError),
+        opened.write(single_statement=True, repeated=True) as connection,
+    ):  # so nobody asked before
         connection.execute(sa.select(Dispatcher.id))
 
     with opened.read():
         pass
+    _end_all_connections(url)
+    assert waiting_for_host(opened, "hooks.example.com") == 0, "who does not try again asks before"
+    heartbeat(opened, "dsp_1", started=True)
     _end_all_connections(url)
     endpoint_id = register(opened, Cipher(["key"]), ENDPOINT, namespace="nnnnnnnn", reserved_job_id="job-1")
     _end_all_connections(url)
@@ -157,9 +163,7 @@ def test_registration_that_was_committed_before_its_connection_died_is_stored_on
 
 
 @pytest.mark.parametrize("jobs", [["job-1"], ["job-1", "job-2"]], ids=["one statement", "a transaction"])
-def test_registration_waits_for_the_disk_and_its_confirmation_does_not(
-    opened: Database, jobs: list[str]
-) -> None:
+def test_registration_and_its_confirmation_wait_for_the_disk(opened: Database, jobs: list[str]) -> None:
     with opened.write() as connection:
         connection.execute(sa.text("CREATE TABLE noted (job_id text, status text, setting text)"))
         connection.execute(
@@ -182,4 +186,4 @@ def test_registration_waits_for_the_disk_and_its_confirmation_does_not(
     with opened.read() as connection:
         noted = connection.execute(sa.text("SELECT job_id, status, setting FROM noted")).all()
         assert connection.execute(sa.text("SHOW synchronous_commit")).scalar_one() == "on"
-    assert noted == [("job-1", "reserved", "on"), *((job, "open", "off") for job in jobs)]
+    assert noted == [("job-1", "reserved", "on"), *((job, "open", "on") for job in jobs)]

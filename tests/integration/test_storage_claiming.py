@@ -12,11 +12,14 @@ import pytest
 from flask_rq_webhooks.storage import claiming
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import (
+    DeliveryFilter,
+    cancel,
     defer,
     free_expired_leases,
     next_due_in,
     record_attempts,
     release,
+    resend,
 )
 from flask_rq_webhooks.storage.dispatchers import pause, resume
 from flask_rq_webhooks.storage.models import Delivery, Event, Secret
@@ -178,6 +181,17 @@ def test_deferred_and_released(database: Database) -> None:
     assert {(one.status, one.attempts, one.lease_id) for one in stored.values()} == {("pending", 0, None)}
     assert 58 < (stored[first.id].next_attempt_at - datetime.now(UTC)).total_seconds() < 61
     assert [one.id for one in claim(database)] == [second.id]
+
+
+def test_given_back_after_it_was_canceled_it_is_nobodys(database: Database) -> None:
+    (delivery_id,) = deliver_to(database, "a.example")
+    (claimed,) = claim(database)
+    assert cancel(database, DeliveryFilter(host="a.example")) == 1
+    assert release(database, [claimed]) == 0
+    stored = row(database, Delivery)
+    assert (stored.status, stored.lease_id, stored.lease_until) == ("canceled", None, None)
+    assert resend(database, delivery_id)
+    assert claim(database), "nothing stands in the way of sending it again"
 
 
 def test_next_due_in(database: Database) -> None:

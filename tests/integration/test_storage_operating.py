@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from flask_rq_webhooks.storage import recovering
@@ -224,6 +226,21 @@ def test_cancel_by_filter(database: Database) -> None:
     assert cancel(database, DeliveryFilter(statuses=("succeeded",))) == 0
     assert cancel(database, DeliveryFilter(statuses=("pending",))) == 0
     assert cancel(database, DeliveryFilter(statuses=("sending",))) == 1
+
+
+def test_cancel_waits_for_what_is_being_recorded(database: Database) -> None:
+    if database.is_sqlite:
+        pytest.skip("SQLite has one writer at a time")
+    deliver_to(database, "a.example", 3)
+    claimed = claim(database)
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as connection:
+            connection.execute(select(Delivery.id).where(Delivery.id == claimed[0].id).with_for_update())
+            canceled = pool.submit(cancel, database, DeliveryFilter(host="a.example"))
+            with pytest.raises(FutureTimeoutError):
+                canceled.result(timeout=0.5)
+        assert canceled.result(timeout=30) == 3
+    assert {one.status for one in rows(database, Delivery)} == {"canceled"}
 
 
 def age(database: Database, model: type[Base], column: str, by: timedelta) -> None:
