@@ -223,8 +223,8 @@ def sentinel(folder: Path, master_port: int) -> Iterator[int]:
     config.write_text(
         f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
         f"sentinel monitor main 127.0.0.1 {master_port} 1\n"
-        "sentinel down-after-milliseconds main 500\n"
-        "sentinel failover-timeout main 3000\n"
+        "sentinel down-after-milliseconds main 2000\n"
+        "sentinel failover-timeout main 5000\n"
     )
     log = (folder / "sentinel.log").open("wb")
     process = subprocess.Popen([str(get_binary_path()), str(config), "--sentinel"], stdout=log, stderr=log)
@@ -278,6 +278,7 @@ def test_sentinel_before_and_after_a_failover(sqlite_url: str, tmp_path: Path) -
         assert told(app) == [before]
         waiting = submit(app)
         client = master()
+        client.set("written", "after it")  # WAIT is about what its own connection has written
         wait_until(lambda: client.execute_command("WAIT", 1, 100) == 1, what="the replica to have it")
         client.close()
 
