@@ -67,8 +67,8 @@ STALLS: dict[str, Script] = {
 }
 
 
-#: aiohttp's parser takes no more trailers than headers.
-PARSER_STOPS_FIRST = {"aiohttp-trailer-flood", "aiohttp-on-asyncio-trailer-flood"}
+#: No more trailers are read than headers.
+PARSER_STOPS_FIRST = {"requests-trailer-flood", "aiohttp-trailer-flood", "aiohttp-on-asyncio-trailer-flood"}
 
 
 @pytest.mark.parametrize("script", STALLS.values(), ids=STALLS)

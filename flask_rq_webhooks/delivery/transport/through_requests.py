@@ -177,9 +177,9 @@ class RequestsTransport:
             if "error_code" in outcome:
                 return outcome, False
             # One byte more than is kept, so that a body of just that size is seen to have ended.
-            body = answer.read_up_to(self._body_cap + 1)
+            body = answer.read_body(self._body_cap + 1)
             outcome["response_body"] = body[: self._body_cap]
-            return outcome, answer.has_ended
+            return outcome, answer.may_be_followed
 
 
 def _failure(exc: BaseException) -> Failure:
