@@ -188,7 +188,7 @@ def cancel_command(everything: bool, statuses: tuple[str, ...], **options: Any) 
 def pause() -> None:
     """Stop all sending, on every dispatcher. Jobs are still watched, webhooks still accepted."""
     dispatchers.pause(get_state().database)
-    click.echo("Paused. What is in flight is finished; `flask rq-webhooks resume` goes on.")
+    click.echo("Paused. What is claimed already is sent; `flask rq-webhooks resume` goes on.")
 
 
 @cli.command()

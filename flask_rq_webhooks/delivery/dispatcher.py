@@ -1,4 +1,4 @@
-"""The process that delivers: threads that ingest, send and show signs of life, and an orderly end.
+"""The process that delivers: threads that ingest, send, record and show signs of life, and an orderly end.
 
 Owns the life of the process: threads survive their errors, signals end it, periodic jobs run in the main
 thread. What the threads do is in :mod:`~flask_rq_webhooks.delivery.ingest`,

@@ -102,7 +102,7 @@ def dispatcher_alive(database: Database, max_age_s: float = ALIVE_S) -> bool:
 
 
 def pause(database: Database) -> None:
-    """Stop all sending, until :func:`resume`; what is in flight is finished."""
+    """Stop all claiming, until :func:`resume`; what dispatchers have claimed is sent, within seconds."""
     shared_namespace(database)  # makes sure that the shared row exists
     with database.write(single_statement=True) as connection:
         connection.execute(

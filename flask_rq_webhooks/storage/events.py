@@ -75,7 +75,7 @@ def store_events(
         query = (
             select(Event.id, Event.run_key, Event.payload)
             .where(Event.run_key.in_(keys))
-            .with_for_update(read=True, key_share=True)  # as with endpoints, see _endpoints_of
+            .with_for_update(read=True, key_share=True)  # as with endpoints, see endpoints_of
         )
         for event_id, key, payload in connection.execute(query):
             event = by_key[str(key)]
