@@ -43,7 +43,7 @@ from .lookups import MAX_ADDRESSES, Lookups, Resolver, alternate, look_up_failur
 from .loop import LoopThread, fastest_loop
 from .opening import open_one_in_loop
 from .outgoing import request_bytes
-from .tls import default_ssl_context
+from .tls import verifying_context
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class AiohttpTransport:
     :param proxy_url: egress proxy; it then decides about addresses, and may itself have a private one.
     :param resolver: ``(host, port) -> addresses``; may block and raise :exc:`OSError`. Called in a thread of
         its own, since a look-up cannot be given a deadline.
-    :param ssl_context: instead of :func:`.default_ssl_context`.
+    :param ssl_context: instead of :func:`.default_ssl_context`; has to verify names.
     :param ca_file: PEM bundle for :func:`.default_ssl_context`.
     :param body_cap: bytes of a response body that are kept.
     :param loop_factory: makes the event loop.
@@ -83,7 +83,7 @@ class AiohttpTransport:
         body_cap: int = BODY_CAP,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = fastest_loop,
     ) -> None:
-        context = ssl_context or default_ssl_context(ca_file)
+        context = verifying_context(ssl_context, ca_file)
         self._concurrency = concurrency
         self._closing = threading.Lock()
         self._closed = False
@@ -347,7 +347,6 @@ class _Exchanges:
         """Make the request once; translate everything that can go wrong on the way."""
         attempt.protocol = None
         connection: Connection | None = None
-        transport: asyncio.Transport | None = None
         keep = False
         try:
             connection = await self._connector.connect(destination, [], _NO_TIMEOUTS)
@@ -376,7 +375,8 @@ class _Exchanges:
                 outcome["response_body"] = await self._read(payload)
                 if protocol.broken and not message.chunked and "Content-Length" not in message.headers:
                     raise protocol.broken  # only its end can tell that such a body is whole
-                keep = payload.at_eof()
+                # What is still unsent would be the beginning of the next request.
+                keep = payload.at_eof() and not transport.get_write_buffer_size()
             return outcome
         except (aiohttp.ClientError, HttpProcessingError, OSError) as exc:
             readable = _readable_part(exc, attempt.protocol)
@@ -386,12 +386,11 @@ class _Exchanges:
         finally:
             if connection is not None:
                 if keep:
+                    protocol.rest()
                     connection.release()
                 else:
                     connection.close()  # never drained: what follows may have no end
                 self._connector.done(attempt)
-                if not keep and transport is not None:
-                    transport.abort()  # closing waits for a peer that may never read
 
     async def _read(self, payload: aiohttp.StreamReader) -> bytes:
         body = b""
@@ -401,38 +400,76 @@ class _Exchanges:
         return body[: self._body_cap]
 
 
-#: Statuses without a body, whatever follows (RFC 9112, 6.3).
-_BODILESS = (b"204", b"304")
+_INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)[0-9][0-9][ \r]")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([2-5][0-9]{2})(?: [^\r\n]*)?\r\n")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*)", re.DOTALL)
+_BEGINNING = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]*(?:\Z|(?<=.):)")
 _CONTROLS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class _Protocol(ResponseHandler):
-    """A connection that counts the bytes of an answer's heads, and knows whether any came."""
+    """A connection that bounds the heads of an answer, and takes nothing that nobody asked for."""
 
-    #: What came first since the request.
-    answer = b""
+    #: What came since the request until the final head had ended, and sometimes a little more.
+    answer = bytearray()
     #: What the connection broke of, if it did not end orderly.
     broken: BaseException | None = None
-    #: Bytes that may still come before a head has ended; ``None`` once the final one has.
-    _head_left: int | None = None
+    #: Whether the final head has not ended yet, and the bytes that may come until it has.
+    _head_open = True
+    _head_left = MAX_HEADER_BYTES
+    _at_rest = False
 
     def expect_answer(self) -> None:
         """Begin to count: a request is about to be sent."""
-        self.answer = b""
+        self.answer = bytearray()
+        self._head_open = True
         self._head_left = MAX_HEADER_BYTES
+        self._at_rest = False
+
+    def rest(self) -> None:
+        """Be kept for another request: until then, whatever comes ends the connection."""
+        self._at_rest = True
+
+    def close(self) -> None:
+        """End the connection at once: an orderly end waits for a peer that may never read."""
+        self.abort()
 
     def data_received(self, data: bytes) -> None:
         """Hand *data* to the parser, which tells of every head that ended by :meth:`feed_data`."""
-        if self._head_left is not None:
-            self.answer = self.answer or data
-            self._head_left -= len(data)
-            if data[9:12] in _BODILESS and 0 <= (end := data.find(b"\r\n\r\n")) < len(data) - 4:
-                data = data[: end + 4]  # some send a body all the same; it is nobody's answer
-                self.force_close()
-        super().data_received(data)
-        if self._head_left is not None and self._head_left < 0:
+        if self._at_rest:
+            self.abort()
+        elif self._head_open:
+            self._receive_heads(data)
+        elif data and (self._payload is None or self._payload.is_eof()):
+            self.force_close()  # behind the answer; not even looked at
+        else:
+            super().data_received(data)
+            if self._exception is not None and self._payload is not None and not self._payload.is_eof():
+                self._payload.set_exception(self._exception)  # or its reader would wait for the deadline
+
+    def _receive_heads(self, data: bytes) -> None:
+        """Hand over no more than one head at a time: what follows cannot make the parser forget it."""
+        bound = self._head_left + 1  # one byte above it is seen to be too much
+        data, beyond = data[:bound], data[bound:]
+        self._head_left -= len(data)
+        before, taken = len(self.answer), 0
+        self.answer += data
+        searched = max(before - 3, 0)
+        while (end := self.answer.find(b"\r\n\r\n", searched)) >= 0:
+            searched = end + 4
+            super().data_received(data[taken : searched - before])
+            taken = searched - before
+            if self._exception is not None:
+                return
+            if not self._head_open:
+                if rest := data[taken:] + beyond:
+                    self.data_received(rest)
+                return
+        super().data_received(data[taken:])
+        if not self._head_open:  # it ended with bare line feeds
+            if beyond:
+                self.data_received(beyond)
+        elif self._head_left < 0:
             self.set_exception(aiohttp.ClientPayloadError("the headers are too long"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -443,7 +480,7 @@ class _Protocol(ResponseHandler):
     def feed_data(self, data: Any, size: int = 0) -> None:
         """Take a head from the parser."""
         if data[0].code >= 200:
-            self._head_left = None
+            self._head_open = False
         super().feed_data(data, size)
 
 
@@ -454,13 +491,21 @@ def _readable_part(exc: BaseException, protocol: _Protocol | None) -> dict[str, 
     """
     if protocol is None or not isinstance(exc, HttpProcessingError):
         return None
-    head, end, _ = protocol.answer.partition(b"\r\n\r\n")
-    match = _STATUS_LINE.match(head + b"\r\n")
-    if match is None or not end or len(head) > MAX_HEADER_BYTES:
+    rest = bytes(protocol.answer)
+    while _INTERIM.match(rest):
+        rest = rest.partition(b"\r\n\r\n")[2]
+    head, end, _ = rest.partition(b"\r\n\r\n")
+    match = _STATUS_LINE.match(head + end)
+    if match is None or len(head) > MAX_HEADER_BYTES:
         return None
     lines = head.split(b"\r\n")[1:]
+    beginning = b"" if end else lines.pop().removesuffix(b"\r")  # the parser did not wait for more of it
     pairs = [(line[1], line[2]) for text in lines if (line := _HEADER_LINE.fullmatch(text))]
-    if len(pairs) == len(lines) and not any(_CONTROLS.search(text) for text in lines):
+    if (
+        len(pairs) == len(lines)
+        and _BEGINNING.match(beginning)
+        and not any(_CONTROLS.search(text) for text in [*lines, beginning])
+    ):
         return None  # it is broken elsewhere
     return head_of(int(match[1]), pairs)
 
