@@ -137,7 +137,10 @@ class KeptConnections:
     def _remove(self, connection: PinnedConnection) -> None:
         del self._all[connection]
         same = self._by_key[connection.key]
-        same.remove(connection)
+        if same[-1] is connection:
+            same.pop()
+        else:
+            same.remove(connection)
         if not same:
             del self._by_key[connection.key]
 
