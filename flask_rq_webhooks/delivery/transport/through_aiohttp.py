@@ -13,8 +13,10 @@ the rest.
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import re
+import socket
 import ssl
 import threading
 import time
@@ -27,9 +29,9 @@ from functools import lru_cache, partial
 from typing import Any, cast
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
+from aiohttp.http import RawResponseMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
@@ -51,8 +53,6 @@ logger = logging.getLogger(__name__)
 _MIN_KEPT = 32
 #: aiohttp's own, which would cost a timer each; the attempt's deadlines are above them.
 _NO_TIMEOUTS = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
-#: What the connector may put into the headers of a request that a proxy has to pass on.
-_PROXY_HEADERS = frozenset({"Proxy-Authorization"})
 #: Seconds between two tries to get a thread for a look-up.
 _LOOK_UP_PAUSE_S = 0.02
 
@@ -91,15 +91,19 @@ class AiohttpTransport:
         self._drain_is_due = False
         self._thread = LoopThread("rq-webhooks-send", loop_factory())
         self._loop = self._thread.loop
-        self._exchanges: _Exchanges = self._thread.call(
-            _open_exchanges,
-            Destinations(policy),
-            Lookups(resolver, limit=max(8, 2 * concurrency)),
-            context,
-            proxy_url=proxy_url,
-            concurrency=concurrency,
-            body_cap=body_cap,
-        )
+        try:
+            self._exchanges: _Exchanges = self._thread.call(
+                _open_exchanges,
+                Destinations(policy),
+                Lookups(resolver, limit=max(8, 2 * concurrency)),
+                context,
+                proxy_url=proxy_url,
+                concurrency=concurrency,
+                body_cap=body_cap,
+            )
+        except BaseException:
+            self._thread.stop()
+            raise
         # What follows belongs to the loop's thread.
         self._tasks: set[asyncio.Task[None]] = set()
         self._deadlines = _Deadlines(self._loop)
@@ -154,11 +158,13 @@ class AiohttpTransport:
     async def _work(self) -> None:
         """Make one attempt after the other until nothing is left."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        while self._submitted:
-            future, request = self._submitted.popleft()
-            if future.set_running_or_notify_cancel():
-                future.set_result(await self._make(request, task))
-        self._tasks.discard(task)  # not a moment later, or a request might wait for a slot that is free
+        try:
+            while self._submitted:
+                future, request = self._submitted.popleft()
+                if future.set_running_or_notify_cancel():
+                    future.set_result(await self._make(request, task))
+        finally:
+            self._tasks.discard(task)  # not a moment later, or a request might wait for a slot that is free
 
     async def _make(self, request: AttemptRequest, task: asyncio.Task[None]) -> AttemptResult:
         started_at = datetime.now(UTC)
@@ -176,7 +182,8 @@ class AiohttpTransport:
         except Exception:  # the future's promise: a fault of ours is a result too, and is logged
             logger.exception("Sending to %s failed in an unforeseen way.", redact_url(request.url))
             outcome = broken()
-        self._deadlines.forget(attempt)
+        finally:
+            self._deadlines.forget(attempt)
         if attempt.fired is not None:
             while task.uncancel():  # also what was asked for and not yet thrown
                 pass
@@ -298,15 +305,37 @@ async def _open_exchanges(
     concurrency: int,
     body_cap: int,
 ) -> _Exchanges:
-    connector = _PinnedConnector(destinations, lookups, context, keep=max(_MIN_KEPT, concurrency))
-    return _Exchanges(destinations, connector, proxy=URL(proxy_url) if proxy_url else None, body_cap=body_cap)
+    proxy = _Proxy(URL(proxy_url)) if proxy_url else None
+    keep = max(_MIN_KEPT, concurrency)
+    connector = _PinnedConnector(destinations, lookups, context, proxy=proxy, keep=keep)
+    return _Exchanges(destinations, connector, proxy=proxy, body_cap=body_cap)
+
+
+class _Proxy:
+    """The operator's egress proxy; aiohttp is told neither name nor password of its user."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url.with_user(None)
+        self.host = cast(str, url.raw_host)
+        self.port = cast(int, url.port)
+        self.headers: dict[str, str] = {}
+        if url.user is not None:
+            credentials = base64.b64encode(f"{url.user}:{url.password or ''}".encode())
+            self.headers["Proxy-Authorization"] = f"Basic {credentials.decode()}"
+
+    def ask_for_tunnel(self, checked: CheckedURL) -> bytes:
+        """Return the request for a tunnel to the receiver."""
+        host = f"[{checked.host}]" if ":" in checked.host else checked.host
+        lines = [f"CONNECT {host}:{checked.port} HTTP/1.1", f"Host: {host}:{checked.port}"]
+        lines += [f"{name}: {value}" for name, value in self.headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
 class _Exchanges:
     """Requests and their answers over the connections of one connector."""
 
     def __init__(
-        self, destinations: Destinations, connector: _PinnedConnector, *, proxy: URL | None, body_cap: int
+        self, destinations: Destinations, connector: _PinnedConnector, *, proxy: _Proxy | None, body_cap: int
     ) -> None:
         self._destinations = destinations
         self._connector = connector
@@ -338,7 +367,10 @@ class _Exchanges:
     def _make_destination(self, url: str) -> aiohttp.ClientRequest:
         """Return what the connector finds or opens a connection for; nothing of it is sent."""
         return aiohttp.ClientRequest(
-            "POST", URL(url, encoded=True), loop=asyncio.get_running_loop(), proxy=self._proxy
+            "POST",
+            URL(url, encoded=True),
+            loop=asyncio.get_running_loop(),
+            proxy=self._proxy.url if self._proxy else None,
         )
 
     async def _exchange(
@@ -352,24 +384,12 @@ class _Exchanges:
             connection = await self._connector.connect(destination, [], _NO_TIMEOUTS)
             protocol = cast(_Protocol, connection.protocol)
             transport = cast(asyncio.Transport, protocol.transport)
-            protocol.set_response_params(
-                read_until_eof=True,
-                auto_decompress=False,
-                read_bufsize=self._body_cap,
-                max_line_size=MAX_HEADER_BYTES,
-                max_field_size=MAX_HEADER_BYTES,
-                max_headers=MAX_HEADERS,
-            )
+            protocol.parse(self._body_cap)
             proxy_headers = None
             if self._proxy is not None and attempt.checked.scheme == "http":
-                proxy_headers = {
-                    name: value for name, value in destination.headers.items() if name in _PROXY_HEADERS
-                }
+                proxy_headers = self._proxy.headers
             transport.write(request_bytes(attempt.checked, request, proxy_headers))
-            while True:
-                message, payload = await protocol.read()
-                if message.code >= 200 or message.code == 101:
-                    break
+            message, payload = await protocol.read_head()
             outcome = head_of(message.code, message.raw_headers)
             if "error_code" not in outcome:
                 outcome["response_body"] = await self._read(payload)
@@ -425,6 +445,24 @@ class _Protocol(ResponseHandler):
         self._head_open = True
         self._head_left = MAX_HEADER_BYTES
         self._at_rest = False
+
+    def parse(self, body_cap: int) -> None:
+        """Begin to parse, what has come already too; hold no more than a few times *body_cap* of a body."""
+        self.set_response_params(
+            read_until_eof=True,
+            auto_decompress=False,
+            read_bufsize=body_cap,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            max_headers=MAX_HEADERS,
+        )
+
+    async def read_head(self) -> tuple[RawResponseMessage, aiohttp.StreamReader]:
+        """Return the first head that is not an interim one, and the body's reader."""
+        while True:
+            message, payload = await self.read()
+            if message.code >= 200 or message.code == 101:
+                return message, payload
 
     def rest(self) -> None:
         """Be kept for another request: until then, whatever comes ends the connection."""
@@ -514,10 +552,16 @@ class _PinnedConnector(aiohttp.TCPConnector):
     """A connector that opens connections to judged addresses only, and does not keep them too long."""
 
     def __init__(
-        self, destinations: Destinations, lookups: Lookups, context: ssl.SSLContext, *, keep: int
+        self,
+        destinations: Destinations,
+        lookups: Lookups,
+        context: ssl.SSLContext,
+        *,
+        proxy: _Proxy | None,
+        keep: int,
     ) -> None:
         super().__init__(
-            resolver=_ProxyResolver(lookups),
+            resolver=aiohttp.ThreadedResolver(),  # never asked: this class opens every connection
             use_dns_cache=False,
             ssl=context,
             limit=0,  # the transport counts
@@ -527,6 +571,7 @@ class _PinnedConnector(aiohttp.TCPConnector):
         self._destinations = destinations
         self._lookups = lookups
         self._context = context
+        self._proxy = proxy
         self._keep = keep
         self._kept: OrderedDict[ResponseHandler, float] = OrderedDict()
         self._factory = cast("partial[ResponseHandler]", partial(_Protocol, loop=asyncio.get_running_loop()))
@@ -564,30 +609,77 @@ class _PinnedConnector(aiohttp.TCPConnector):
         attempt = _current.get()
         attempt.reused = False
         attempt.opened_at = time.monotonic()
-        if req.proxy is not None:
-            return await super()._create_connection(req, traces, timeout)
         checked = attempt.checked
+        if self._proxy is not None:
+            return await self._through(self._proxy, attempt, checked)
         sock = await self._open(attempt, checked)
+        return await self._converse(attempt, sock, checked.host if checked.scheme == "https" else None)
+
+    async def _converse(self, attempt: _Attempt, sock: socket.socket, tls_name: str | None) -> _Protocol:
+        """Make a connection of *sock*, by TLS to *tls_name* if there is one."""
         loop = asyncio.get_running_loop()
         try:
-            if checked.scheme == "https":
+            if tls_name is None:
+                _, protocol = await loop.create_connection(self._factory, sock=sock)
+            else:
                 _, protocol = await loop.create_connection(
                     self._factory,
                     sock=sock,
                     ssl=self._context,
-                    server_hostname=checked.host,
-                    # The attempt's own deadline comes first; asyncio's is a minute.
-                    ssl_handshake_timeout=attempt.deadline - time.monotonic() + 60,
+                    server_hostname=tls_name,
+                    ssl_handshake_timeout=_handshake_timeout(attempt),
                 )
-            else:
-                _, protocol = await loop.create_connection(self._factory, sock=sock)
         except BaseException as exc:
             sock.close()
-            # asyncio knows no SSLError for a peer that leaves amid the handshake.
-            if isinstance(exc, ssl.SSLError) or (isinstance(exc, ConnectionResetError) and not exc.errno):
-                raise Failure("tls", innermost(exc)) from exc
+            _raise_if_tls(exc)
             raise
-        return protocol
+        return cast(_Protocol, protocol)
+
+    async def _through(self, proxy: _Proxy, attempt: _Attempt, checked: CheckedURL) -> _Protocol:
+        """Open a connection to *proxy*, and through it one to the receiver if that speaks TLS."""
+        sock = await self._open_proxy(proxy, attempt)
+        protocol = await self._converse(attempt, sock, proxy.host if proxy.url.scheme == "https" else None)
+        if checked.scheme == "http":
+            return protocol
+        try:
+            try:
+                async with asyncio.timeout(max(attempt.connect_deadline - time.monotonic(), 0)):
+                    await _open_tunnel(protocol, proxy.ask_for_tunnel(checked))
+            except TimeoutError:
+                if attempt.connect_deadline >= attempt.deadline:
+                    raise deadline_passed() from None
+                raise Failure("connect", "proxy: no tunnel in time") from None
+            receiver = _Protocol(asyncio.get_running_loop())
+            transport = await asyncio.get_running_loop().start_tls(
+                cast(asyncio.Transport, protocol.transport),
+                receiver,
+                self._context,
+                server_hostname=checked.host,
+                ssl_handshake_timeout=_handshake_timeout(attempt),
+            )
+            if transport is None:
+                raise ConnectionResetError("closed amid the handshake")
+        except BaseException as exc:
+            protocol.abort()
+            _raise_if_tls(exc)
+            raise
+        receiver.connection_made(transport)
+        return receiver
+
+    async def _open_proxy(self, proxy: _Proxy, attempt: _Attempt) -> socket.socket:
+        """Open a connection to the operator's own proxy, which may be anywhere."""
+        deadline = attempt.connect_deadline
+        try:
+            addresses = [proxy.host]
+            if not is_literal(proxy.host):
+                attempt.late = Failure("dns", f"{proxy.host}: no answer in time")
+                addresses = await _look_up(self._lookups, proxy.host, proxy.port, deadline)
+            attempt.late = Failure("connect", f"proxy: {proxy.host}: no connection in time")
+            sock = await open_one_in_loop(alternate(addresses)[:MAX_ADDRESSES], proxy.port, deadline)
+        except Failure as failure:
+            raise Failure(failure.code, f"proxy: {failure.detail}") from failure
+        attempt.late = None
+        return sock
 
     async def _open(self, attempt: _Attempt, checked: CheckedURL) -> Any:
         host, port = checked.host, checked.port
@@ -604,21 +696,31 @@ class _PinnedConnector(aiohttp.TCPConnector):
         return sock
 
 
-class _ProxyResolver(AbstractResolver):
-    """Look up the name of the operator's own proxy, which decides about addresses itself."""
+async def _open_tunnel(protocol: _Protocol, request: bytes) -> None:
+    """Have the proxy that *protocol* speaks with open the tunnel that *request* asks for."""
+    try:
+        protocol.expect_answer()
+        protocol.parse(BODY_CAP)
+        cast(asyncio.Transport, protocol.transport).write(request)
+        message, _ = await protocol.read_head()
+    except (aiohttp.ClientError, HttpProcessingError, ConnectionError) as exc:
+        raise Failure("connect", f"proxy: {innermost(exc)}") from exc
+    if message.code != 200:
+        raise Failure("connect", f"proxy: no tunnel: {message.code} {message.reason}")
 
-    def __init__(self, lookups: Lookups) -> None:
-        self._lookups = lookups
 
-    async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[ResolveResult]:
-        addresses = await _look_up(self._lookups, host, port, _current.get().connect_deadline)
-        return [
-            ResolveResult(hostname=host, host=address, port=port, family=family, proto=0, flags=0)
-            for address in alternate(addresses)[:MAX_ADDRESSES]
-        ]
+def _handshake_timeout(attempt: _Attempt) -> float:
+    """Return seconds that are never used up: the attempt's deadline comes first; asyncio's is a minute."""
+    return attempt.deadline - time.monotonic() + 60
 
-    async def close(self) -> None:
-        """Nothing is held."""
+
+def _raise_if_tls(exc: BaseException) -> None:
+    """Raise what *exc* means if it comes of a handshake.
+
+    asyncio knows no SSLError for a peer that leaves amid the handshake.
+    """
+    if isinstance(exc, ssl.SSLError) or (isinstance(exc, ConnectionResetError) and not exc.errno):
+        raise Failure("tls", innermost(exc)) from exc
 
 
 async def _look_up(lookups: Lookups, host: str, port: int, deadline: float) -> list[str]:
@@ -641,8 +743,6 @@ def _failure(exc: BaseException) -> Failure:
     detail = innermost(exc)
     if isinstance(exc, ssl.SSLError | aiohttp.ClientSSLError):
         return Failure("tls", detail)
-    if isinstance(exc, aiohttp.ClientHttpProxyError | aiohttp.ClientProxyConnectionError):
-        return Failure("connect", f"proxy: {detail}")
     if isinstance(exc, aiohttp.InvalidURL):
         return Failure("internal", "the URL cannot be sent")
     return Failure("reset", detail)
