@@ -33,8 +33,10 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from aiohttp.http import RawResponseMessage
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import HttpResponseParser, HttpResponseParserPy
 from yarl import URL
 
+from ...errors import ConfigurationError
 from ...protocol.urls import CheckedURL, UrlPolicy, redact_url
 from . import keeping
 from .answers import BODY_CAP, MAX_HEADER_BYTES, MAX_HEADERS, broken, failed, head_of
@@ -49,8 +51,6 @@ from .tls import verifying_context
 
 logger = logging.getLogger(__name__)
 
-#: Kept connections at most, beside as many as may be in use.
-_MIN_KEPT = 32
 #: aiohttp's own, which would cost a timer each; the attempt's deadlines are above them.
 _NO_TIMEOUTS = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 #: Seconds between two tries to get a thread for a look-up.
@@ -69,6 +69,7 @@ class AiohttpTransport:
     :param ca_file: PEM bundle for :func:`.default_ssl_context`.
     :param body_cap: bytes of a response body that are kept.
     :param loop_factory: makes the event loop.
+    :raises ConfigurationError: where aiohttp has no parser but the one in Python.
     """
 
     def __init__(
@@ -83,6 +84,11 @@ class AiohttpTransport:
         body_cap: int = BODY_CAP,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = fastest_loop,
     ) -> None:
+        if HttpResponseParser is HttpResponseParserPy:  # it takes for answers what the other refuses
+            raise ConfigurationError(
+                "RQ_WEBHOOKS_TRANSPORT is 'aiohttp', and aiohttp's compiled parser is missing: either "
+                "AIOHTTP_NO_EXTENSIONS is set, or it was built without. Use 'requests' instead."
+            )
         context = verifying_context(ssl_context, ca_file)
         self._concurrency = concurrency
         self._closing = threading.Lock()
@@ -306,7 +312,7 @@ async def _open_exchanges(
     body_cap: int,
 ) -> _Exchanges:
     proxy = _Proxy(URL(proxy_url)) if proxy_url else None
-    keep = max(_MIN_KEPT, concurrency)
+    keep = max(keeping.MIN_KEPT, concurrency)
     connector = _PinnedConnector(destinations, lookups, context, proxy=proxy, keep=keep)
     return _Exchanges(destinations, connector, proxy=proxy, body_cap=body_cap)
 
