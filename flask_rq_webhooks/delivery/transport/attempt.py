@@ -167,11 +167,12 @@ class Attempt:
             self.let_go()
             for grip in grips:
                 grip.close()
-            if self._fired is None or not isinstance(exc, Failure):
+            fired = self._fired
+            if fired is None or not isinstance(exc, Failure) or exc.code == "blocked":
                 raise
-            if self._fired.code == "internal":
-                raise self._fired from exc
-            raise Failure("connect", "no connection in time") from exc
+            if fired.code == "timeout":
+                fired = Failure("connect", "no connection in time")
+            raise fired from None
         for grip in grips[:-1]:
             grip.close()
         return sock, grips[-1]
