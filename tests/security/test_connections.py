@@ -140,6 +140,15 @@ def test_of_two_hundred_addresses_four_are_tried(make_transport: MakeTransport, 
     assert connects.addresses == answers[:4]
 
 
+def test_a_name_with_thousands_of_addresses_is_left_alone(
+    make_transport: MakeTransport, connects: Connects
+) -> None:
+    answers = [f"93.184.{high}.{low}" for high in range(20) for low in range(200)]
+    result = sender(make_transport(UrlPolicy(), resolver=FakeDNS(answers)))("https://many.example.com/")
+    assert (result.error_code, result.error_detail) == ("dns", "many.example.com has 4000 addresses")
+    assert connects.addresses == []
+
+
 def test_an_address_that_does_not_answer_leaves_time_for_the_next(make_transport: MakeTransport) -> None:
     with Attacker(after_request(OK)) as attacker, unanswering("127.0.0.9", attacker.port):
         policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
