@@ -18,6 +18,7 @@ from flask_rq_webhooks.delivery.transport import BODY_CAP, AttemptRequest, Reque
 from flask_rq_webhooks.delivery.transport.pinned import PinnedHTTPConnection
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, read_request, silence
+from tests.security.test_connections import unanswering
 from tests.servers import ROOT, Receiver, wait_until
 from tests.transports import CLASSES, AnyTransport
 
@@ -364,6 +365,43 @@ class TestClosing:
             transport.close(wait=False)
             assert time.monotonic() - started < 2
             assert [future.result(0).error_code for future in futures] == ["internal"] * 4
+
+    def test_so_are_look_ups(self, kind: str) -> None:
+        """Those that wait for an answer, and those that wait for a thread."""
+        asked = threading.Semaphore(0)
+        release = threading.Event()
+
+        def resolver(_host: str, _port: int) -> list[str]:
+            asked.release()
+            release.wait(30)
+            return []
+
+        transport = CLASSES[kind](UrlPolicy(), concurrency=4, resolver=resolver)
+        requests = [
+            request_to(f"https://{name}.example.com/", timeout_s=30, connect_timeout_s=30) for name in "abcd"
+        ]
+        futures = [transport.submit(request) for request in requests]
+        for _ in range(2):
+            assert asked.acquire(timeout=5)
+        started = time.monotonic()
+        transport.close(wait=False)
+        assert time.monotonic() - started < 5
+        assert [future.result(0).error_code for future in futures] == ["internal"] * 4
+        release.set()
+
+    def test_so_are_connections_that_nobody_accepts(self, make: Make) -> None:
+        with unanswering("127.0.0.1") as port:
+            transport = make(2)
+            url = f"http://127.0.0.1:{port}/"
+            futures = [
+                transport.submit(request_to(url, timeout_s=30, connect_timeout_s=30)) for _ in range(2)
+            ]
+            wait_until(lambda: all(future.running() for future in futures))
+            time.sleep(0.2)
+            started = time.monotonic()
+            transport.close(wait=False)
+            assert time.monotonic() - started < 5
+            assert [future.result(0).error_code for future in futures] == ["internal"] * 2
 
     def test_afterwards_nothing_is_taken(self, make: Make) -> None:
         transport = make(1)

@@ -140,6 +140,15 @@ def test_of_two_hundred_addresses_four_are_tried(make_transport: MakeTransport, 
     assert connects.addresses == answers[:4]
 
 
+def test_a_name_with_thousands_of_addresses_is_left_alone(
+    make_transport: MakeTransport, connects: Connects
+) -> None:
+    answers = [f"93.184.{high}.{low}" for high in range(20) for low in range(200)]
+    result = sender(make_transport(UrlPolicy(), resolver=FakeDNS(answers)))("https://many.example.com/")
+    assert (result.error_code, result.error_detail) == ("dns", "many.example.com has 4000 addresses")
+    assert connects.addresses == []
+
+
 def test_an_address_that_does_not_answer_leaves_time_for_the_next(make_transport: MakeTransport) -> None:
     with Attacker(after_request(OK)) as attacker, unanswering("127.0.0.9", attacker.port):
         policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
@@ -204,7 +213,8 @@ def test_a_stalling_name_server_is_left_in_time(make_transport: MakeTransport) -
         thread.join(5)
 
 
-def test_stalled_names_do_not_stop_the_others(make_transport: MakeTransport) -> None:
+def test_the_stalled_names_of_one_domain_do_not_stop_the_others(make_transport: MakeTransport) -> None:
+    """More of them than there are threads for look-ups; all still stall when nobody waits any more."""
     release = threading.Event()
 
     def resolver(host: str, _port: int) -> list[str]:
@@ -216,12 +226,12 @@ def test_stalled_names_do_not_stop_the_others(make_transport: MakeTransport) -> 
     transport = make_transport(policy, resolver=resolver, concurrency=4)
     with Attacker(after_request(OK)) as attacker:
         stalled = [
-            transport.submit(request_to(f"https://stall{number}.example.com/", timeout_s=1))
-            for number in range(3)
+            transport.submit(request_to(f"https://stall{number}.evil.example.com/", timeout_s=0.2))
+            for number in range(12)
         ]
-        fine = transport.submit(request_to(f"http://fine.example.com:{attacker.port}/", timeout_s=1))
+        fine = transport.submit(request_to(f"http://fine.example.org:{attacker.port}/", timeout_s=5))
         assert fine.result(10).status_code == 200
-    assert [future.result(10).error_code for future in stalled] == ["dns"] * 3
+    assert [future.result(10).error_code for future in stalled] == ["dns"] * 12
     release.set()
     for thread in threading.enumerate():
         if thread.name == "rq-webhooks-lookup":
@@ -408,6 +418,16 @@ def test_environment_bundles_change_nothing(
 def test_a_plain_server_on_a_tls_port_is_a_tls_error(tls_send: Send) -> None:
     with Attacker(lambda sock: sock.sendall(b"HTTP/1.1 400 Bad\r\n\r\n")) as server:
         assert tls_send(f"https://hooks.example.com:{server.port}/hook").error_code in ("tls", "reset")
+
+
+def test_a_context_that_does_not_verify_is_refused(make_transport: MakeTransport) -> None:
+    nobody_checked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    nobody_checked.check_hostname = False
+    with pytest.raises(ValueError, match="verify"):
+        make_transport(ssl_context=nobody_checked)
+    nobody_checked.verify_mode = ssl.CERT_NONE
+    with pytest.raises(ValueError, match="verify"):
+        make_transport(ssl_context=nobody_checked)
 
 
 def slow_handshake(connection: socket.socket) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import Transport
+from flask_rq_webhooks.delivery.transport import Transport, opening
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, Script, after_request, read_request, then
 from tests.security.conftest import Send, request_to, sender
@@ -165,6 +168,41 @@ def test_the_connections_kept_are_bounded(make_transport: MakeTransport) -> None
             assert send(f"http://host{number}.example.com:{attacker.port}/").status_code == 200
         assert attacker.connections == 100
         wait_until(lambda: len(attacker._open) <= 40)
+
+
+def test_the_connections_kept_are_counted_over_all_hosts(make_transport: MakeTransport) -> None:
+    """Hosts that are told several things at once may not take more than those that are told one."""
+    together = threading.Barrier(4)
+
+    def script(connection: socket.socket) -> None:
+        while read_request(connection):
+            together.wait(10)
+            connection.sendall(EMPTY)
+
+    policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
+    with Attacker(script) as attacker:
+        transport = make_transport(policy, concurrency=4, resolver=lambda _host, _port: ["127.0.0.1"])
+        for number in range(20):
+            url = f"http://host{number}.example.com:{attacker.port}/"
+            futures = [transport.submit(request_to(url)) for _ in range(4)]
+            assert {future.result(10).status_code for future in futures} == {200}
+        assert attacker.connections == 80
+        wait_until(lambda: len(attacker._open) <= 36)
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE])
+def test_a_shortage_of_descriptors_is_not_the_receivers_fault(
+    make_transport: MakeTransport, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def fail(*_args: object) -> NoReturn:
+        raise OSError(error, "none left")
+
+    assert sender(make_transport(resolver=fail))("https://example.com/").error_code == "internal"
+    send = sender(make_transport())
+    monkeypatch.setattr(opening, "_socket_for", fail)
+    result = send("http://127.0.0.1:9/")
+    assert result.error_code == "internal"
+    assert "descriptors" in (result.error_detail or "")
 
 
 def test_no_log_at_any_level_holds_a_url_or_a_secret(

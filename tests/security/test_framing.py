@@ -62,16 +62,29 @@ def test_what_is_not_the_size_of_a_chunk_is_a_reset(
     ],
     ids=["extension", "trailer", "two"],
 )
-def test_chunks_are_put_together(send: Send, chunks: bytes) -> None:
+@pytest.mark.parametrize("coding", [b"chunked", b" Chunked"], ids=["plain", "case"])
+def test_chunks_are_put_together(send: Send, chunks: bytes, coding: bytes) -> None:
     def script(connection: socket.socket) -> None:
         while read_request(connection):
-            connection.sendall(CHUNKED + chunks)
+            connection.sendall(OK + b"Transfer-Encoding:" + coding + b"\r\n\r\n" + chunks)
 
     with Attacker(script) as attacker:
         for _ in range(2):
             result = send(attacker.url)
             assert (result.status_code, result.response_body) == (200, b"OK")
         assert attacker.connections == 1
+
+
+def test_where_none_may_be_there_are_no_chunks_either(send: Send) -> None:
+    answer = b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    def script(connection: socket.socket) -> None:
+        while read_request(connection):
+            connection.sendall(answer)
+
+    with Attacker(script) as attacker:
+        results = [send(attacker.url, timeout_s=2) for _ in range(2)]
+    assert [(result.status_code, result.response_body) for result in results] == [(204, b"")] * 2
 
 
 @pytest.mark.parametrize(

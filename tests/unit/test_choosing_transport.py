@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -46,3 +48,34 @@ except ConfigurationError as exc:
     )
     assert "aiohttp is not installed" in done.stdout
     assert "pip install 'flask-rq-webhooks[fast]'" in done.stdout
+
+
+def test_without_the_compiled_parser_aiohttp_is_refused() -> None:
+    program = """
+from flask_rq_webhooks.config import load_settings
+from flask_rq_webhooks.delivery.transport import open_transport
+from flask_rq_webhooks.errors import ConfigurationError
+from flask_rq_webhooks.protocol.urls import UrlPolicy
+try:
+    open_transport(load_settings({"RQ_WEBHOOKS_TRANSPORT": "aiohttp"}, {}), UrlPolicy(), concurrency=1)
+except ConfigurationError as exc:
+    print(exc)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=True,
+        env=os.environ | {"AIOHTTP_NO_EXTENSIONS": "1"},
+    )
+    assert "compiled parser is missing" in done.stdout
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_transport_that_cannot_be_made_leaves_no_thread(name: str) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(Exception, match=r".+"):
+        CLASSES[name](UrlPolicy(), concurrency=1, proxy_url="http://[::1")
+    assert set(threading.enumerate()) <= before

@@ -140,8 +140,8 @@ class Attempt:
         """Say whether this is the repeat, for which no kept connection will do."""
         return self._repeated
 
-    def connect(self, host: str, port: int, *, through_proxy: bool) -> socket.socket:
-        """Open a connection to an address that was checked before the first packet.
+    def connect(self, host: str, port: int, *, through_proxy: bool) -> tuple[socket.socket, Grip]:
+        """Open a connection to an address that was checked before the first packet; give the grip on it.
 
         :param through_proxy: *host* is the operator's own proxy, which decides about addresses itself.
         """
@@ -152,4 +152,27 @@ class Attempt:
             raise Failure("dns", f"{host} has no address")
         if not through_proxy:
             self._destinations.check_addresses(self.checked, addresses)
-        return open_one(alternate(addresses)[:MAX_ADDRESSES], port, self.connect_deadline)
+        return self._open(alternate(addresses)[:MAX_ADDRESSES], port)
+
+    def _open(self, addresses: list[str], port: int) -> tuple[socket.socket, Grip]:
+        grips: list[Grip] = []
+
+        def begun(sock: socket.socket) -> None:
+            grips.append(Grip(sock))
+            self.hold(grips[-1], reused=False)
+
+        try:
+            sock = open_one(addresses, port, self.connect_deadline, begun)
+        except BaseException as exc:
+            self.let_go()
+            for grip in grips:
+                grip.close()
+            fired = self._fired
+            if fired is None or not isinstance(exc, Failure) or exc.code == "blocked":
+                raise
+            if fired.code == "timeout":
+                fired = Failure("connect", "no connection in time")
+            raise fired from None
+        for grip in grips[:-1]:
+            grip.close()
+        return sock, grips[-1]

@@ -6,12 +6,15 @@ Both transports ask here, so that there is one place where a request may be refu
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import lru_cache
 
 from ...errors import BlockedURLError
 from ...protocol.urls import CheckedURL, UrlPolicy
 from .failures import Failure
+
+#: Addresses of one name at most. An answer may hold thousands, and judging them would hold up others.
+_MAX_JUDGED = 256
 
 
 class Destinations:
@@ -35,11 +38,13 @@ class Destinations:
         except BlockedURLError as exc:
             raise Failure("blocked", f"{exc.code}: {exc}") from exc
 
-    def check_addresses(self, checked: CheckedURL, addresses: Iterable[str]) -> None:
+    def check_addresses(self, checked: CheckedURL, addresses: Sequence[str]) -> None:
         """Judge every address the host of *checked* has, before the first packet to any of them.
 
-        :raises Failure: ``blocked``, when one of them is refused.
+        :raises Failure: ``blocked``, when one of them is refused; ``dns``, when they are too many.
         """
+        if len(addresses) > _MAX_JUDGED:
+            raise Failure("dns", f"{checked.host} has {len(addresses)} addresses")
         for address in addresses:
             try:
                 self._policy.check_address(address, checked.port, scheme=checked.scheme)

@@ -5,6 +5,9 @@ Each transport translates what its own library raises; the codes and the wording
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class Failure(Exception):  # noqa: N818  (never leaves this package)
     """An attempt failed for a known reason.
@@ -27,6 +30,13 @@ def deadline_passed() -> Failure:
 
 def transport_closed() -> Failure:
     return Failure("internal", "the transport was closed")
+
+
+def own_shortage(exc: OSError) -> Failure | None:
+    """Return what to say if *exc* is about this machine, which has no file descriptors left."""
+    if exc.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return Failure("internal", f"the sender is short of file descriptors: {os.strerror(exc.errno)}")
 
 
 def innermost(exc: BaseException) -> str:

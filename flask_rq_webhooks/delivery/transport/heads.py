@@ -121,9 +121,9 @@ class Answer(http.client.HTTPResponse):
         while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
             self.headers = cast(Any, None)  # http.client skips 100 by itself, but takes 103 for the answer
             super().begin()
+        self._judge_framing()
         if self.status < 200 or self.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED):
             self.chunked, self.length = False, 0  # whatever the headers say
-        self._judge_framing()
 
     def read_body(self, limit: int) -> bytes:
         """Return the body as it came, or its first *limit* bytes; nothing if its end is in doubt.
@@ -148,13 +148,14 @@ class Answer(http.client.HTTPResponse):
     def _judge_framing(self) -> None:
         """Believe only the status where others may see the body's end elsewhere (RFC 9112, 6.3)."""
         lengths = self.headers.get_all("content-length", [])
-        codings = self.headers.get_all("transfer-encoding", [])
+        codings = [coding.strip().lower() for coding in self.headers.get_all("transfer-encoding", [])]
+        self.chunked = codings == ["chunked"]
         self._is_doubtful = bool(
             self.msg.defects
             or self.msg.get_payload()
             or len(lengths) > 1
             or (lengths and not _LENGTH.fullmatch(lengths[0]))
-            or (codings and (len(codings) > 1 or codings[0].strip().lower() != "chunked"))
+            or (codings and not self.chunked)
         )
         if self._is_doubtful or (lengths and codings) or self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
             self.will_close = True

@@ -6,6 +6,8 @@ from __future__ import annotations
 #: was right is not used for ever.
 MAX_IDLE_S = 30.0
 MAX_AGE_S = 300.0
+#: Connections kept at most, of all hosts together, unless more requests than that may travel at once.
+MIN_KEPT = 32
 
 
 def is_old(*, opened_at: float, released_at: float, now: float) -> bool:

@@ -6,22 +6,25 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .destinations import check_peer
-from .failures import Failure
+from .failures import Failure, own_shortage
 
 
-def open_one(addresses: Sequence[str], port: int, deadline: float) -> socket.socket:
+def open_one(
+    addresses: Sequence[str], port: int, deadline: float, begun: Callable[[socket.socket], None]
+) -> socket.socket:
     """Return a socket connected to the first of *addresses* that answers.
 
     :param deadline: on :func:`time.monotonic`'s clock.
+    :param begun: is given every socket before it is connected, so that others can shut it down.
     :raises Failure: ``connect``, when none does.
     """
     reasons: list[str] = []
     for address, share_s in _in_turn(addresses, deadline, reasons):
         try:
-            return _open(address, port, share_s)
+            return _open(address, port, share_s, begun)
         except OSError as exc:
             reasons.append(_refusal(address, exc))
     raise Failure("connect", "; ".join(reasons))
@@ -49,14 +52,17 @@ def _in_turn(addresses: Sequence[str], deadline: float, reasons: list[str]) -> I
 
 
 def _refusal(address: str, exc: OSError) -> str:
+    if (shortage := own_shortage(exc)) is not None:
+        raise shortage from exc
     if isinstance(exc, TimeoutError):
         return f"{address}: timed out"
     return f"{address}: {os.strerror(exc.errno) if exc.errno else exc}"
 
 
-def _open(address: str, port: int, timeout_s: float) -> socket.socket:
+def _open(address: str, port: int, timeout_s: float, begun: Callable[[socket.socket], None]) -> socket.socket:
     sock = _socket_for(address)
     try:
+        begun(sock)
         sock.settimeout(timeout_s)
         sock.connect((address, port))
         check_peer(sock.getpeername()[0], address)

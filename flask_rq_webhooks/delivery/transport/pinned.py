@@ -1,29 +1,29 @@
 """A :mod:`requests` adapter whose connections are opened by the attempts that need them.
 
-So every one of them leads to an address that was judged, knows its deadline, and is not kept too long.
+So every one of them leads to an address that was judged, knows its deadline, and is not kept too long. Those
+that are kept are counted together, whatever host they lead to: urllib3's pools would count per host.
 """
 
 from __future__ import annotations
 
-import queue
 import socket
 import ssl
 import threading
 import time
-import weakref
-from functools import lru_cache, partial
+from collections.abc import Mapping
 from typing import Any, cast
 
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ClosedPoolError
-from urllib3.poolmanager import PoolManager, proxy_from_url
+from urllib3.poolmanager import PoolManager, ProxyManager, proxy_from_url
 
-from ...protocol.urls import CheckedURL
 from . import keeping
 from .attempt import Attempt, Grip
 from .failures import Failure
+
+#: What connections have to have in common to stand in for each other: scheme, host, port.
+_Key = tuple[str, str, int]
 
 
 class _Pinned:
@@ -31,6 +31,7 @@ class _Pinned:
 
     attempt: Attempt | None = None
     grip: Grip | None = None
+    key: _Key = ("", "", 0)
     opened_at = 0.0
     released_at = 0.0
 
@@ -39,17 +40,10 @@ class _Pinned:
             raise RuntimeError("A connection of this transport was used outside of it; nothing is checked.")
         connection = cast(HTTPConnection, self)
         self.opened_at = time.monotonic()
-        sock = self.attempt.connect(
+        sock, self.grip = self.attempt.connect(
             connection._dns_host, connection.port, through_proxy=connection.proxy is not None
         )
-        try:
-            self.grip = Grip(sock)
-            self.attempt.hold(self.grip, reused=False)
-            sock.settimeout(self.attempt.left_s())
-        except BaseException:
-            self._drop_grip()
-            sock.close()
-            raise
+        sock.settimeout(self.attempt.left_s())
         return sock
 
     def close(self) -> None:
@@ -75,28 +69,153 @@ class PinnedHTTPSConnection(_Pinned, HTTPSConnection):
     """A connection over TLS."""
 
 
+#: Destinations whose pools urllib3 remembers; one costs a few microseconds to make.
+_POOLS = 256
+
 PinnedConnection = PinnedHTTPConnection | PinnedHTTPSConnection
 
 
-class _Keeping:
-    """What both kinds of pool do beside urllib3: hand connections to attempts, and drop old ones."""
+class KeptConnections:
+    """Connections that are kept for the next request, of all hosts together.
 
-    pool: queue.LifoQueue[PinnedConnection | None] | None
+    :param limit: so many at most; of more, the one that waited longest is closed.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        #: All of them, and those of one key, in the order in which they were put here.
+        self._all: dict[PinnedConnection, None] = {}
+        self._by_key: dict[_Key, list[PinnedConnection]] = {}
+
+    def take(self, key: _Key) -> PinnedConnection | None:
+        """Return the one that was used last, if it is as it was then; it belongs to the caller."""
+        while True:
+            with self._lock:
+                if key not in self._by_key:
+                    return None
+                connection = self._by_key[key][-1]
+                self._remove(connection)
+            if connection.is_old(time.monotonic()) or not connection.is_connected:
+                connection.close()
+            else:
+                return connection
+
+    def put(self, connection: PinnedConnection) -> None:
+        """Keep *connection*, which nobody may use from here on."""
+        dropped = None
+        with self._lock:
+            self._all[connection] = None
+            self._by_key.setdefault(connection.key, []).append(connection)
+            if len(self._all) > self._limit:
+                dropped = next(iter(self._all))
+                self._remove(dropped)
+        if dropped is not None:
+            dropped.close()
+
+    def close_old(self) -> None:
+        """Close those nobody has used for long."""
+        now = time.monotonic()
+        self._close([connection for connection in self._listed() if connection.is_old(now)])
+
+    def close(self) -> None:
+        """Close all."""
+        self._close(self._listed())
+
+    def _listed(self) -> list[PinnedConnection]:
+        with self._lock:
+            return list(self._all)
+
+    def _close(self, connections: list[PinnedConnection]) -> None:
+        for connection in connections:
+            with self._lock:
+                if connection not in self._all:  # somebody was faster
+                    continue
+                self._remove(connection)
+            connection.close()
+
+    def _remove(self, connection: PinnedConnection) -> None:
+        del self._all[connection]
+        same = self._by_key[connection.key]
+        if same[-1] is connection:
+            same.pop()
+        else:
+            same.remove(connection)
+        if not same:
+            del self._by_key[connection.key]
+
+
+class ProxyFailure(Exception):  # noqa: N818  (never leaves this package)
+    """The operator's own proxy could not be reached, or would not open a tunnel; the cause says why."""
+
+
+class PinnedHTTPPool(HTTPConnectionPool):
+    """What makes plain connections to one host."""
+
+    ConnectionCls = PinnedHTTPConnection
+
+
+class PinnedHTTPSPool(HTTPSConnectionPool):
+    """What makes connections over TLS to one host."""
+
+    ConnectionCls = PinnedHTTPSConnection
+
+
+class PinnedAdapter(HTTPAdapter):
+    """An adapter all of whose pools and connections are ours.
+
+    Requests do not go through :meth:`send`, which would build and parse far more than is needed, but from
+    :meth:`take` straight to the connection. The pools know how to make connections, and keep none.
+
+    :param keep: connections that are kept at most, of all hosts together.
+    :param proxy_url: what every connection goes through.
+    """
+
+    def __init__(self, keep: int, ssl_context: ssl.SSLContext, proxy_url: str | None) -> None:
+        self._ssl_context = ssl_context
+        self._kept = KeptConnections(keep)
+        super().__init__(pool_connections=_POOLS, pool_maxsize=1)
+        self._manager = cast(
+            PoolManager, self.proxy_manager_for(proxy_url) if proxy_url else self.poolmanager
+        )
+        #: What the proxy is told with a request that it has to pass on.
+        self.forwarding_headers: Mapping[str, str] = (
+            self._manager.proxy_headers if isinstance(self._manager, ProxyManager) else {}
+        )
+
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: Any) -> None:
+        super().init_poolmanager(connections, maxsize, block, ssl_context=self._ssl_context, **options)
+        _pin(cast(PoolManager, self.poolmanager))
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        if proxy not in self.proxy_manager:
+            manager = proxy_from_url(
+                proxy,
+                num_pools=_POOLS,
+                proxy_headers=self.proxy_headers(proxy),
+                ssl_context=self._ssl_context,
+                proxy_ssl_context=self._ssl_context,
+                **options,
+            )
+            _pin(manager)
+            self.proxy_manager[proxy] = manager
+        return self.proxy_manager[proxy]
 
     def take(self, attempt: Attempt) -> PinnedConnection:
-        """Return a connection for *attempt*, connected."""
-        pool = cast(HTTPConnectionPool, self)
-        connection = cast(PinnedConnection, pool._get_conn())
+        """Return a connection for *attempt*, connected; to be given back.
+
+        :raises Failure: when there is none to be had, for one of many reasons.
+        """
+        checked = attempt.checked
+        key = (checked.scheme, checked.host, checked.port)
+        if not attempt.wants_new_connection and (kept := self._kept.take(key)) is not None:
+            return self._reuse(kept, attempt)
+        pool = self._manager.connection_from_host(checked.host, checked.port, checked.scheme)
+        connection = cast(PinnedConnection, pool._new_conn())
+        connection.key = key
+        connection.attempt = attempt
         try:
-            connection.attempt = attempt
-            if connection.sock is not None and connection.grip is not None:
-                if attempt.wants_new_connection or connection.is_old(time.monotonic()):
-                    connection.close()
-                else:
-                    attempt.hold(connection.grip, reused=True)
-                    connection.sock.settimeout(attempt.left_s())
-                    return connection
-            if pool.proxy is not None and attempt.checked.scheme == "https":
+            if pool.proxy is not None and checked.scheme == "https":
                 pool._prepare_proxy(cast(Any, connection))
             if connection.sock is None:
                 connection.connect()
@@ -116,136 +235,31 @@ class _Keeping:
         attempt.let_go()
         connection.attempt = None
         connection.released_at = time.monotonic()
-        if not keep:
+        if keep:
+            self._kept.put(connection)
+        else:
             connection.close()
-        cast(HTTPConnectionPool, self)._put_conn(connection)
-
-    def close_idle(self) -> None:
-        """Close connections nobody has used for long."""
-        now = time.monotonic()
-        looked_at = []
-        while (pool := self.pool) is not None:
-            try:
-                connection = pool.get(block=False)
-            except queue.Empty:
-                break
-            if connection is not None and connection.sock is not None and connection.is_old(now):
-                connection.close()
-            looked_at.append(connection)
-        for connection in reversed(looked_at):
-            cast(HTTPConnectionPool, self)._put_conn(connection)
-
-
-class ProxyFailure(Exception):  # noqa: N818  (never leaves this package)
-    """The operator's own proxy could not be reached, or would not open a tunnel; the cause says why."""
-
-
-class PinnedHTTPPool(_Keeping, HTTPConnectionPool):
-    """Plain connections to one host."""
-
-    ConnectionCls = PinnedHTTPConnection
-
-
-class PinnedHTTPSPool(_Keeping, HTTPSConnectionPool):
-    """Connections over TLS to one host."""
-
-    ConnectionCls = PinnedHTTPSConnection
-
-
-PinnedPool = PinnedHTTPPool | PinnedHTTPSPool
-
-
-class PinnedAdapter(HTTPAdapter):
-    """An adapter all of whose pools and connections are ours.
-
-    Requests do not go through :meth:`send`, which would build and parse far more than is needed, but from
-    :meth:`take` straight to the connection.
-
-    :param concurrency: connections that are kept at most, per host.
-    :param proxy_url: what every connection goes through.
-    """
-
-    def __init__(self, concurrency: int, ssl_context: ssl.SSLContext, proxy_url: str | None) -> None:
-        self._ssl_context = ssl_context
-        self._sizes = {"num_pools": max(32, concurrency), "maxsize": concurrency}
-        self._pools: weakref.WeakSet[PinnedPool] = weakref.WeakSet()
-        self._pools_lock = threading.Lock()
-        super().__init__(pool_connections=self._sizes["num_pools"], pool_maxsize=concurrency)
-        self._manager = cast(
-            PoolManager, self.proxy_manager_for(proxy_url) if proxy_url else self.poolmanager
-        )
-        self._pool_key = lru_cache(maxsize=256)(self._make_pool_key)
-
-    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: Any) -> None:
-        super().init_poolmanager(connections, maxsize, block, ssl_context=self._ssl_context, **options)
-        self._pin(cast(PoolManager, self.poolmanager))
-
-    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        if proxy not in self.proxy_manager:
-            manager = proxy_from_url(
-                proxy,
-                proxy_headers=self.proxy_headers(proxy),
-                **self._sizes,
-                ssl_context=self._ssl_context,
-                proxy_ssl_context=self._ssl_context,
-                **options,
-            )
-            self._pin(manager)
-            self.proxy_manager[proxy] = manager
-        return self.proxy_manager[proxy]
-
-    def take(self, attempt: Attempt) -> tuple[PinnedPool, PinnedConnection]:
-        """Return a connection for *attempt*, and the pool to give it back to.
-
-        :raises Failure: when there is none to be had, for one of many reasons.
-        :raises ProxyFailure: when it is the proxy's fault.
-        """
-        while True:
-            pool = self._pool(attempt.checked)
-            try:
-                return pool, pool.take(attempt)
-            except ClosedPoolError:  # so many hosts that this one's pool was dropped just now
-                continue
-
-    def _pool(self, checked: CheckedURL) -> PinnedPool:
-        if self._manager is not self.poolmanager:
-            return cast(
-                PinnedPool, self._manager.connection_from_host(checked.host, checked.port, checked.scheme)
-            )
-        key, context = self._pool_key(checked.scheme, checked.host, checked.port)
-        return cast(PinnedPool, self._manager.connection_from_pool_key(key, dict(context)))
-
-    def _make_pool_key(self, scheme: str, host: str, port: int) -> tuple[Any, dict[str, Any]]:
-        context = {**self._manager.connection_pool_kw, "scheme": scheme, "host": host, "port": port}
-        return self._manager.key_fn_by_scheme[scheme](dict(context)), context
 
     def close_idle(self) -> None:
         """Close kept connections that nobody has used for long."""
-        with self._pools_lock:
-            pools = list(self._pools)
-        for pool in pools:
-            pool.close_idle()
+        self._kept.close_old()
 
     def close(self) -> None:
-        """Close every kept connection now; urllib3 leaves it to the garbage collector."""
-        with self._pools_lock:
-            pools = list(self._pools)
-        for pool in pools:
-            pool.close()
+        """Close every kept connection now."""
+        self._kept.close()
         super().close()
 
-    def _pin(self, manager: PoolManager) -> None:
-        # Replaced, not changed: urllib3 shares the original mapping among all managers of the process.
-        manager.pool_classes_by_scheme = cast(
-            Any,
-            {
-                "http": partial(self._new_pool, PinnedHTTPPool),
-                "https": partial(self._new_pool, PinnedHTTPSPool),
-            },
-        )
+    def _reuse(self, connection: PinnedConnection, attempt: Attempt) -> PinnedConnection:
+        connection.attempt = attempt
+        try:
+            attempt.hold(cast(Grip, connection.grip), reused=True)
+            connection.sock.settimeout(attempt.left_s())
+        except BaseException:
+            self.give_back(connection, attempt, keep=False)
+            raise
+        return connection
 
-    def _new_pool(self, pool_class: Any, *args: Any, **options: Any) -> PinnedPool:
-        pool = cast(PinnedPool, pool_class(*args, **options))
-        with self._pools_lock:
-            self._pools.add(pool)
-        return pool
+
+def _pin(manager: PoolManager) -> None:
+    # Replaced, not changed: urllib3 shares the original mapping among all managers of the process.
+    manager.pool_classes_by_scheme = {"http": PinnedHTTPPool, "https": PinnedHTTPSPool}

@@ -13,8 +13,10 @@ the rest.
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import re
+import socket
 import ssl
 import threading
 import time
@@ -27,12 +29,14 @@ from functools import lru_cache, partial
 from typing import Any, cast
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
+from aiohttp.http import RawResponseMessage
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import HttpResponseParser, HttpResponseParserPy
 from yarl import URL
 
+from ...errors import ConfigurationError
 from ...protocol.urls import CheckedURL, UrlPolicy, redact_url
 from . import keeping
 from .answers import BODY_CAP, MAX_HEADER_BYTES, MAX_HEADERS, broken, failed, head_of
@@ -43,16 +47,12 @@ from .lookups import MAX_ADDRESSES, Lookups, Resolver, alternate, look_up_failur
 from .loop import LoopThread, fastest_loop
 from .opening import open_one_in_loop
 from .outgoing import request_bytes
-from .tls import default_ssl_context
+from .tls import verifying_context
 
 logger = logging.getLogger(__name__)
 
-#: Kept connections at most, beside as many as may be in use.
-_MIN_KEPT = 32
 #: aiohttp's own, which would cost a timer each; the attempt's deadlines are above them.
 _NO_TIMEOUTS = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
-#: What the connector may put into the headers of a request that a proxy has to pass on.
-_PROXY_HEADERS = frozenset({"Proxy-Authorization"})
 #: Seconds between two tries to get a thread for a look-up.
 _LOOK_UP_PAUSE_S = 0.02
 
@@ -65,10 +65,11 @@ class AiohttpTransport:
     :param proxy_url: egress proxy; it then decides about addresses, and may itself have a private one.
     :param resolver: ``(host, port) -> addresses``; may block and raise :exc:`OSError`. Called in a thread of
         its own, since a look-up cannot be given a deadline.
-    :param ssl_context: instead of :func:`.default_ssl_context`.
+    :param ssl_context: instead of :func:`.default_ssl_context`; has to verify names.
     :param ca_file: PEM bundle for :func:`.default_ssl_context`.
     :param body_cap: bytes of a response body that are kept.
     :param loop_factory: makes the event loop.
+    :raises ConfigurationError: where aiohttp has no parser but the one in Python.
     """
 
     def __init__(
@@ -83,7 +84,12 @@ class AiohttpTransport:
         body_cap: int = BODY_CAP,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = fastest_loop,
     ) -> None:
-        context = ssl_context or default_ssl_context(ca_file)
+        if HttpResponseParser is HttpResponseParserPy:  # it takes for answers what the other refuses
+            raise ConfigurationError(
+                "RQ_WEBHOOKS_TRANSPORT is 'aiohttp', and aiohttp's compiled parser is missing: either "
+                "AIOHTTP_NO_EXTENSIONS is set, or it was built without. Use 'requests' instead."
+            )
+        context = verifying_context(ssl_context, ca_file)
         self._concurrency = concurrency
         self._closing = threading.Lock()
         self._closed = False
@@ -91,15 +97,19 @@ class AiohttpTransport:
         self._drain_is_due = False
         self._thread = LoopThread("rq-webhooks-send", loop_factory())
         self._loop = self._thread.loop
-        self._exchanges: _Exchanges = self._thread.call(
-            _open_exchanges,
-            Destinations(policy),
-            Lookups(resolver, limit=max(8, 2 * concurrency)),
-            context,
-            proxy_url=proxy_url,
-            concurrency=concurrency,
-            body_cap=body_cap,
-        )
+        try:
+            self._exchanges: _Exchanges = self._thread.call(
+                _open_exchanges,
+                Destinations(policy),
+                Lookups(resolver, limit=max(8, 2 * concurrency)),
+                context,
+                proxy_url=proxy_url,
+                concurrency=concurrency,
+                body_cap=body_cap,
+            )
+        except BaseException:
+            self._thread.stop()
+            raise
         # What follows belongs to the loop's thread.
         self._tasks: set[asyncio.Task[None]] = set()
         self._deadlines = _Deadlines(self._loop)
@@ -154,11 +164,13 @@ class AiohttpTransport:
     async def _work(self) -> None:
         """Make one attempt after the other until nothing is left."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        while self._submitted:
-            future, request = self._submitted.popleft()
-            if future.set_running_or_notify_cancel():
-                future.set_result(await self._make(request, task))
-        self._tasks.discard(task)  # not a moment later, or a request might wait for a slot that is free
+        try:
+            while self._submitted:
+                future, request = self._submitted.popleft()
+                if future.set_running_or_notify_cancel():
+                    future.set_result(await self._make(request, task))
+        finally:
+            self._tasks.discard(task)  # not a moment later, or a request might wait for a slot that is free
 
     async def _make(self, request: AttemptRequest, task: asyncio.Task[None]) -> AttemptResult:
         started_at = datetime.now(UTC)
@@ -176,7 +188,8 @@ class AiohttpTransport:
         except Exception:  # the future's promise: a fault of ours is a result too, and is logged
             logger.exception("Sending to %s failed in an unforeseen way.", redact_url(request.url))
             outcome = broken()
-        self._deadlines.forget(attempt)
+        finally:
+            self._deadlines.forget(attempt)
         if attempt.fired is not None:
             while task.uncancel():  # also what was asked for and not yet thrown
                 pass
@@ -298,15 +311,37 @@ async def _open_exchanges(
     concurrency: int,
     body_cap: int,
 ) -> _Exchanges:
-    connector = _PinnedConnector(destinations, lookups, context, keep=max(_MIN_KEPT, concurrency))
-    return _Exchanges(destinations, connector, proxy=URL(proxy_url) if proxy_url else None, body_cap=body_cap)
+    proxy = _Proxy(URL(proxy_url)) if proxy_url else None
+    keep = max(keeping.MIN_KEPT, concurrency)
+    connector = _PinnedConnector(destinations, lookups, context, proxy=proxy, keep=keep)
+    return _Exchanges(destinations, connector, proxy=proxy, body_cap=body_cap)
+
+
+class _Proxy:
+    """The operator's egress proxy; aiohttp is told neither name nor password of its user."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url.with_user(None)
+        self.host = cast(str, url.raw_host)
+        self.port = cast(int, url.port)
+        self.headers: dict[str, str] = {}
+        if url.user is not None:
+            credentials = base64.b64encode(f"{url.user}:{url.password or ''}".encode())
+            self.headers["Proxy-Authorization"] = f"Basic {credentials.decode()}"
+
+    def ask_for_tunnel(self, checked: CheckedURL) -> bytes:
+        """Return the request for a tunnel to the receiver."""
+        host = f"[{checked.host}]" if ":" in checked.host else checked.host
+        lines = [f"CONNECT {host}:{checked.port} HTTP/1.1", f"Host: {host}:{checked.port}"]
+        lines += [f"{name}: {value}" for name, value in self.headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
 class _Exchanges:
     """Requests and their answers over the connections of one connector."""
 
     def __init__(
-        self, destinations: Destinations, connector: _PinnedConnector, *, proxy: URL | None, body_cap: int
+        self, destinations: Destinations, connector: _PinnedConnector, *, proxy: _Proxy | None, body_cap: int
     ) -> None:
         self._destinations = destinations
         self._connector = connector
@@ -338,7 +373,10 @@ class _Exchanges:
     def _make_destination(self, url: str) -> aiohttp.ClientRequest:
         """Return what the connector finds or opens a connection for; nothing of it is sent."""
         return aiohttp.ClientRequest(
-            "POST", URL(url, encoded=True), loop=asyncio.get_running_loop(), proxy=self._proxy
+            "POST",
+            URL(url, encoded=True),
+            loop=asyncio.get_running_loop(),
+            proxy=self._proxy.url if self._proxy else None,
         )
 
     async def _exchange(
@@ -347,36 +385,24 @@ class _Exchanges:
         """Make the request once; translate everything that can go wrong on the way."""
         attempt.protocol = None
         connection: Connection | None = None
-        transport: asyncio.Transport | None = None
         keep = False
         try:
             connection = await self._connector.connect(destination, [], _NO_TIMEOUTS)
             protocol = cast(_Protocol, connection.protocol)
             transport = cast(asyncio.Transport, protocol.transport)
-            protocol.set_response_params(
-                read_until_eof=True,
-                auto_decompress=False,
-                read_bufsize=self._body_cap,
-                max_line_size=MAX_HEADER_BYTES,
-                max_field_size=MAX_HEADER_BYTES,
-                max_headers=MAX_HEADERS,
-            )
+            protocol.parse(self._body_cap)
             proxy_headers = None
             if self._proxy is not None and attempt.checked.scheme == "http":
-                proxy_headers = {
-                    name: value for name, value in destination.headers.items() if name in _PROXY_HEADERS
-                }
+                proxy_headers = self._proxy.headers
             transport.write(request_bytes(attempt.checked, request, proxy_headers))
-            while True:
-                message, payload = await protocol.read()
-                if message.code >= 200 or message.code == 101:
-                    break
+            message, payload = await protocol.read_head()
             outcome = head_of(message.code, message.raw_headers)
             if "error_code" not in outcome:
                 outcome["response_body"] = await self._read(payload)
                 if protocol.broken and not message.chunked and "Content-Length" not in message.headers:
                     raise protocol.broken  # only its end can tell that such a body is whole
-                keep = payload.at_eof()
+                # What is still unsent would be the beginning of the next request.
+                keep = payload.at_eof() and not transport.get_write_buffer_size()
             return outcome
         except (aiohttp.ClientError, HttpProcessingError, OSError) as exc:
             readable = _readable_part(exc, attempt.protocol)
@@ -386,12 +412,11 @@ class _Exchanges:
         finally:
             if connection is not None:
                 if keep:
+                    protocol.rest()
                     connection.release()
                 else:
                     connection.close()  # never drained: what follows may have no end
                 self._connector.done(attempt)
-                if not keep and transport is not None:
-                    transport.abort()  # closing waits for a peer that may never read
 
     async def _read(self, payload: aiohttp.StreamReader) -> bytes:
         body = b""
@@ -401,38 +426,94 @@ class _Exchanges:
         return body[: self._body_cap]
 
 
-#: Statuses without a body, whatever follows (RFC 9112, 6.3).
-_BODILESS = (b"204", b"304")
+_INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)[0-9][0-9][ \r]")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([2-5][0-9]{2})(?: [^\r\n]*)?\r\n")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*)", re.DOTALL)
+_BEGINNING = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]*(?:\Z|(?<=.):)")
 _CONTROLS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class _Protocol(ResponseHandler):
-    """A connection that counts the bytes of an answer's heads, and knows whether any came."""
+    """A connection that bounds the heads of an answer, and takes nothing that nobody asked for."""
 
-    #: What came first since the request.
-    answer = b""
+    #: What came since the request until the final head had ended, and sometimes a little more.
+    answer = bytearray()
     #: What the connection broke of, if it did not end orderly.
     broken: BaseException | None = None
-    #: Bytes that may still come before a head has ended; ``None`` once the final one has.
-    _head_left: int | None = None
+    #: Whether the final head has not ended yet, and the bytes that may come until it has.
+    _head_open = True
+    _head_left = MAX_HEADER_BYTES
+    _at_rest = False
 
     def expect_answer(self) -> None:
         """Begin to count: a request is about to be sent."""
-        self.answer = b""
+        self.answer = bytearray()
+        self._head_open = True
         self._head_left = MAX_HEADER_BYTES
+        self._at_rest = False
+
+    def parse(self, body_cap: int) -> None:
+        """Begin to parse, what has come already too; hold no more than a few times *body_cap* of a body."""
+        self.set_response_params(
+            read_until_eof=True,
+            auto_decompress=False,
+            read_bufsize=body_cap,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            max_headers=MAX_HEADERS,
+        )
+
+    async def read_head(self) -> tuple[RawResponseMessage, aiohttp.StreamReader]:
+        """Return the first head that is not an interim one, and the body's reader."""
+        while True:
+            message, payload = await self.read()
+            if message.code >= 200 or message.code == 101:
+                return message, payload
+
+    def rest(self) -> None:
+        """Be kept for another request: until then, whatever comes ends the connection."""
+        self._at_rest = True
+
+    def close(self) -> None:
+        """End the connection at once: an orderly end waits for a peer that may never read."""
+        self.abort()
 
     def data_received(self, data: bytes) -> None:
         """Hand *data* to the parser, which tells of every head that ended by :meth:`feed_data`."""
-        if self._head_left is not None:
-            self.answer = self.answer or data
-            self._head_left -= len(data)
-            if data[9:12] in _BODILESS and 0 <= (end := data.find(b"\r\n\r\n")) < len(data) - 4:
-                data = data[: end + 4]  # some send a body all the same; it is nobody's answer
-                self.force_close()
-        super().data_received(data)
-        if self._head_left is not None and self._head_left < 0:
+        if self._at_rest:
+            self.abort()
+        elif self._head_open:
+            self._receive_heads(data)
+        elif data and (self._payload is None or self._payload.is_eof()):
+            self.force_close()  # behind the answer; not even looked at
+        else:
+            super().data_received(data)
+            if self._exception is not None and self._payload is not None and not self._payload.is_eof():
+                self._payload.set_exception(self._exception)  # or its reader would wait for the deadline
+
+    def _receive_heads(self, data: bytes) -> None:
+        """Hand over no more than one head at a time: what follows cannot make the parser forget it."""
+        bound = self._head_left + 1  # one byte above it is seen to be too much
+        data, beyond = data[:bound], data[bound:]
+        self._head_left -= len(data)
+        before, taken = len(self.answer), 0
+        self.answer += data
+        searched = max(before - 3, 0)
+        while (end := self.answer.find(b"\r\n\r\n", searched)) >= 0:
+            searched = end + 4
+            super().data_received(data[taken : searched - before])
+            taken = searched - before
+            if self._exception is not None:
+                return
+            if not self._head_open:
+                if rest := data[taken:] + beyond:
+                    self.data_received(rest)
+                return
+        super().data_received(data[taken:])
+        if not self._head_open:  # it ended with bare line feeds
+            if beyond:
+                self.data_received(beyond)
+        elif self._head_left < 0:
             self.set_exception(aiohttp.ClientPayloadError("the headers are too long"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -443,7 +524,7 @@ class _Protocol(ResponseHandler):
     def feed_data(self, data: Any, size: int = 0) -> None:
         """Take a head from the parser."""
         if data[0].code >= 200:
-            self._head_left = None
+            self._head_open = False
         super().feed_data(data, size)
 
 
@@ -454,13 +535,21 @@ def _readable_part(exc: BaseException, protocol: _Protocol | None) -> dict[str, 
     """
     if protocol is None or not isinstance(exc, HttpProcessingError):
         return None
-    head, end, _ = protocol.answer.partition(b"\r\n\r\n")
-    match = _STATUS_LINE.match(head + b"\r\n")
-    if match is None or not end or len(head) > MAX_HEADER_BYTES:
+    rest = bytes(protocol.answer)
+    while _INTERIM.match(rest):
+        rest = rest.partition(b"\r\n\r\n")[2]
+    head, end, _ = rest.partition(b"\r\n\r\n")
+    match = _STATUS_LINE.match(head + end)
+    if match is None or len(head) > MAX_HEADER_BYTES:
         return None
     lines = head.split(b"\r\n")[1:]
+    beginning = b"" if end else lines.pop().removesuffix(b"\r")  # the parser did not wait for more of it
     pairs = [(line[1], line[2]) for text in lines if (line := _HEADER_LINE.fullmatch(text))]
-    if len(pairs) == len(lines) and not any(_CONTROLS.search(text) for text in lines):
+    if (
+        len(pairs) == len(lines)
+        and _BEGINNING.match(beginning)
+        and not any(_CONTROLS.search(text) for text in [*lines, beginning])
+    ):
         return None  # it is broken elsewhere
     return head_of(int(match[1]), pairs)
 
@@ -469,10 +558,16 @@ class _PinnedConnector(aiohttp.TCPConnector):
     """A connector that opens connections to judged addresses only, and does not keep them too long."""
 
     def __init__(
-        self, destinations: Destinations, lookups: Lookups, context: ssl.SSLContext, *, keep: int
+        self,
+        destinations: Destinations,
+        lookups: Lookups,
+        context: ssl.SSLContext,
+        *,
+        proxy: _Proxy | None,
+        keep: int,
     ) -> None:
         super().__init__(
-            resolver=_ProxyResolver(lookups),
+            resolver=aiohttp.ThreadedResolver(),  # never asked: this class opens every connection
             use_dns_cache=False,
             ssl=context,
             limit=0,  # the transport counts
@@ -482,6 +577,7 @@ class _PinnedConnector(aiohttp.TCPConnector):
         self._destinations = destinations
         self._lookups = lookups
         self._context = context
+        self._proxy = proxy
         self._keep = keep
         self._kept: OrderedDict[ResponseHandler, float] = OrderedDict()
         self._factory = cast("partial[ResponseHandler]", partial(_Protocol, loop=asyncio.get_running_loop()))
@@ -519,30 +615,77 @@ class _PinnedConnector(aiohttp.TCPConnector):
         attempt = _current.get()
         attempt.reused = False
         attempt.opened_at = time.monotonic()
-        if req.proxy is not None:
-            return await super()._create_connection(req, traces, timeout)
         checked = attempt.checked
+        if self._proxy is not None:
+            return await self._through(self._proxy, attempt, checked)
         sock = await self._open(attempt, checked)
+        return await self._converse(attempt, sock, checked.host if checked.scheme == "https" else None)
+
+    async def _converse(self, attempt: _Attempt, sock: socket.socket, tls_name: str | None) -> _Protocol:
+        """Make a connection of *sock*, by TLS to *tls_name* if there is one."""
         loop = asyncio.get_running_loop()
         try:
-            if checked.scheme == "https":
+            if tls_name is None:
+                _, protocol = await loop.create_connection(self._factory, sock=sock)
+            else:
                 _, protocol = await loop.create_connection(
                     self._factory,
                     sock=sock,
                     ssl=self._context,
-                    server_hostname=checked.host,
-                    # The attempt's own deadline comes first; asyncio's is a minute.
-                    ssl_handshake_timeout=attempt.deadline - time.monotonic() + 60,
+                    server_hostname=tls_name,
+                    ssl_handshake_timeout=_handshake_timeout(attempt),
                 )
-            else:
-                _, protocol = await loop.create_connection(self._factory, sock=sock)
         except BaseException as exc:
             sock.close()
-            # asyncio knows no SSLError for a peer that leaves amid the handshake.
-            if isinstance(exc, ssl.SSLError) or (isinstance(exc, ConnectionResetError) and not exc.errno):
-                raise Failure("tls", innermost(exc)) from exc
+            _raise_if_tls(exc)
             raise
-        return protocol
+        return cast(_Protocol, protocol)
+
+    async def _through(self, proxy: _Proxy, attempt: _Attempt, checked: CheckedURL) -> _Protocol:
+        """Open a connection to *proxy*, and through it one to the receiver if that speaks TLS."""
+        sock = await self._open_proxy(proxy, attempt)
+        protocol = await self._converse(attempt, sock, proxy.host if proxy.url.scheme == "https" else None)
+        if checked.scheme == "http":
+            return protocol
+        try:
+            try:
+                async with asyncio.timeout(max(attempt.connect_deadline - time.monotonic(), 0)):
+                    await _open_tunnel(protocol, proxy.ask_for_tunnel(checked))
+            except TimeoutError:
+                if attempt.connect_deadline >= attempt.deadline:
+                    raise deadline_passed() from None
+                raise Failure("connect", "proxy: no tunnel in time") from None
+            receiver = _Protocol(asyncio.get_running_loop())
+            transport = await asyncio.get_running_loop().start_tls(
+                cast(asyncio.Transport, protocol.transport),
+                receiver,
+                self._context,
+                server_hostname=checked.host,
+                ssl_handshake_timeout=_handshake_timeout(attempt),
+            )
+            if transport is None:
+                raise ConnectionResetError("closed amid the handshake")
+        except BaseException as exc:
+            protocol.abort()
+            _raise_if_tls(exc)
+            raise
+        receiver.connection_made(transport)
+        return receiver
+
+    async def _open_proxy(self, proxy: _Proxy, attempt: _Attempt) -> socket.socket:
+        """Open a connection to the operator's own proxy, which may be anywhere."""
+        deadline = attempt.connect_deadline
+        try:
+            addresses = [proxy.host]
+            if not is_literal(proxy.host):
+                attempt.late = Failure("dns", f"{proxy.host}: no answer in time")
+                addresses = await _look_up(self._lookups, proxy.host, proxy.port, deadline)
+            attempt.late = Failure("connect", f"proxy: {proxy.host}: no connection in time")
+            sock = await open_one_in_loop(alternate(addresses)[:MAX_ADDRESSES], proxy.port, deadline)
+        except Failure as failure:
+            raise Failure(failure.code, f"proxy: {failure.detail}") from failure
+        attempt.late = None
+        return sock
 
     async def _open(self, attempt: _Attempt, checked: CheckedURL) -> Any:
         host, port = checked.host, checked.port
@@ -559,21 +702,31 @@ class _PinnedConnector(aiohttp.TCPConnector):
         return sock
 
 
-class _ProxyResolver(AbstractResolver):
-    """Look up the name of the operator's own proxy, which decides about addresses itself."""
+async def _open_tunnel(protocol: _Protocol, request: bytes) -> None:
+    """Have the proxy that *protocol* speaks with open the tunnel that *request* asks for."""
+    try:
+        protocol.expect_answer()
+        protocol.parse(BODY_CAP)
+        cast(asyncio.Transport, protocol.transport).write(request)
+        message, _ = await protocol.read_head()
+    except (aiohttp.ClientError, HttpProcessingError, ConnectionError) as exc:
+        raise Failure("connect", f"proxy: {innermost(exc)}") from exc
+    if message.code != 200:
+        raise Failure("connect", f"proxy: no tunnel: {message.code} {message.reason}")
 
-    def __init__(self, lookups: Lookups) -> None:
-        self._lookups = lookups
 
-    async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[ResolveResult]:
-        addresses = await _look_up(self._lookups, host, port, _current.get().connect_deadline)
-        return [
-            ResolveResult(hostname=host, host=address, port=port, family=family, proto=0, flags=0)
-            for address in alternate(addresses)[:MAX_ADDRESSES]
-        ]
+def _handshake_timeout(attempt: _Attempt) -> float:
+    """Return seconds that are never used up: the attempt's deadline comes first; asyncio's is a minute."""
+    return attempt.deadline - time.monotonic() + 60
 
-    async def close(self) -> None:
-        """Nothing is held."""
+
+def _raise_if_tls(exc: BaseException) -> None:
+    """Raise what *exc* means if it comes of a handshake.
+
+    asyncio knows no SSLError for a peer that leaves amid the handshake.
+    """
+    if isinstance(exc, ssl.SSLError) or (isinstance(exc, ConnectionResetError) and not exc.errno):
+        raise Failure("tls", innermost(exc)) from exc
 
 
 async def _look_up(lookups: Lookups, host: str, port: int, deadline: float) -> list[str]:
@@ -596,8 +749,6 @@ def _failure(exc: BaseException) -> Failure:
     detail = innermost(exc)
     if isinstance(exc, ssl.SSLError | aiohttp.ClientSSLError):
         return Failure("tls", detail)
-    if isinstance(exc, aiohttp.ClientHttpProxyError | aiohttp.ClientProxyConnectionError):
-        return Failure("connect", f"proxy: {detail}")
     if isinstance(exc, aiohttp.InvalidURL):
         return Failure("internal", "the URL cannot be sent")
     return Failure("reset", detail)

@@ -22,6 +22,7 @@ from typing import Any
 from urllib3 import exceptions as urllib3_errors
 
 from ...protocol.urls import UrlPolicy, redact_url
+from . import keeping
 from .answers import BODY_CAP, broken, failed, head_of
 from .attempt import Attempt
 from .contract import AttemptRequest, AttemptResult
@@ -30,9 +31,9 @@ from .failures import Failure, innermost
 from .heads import Answer
 from .lookups import Lookups, Resolver, system_resolver
 from .outgoing import request_bytes
-from .pinned import PinnedAdapter, PinnedConnection, PinnedPool, ProxyFailure
+from .pinned import PinnedAdapter, PinnedConnection, ProxyFailure
 from .threads import DaemonThreads
-from .tls import default_ssl_context
+from .tls import verifying_context
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ class RequestsTransport:
     :param proxy_url: egress proxy; it then decides about addresses, and may itself have a private one.
     :param resolver: ``(host, port) -> addresses``; may block and raise :exc:`OSError`. Called in a thread of
         its own, since a look-up cannot be given a deadline.
-    :param ssl_context: instead of :func:`default_ssl_context`.
-    :param ca_file: PEM bundle for :func:`default_ssl_context`.
+    :param ssl_context: instead of :func:`.default_ssl_context`; has to verify names.
+    :param ca_file: PEM bundle for :func:`.default_ssl_context`.
     :param body_cap: bytes of a response body that are kept.
     """
 
@@ -64,7 +65,8 @@ class RequestsTransport:
     ) -> None:
         self._body_cap = body_cap
         self._destinations = Destinations(policy)
-        self._adapter = PinnedAdapter(concurrency, ssl_context or default_ssl_context(ca_file), proxy_url)
+        context = verifying_context(ssl_context, ca_file)
+        self._adapter = PinnedAdapter(max(keeping.MIN_KEPT, concurrency), context, proxy_url)
         self._lookups = Lookups(resolver, limit=max(8, 2 * concurrency))
         self._watchdog = Watchdog(on_idle=self._adapter.close_idle)
         self._threads = DaemonThreads("rq-webhooks-send", concurrency)
@@ -96,6 +98,7 @@ class RequestsTransport:
             self._threads.end()
         if not wait:
             self._watchdog.abort()
+            self._lookups.abort()
         self._threads.join()
         if not already:
             self._watchdog.end()
@@ -148,12 +151,12 @@ class RequestsTransport:
     def _exchange(self, attempt: Attempt, request: AttemptRequest) -> dict[str, Any]:
         """Make the request once; translate everything that can go wrong on the way."""
         try:
-            pool, connection = self._adapter.take(attempt)
+            connection = self._adapter.take(attempt)
             keep = False
             try:
-                outcome, keep = self._converse(attempt, request, pool, connection)
+                outcome, keep = self._converse(attempt, request, connection)
             finally:
-                pool.give_back(connection, attempt, keep=keep)
+                self._adapter.give_back(connection, attempt, keep=keep)
         except Failure:
             raise
         except (ProxyFailure, urllib3_errors.HTTPError, http.client.HTTPException, OSError) as exc:
@@ -164,10 +167,10 @@ class RequestsTransport:
         return outcome
 
     def _converse(
-        self, attempt: Attempt, request: AttemptRequest, pool: PinnedPool, connection: PinnedConnection
+        self, attempt: Attempt, request: AttemptRequest, connection: PinnedConnection
     ) -> tuple[dict[str, Any], bool]:
         """Write the request and read the answer; return it, and whether the connection may be kept."""
-        proxy_headers = pool.proxy_headers if connection.proxy_is_forwarding else None
+        proxy_headers = self._adapter.forwarding_headers if connection.proxy_is_forwarding else None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before
             connection.sock.sendall(request_bytes(attempt.checked, request, proxy_headers))
         with Answer(connection.sock, attempt) as answer:

@@ -17,3 +17,15 @@ def default_ssl_context(ca_file: str | None = None) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_verify_locations(cafile=ca_file or DEFAULT_CA_BUNDLE_PATH)
     return context
+
+
+def verifying_context(context: ssl.SSLContext | None, ca_file: str | None) -> ssl.SSLContext:
+    """Return *context*, or :func:`default_ssl_context` if there is none.
+
+    :raises ValueError: for a context that would talk to anybody.
+    """
+    if context is None:
+        return default_ssl_context(ca_file)
+    if not context.check_hostname or context.verify_mode != ssl.CERT_REQUIRED:
+        raise ValueError("The TLS context has to verify certificates and names.")
+    return context
