@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from itertools import chain
@@ -217,6 +217,7 @@ class Sender:
             free_leases(self._state.database, self._doubtful)
             self._doubtful.clear()
         lease_id = new_id("lea")
+        begun = Counter(self._in_flight.per_host())
         try:
             claimed = claim_due(
                 self._state.database,
@@ -233,9 +234,12 @@ class Sender:
             reached("delivery claimed")
             self.idle_since = None
             self._submit(claimed)
-        self._capped = self._full()
-        if self._capped != self._full():
-            self._freed = True  # an answer came before it could be known to make room
+        # Hosts that may have more due than this claim could take. One that hangs is always among them, and
+        # must not hide that answers of the others have made room since.
+        begun.update(delivery.host for delivery in claimed)
+        self._capped = self._full(begun)
+        if self._capped - self._full(self._in_flight.per_host()):
+            self._freed = True
         now = time.monotonic()
         if len(claimed) == limit:
             self._claim_at = now
@@ -244,10 +248,10 @@ class Sender:
         else:
             self._claim_at = now + self._sleep_s(bool(claimed), began)
 
-    def _full(self) -> frozenset[str]:
+    def _full(self, requests: Mapping[str, int]) -> frozenset[str]:
         """Return the hosts that have all the requests in flight they may have."""
         most = self._state.settings.concurrency_per_host
-        return frozenset(host for host, count in self._in_flight.per_host().items() if count >= most)
+        return frozenset(host for host, count in requests.items() if count >= most)
 
     def _occupied(self) -> dict[str, int]:
         """Return what is in flight by host; one that had all its requests of this minute counts as full."""
