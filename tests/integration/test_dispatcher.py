@@ -20,6 +20,7 @@ from flask_rq_webhooks import signals
 from flask_rq_webhooks.delivery import sender
 from flask_rq_webhooks.delivery.dispatcher import Dispatcher, PeriodicJob
 from flask_rq_webhooks.delivery.ingest import Ingest
+from flask_rq_webhooks.delivery.limits import RateLimiter
 from flask_rq_webhooks.delivery.notices import Notices
 from flask_rq_webhooks.delivery.recorder import Recorder
 from flask_rq_webhooks.delivery.telling import Teller
@@ -423,6 +424,43 @@ def test_what_the_transport_refuses_is_sent_later(state: State, receiver: Receiv
         wait_until(lambda: [one.status for one in deliveries(state)] == ["succeeded"] * 4, timeout=20)
         assert dispatcher._sender.in_flight == 0, "it keeps no place"
     assert len(attempts(state)) == 4
+
+
+class OneHangs(IdleTransport):
+    """Answers at once, except for one host: that never answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered = 0
+
+    def submit(self, request: AttemptRequest) -> Future[AttemptResult]:
+        future = super().submit(request)
+        if "//127.0.0.2" not in request.url:
+            self.answered += 1
+            future.set_result(AttemptResult(started_at=datetime.now(UTC), duration_ms=1.0, status_code=204))
+        return future
+
+
+def test_a_host_that_hangs_does_not_slow_the_claims_for_others(state: State) -> None:
+    for host, jobs in (("127.0.0.2", 10), ("127.0.0.3", 20)):
+        endpoint_id = add_endpoint(state, f"http://{host}:9/in")
+        for number in range(jobs):
+            enqueue(state, endpoint_id, "tests.jobs.add", 1, number)
+    Ingest(state, consumer="tests", teller=Teller(state)).run_once(block_ms=1)
+    transport = OneHangs()
+    sending = sender.Sender(
+        state,
+        transport=transport,
+        limiter=RateLimiter(state.redis, 0),
+        recorder=Recorder(state, notices=Notices.from_settings(state.settings), dispatcher_id="dsp_1"),
+        concurrency=64,
+    )
+    waits = []
+    while transport.answered < 20 and len(waits) < 10:
+        waits.append(sending.advance())
+    assert transport.answered == 20
+    assert transport.submitted == 28, "eight in flight to the one that hangs"
+    assert waits[:-1] == [0.0] * (len(waits) - 1), "there was room again at once"
 
 
 def test_recording_ends_however_fast_answers_come(state: State, receiver: Receiver) -> None:
