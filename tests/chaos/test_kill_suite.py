@@ -90,7 +90,7 @@ def test_sigkill_at_a_named_step(field: Field, step: str, tmp_path: Path) -> Non
 
     # A work-horse that dies has no callback, so that reconcile has to find its job.
     field.submit(1, "die" if step.startswith("reconcile") else "succeed")
-    wait_until(mark.exists, timeout=30, what=step)
+    wait_until(mark.exists, timeout=90, what=step)
     wait_until(lambda: any(p.popen.poll() is not None for p in field.processes.values()))
     field.restart_dead()
     expire_leases(field)
@@ -101,7 +101,7 @@ def test_sigkill_at_a_named_step(field: Field, step: str, tmp_path: Path) -> Non
         assert field.accepted == []
         assert [watch.status for watch in rows(field, Watch)] == ["reserved"]
         return
-    wait_until(lambda: len(field.accepted) >= times, timeout=40, what=f"{times} requests after {step}")
+    wait_until(lambda: len(field.accepted) >= times, timeout=90, what=f"{times} requests after {step}")
     wait_until(field.all_told, what="everything to be recorded")
     time.sleep(2.5)
     found = checked(field)
