@@ -29,7 +29,7 @@ from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_ti
 from flask_rq_webhooks.protocol.payloads import occurrence_to_json
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from flask_rq_webhooks.state import State, get_state
-from flask_rq_webhooks.storage.ingesting import EndpointRow
+from flask_rq_webhooks.storage.addressing import EndpointRow
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch, new_id
 from tests.servers import PostgresHandle, Process, postgres_server, valkey_server, wait_until
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import cProfile
 import dataclasses
-import random
 import statistics
 import time
 from collections import Counter
@@ -19,11 +18,11 @@ from typing import Any
 
 from flask_rq_webhooks.delivery.ingest import Ingest
 from flask_rq_webhooks.delivery.limits import RateLimiter
+from flask_rq_webhooks.delivery.recorder import judge
 from flask_rq_webhooks.delivery.sending import build_request
 from flask_rq_webhooks.delivery.telling import Teller
 from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, Transport
 from flask_rq_webhooks.delivery.transport.choosing import open_transport
-from flask_rq_webhooks.protocol.headers import mask_headers
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.deliveries import AttemptRecord, ClaimedDelivery, claim_due, record_attempts
 
@@ -173,24 +172,4 @@ def _record(
     state: State, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult
 ) -> AttemptRecord:
     assert result.status_code == 200, result
-    decision = state.retry_policy.decide(
-        status_code=result.status_code,
-        error_code=result.error_code,
-        number=delivery.number,
-        max_attempts=delivery.max_attempts,
-        retry_after=result.retry_after,
-        now=datetime.now(UTC),
-        random=random.random,
-    )
-    return AttemptRecord(
-        delivery=delivery,
-        started_at=result.started_at,
-        duration_ms=result.duration_ms,
-        status_code=result.status_code,
-        error_code=decision.error_code,
-        error_detail=result.error_detail,
-        request_headers=mask_headers(request.headers, header_prefix=state.settings.header_prefix),
-        response_headers=result.response_headers,
-        response_body=result.response_body,
-        decision=decision,
-    )
+    return judge(state, delivery, request, result)

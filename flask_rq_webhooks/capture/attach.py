@@ -119,6 +119,12 @@ def attached(queue: rq.Queue) -> rq.Queue:
     return twin
 
 
+def is_attached(queue: rq.Queue) -> bool:
+    """Say whether *queue* was made by :func:`attached`."""
+    create = vars(queue).get("create_job")
+    return isinstance(create, functools.partial) and create.func is _create_twin_job
+
+
 def _create_twin_job(queue: rq.Queue, *args: Any, **kwargs: Any) -> Job:
     return _create_job(queue.create_job, queue, args, kwargs)
 

@@ -16,7 +16,7 @@ from typing import Any
 import rq
 from rq.job import Job
 
-from .attach import Queue, _create_twin_job, is_instrumented
+from .attach import Queue, is_attached, is_instrumented
 
 
 @dataclass(slots=True)
@@ -90,5 +90,4 @@ class _Watcher:
         if seen is None:
             self._note(SeenJob(job.id, job.func_name or "", attachable=False, made_elsewhere=True))
         else:
-            create = vars(queue).get("create_job")
-            seen.by_helper = isinstance(create, functools.partial) and create.func is _create_twin_job
+            seen.by_helper = is_attached(queue)

@@ -28,6 +28,7 @@ from rq.job import Job
 from rq.results import Result
 
 from ..protocol.events import format_time, parse_time
+from ..protocol.failures import CALL
 
 #: Jobs per pipeline: keeps one round trip, and its answer, of a reasonable size.
 _CHUNK = 500
@@ -44,7 +45,7 @@ _FIELDS = (
 _ENDING_FIELDS = ("status", "created_at", "enqueued_at", "ended_at", "retries_left", "exc_info")
 _CALLBACK_FIELDS = ("success_callback_name", "failure_callback_name", "stopped_callback_name")
 _TOKEN = re.compile(r"flask_rq_webhooks\.callbacks\.(?:success|failure|stopped)\.(ep[0-9a-z]+_[0-9a-z]+)")
-_CALL = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+(?=\()")
+_CALL = re.compile(CALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

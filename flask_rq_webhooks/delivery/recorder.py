@@ -39,6 +39,33 @@ GATHER_S = 0.02
 LONGEST_SLEEP_S = 1.0
 
 
+def judge(
+    state: State, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult
+) -> AttemptRecord:
+    """Return what an answer means for its delivery, as it is recorded."""
+    decision = state.retry_policy.decide(
+        status_code=result.status_code,
+        error_code=result.error_code,
+        number=delivery.number,
+        max_attempts=delivery.max_attempts,
+        retry_after=result.retry_after,
+        now=datetime.now(UTC),
+        random=random.random,
+    )
+    return AttemptRecord(
+        delivery=delivery,
+        started_at=result.started_at,
+        duration_ms=result.duration_ms,
+        status_code=result.status_code,
+        error_code=decision.error_code,
+        error_detail=result.error_detail,
+        request_headers=mask_headers(request.headers, header_prefix=state.settings.header_prefix),
+        response_headers=result.response_headers,
+        response_body=result.response_body,
+        decision=decision,
+    )
+
+
 class Recorder:
     """Record answers, step by step, in one thread.
 
@@ -119,7 +146,7 @@ class Recorder:
         """
         for _ in range(len(self._arrived)):
             one = self._arrived[0]  # until it is in the other list, it counts here
-            self._unrecorded.append(one if isinstance(one, AttemptRecord) else self._judge(*one))
+            self._unrecorded.append(one if isinstance(one, AttemptRecord) else judge(self._state, *one))
             self._arrived.popleft()
         while self._unrecorded:
             batch = self._unrecorded[: self._state.settings.batch]
@@ -129,31 +156,6 @@ class Recorder:
             del self._unrecorded[: len(batch)]
             delays = [one.decision.delay_s for one in batch if one.decision.delay_s is not None]
             self.on_recorded(min(delays, default=None))
-
-    def _judge(
-        self, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult
-    ) -> AttemptRecord:
-        decision = self._state.retry_policy.decide(
-            status_code=result.status_code,
-            error_code=result.error_code,
-            number=delivery.number,
-            max_attempts=delivery.max_attempts,
-            retry_after=result.retry_after,
-            now=datetime.now(UTC),
-            random=random.random,
-        )
-        return AttemptRecord(
-            delivery=delivery,
-            started_at=result.started_at,
-            duration_ms=result.duration_ms,
-            status_code=result.status_code,
-            error_code=decision.error_code,
-            error_detail=result.error_detail,
-            request_headers=mask_headers(request.headers, header_prefix=self._state.settings.header_prefix),
-            response_headers=result.response_headers,
-            response_body=result.response_body,
-            decision=decision,
-        )
 
     def _record_batch(self, batch: Sequence[AttemptRecord]) -> None:
         try:

@@ -152,12 +152,9 @@ class Sender:
         """
         # Every attempt has a deadline of its own, so this one only matters while SQL is away.
         give_up_at = time.monotonic() + self._state.settings.timeout + LEASE_MARGIN_S
-        begun = False
         while self._is_busy() and not hurry() and time.monotonic() < give_up_at:
             try:
-                if not begun:
-                    self._take_back(float("inf"))
-                    begun = True
+                self._take_back(float("inf"))
                 self._recorder.record()
             except StorageUnavailableError:
                 time.sleep(0.1)

@@ -22,7 +22,8 @@ from .jsonsafe import safe_text
 #: Characters kept of an exception's class, of its message and of its traceback.
 MAX_TYPE_CHARS, MAX_MESSAGE_CHARS, MAX_TRACEBACK_CHARS = 512, 10_000, 65_536
 
-_CALL = r"[A-Za-z_]\w*(?:\.\w+)+(?=\()"
+#: How RQ's own description of a job begins. Not compiled here: most that import this never use it.
+CALL = r"[A-Za-z_]\w*(?:\.\w+)+(?=\()"
 
 
 def error_texts(kind: Any = None, value: Any = None, tb: Any = None) -> dict[str, str]:
@@ -57,7 +58,7 @@ def plain_call(job: Any) -> tuple[Any, Any]:
     if isinstance(call, list | tuple) and len(call) == 4:
         return call[0], call[2]
     # RQ's own description begins with the call; a user's own is not likely to look like one.
-    match = re.match(_CALL, _get(lambda: job.description) or "")
+    match = re.match(CALL, _get(lambda: job.description) or "")
     return match and match[0], None
 
 

@@ -8,6 +8,7 @@ its own.
 
 from __future__ import annotations
 
+from .addressing import EndpointRow
 from .claiming import (
     ClaimedDelivery,
     claim_due,
@@ -18,7 +19,7 @@ from .claiming import (
     release,
 )
 from .filters import DeliveryFilter
-from .ingesting import EndpointRow, IngestedEvent, IngestItem, ingest, park_evidence
+from .ingesting import IngestedEvent, IngestItem, ingest, park_evidence
 from .operating import hasten, prune, resend
 from .recording import AttemptRecord, RecordResult, record_attempts
 from .recovering import cancel, recover

@@ -14,11 +14,8 @@ from typing import Any
 
 from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, Occurrence
 from .addressing import (
-    ENDPOINT_COLUMNS,
-    EVERY_TYPE,
     EndpointRow,
     delivery_values,
-    endpoint_row,
     endpoints_of,
     receivers_of,
     standing_endpoints,
@@ -28,20 +25,7 @@ from .database import Database
 from .events import IngestItem, store_events
 from .settling import park_evidence, settle_watches, watches_of
 
-__all__ = [
-    "ENDPOINT_COLUMNS",
-    "EVERY_TYPE",
-    "EndpointRow",
-    "IngestItem",
-    "IngestedEvent",
-    "Render",
-    "Scrub",
-    "delivery_values",
-    "endpoint_row",
-    "ingest",
-    "park_evidence",
-    "store_deliveries",
-]
+__all__ = ["IngestItem", "IngestedEvent", "Render", "Scrub", "ingest", "park_evidence"]
 
 Render = Callable[[EndpointRow, str, Occurrence], bytes]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]

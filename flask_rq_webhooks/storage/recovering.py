@@ -17,16 +17,16 @@ from sqlalchemy import ColumnElement, exists, func, select, update
 
 from ..protocol.events import WEBHOOK_PING, Occurrence
 from ..protocol.payloads import occurrence_from_json
-from .database import Database
-from .filters import DeliveryFilter
-from .ingesting import (
+from .addressing import (
     ENDPOINT_COLUMNS,
     EndpointRow,
-    Render,
     delivery_values,
     endpoint_row,
     store_deliveries,
 )
+from .database import Database
+from .filters import DeliveryFilter
+from .ingesting import Render
 from .models import CANCELED, EXHAUSTED, MANUAL, PENDING, SENDING, Delivery, Endpoint, Event, first_id_at
 from .operating import BATCH, Progress, due_again, in_flight
 from .queries import CursorError

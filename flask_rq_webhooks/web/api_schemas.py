@@ -16,7 +16,7 @@ from marshmallow import RAISE, Schema, ValidationError, fields, validate, valida
 from ..config import Settings
 from ..protocol.events import JOB_TYPES, is_application_type
 from ..protocol.urls import UrlPolicy, redact_url
-from ..storage.ingesting import EVERY_TYPE
+from ..storage.addressing import EVERY_TYPE
 from ..storage.models import CANCELED, EXHAUSTED, PENDING, SENDING, SUCCEEDED
 from .schemas import HeaderObject, SecretText, TargetURL, Text, TextList, WholeNumber, one_of, timeout_range
 

@@ -26,10 +26,10 @@ from ..protocol.signing import generate_secret
 from ..protocol.urls import redact_url
 from ..state import State
 from ..storage import queries, registration
+from ..storage.addressing import EVERY_TYPE
 from ..storage.deliveries import resend
 from ..storage.dispatchers import pause, resume
 from ..storage.filters import DeliveryFilter
-from ..storage.ingesting import EVERY_TYPE
 from ..storage.models import PENDING, SENDING
 from ..storage.queries import CursorError, DeliveryView, EndpointView
 from ..storage.registration import ROTATION_GRACE_S, NewEndpoint

@@ -14,6 +14,7 @@ import time
 from ...protocol.urls import CheckedURL
 from .destinations import Destinations, is_literal
 from .failures import Failure, deadline_passed
+from .keeping import is_blameless
 from .lookups import MAX_ADDRESSES, Lookups, alternate
 from .opening import open_one
 
@@ -128,9 +129,9 @@ class Attempt:
         if fired is not None:
             raise fired from cause
 
-    def may_repeat(self) -> bool:
-        """Say once whether a broken connection may be blamed on its having been idle."""
-        if not self._reused or self._repeated or self.answered:
+    def may_repeat(self, failure: Failure) -> bool:
+        """Say once whether *failure* may be blamed on the connection's having been idle."""
+        if not is_blameless(failure, reused=self._reused, repeated=self._repeated, answered=self.answered):
             return False
         self._repeated = True
         return True

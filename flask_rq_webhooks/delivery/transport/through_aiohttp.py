@@ -243,10 +243,12 @@ class _Attempt:
             self.fired = failure or self.late or deadline_passed()
             self.task.cancel()
 
-    def may_repeat(self) -> bool:
-        """Say once whether a broken connection may be blamed on its having been idle."""
+    def may_repeat(self, failure: Failure) -> bool:
+        """Say once whether *failure* may be blamed on the connection's having been idle."""
         answered = self.protocol is not None and bool(self.protocol.answer)
-        if not self.reused or self.wants_new_connection or answered:
+        if not keeping.is_blameless(
+            failure, reused=self.reused, repeated=self.wants_new_connection, answered=answered
+        ):
             return False
         self.wants_new_connection = True
         return True
@@ -360,10 +362,8 @@ class _Exchanges:
         try:
             return await self._exchange(attempt, request, destination)
         except Failure as failure:
-            if failure.code not in ("reset", "tls") or not attempt.may_repeat():
+            if not attempt.may_repeat(failure):
                 raise
-        # The receiver closed an idle connection while we were writing to it: not its verdict on this
-        # request. Receivers tell repeats by webhook-id, so one more try on a new connection is safe.
         return await self._exchange(attempt, request, destination)
 
     async def close(self) -> None:

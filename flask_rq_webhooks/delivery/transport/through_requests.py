@@ -140,10 +140,8 @@ class RequestsTransport:
             try:
                 return self._exchange(attempt, request)
             except Failure as failure:
-                if failure.code not in ("reset", "tls") or not attempt.may_repeat():
+                if not attempt.may_repeat(failure):
                     raise
-            # The receiver closed an idle connection while we were writing to it: not its verdict on this
-            # request. Receivers tell repeats by webhook-id, so one more try on a new connection is safe.
             return self._exchange(attempt, request)
         finally:
             self._watchdog.forget(attempt)
