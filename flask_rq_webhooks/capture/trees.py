@@ -137,13 +137,7 @@ class TreeReporter:
         """Evaluate the trees of the jobs noted since the last call; return the types told."""
         with self._lock:
             hints, self._hints = self._hints, set()
-        if not hints:
-            return []
-        endpoint_ids: dict[str, None] = {}
-        for start in range(0, len(hints), _PAGE):
-            some = sorted(hints)[start : start + _PAGE]
-            endpoint_ids.update(dict.fromkeys(storage.open_trees(self._database, job_ids=some)))
-        return self._evaluate_all(list(endpoint_ids))
+        return self._evaluate_all(storage.open_trees_of(self._database, hints))
 
     def run_once(self, should_stop: Callable[[], bool] = lambda: False) -> list[str]:
         """Evaluate every open tree; return the types told."""

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, select
 
 from ..protocol.events import TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
 from .database import Database
 from .events import StoredEvent
 from .models import CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
-from .upsert import chunks_of, insert_or_ignore
+from .upsert import chunks_of, insert_new, one_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,24 +87,24 @@ ENDPOINT_COLUMNS = (
 )  # fmt: skip
 
 
-#: Locked so that pruning cannot take an endpoint away before its delivery is there.
-_THESE = (
-    select(*ENDPOINT_COLUMNS)
-    .where(Endpoint.id.in_(bindparam("ids", expanding=True)))
-    .order_by(Endpoint.id)
-    .with_for_update(read=True, key_share=True)
-)
-
-
 def endpoints_of(
-    connection: Connection, stored: Sequence[StoredEvent], watches: Mapping[str, Sequence[Any]]
+    database: Database,
+    connection: Connection,
+    stored: Sequence[StoredEvent],
+    watches: Mapping[str, Sequence[Any]],
 ) -> dict[str, EndpointRow]:
     """Return, by id, the endpoints that are named with the events or watch their jobs."""
     ids = {endpoint_id for event in stored for endpoint_id in event.named if is_endpoint(endpoint_id)}
     ids |= {row.endpoint_id for rows in watches.values() for row in rows if row.endpoint_id is not None}
+    query = (
+        select(*ENDPOINT_COLUMNS)
+        .where(one_of(database, Endpoint.id, "ids"))
+        .order_by(Endpoint.id)
+        .with_for_update(read=True, key_share=True)  # pruning must not take one before its delivery is there
+    )
     endpoints: dict[str, EndpointRow] = {}
     for chunk in chunks_of(sorted(ids)):
-        endpoints.update((row.id, endpoint_row(row)) for row in connection.execute(_THESE, {"ids": chunk}))
+        endpoints.update((row.id, endpoint_row(row)) for row in connection.execute(query, {"ids": chunk}))
     for event in stored:
         for endpoint_id in event.named:
             if endpoint_id not in endpoints and is_endpoint(endpoint_id):
@@ -203,9 +203,5 @@ def store_deliveries(
     database: Database, connection: Connection, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, int]:
     """Insert those of *rows* whose event and endpoint have no delivery yet; return how many by event id."""
-    made: dict[str, int] = defaultdict(int)
-    statement = insert_or_ignore(database, Delivery).returning(Delivery.event_id)
-    for chunk in chunks_of(sorted(rows, key=lambda row: (row["event_id"], row["endpoint_id"]))):
-        for event_id in connection.execute(statement, chunk).scalars():
-            made[event_id] += 1
-    return made
+    in_order = sorted(rows, key=lambda row: (row["event_id"], row["endpoint_id"]))
+    return Counter(insert_new(database, connection, Delivery, in_order, returning="event_id"))

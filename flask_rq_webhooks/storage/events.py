@@ -16,7 +16,7 @@ from ..protocol.events import Occurrence
 from ..protocol.payloads import occurrence_from_json, occurrence_to_json
 from .database import Database
 from .models import Event, new_id
-from .upsert import chunks_of, insert_or_ignore
+from .upsert import chunks_of, insert_new
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,7 @@ def store_events(
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
     rows = [_event_values(event, now) for event in stored]
-    statement = insert_or_ignore(database, Event).returning(Event.id)
-    inserted: set[str] = set()
-    for chunk in chunks_of(rows):
-        inserted.update(connection.execute(statement, chunk).scalars())
+    inserted = set(insert_new(database, connection, Event, rows, returning="id"))
     there = sorted(key for key, event in by_key.items() if event.id not in inserted)
     for keys in chunks_of(there):
         query = (

@@ -80,8 +80,8 @@ def ingest(
     with database.write() as connection:
         now = database.now(connection)
         by_item, stored = store_events(database, connection, prepared, now)
-        watches = watches_of(connection, stored)
-        endpoints = endpoints_of(connection, stored, watches)
+        watches = watches_of(database, connection, stored)
+        endpoints = endpoints_of(database, connection, stored, watches)
         standing = standing_endpoints(connection) if any(event.created for event in stored) else []
         rows: list[dict[str, Any]] = []
         for event in stored:

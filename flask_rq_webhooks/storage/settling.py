@@ -5,6 +5,7 @@ Owns what ingest writes to watches. Knows nothing of deliveries.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,29 +13,28 @@ from datetime import datetime
 from hashlib import blake2b
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, case, select, update
+from sqlalchemy import Connection, String, bindparam, select, text
 
 from ..protocol.events import TERMINAL_TYPES
 from .addressing import EndpointRow, existing_endpoints, is_endpoint
 from .database import Database
 from .events import StoredEvent
-from .models import CLOSED, OPEN, SETTLED, Watch, new_id
-from .upsert import chunks_of, insert_into, insert_or_ignore
+from .models import CLOSED, OPEN, SETTLED, UTCDateTime, Watch, new_id
+from .upsert import chunks_of, insert_into, insert_or_ignore, one_of
 
 logger = logging.getLogger(__name__)
 
 
-_OF_JOBS = select(Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run).where(
-    Watch.job_id.in_(bindparam("jobs", expanding=True))
-)
-
-
-def watches_of(connection: Connection, stored: Sequence[StoredEvent]) -> dict[str, list[Any]]:
+def watches_of(
+    database: Database, connection: Connection, stored: Sequence[StoredEvent]
+) -> dict[str, list[Any]]:
     """Return the watches on the events' jobs, by job id."""
     jobs = sorted({event.occurrence.job_id for event in stored if event.occurrence.job_id is not None})
+    columns = (Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run)
+    query = select(*columns).where(one_of(database, Watch.job_id, "jobs"))
     watches: dict[str, list[Any]] = defaultdict(list)
     for chunk in chunks_of(jobs):
-        for row in connection.execute(_OF_JOBS, {"jobs": chunk}):
+        for row in connection.execute(query, {"jobs": chunk}):
             watches[row.job_id].append(row)
     return watches
 
@@ -75,21 +75,38 @@ def settle_watches(
                 "missing_passes": 0, "created_at": now, "confirmed_at": now, "settled_at": now,
             }  # fmt: skip
     if told:
-        connection.execute(
-            update(Watch)
-            .where(Watch.id == bindparam("watch"))
-            .values(
-                status=SETTLED,
-                run=bindparam("told"),
-                evidence=None,
-                missing_passes=0,
-                settled_at=now,
-                confirmed_at=case((Watch.confirmed_at.is_(None), now), else_=Watch.confirmed_at),
-            ),
-            [{"watch": watch_id, "told": run} for watch_id, run in sorted(told.items())],
-        )
+        statement = _SETTLE_SQLITE if database.is_sqlite else _SETTLE_POSTGRESQL
+        rows = [{"id": watch_id, "run": run} for watch_id, run in told.items()]
+        connection.execute(statement, {"told": json.dumps(rows), "now": now})
     for chunk in chunks_of([missing[key] for key in sorted(missing)]):
         connection.execute(insert_or_ignore(database, Watch), chunk)
+
+
+# One statement for a batch, as in recording; PostgreSQL locks in the order of ids.
+
+_SETTLE_POSTGRESQL = text("""
+WITH told AS MATERIALIZED (
+    SELECT * FROM json_to_recordset(CAST(:told AS json)) AS (id text, run text)
+),
+held AS MATERIALIZED (
+    SELECT id FROM rq_webhooks_watch WHERE id IN (SELECT id FROM told) ORDER BY id FOR UPDATE
+)
+UPDATE rq_webhooks_watch AS w
+SET status = 'settled', run = t.run, evidence = NULL, missing_passes = 0, settled_at = :now,
+    confirmed_at = coalesce(w.confirmed_at, :now)
+FROM told t JOIN held h ON h.id = t.id
+WHERE w.id = t.id
+""").bindparams(bindparam("told", type_=String), bindparam("now", type_=UTCDateTime))
+
+_SETTLE_SQLITE = text("""
+UPDATE rq_webhooks_watch AS w
+SET status = 'settled', run = t.run, evidence = NULL, missing_passes = 0, settled_at = :now,
+    confirmed_at = coalesce(w.confirmed_at, :now)
+FROM (
+    SELECT json_extract(value, '$.id') AS id, json_extract(value, '$.run') AS run FROM json_each(:told)
+) t
+WHERE w.id = t.id
+""").bindparams(bindparam("now", type_=UTCDateTime))
 
 
 def _scope_of(endpoint_id: str | None, endpoints: Mapping[str, EndpointRow]) -> str | None:

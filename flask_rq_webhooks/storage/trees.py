@@ -8,7 +8,7 @@ RQ says. A member of a tree, a job found below its roots, has a watch of the sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, func, select, update
 
 from .database import Database
 from .models import CLOSED, MEMBER, OPEN, RESERVED, SETTLED, Endpoint, Watch, new_id
-from .upsert import chunks_of, insert_or_update
+from .upsert import chunks_of, insert_or_update, one_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +38,33 @@ class TreeRow:
     created_at: datetime
 
 
-def open_trees(
-    database: Database, *, after: str = "", limit: int = 200, job_ids: Sequence[str] | None = None
-) -> list[str]:
-    """Return ids of endpoints with a tree that has not been told, by id.
-
-    :param job_ids: only trees these jobs are known to be part of.
-    """
-    query = (
-        select(Watch.endpoint_id)
-        .join(Endpoint, Endpoint.id == Watch.endpoint_id)
-        .where(
-            Watch.status.in_([OPEN, RESERVED, MEMBER]),
-            Endpoint.scope == "tree",
-            Endpoint.kind == "job",
-            Watch.endpoint_id > after,
-        )
-        .distinct()
-        .order_by(Watch.endpoint_id)
-        .limit(limit)
-    )
-    if job_ids is not None:
-        query = query.where(Watch.job_id.in_(list(job_ids)))
+def open_trees(database: Database, *, after: str = "", limit: int = 200) -> list[str]:
+    """Return ids of endpoints with a tree that has not been told, by id."""
+    query = _OPEN.where(Watch.endpoint_id > after).order_by(Watch.endpoint_id).limit(limit)
     with database.read() as connection:
         return [endpoint_id for endpoint_id in connection.execute(query).scalars() if endpoint_id is not None]
+
+
+def open_trees_of(database: Database, job_ids: Collection[str]) -> list[str]:
+    """Return the same for those trees that jobs are known to be part of, by id."""
+    found: set[str] = set()
+    query = _OPEN.where(one_of(database, Watch.job_id, "jobs"))
+    for chunk in chunks_of(sorted(job_ids)):
+        with database.read() as connection:
+            found.update(row.endpoint_id for row in connection.execute(query, {"jobs": chunk}))
+    return sorted(found)
+
+
+_OPEN = (
+    select(Watch.endpoint_id)
+    .join(Endpoint, Endpoint.id == Watch.endpoint_id)
+    .where(
+        Watch.status.in_([OPEN, RESERVED, MEMBER]),
+        Endpoint.scope == "tree",
+        Endpoint.kind == "job",
+    )
+    .distinct()
+)
 
 
 def load_trees(database: Database, endpoint_ids: Sequence[str]) -> dict[str, list[TreeRow]]:

@@ -5,25 +5,70 @@ Owns the one place where the two dialects' insert constructs are chosen.
 
 from __future__ import annotations
 
+import json
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Dialect,
+    LargeBinary,
+    String,
+    Text,
+    TypeDecorator,
+    bindparam,
+    cast,
+    column,
+    func,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.sql.dml import ReturningInsert
+from sqlalchemy.types import TypeEngine
 
 from .database import Database
 from .models import Base
 
 Insert = postgresql.Insert | sqlite.Insert
+_Column = ColumnElement[Any] | InstrumentedAttribute[Any]
 
 #: Rows per statement; SQLite takes 32766 parameters in one.
 _CHUNK = 1000
+#: Characters of rows that go as JSON, per statement, unless one row has more.
+_MAX_CHARACTERS = 8_000_000
 
 
 def chunks_of(rows: Sequence[Any]) -> Iterator[list[Any]]:
     """Give *rows* in lists that one statement can take."""
     for start in range(0, len(rows), _CHUNK):
         yield list(rows[start : start + _CHUNK])
+
+
+class _Texts(TypeDecorator[list[str]]):
+    """Any number of texts as one parameter: an array, or JSON where there are none."""
+
+    impl = String
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        kind: TypeEngine[Any] = String() if dialect.name == "sqlite" else postgresql.ARRAY(String)
+        return dialect.type_descriptor(kind)
+
+    def process_bind_param(self, value: list[str] | None, dialect: Dialect) -> Any:
+        return json.dumps(value) if dialect.name == "sqlite" else value
+
+
+def one_of(database: Database, column: _Column, name: str) -> ColumnElement[bool]:
+    """Return the condition that *column* is one of the texts passed as *name*, all in one parameter."""
+    texts = bindparam(name, type_=_Texts)
+    if database.is_sqlite:
+        return column.in_(select(func.json_each(texts).table_valued("value").c.value))
+    return column == func.any(texts)
 
 
 def insert_into(database: Database, model: type[Base]) -> Insert:
@@ -34,6 +79,66 @@ def insert_into(database: Database, model: type[Base]) -> Insert:
 def insert_or_ignore(database: Database, model: type[Base]) -> Insert:
     """Return an insert that leaves rows out which would violate any unique constraint."""
     return insert_into(database, model).on_conflict_do_nothing()
+
+
+def insert_new(
+    database: Database,
+    connection: Connection,
+    model: type[Base],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    returning: str,
+) -> list[Any]:
+    """Insert those of *rows* that violate no unique constraint; return the column *returning* of each.
+
+    PostgreSQL gets a batch as one JSON parameter: drivers and server read thousands of parameters four times
+    as slowly (``benchmarks/stages.py``).
+
+    :param rows: all with the same keys.
+    """
+    found: list[Any] = []
+    if database.is_sqlite:
+        insert = insert_or_ignore(database, model).returning(model.__table__.c[returning])
+        for chunk in chunks_of(rows):
+            found += connection.execute(insert, chunk).scalars()
+    elif rows:
+        statement = _insert_from_json(model, tuple(rows[0]), returning)
+        for document in _documents(rows):
+            found += connection.execute(statement, {"rows": document}).scalars()
+    return found
+
+
+@lru_cache
+def _insert_from_json(model: type[Base], names: tuple[str, ...], returning: str) -> ReturningInsert[Any]:
+    table = model.__table__
+    binary = {name for name in names if isinstance(table.c[name].type, LargeBinary)}
+    columns = [column(name, Text() if name in binary else table.c[name].type) for name in names]
+    document = cast(bindparam("rows", type_=String), postgresql.JSON())
+    made = func.json_to_recordset(document).table_valued(*columns).render_derived(with_types=True)
+    values = [func.decode(made.c[name], "base64") if name in binary else made.c[name] for name in names]
+    statement = postgresql.insert(model).from_select(names, select(*values))
+    return statement.on_conflict_do_nothing().returning(table.c[returning])
+
+
+def _documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Give *rows* as JSON arrays that one statement can take."""
+    part: list[str] = []
+    characters = 0
+    for row in rows:
+        text = _ENCODER.encode(row)
+        if part and (len(part) == _CHUNK or characters + len(text) > _MAX_CHARACTERS):
+            yield f"[{','.join(part)}]"
+            part, characters = [], 0
+        part.append(text)
+        characters += len(text)
+    yield f"[{','.join(part)}]"
+
+
+def _in_json(value: datetime | bytes) -> str:
+    return b64encode(value).decode("ascii") if isinstance(value, bytes) else value.isoformat()
+
+
+_ENCODER = json.JSONEncoder(default=_in_json, ensure_ascii=False)
 
 
 def insert_or_update(

@@ -20,8 +20,9 @@ from flask_rq_webhooks.protocol.events import (
     format_time,
 )
 from flask_rq_webhooks.protocol.payloads import occurrence_from_json
+from flask_rq_webhooks.storage import upsert
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.deliveries import IngestItem, park_evidence
+from flask_rq_webhooks.storage.deliveries import IngestItem, ingest, park_evidence
 from flask_rq_webhooks.storage.models import Delivery, Event, Watch
 from flask_rq_webhooks.storage.registration import confirm, disable_standing, enable_standing
 from tests.storage_rows import MAX_ATTEMPTS, new_endpoint, occurrence, row, rows, tell
@@ -375,3 +376,28 @@ def test_more_items_than_one_statement_takes(database: Database) -> None:
     endpoint_id = new_endpoint(database)
     told = tell(database, *[IngestItem(occurrence(f"job-{n}"), (endpoint_id,)) for n in range(2500)])
     assert sum(event.deliveries for event in told) == 2500
+
+
+def test_texts_of_any_script_and_bodies_of_any_bytes(database: Database) -> None:
+    job_id, runid = "job-\u00e9\u4e2d\N{GRINNING FACE}\"\\'{}", "d\u00e9bit \u2028\x01\t\\N"
+    new_endpoint(database, job_id=job_id)
+    body = bytes(range(256))
+    what = replace(occurrence(job_id), runid=runid, func="m\u00e9t\u00e9o.run", result={"\u0000": runid})
+    (told,) = ingest(database, [IngestItem(what)], render=lambda *_: body, max_attempts=3)
+    event = row(database, Event)
+    assert (told.created, told.deliveries) == (True, 1)
+    assert (event.job_id, event.runid, event.run_key) == (job_id, runid, what.run_key)
+    assert occurrence_from_json(event.payload) == what
+    assert row(database, Delivery).body == body
+    assert row(database, Watch).status == "settled"
+
+
+def test_more_bytes_than_one_statement_takes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upsert, "_MAX_CHARACTERS", 3000)
+    for number in range(12):
+        new_endpoint(database, job_id=f"job-{number}")
+    items = [IngestItem(occurrence(f"job-{number}")) for number in range(12)]
+    bodies = iter([b"x" * 5000, *[b"y" * 700] * 11])
+    told = ingest(database, items, render=lambda *_: next(bodies), max_attempts=3)
+    assert [event.deliveries for event in told] == [1] * 12
+    assert sorted(len(delivery.body) for delivery in rows(database, Delivery)) == [700] * 11 + [5000]

@@ -170,6 +170,21 @@ def test_the_connections_kept_are_bounded(make_transport: MakeTransport) -> None
         wait_until(lambda: len(attacker._open) <= 40)
 
 
+def test_many_hosts_told_in_turn_find_their_connections_again(make_transport: MakeTransport) -> None:
+    def script(connection: socket.socket) -> None:
+        while read_request(connection):
+            connection.sendall(EMPTY)
+
+    policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
+    with Attacker(script) as attacker:
+        transport = make_transport(policy, concurrency=16, resolver=lambda _host, _port: ["127.0.0.1"])
+        urls = [f"http://host{number}.example.com:{attacker.port}/" for number in range(60)]
+        for _ in range(3):
+            futures = [transport.submit(request_to(url)) for url in urls]
+            assert {future.result(10).status_code for future in futures} == {200}
+        assert attacker.connections == 60
+
+
 def test_the_connections_kept_are_counted_over_all_hosts(make_transport: MakeTransport) -> None:
     """Hosts that are told several things at once may not take more than those that are told one."""
     together = threading.Barrier(4)

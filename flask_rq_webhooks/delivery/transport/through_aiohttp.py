@@ -314,7 +314,7 @@ async def _open_exchanges(
     body_cap: int,
 ) -> _Exchanges:
     proxy = _Proxy(URL(proxy_url)) if proxy_url else None
-    keep = max(keeping.MIN_KEPT, concurrency)
+    keep = keeping.most_kept(concurrency)
     connector = _PinnedConnector(destinations, lookups, context, proxy=proxy, keep=keep)
     return _Exchanges(destinations, connector, proxy=proxy, body_cap=body_cap)
 

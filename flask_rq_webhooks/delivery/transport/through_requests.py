@@ -66,7 +66,7 @@ class RequestsTransport:
         self._body_cap = body_cap
         self._destinations = Destinations(policy)
         context = verifying_context(ssl_context, ca_file)
-        self._adapter = PinnedAdapter(max(keeping.MIN_KEPT, concurrency), context, proxy_url)
+        self._adapter = PinnedAdapter(keeping.most_kept(concurrency), context, proxy_url)
         self._lookups = Lookups(resolver, limit=max(8, 2 * concurrency))
         self._watchdog = Watchdog(on_idle=self._adapter.close_idle)
         self._threads = DaemonThreads("rq-webhooks-send", concurrency)
