@@ -6,7 +6,7 @@ Owns which told runs are looked at once more, and when. What is a correction is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -44,7 +44,8 @@ class _Settled:
 class SettledWatches:
     """Compare runs that were told with what RQ says of them now.
 
-    Keeps the runs of the last day in memory, so that a pass reads of SQL only those that are new.
+    Keeps in memory the runs of the last day whose jobs RQ still has, and of the last minutes, so that a pass
+    reads of SQL only those that are new.
 
     :param tell: stores occurrences as events and deliveries, each once.
     """
@@ -67,14 +68,21 @@ class SettledWatches:
         :param page: watches a statement and a round trip.
         :param should_stop: asked between pages.
         """
-        self._load(now, page)
         due = [settled for settled in self._settled.values() if settled.next_look <= now]
+        # Page by page, because there may be very many: RQ has forgotten most jobs of a day, and so may we.
+        for new in self._load(now, page):
+            if should_stop():
+                return
+            self._look_at(new, report, now)
         for start in range(0, len(due), page):
             if should_stop():
                 return
-            self._look_at(due[start : start + page], report, now)
+            some = due[start : start + page]
+            # One that began anew was loaded in its place.
+            self._look_at([one for one in some if self._settled.get(one.row.id) is one], report, now)
 
-    def _load(self, now: datetime, limit: int) -> None:
+    def _load(self, now: datetime, limit: int) -> Iterator[list[_Settled]]:
+        """Read what was settled since the last pass, and give it in pages."""
         since = now - SECOND_LOOKS_FOR
         if self._loaded_until is not None:
             since = max(since, self._loaded_until - timedelta(minutes=1))
@@ -87,17 +95,21 @@ class SettledWatches:
                 if (known := self._settled.get(row.id)) is None or known.row.run != row.run
             ]
             told = storage.told_endings(self._database, [(row.job_id, row.run) for row in new])
-            for row in new:
-                events = told.get((row.job_id, row.run))
-                if events:
-                    self._settled[row.id] = _Settled(
-                        row,
-                        event_id=events[0].event_id,
-                        type=events[0].type,
-                        told_at=events[0].created_at,
-                        corrected=len(events) > 1,
-                        next_look=now,
-                    )
+            loaded = {
+                row.id: _Settled(
+                    row,
+                    event_id=events[0].event_id,
+                    type=events[0].type,
+                    told_at=events[0].created_at,
+                    corrected=len(events) > 1,
+                    next_look=now,
+                )
+                for row in new
+                if (events := told.get((row.job_id, row.run)))
+            }
+            self._settled |= loaded
+            if loaded:
+                yield list(loaded.values())
             if len(page) < limit:
                 break
             after = page[-1].id

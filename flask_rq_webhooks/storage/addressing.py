@@ -204,4 +204,5 @@ def store_deliveries(
 ) -> dict[str, int]:
     """Insert those of *rows* whose event and endpoint have no delivery yet; return how many by event id."""
     in_order = sorted(rows, key=lambda row: (row["event_id"], row["endpoint_id"]))
-    return Counter(insert_new(database, connection, Delivery, in_order, returning="event_id"))
+    new = insert_new(database, connection, Delivery, in_order)
+    return Counter(row["event_id"] for row in in_order if row["id"] in new)

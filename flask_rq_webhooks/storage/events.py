@@ -66,7 +66,7 @@ def store_events(
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
     rows = [_event_values(event, now) for event in stored]
-    inserted = set(insert_new(database, connection, Event, rows, returning="id"))
+    inserted = insert_new(database, connection, Event, rows)
     there = sorted(key for key, event in by_key.items() if event.id not in inserted)
     for keys in chunks_of(there):
         query = (

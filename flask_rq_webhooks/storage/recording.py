@@ -18,7 +18,7 @@ from ..protocol.retry import Decision
 from .claiming import ClaimedDelivery
 from .database import Database
 from .models import SUCCEEDED, Attempt, Endpoint, UTCDateTime, new_id
-from .upsert import insert_new
+from .upsert import insert_or_ignore
 
 #: A standing endpoint is disabled only when it has failed for this long, however many attempts that were.
 FAILING_FOR = timedelta(hours=24)
@@ -93,7 +93,7 @@ def record_attempts(
                 stale.append(delivery_id)
         if kept:
             attempts = [_attempt_values(record, dispatcher_id) for record in kept]
-            insert_new(database, connection, Attempt, attempts, returning="id")
+            connection.execute(insert_or_ignore(database, Attempt), attempts)
         disabled = _judge_standing(database, connection, kept, disable_after)
     recorded = {record.delivery.id: statuses[record.delivery.id] for record in kept}
     return RecordResult(recorded, tuple(stale), disabled)

@@ -82,34 +82,35 @@ def insert_or_ignore(database: Database, model: type[Base]) -> Insert:
 
 
 def insert_new(
-    database: Database,
-    connection: Connection,
-    model: type[Base],
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    returning: str,
-) -> list[Any]:
-    """Insert those of *rows* that violate no unique constraint; return the column *returning* of each.
+    database: Database, connection: Connection, model: type[Base], rows: Sequence[Mapping[str, Any]]
+) -> set[str]:
+    """Insert those of *rows* that violate no unique constraint; return their ids.
 
-    PostgreSQL gets a batch as one JSON parameter: drivers and server read thousands of parameters four times
-    as slowly (``benchmarks/stages.py``).
+    The statement is the same however many rows there are. One with a list of values for each row would be
+    another for every number of them: drivers and PostgreSQL parse it anew, in four times the time
+    (``benchmarks/stages.py``), and SQLite's driver keeps a hundred of them, some dozens of megabytes.
 
     :param rows: all with the same keys.
     """
-    found: list[Any] = []
+    new: set[str] = set()
     if database.is_sqlite:
-        insert = insert_or_ignore(database, model).returning(model.__table__.c[returning])
+        there = select(_id_of(model)).where(one_of(database, _id_of(model), "ids"))
         for chunk in chunks_of(rows):
-            found += connection.execute(insert, chunk).scalars()
+            connection.execute(insert_or_ignore(database, model), chunk)
+            new.update(connection.execute(there, {"ids": [row["id"] for row in chunk]}).scalars())
     elif rows:
-        statement = _insert_from_json(model, tuple(rows[0]), returning)
+        statement = _insert_from_json(model, tuple(rows[0]))
         for document in _documents(rows):
-            found += connection.execute(statement, {"rows": document}).scalars()
-    return found
+            new.update(connection.execute(statement, {"rows": document}).scalars())
+    return new
+
+
+def _id_of(model: type[Base]) -> ColumnElement[str]:
+    return model.__table__.c["id"]
 
 
 @lru_cache
-def _insert_from_json(model: type[Base], names: tuple[str, ...], returning: str) -> ReturningInsert[Any]:
+def _insert_from_json(model: type[Base], names: tuple[str, ...]) -> ReturningInsert[Any]:
     table = model.__table__
     binary = {name for name in names if isinstance(table.c[name].type, LargeBinary)}
     columns = [column(name, Text() if name in binary else table.c[name].type) for name in names]
@@ -117,7 +118,7 @@ def _insert_from_json(model: type[Base], names: tuple[str, ...], returning: str)
     made = func.json_to_recordset(document).table_valued(*columns).render_derived(with_types=True)
     values = [func.decode(made.c[name], "base64") if name in binary else made.c[name] for name in names]
     statement = postgresql.insert(model).from_select(names, select(*values))
-    return statement.on_conflict_do_nothing().returning(table.c[returning])
+    return statement.on_conflict_do_nothing().returning(_id_of(model))
 
 
 def _documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

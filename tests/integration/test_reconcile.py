@@ -15,6 +15,7 @@ import rq
 from rq.job import Job
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 
+from flask_rq_webhooks.capture import reconcile, settled
 from flask_rq_webhooks.capture.outbox import OutboxEntry
 from flask_rq_webhooks.capture.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import format_time
@@ -61,6 +62,10 @@ def teller(state: State) -> Callable[[Sequence[IngestItem]], object]:
 
 @pytest.fixture
 def reconciler(state: State, clock: Clock) -> Reconciler:
+    return new_reconciler(state, clock)
+
+
+def new_reconciler(state: State, clock: Clock) -> Reconciler:
     return Reconciler(
         state.database,
         state.redis,
@@ -755,6 +760,39 @@ def test_more_watches_than_a_page(
     report = reconciler.run_once()
     assert report.looked_at == 20  # the settled ones
     assert not report.told
+
+
+def test_a_pass_holds_no_more_told_runs_in_memory_than_rq_has(
+    state: State, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [promise(state, "tests.jobs.add", number, 1) for number in range(9)]
+    work(state)
+    new_reconciler(state, clock).run_once()
+    for job in jobs[2:]:
+        job.delete()
+    clock.ahead = timedelta(minutes=20)
+    monkeypatch.setattr(reconcile, "PAGE", 2)
+    held: list[int] = []
+    late = new_reconciler(state, clock)
+    probe = settled.probe_jobs
+
+    def counting(redis: redis.Redis, job_ids: Sequence[str]) -> Any:
+        held.append(len(late._settled._settled))
+        return probe(redis, job_ids)
+
+    monkeypatch.setattr(settled, "probe_jobs", counting)
+    assert late.run_once().looked_at == 9
+    assert max(held) <= 2 + 2
+    assert len(late._settled._settled) == 2
+    held.clear()
+    late.run_once()
+    assert held == []  # a success that old is looked at more rarely
+
+    Job.fetch(jobs[0].id, connection=state.redis).delete()
+    clock.ahead = timedelta(minutes=40)
+    late.run_once()
+    assert len(late._settled._settled) == 1
+    assert statuses(state) == ["settled"] * 9
 
 
 def test_pass_that_dies_before_noting_repeats_without_harm(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import sqlalchemy
 
 from flask_rq_webhooks.protocol.events import (
     JOB_FAILURE,
@@ -401,3 +404,29 @@ def test_more_bytes_than_one_statement_takes(database: Database, monkeypatch: py
     told = ingest(database, items, render=lambda *_: next(bodies), max_attempts=3)
     assert [event.deliveries for event in told] == [1] * 12
     assert sorted(len(delivery.body) for delivery in rows(database, Delivery)) == [700] * 11 + [5000]
+
+
+def test_statements_are_the_same_for_any_number_of_items(database: Database) -> None:
+    """Drivers keep prepared statements, and one for each number of rows adds up to dozens of megabytes."""
+    for number in range(1, 31):
+        new_endpoint(database, job_id=f"job-{number}")
+    seen: list[set[str]] = [set()]
+    with listening(database, lambda statement: seen[-1].add(statement)):
+        numbers = iter(range(1, 31))
+        for size in (3, 2, 5, 7, 4, 9):
+            seen.append(set())
+            tell(database, *[occurrence(f"job-{next(numbers)}") for _ in range(size)])
+    assert seen[1]
+    assert all(statements == seen[1] for statements in seen[2:])
+
+
+@contextmanager
+def listening(database: Database, note: Callable[[str], object]) -> Iterator[None]:
+    def hear(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        note(statement)
+
+    sqlalchemy.event.listen(database.engine, "before_cursor_execute", hear)
+    try:
+        yield
+    finally:
+        sqlalchemy.event.remove(database.engine, "before_cursor_execute", hear)
