@@ -70,16 +70,16 @@ _OPEN = (
 def load_trees(database: Database, endpoint_ids: Sequence[str]) -> dict[str, list[TreeRow]]:
     """Return the known jobs of each tree, in the order in which they became known."""
     trees: dict[str, list[TreeRow]] = {endpoint_id: [] for endpoint_id in endpoint_ids}
-    with database.read() as connection:
-        for chunk in chunks_of(sorted(trees)):
-            query = (
-                select(
-                    Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run, Watch.evidence,
-                    Watch.missing_passes, Watch.created_at, Watch.confirmed_at,
-                )
-                .where(Watch.endpoint_id.in_(chunk), Watch.status != CLOSED)
-                .order_by(Watch.id)
-            )  # fmt: skip
+    for chunk in chunks_of(sorted(trees)):
+        query = (
+            select(
+                Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run, Watch.evidence,
+                Watch.missing_passes, Watch.created_at, Watch.confirmed_at,
+            )
+            .where(Watch.endpoint_id.in_(chunk), Watch.status != CLOSED)
+            .order_by(Watch.id)
+        )  # fmt: skip
+        with database.read() as connection:
             for row in connection.execute(query):
                 root = row.status != MEMBER
                 trees[row.endpoint_id].append(

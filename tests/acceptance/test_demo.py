@@ -74,7 +74,10 @@ def launcher() -> Iterator[Launcher]:
     # Not pytest's own directory: its long path leaves no room for the path of a Unix socket.
     with tempfile.TemporaryDirectory(prefix="rqw-test-") as directory:
         launcher = Launcher(Path(directory))
+        # What a shell runs in its background ignores SIGINT, and so would everything started from there.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         yield launcher
+        signal.signal(signal.SIGINT, before)
         for process in launcher.processes():
             process.kill()
         launcher.process.wait()
