@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.protocol.retry import Decision
@@ -122,3 +124,18 @@ def set_values(database: Database, model: type[Base], row_id: str, **values: Any
     """Change a row behind the package's back, as time would."""
     with database.write() as connection:
         connection.execute(update(model).where(model.id == row_id).values(**values))  # type: ignore[attr-defined]
+
+
+@contextmanager
+def statements_of(database: Database) -> Iterator[list[str]]:
+    """Note every statement that is executed meanwhile."""
+    statements: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        statements.append(statement)
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    try:
+        yield statements
+    finally:
+        event.remove(database.engine, "before_cursor_execute", note)

@@ -497,9 +497,7 @@ def test_new_reconciler_knows_of_corrections_made(state: State, reconciler: Reco
     state.redis.hset(job.key, "status", "finished")
     reconciler.run_once()
 
-    Reconciler(
-        state.database, state.redis, tell=teller(state), settings=state.settings, clock=clock
-    ).run_once()
+    new_reconciler(state, clock).run_once()
 
     assert told(state) == [("job.canceled", job.id), ("job.success", job.id)]
 
@@ -646,9 +644,7 @@ def test_abandoned_job_waits_for_rq(state: State, reconciler: Reconciler) -> Non
 
 def test_clean_abandoned_lets_rq_end_it(database_url: str, redis_url: str, clock: Clock) -> None:
     with open_state(database_url, redis_url, clean_abandoned=True) as state:
-        reconciler = Reconciler(
-            state.database, state.redis, tell=teller(state), settings=state.settings, clock=clock
-        )
+        reconciler = new_reconciler(state, clock)
         job = promise(state, "tests.jobs.add", 1, 2, on_failure=rq.Callback("tests.jobs.note_failure"))
         abandon(state, job)
         reconciler.run_once()  # sees that it runs

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-import sqlalchemy
 
 from flask_rq_webhooks.protocol.events import (
     JOB_FAILURE,
@@ -28,7 +25,7 @@ from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import IngestItem, ingest, park_evidence
 from flask_rq_webhooks.storage.models import Delivery, Event, Watch
 from flask_rq_webhooks.storage.registration import confirm, disable_standing, enable_standing
-from tests.storage_rows import MAX_ATTEMPTS, new_endpoint, occurrence, row, rows, tell
+from tests.storage_rows import MAX_ATTEMPTS, new_endpoint, occurrence, row, rows, statements_of, tell
 
 
 def test_event_and_delivery_of_a_watched_job(database: Database) -> None:
@@ -410,23 +407,11 @@ def test_statements_are_the_same_for_any_number_of_items(database: Database) -> 
     """Drivers keep prepared statements, and one for each number of rows adds up to dozens of megabytes."""
     for number in range(1, 31):
         new_endpoint(database, job_id=f"job-{number}")
-    seen: list[set[str]] = [set()]
-    with listening(database, lambda statement: seen[-1].add(statement)):
-        numbers = iter(range(1, 31))
-        for size in (3, 2, 5, 7, 4, 9):
-            seen.append(set())
+    numbers = iter(range(1, 31))
+    seen: list[set[str]] = []
+    for size in (3, 2, 5, 7, 4, 9):
+        with statements_of(database) as statements:
             tell(database, *[occurrence(f"job-{next(numbers)}") for _ in range(size)])
-    assert seen[1]
-    assert all(statements == seen[1] for statements in seen[2:])
-
-
-@contextmanager
-def listening(database: Database, note: Callable[[str], object]) -> Iterator[None]:
-    def hear(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
-        note(statement)
-
-    sqlalchemy.event.listen(database.engine, "before_cursor_execute", hear)
-    try:
-        yield
-    finally:
-        sqlalchemy.event.remove(database.engine, "before_cursor_execute", hear)
+        seen.append(set(statements))
+    assert seen[0]
+    assert all(statements == seen[0] for statements in seen[1:])

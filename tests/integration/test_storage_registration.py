@@ -10,7 +10,6 @@ import time
 from datetime import UTC, datetime
 
 import pytest
-from sqlalchemy import event as sqlalchemy_event
 
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.storage.database import Database
@@ -37,6 +36,7 @@ from tests.storage_rows import (
     row,
     rows,
     set_values,
+    statements_of,
     tell,
 )
 
@@ -91,14 +91,9 @@ def test_register_without_secret_and_job(database: Database) -> None:
 
 def test_register_is_one_statement_on_postgresql_and_one_transaction_on_sqlite(database: Database) -> None:
     new_endpoint(database)  # the first connection asks more
-    statements: list[str] = []
-
-    def seen(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
-        statements.append(statement.split()[0])
-
-    sqlalchemy_event.listen(database.engine, "before_cursor_execute", seen)
-    new_endpoint(database, job_id="job-1", secret="s")
-    sqlalchemy_event.remove(database.engine, "before_cursor_execute", seen)
+    with statements_of(database) as said:
+        new_endpoint(database, job_id="job-1", secret="s")
+    statements = [statement.split()[0] for statement in said]
     assert statements == (["BEGIN", "INSERT", "INSERT", "INSERT"] if database.is_sqlite else ["WITH"])
     assert len(rows(database, Watch)) == 1
 

@@ -6,7 +6,7 @@ import itertools
 import random
 
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import select
 
 from flask_rq_webhooks.storage import walking
 from flask_rq_webhooks.storage.database import Database
@@ -81,15 +81,10 @@ def test_conditions_that_never_meet_cost_no_more_than_a_window(
     monkeypatch.setattr(walking, "FIRST_WINDOW", 3)
     monkeypatch.setattr(walking, "WINDOW", 7)
     monkeypatch.setattr(walking, "ENOUGH_S", -1.0)
-    statements: list[str] = []
-
-    @event.listens_for(filled.engine, "before_cursor_execute")
-    def note(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
-        statements.append(statement)
-
-    page = list_deliveries(
-        filled, DeliveryFilter(host=HOSTS[0], event_type="job.success", statuses=("exhausted",))
-    )
+    with storage_rows.statements_of(filled) as statements:
+        page = list_deliveries(
+            filled, DeliveryFilter(host=HOSTS[0], event_type="job.success", statuses=("exhausted",))
+        )
     assert page.items == ()
     assert page.cursor is not None
     # Three conditions compared, one window, and where it ended.

@@ -154,15 +154,15 @@ def test_nothing_is_left_of_a_receiver_that_never_reads(make_transport: MakeTran
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
+def answer_each(connection: socket.socket) -> None:
+    while read_request(connection):
+        connection.sendall(EMPTY)
+
+
 def test_the_connections_kept_are_bounded(make_transport: MakeTransport) -> None:
     """A thousand hosts that are told something once may not take a thousand descriptors."""
-
-    def script(connection: socket.socket) -> None:
-        while read_request(connection):
-            connection.sendall(EMPTY)
-
     policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
-    with Attacker(script) as attacker:
+    with Attacker(answer_each) as attacker:
         send = sender(make_transport(policy, resolver=lambda _host, _port: ["127.0.0.1"]))
         for number in range(100):
             assert send(f"http://host{number}.example.com:{attacker.port}/").status_code == 200
@@ -171,12 +171,8 @@ def test_the_connections_kept_are_bounded(make_transport: MakeTransport) -> None
 
 
 def test_many_hosts_told_in_turn_find_their_connections_again(make_transport: MakeTransport) -> None:
-    def script(connection: socket.socket) -> None:
-        while read_request(connection):
-            connection.sendall(EMPTY)
-
     policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
-    with Attacker(script) as attacker:
+    with Attacker(answer_each) as attacker:
         transport = make_transport(policy, concurrency=16, resolver=lambda _host, _port: ["127.0.0.1"])
         urls = [f"http://host{number}.example.com:{attacker.port}/" for number in range(60)]
         for _ in range(3):
