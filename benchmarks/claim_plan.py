@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sqlalchemy import Executable, text  # noqa: E402
 
-from flask_rq_webhooks.storage import claiming  # noqa: E402
+from flask_rq_webhooks.storage import claims  # noqa: E402
 from flask_rq_webhooks.storage.database import Database  # noqa: E402
 from flask_rq_webhooks.storage.deliveries import claim_due, next_due_in, release  # noqa: E402
 from tests.servers import postgres_server  # noqa: E402
@@ -156,15 +156,15 @@ def measure(database: Database, claims: int, limit: int, in_flight: dict[str, in
 def plan(database: Database) -> str:
     """Return the plan of a claim, as the database explains it."""
     parameters: dict[str, Any] = {
-        "limit": 64, "per_host": 8, "in_flight": "{}", "window": claiming.WINDOW, "after": "",
+        "limit": 64, "per_host": 8, "in_flight": "{}", "window": claims.WINDOW, "after": "",
         "lease_id": "lea_x",
     }  # fmt: skip
     statement: Executable
     if database.is_sqlite:
-        statement = text("EXPLAIN QUERY PLAN " + claiming._CLAIM_SQLITE.text)
+        statement = text("EXPLAIN QUERY PLAN " + claims._CLAIM_SQLITE.text)
         parameters |= {"now": "2999-01-01", "lease_until": "2999-01-01"}
     else:
-        statement = text("EXPLAIN (ANALYZE, BUFFERS OFF) " + str(claiming._CLAIM_POSTGRESQL.element))
+        statement = text("EXPLAIN (ANALYZE, BUFFERS OFF) " + str(claims._CLAIM_POSTGRESQL.element))
         parameters["lease_s"] = 45.0
     with database.engine.connect() as connection, connection.begin() as transaction:
         rows = connection.execute(statement, parameters).all()

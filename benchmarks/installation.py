@@ -23,14 +23,14 @@ import redis
 from sqlalchemy import func, insert, select
 
 from flask_rq_webhooks.config import load_settings
-from flask_rq_webhooks.delivery.transport.choosing import open_transport
+from flask_rq_webhooks.dispatch.http.choosing import open_transport
 from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.protocol.payloads import occurrence_to_json
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from flask_rq_webhooks.state import State, get_state
-from flask_rq_webhooks.storage.addressing import EndpointRow
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch, new_id
+from flask_rq_webhooks.storage.subscriptions import EndpointRow
 from tests.servers import PostgresHandle, Process, postgres_server, valkey_server, wait_until
 
 from .app import create_app

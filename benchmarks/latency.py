@@ -6,7 +6,7 @@ import time
 
 import rq
 
-from flask_rq_webhooks.storage.registration import NewEndpoint, register
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
 from tests.servers import rq_worker, wait_until
 
 from .harness import Report, Size, percentile

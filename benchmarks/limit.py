@@ -14,7 +14,7 @@ import time
 import requests
 from requests.adapters import HTTPAdapter
 
-from flask_rq_webhooks.protocol.signing import signature_headers
+from flask_rq_webhooks.protocol.signatures import signature_headers
 
 from .payload import SECRET, body_of
 

@@ -20,12 +20,12 @@ import redis
 import rq
 from sqlalchemy import insert
 
-from flask_rq_webhooks.capture.reconcile import Reconciler
 from flask_rq_webhooks.config import load_settings
+from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.storage.crypto import Cipher
 from flask_rq_webhooks.storage.database import Database
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
 from flask_rq_webhooks.storage.models import OPEN, Watch, new_id
-from flask_rq_webhooks.storage.registration import NewEndpoint, register
 from tests.servers import valkey_server
 
 

@@ -16,13 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flask_rq_webhooks.delivery.ingest import Ingest
-from flask_rq_webhooks.delivery.limits import RateLimiter
-from flask_rq_webhooks.delivery.recorder import judge
-from flask_rq_webhooks.delivery.sending import build_request
-from flask_rq_webhooks.delivery.telling import Teller
-from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, Transport
-from flask_rq_webhooks.delivery.transport.choosing import open_transport
+from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, Transport
+from flask_rq_webhooks.dispatch.http.choosing import open_transport
+from flask_rq_webhooks.dispatch.rate_limit import RateLimiter
+from flask_rq_webhooks.dispatch.recorder import judge
+from flask_rq_webhooks.dispatch.request_builder import build_request
+from flask_rq_webhooks.observe.ingest import Ingest
+from flask_rq_webhooks.observe.publisher import Teller
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.deliveries import AttemptRecord, ClaimedDelivery, claim_due, record_attempts
 

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import Future
 
 from flask_rq_webhooks.config import load_settings
-from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, open_transport
+from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, open_transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 
 from . import limit

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .capture.attach import Queue as Queue
     from .errors import BlockedURLError as BlockedURLError
     from .errors import ConfigurationError as ConfigurationError
     from .errors import InvalidWebhookError as InvalidWebhookError
@@ -17,10 +16,11 @@ if TYPE_CHECKING:
     from .errors import SignatureError as SignatureError
     from .errors import StorageUnavailableError as StorageUnavailableError
     from .extension import RQWebhooks as RQWebhooks
+    from .queue.job_callbacks import Queue as Queue
     from .version import __version__ as __version__
 
 _EXPORTS = {
-    "Queue": "capture.attach",
+    "Queue": "queue.job_callbacks",
     "RQWebhooks": "extension",
     "BlockedURLError": "errors",
     "ConfigurationError": "errors",

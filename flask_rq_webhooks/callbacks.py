@@ -157,7 +157,7 @@ def _log(kind: str, job: Job, exc: BaseException) -> None:
     import traceback
 
     try:
-        from .protocol.jsonsafe import safe_text
+        from .protocol.json_safe import safe_text
 
         job_id = _get(job, "id")
         logging.getLogger(__name__).warning(
@@ -204,13 +204,13 @@ def _call_of(kind: str, job: Job, outcome: tuple[Any, ...]) -> tuple[Any, Any]:
     """
     if kind == "success" or (kind == "failure" and isinstance(outcome[-1], TracebackType)):
         return _get(job, "func_name"), _get(job, "args")
-    from .protocol.failures import plain_call
+    from .protocol.worker_errors import plain_call
 
     return plain_call(job)
 
 
 def _error(outcome: tuple[Any, ...]) -> dict[str, str]:
-    from .protocol.failures import error_texts
+    from .protocol.worker_errors import error_texts
 
     return error_texts(*outcome)
 
@@ -219,7 +219,7 @@ def _result(value: Any) -> tuple[Any, bool]:
     """Return *value* as JSON can hold it, and whether it was left out because it is too large."""
     if _is_plain(value):
         return value, False
-    from .protocol.jsonsafe import dumps_capped
+    from .protocol.json_safe import dumps_capped
 
     return dumps_capped(value, MAX_RESULT_BYTES)
 
@@ -284,7 +284,7 @@ def _name(value: Any) -> str | None:
         return None
     text = value.replace("\0", "")
     if type(text) is not str or len(text) > MAX_NAME_CHARS or not text.isascii():
-        from .protocol.jsonsafe import safe_text
+        from .protocol.json_safe import safe_text
 
         text = safe_text(text, MAX_NAME_CHARS)
     return text or None

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import click
 from flask import Flask
 
-from .capture import attach
+from .accept import decorator, enqueueing
 from .config import load_settings
-from .delivery.telling import Teller
 from .errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
+from .observe.publisher import Teller
 from .protocol.events import SOURCE_APPLICATION, Occurrence, is_application_type
-from .protocol.jsonsafe import to_json_safe
+from .protocol.json_safe import to_json_safe
 from .protocol.payloads import FORMATS, PayloadFormat, custom_format
+from .queue import job_callbacks
 from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, get_state
 from .storage.deliveries import IngestItem
 from .storage.models import copy_tables
-from .web import api, dashboard, decorators, enqueueing, host_pages
+from .web import api, host_pages, pages
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -105,17 +106,17 @@ class RQWebhooks:
         blueprint = api.create_blueprint(state)
         host_pages.add_to(blueprint)
         if settings.dashboard:
-            dashboard.add_pages(blueprint, state)
+            pages.add_pages(blueprint, state)
         app.register_blueprint(blueprint)
         # `flask rq-webhooks` finds its entry point first, even where the app cannot be loaded; this is for
         # what asks the app itself, as app.test_cli_runner() does.
         app.cli.add_command(_Commands("rq-webhooks"))
-        app.register_error_handler(InvalidWebhookError, decorators.answer_invalid)
-        app.register_error_handler(StorageUnavailableError, decorators.answer_unavailable)
+        app.register_error_handler(InvalidWebhookError, decorator.answer_invalid)
+        app.register_error_handler(StorageUnavailableError, decorator.answer_unavailable)
         if settings.attach == "all":
-            attach.set_default_attachment(enqueueing.attachment_for_current_app)
+            job_callbacks.set_default_attachment(enqueueing.attachment_for_current_app)
         if self._instrument_rq:
-            attach.instrument()
+            job_callbacks.instrument()
 
     # -- routes ---------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class RQWebhooks:
         """
 
         def decorate(function: View) -> View:
-            return decorators.accepts_webhook(function, events=events, scope=scope, runid=runid)
+            return decorator.accepts_webhook(function, events=events, scope=scope, runid=runid)
 
         return decorate if view is None else decorate(view)
 
@@ -200,11 +201,11 @@ class RQWebhooks:
 
     def instrument_rq(self) -> None:
         """Make plain ``rq.Queue`` objects carry the webhook inside decorated views. Idempotent."""
-        attach.instrument()
+        job_callbacks.instrument()
 
     def uninstrument_rq(self) -> None:
         """Undo :meth:`instrument_rq` for this process."""
-        attach.uninstrument()
+        job_callbacks.uninstrument()
 
     def send(self, event_type: str, data: Mapping[str, Any], *, runid: str | None = None) -> str:
         """Send an application event to the standing endpoints that listen for it.

@@ -39,7 +39,7 @@ from hmac import compare_digest
 from typing import Any, Literal, ParamSpec
 
 from .errors import SignatureError
-from .protocol.signing import body_signature, standard_signature
+from .protocol.signatures import body_signature, standard_signature
 
 Secrets = str | bytes | Iterable[str | bytes]
 Headers = Mapping[Any, Any] | Iterable[tuple[Any, Any]]

@@ -16,12 +16,12 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from .capture.outbox import Outbox
 from .config import Settings
 from .errors import ConfigurationError
 from .protocol.payloads import PayloadFormat, RenderContext
 from .protocol.retry import RetryPolicy
 from .protocol.urls import UrlPolicy
+from .queue.outbox import Outbox
 from .storage.crypto import Cipher
 from .storage.database import Database
 from .storage.dispatchers import shared_namespace

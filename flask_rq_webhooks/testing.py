@@ -33,20 +33,20 @@ from typing import Any
 
 from flask import Flask, current_app, has_request_context, request
 
-from .capture.observing import SeenJob, observe
-from .delivery.dispatcher import reconcile_now
-from .delivery.ingest import Ingest
-from .delivery.limits import RateLimiter
-from .delivery.notices import Notices
-from .delivery.recorder import Recorder
-from .delivery.sender import Sender
-from .delivery.telling import Teller
-from .delivery.transport import AttemptRequest, AttemptResult
+from .accept.decorator import has_read_fields
+from .dispatch.dispatcher import reconcile_now
+from .dispatch.http import AttemptRequest, AttemptResult
+from .dispatch.pubsub import Notices
+from .dispatch.rate_limit import RateLimiter
+from .dispatch.recorder import Recorder
+from .dispatch.sender import Sender
+from .observe.ingest import Ingest
+from .observe.publisher import Teller
+from .queue.enqueue_observer import SeenJob, observe
 from .receiver import VerifiedWebhook, verify
 from .state import State, get_state
 from .storage.deliveries import hasten
 from .storage.models import new_id
-from .web.decorators import has_read_fields
 
 __all__ = [
     "InMemoryReceiver",

@@ -11,12 +11,12 @@ from flask import Flask
 from sqlalchemy import insert, select
 
 from flask_rq_webhooks import RQWebhooks
-from flask_rq_webhooks.delivery.hooks import safe_render
+from flask_rq_webhooks.observe.host_hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_FAILURE, Occurrence, format_time
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage.deliveries import IngestItem, ingest, record_attempts
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
 from flask_rq_webhooks.storage.models import Delivery, Watch, new_id
-from flask_rq_webhooks.storage.registration import NewEndpoint, register
 from tests import storage_rows
 
 #: What a stranger would put wherever it may be shown: breaks out of text, attributes, scripts, URLs, CSS.

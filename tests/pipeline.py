@@ -17,8 +17,8 @@ from sqlalchemy.engine import Row
 from flask_rq_webhooks.config import load_settings
 from flask_rq_webhooks.protocol.payloads import FORMATS
 from flask_rq_webhooks.state import State
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, register
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Event
-from flask_rq_webhooks.storage.registration import NewEndpoint, confirm, register
 
 SECRET = "a secret of the client"
 

@@ -24,8 +24,8 @@ from flask_rq_webhooks.storage.deliveries import (
     claim_due,
     ingest,
 )
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
 from flask_rq_webhooks.storage.models import Base, Delivery
-from flask_rq_webhooks.storage.registration import NewEndpoint, register
 
 CIPHER = Cipher(["a key for tests"])
 NAMESPACE = "testtest"

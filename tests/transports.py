@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from flask_rq_webhooks.delivery.transport import RequestsTransport
-from flask_rq_webhooks.delivery.transport.through_aiohttp import AiohttpTransport
+from flask_rq_webhooks.dispatch.http import RequestsTransport
+from flask_rq_webhooks.dispatch.http.through_aiohttp import AiohttpTransport
 
 AnyTransport = RequestsTransport | AiohttpTransport
 

@@ -16,21 +16,21 @@ import click
 from flask.cli import AppGroup
 from redis import RedisError
 
-from ..delivery.dispatcher import Dispatcher, reconcile_now
-from ..delivery.hooks import safe_render
-from ..delivery.sending import send_ping
-from ..delivery.transport import open_transport
+from ..dispatch.dispatcher import Dispatcher, reconcile_now
+from ..dispatch.http import open_transport
+from ..dispatch.request_builder import send_ping
 from ..errors import RQWebhooksError
+from ..observe.host_hooks import safe_render
 from ..state import get_state
 from ..storage import dispatchers
 from ..storage.crypto import rekey
 from ..storage.deliveries import DeliveryFilter, cancel, prune, recover, resend
 from ..storage.schema import upgrade_schema
 from .doctor import examine
-from .endpoints import endpoints
-from .listening import listen
+from .endpoint_commands import endpoints
+from .listen import listen
 from .options import MOMENT, as_json, echo_json, progress_to_stderr
-from .routes import routes
+from .route_commands import routes
 
 
 class _Commands(AppGroup):

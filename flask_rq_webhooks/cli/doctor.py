@@ -15,8 +15,8 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from sqlalchemy import select
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from ..capture.rq_state import database_name
 from ..errors import RQWebhooksError, StorageUnavailableError
+from ..queue.job_reader import database_name
 from ..storage.dispatchers import ALIVE_S, dispatcher_alive, paused_since
 from ..storage.models import Endpoint, Secret
 from ..storage.schema import missing_schema

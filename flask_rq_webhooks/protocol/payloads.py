@@ -29,7 +29,7 @@ from .events import (
     format_time,
     parse_time,
 )
-from .jsonsafe import to_json_safe
+from .json_safe import to_json_safe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,9 @@ its own.
 
 from __future__ import annotations
 
-from .addressing import EndpointRow
-from .claiming import (
+from .attempts import AttemptRecord, RecordResult, record_attempts
+from .bulk import cancel, recover
+from .claims import (
     ClaimedDelivery,
     claim_due,
     defer,
@@ -20,9 +21,8 @@ from .claiming import (
 )
 from .filters import DeliveryFilter
 from .ingesting import IngestedEvent, IngestItem, ingest, park_evidence
-from .operating import hasten, prune, resend
-from .recording import AttemptRecord, RecordResult, record_attempts
-from .recovering import cancel, recover
+from .retention import hasten, prune, resend
+from .subscriptions import EndpointRow
 
 __all__ = [
     "AttemptRecord",

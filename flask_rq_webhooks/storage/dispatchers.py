@@ -15,9 +15,9 @@ from typing import cast
 from sqlalchemy import delete, exists, or_, select, update
 
 from ..version import __version__
+from .bulk_insert import insert_or_ignore, insert_or_update
 from .database import Database
 from .models import ALPHABET, SHARED, Dispatcher
-from .upsert import insert_or_ignore, insert_or_update
 
 #: Seconds after its last heartbeat for which a dispatcher counts as alive.
 ALIVE_S = 30.0

@@ -14,9 +14,9 @@ from sqlalchemy import Connection, select
 
 from ..protocol.events import Occurrence
 from ..protocol.payloads import occurrence_from_json, occurrence_to_json
+from .bulk_insert import chunks_of, insert_new
 from .database import Database
 from .models import Event, new_id
-from .upsert import chunks_of, insert_new
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, Occurrence
-from .addressing import (
+from .database import Database
+from .events import IngestItem, store_events
+from .settling import park_evidence, settle_watches, watches_of
+from .subscriptions import (
     EndpointRow,
     delivery_values,
     endpoints_of,
@@ -21,9 +24,6 @@ from .addressing import (
     standing_endpoints,
     store_deliveries,
 )
-from .database import Database
-from .events import IngestItem, store_events
-from .settling import park_evidence, settle_watches, watches_of
 
 __all__ = ["IngestItem", "IngestedEvent", "Render", "Scrub", "ingest", "park_evidence"]
 

@@ -16,11 +16,11 @@ from typing import Any
 from sqlalchemy import Connection, String, bindparam, select, text
 
 from ..protocol.events import TERMINAL_TYPES
-from .addressing import EndpointRow, existing_endpoints, is_endpoint
+from .bulk_insert import chunks_of, insert_into, insert_or_ignore, one_of
 from .database import Database
 from .events import StoredEvent
 from .models import CLOSED, OPEN, SETTLED, UTCDateTime, Watch, new_id
-from .upsert import chunks_of, insert_into, insert_or_ignore, one_of
+from .subscriptions import EndpointRow, existing_endpoints, is_endpoint
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, literal_column, select
 
-from .claiming import earliest_due
+from .claims import earliest_due
 from .database import Database
 from .dispatchers import ALIVE_S
 from .models import (

@@ -1,7 +1,7 @@
 """What reconcile reads and notes of watches.
 
-Owns the statements behind :mod:`~flask_rq_webhooks.capture.reconcile`; those of trees are in
-:mod:`~flask_rq_webhooks.storage.trees`. Knows nothing of Redis: it is told what RQ says. Events and
+Owns the statements behind :mod:`~flask_rq_webhooks.observe.reconcile`; those of trees are in
+:mod:`~flask_rq_webhooks.storage.tree_members`. Knows nothing of Redis: it is told what RQ says. Events and
 deliveries are made in :mod:`~flask_rq_webhooks.storage.ingesting` alone.
 
 A watch's ``run`` is the last run seen; ``settled_at`` says that this run was told.
@@ -18,12 +18,12 @@ from typing import Any
 from sqlalchemy import Connection, Executable, and_, bindparam, insert, or_, select, update
 
 from ..protocol.events import TERMINAL_TYPES, run_key
-from .addressing import EVERY_TYPE
+from .bulk_insert import chunks_of
 from .crypto import Cipher
 from .database import Database
+from .endpoints import NewEndpoint, register
 from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch, new_id
-from .registration import NewEndpoint, register
-from .upsert import chunks_of
+from .subscriptions import EVERY_TYPE
 
 
 @dataclass(frozen=True, slots=True)

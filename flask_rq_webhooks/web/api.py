@@ -15,18 +15,18 @@ from flask import Blueprint, Response, request
 from ..errors import ConfigurationError, StorageUnavailableError
 from ..protocol.headers import mask_headers
 from ..protocol.payloads import RenderContext, job_payload, occurrence_from_json
-from ..protocol.signing import generate_secret
+from ..protocol.signatures import generate_secret
 from ..state import State
-from ..storage import queries, registration
+from ..storage import endpoints, queries
 from ..storage.deliveries import resend
 from ..storage.dispatchers import dispatcher_alive, pause, resume
+from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView, EventView, Page
-from ..storage.registration import ROTATION_GRACE_S, NewEndpoint
 from ..storage.statistics import statistics
 from . import api_schemas as schemas
-from . import standing
-from .answers import (
+from . import operations
+from .api_responses import (
     ApiError,
     idempotency_key,
     install,
@@ -37,9 +37,9 @@ from .answers import (
 )
 from .bulk import cancel_some, delete_endpoint_some, recover_some
 from .csrf import csrf_token, is_forgeable, replace_csrf_protect
+from .job_status import job_status
 from .metrics import CONTENT_TYPE, metrics_text
 from .permissions import Permission, is_allowed
-from .status import job_status
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -247,13 +247,13 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
         # Signed unless that is refused by name: "secret": null.
         secret = values.pop("secret", generate_secret())
         endpoint = NewEndpoint(
-            kind="standing", secret=secret, **standing.stored_values(state, values, creating=True)
+            kind="standing", secret=secret, **operations.stored_values(state, values, creating=True)
         )
         try:
-            endpoint_id = registration.create_standing(
+            endpoint_id = endpoints.create_standing(
                 state.database, state.cipher, endpoint, namespace=state.namespace, idempotency_key=key
             )
-        except registration.ExistsError as exc:
+        except endpoints.ExistsError as exc:
             made = queries.endpoint_detail(state.database, exc.endpoint_id)
             if made is None or made.url != endpoint.url:
                 why = "This Idempotency-Key was used for another endpoint."
@@ -270,8 +270,8 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
             if name in values:
                 why = "Use rotate for a new secret." if name == "secret" else "Cannot be changed."
                 raise ApiError(400, "invalid", "The request is not acceptable.", {name: [why]})
-        changes = standing.stored_values(state, values, creating=False)
-        if not registration.update_standing(state.database, state.cipher, endpoint_id, changes):
+        changes = operations.stored_values(state, values, creating=False)
+        if not endpoints.update_standing(state.database, state.cipher, endpoint_id, changes):
             raise not_found("endpoint")
         return _endpoint(state, endpoint_id)
 
@@ -292,7 +292,7 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
         values = json_input(schemas.RotateInput())
         secret = values.get("secret") or generate_secret()
         grace_s = values.get("grace_s", ROTATION_GRACE_S)
-        if not registration.rotate_secret(state.database, state.cipher, endpoint_id, secret, grace_s=grace_s):
+        if not endpoints.rotate_secret(state.database, state.cipher, endpoint_id, secret, grace_s=grace_s):
             raise not_found("endpoint")
         return {"id": endpoint_id, "secret": secret, "grace_s": grace_s}
 
@@ -303,14 +303,14 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
         found = queries.endpoint_detail(state.database, endpoint_id)
         if found is None or found.kind != "standing":
             raise not_found("endpoint")
-        event = standing.ping(state, endpoint_id)
+        event = operations.ping(state, endpoint_id)
         return {"event_id": event.event_id, "deliveries": event.deliveries}, 202
 
     @blueprint.post("/api/endpoints/<endpoint_id>/enable")
     @requires(state, "manage")
     def enable_endpoint(endpoint_id: str) -> Any:
         json_input(_NOTHING)
-        if not registration.enable_standing(state.database, endpoint_id):
+        if not endpoints.enable_standing(state.database, endpoint_id):
             raise not_found("endpoint")
         return _endpoint(state, endpoint_id)
 
@@ -318,7 +318,7 @@ def _add_endpoints(blueprint: Blueprint, state: State) -> None:
     @requires(state, "manage")
     def disable_endpoint(endpoint_id: str) -> Any:
         json_input(_NOTHING)
-        if not registration.disable_standing(state.database, endpoint_id):
+        if not endpoints.disable_standing(state.database, endpoint_id):
             raise not_found("endpoint")
         return _endpoint(state, endpoint_id)
 
@@ -342,7 +342,7 @@ def _endpoint(state: State, endpoint_id: str) -> dict[str, Any]:
 
 def _told_endpoint(state: State, endpoint: EndpointView) -> dict[str, Any]:
     told: dict[str, Any] = _ENDPOINT.dump(endpoint)
-    headers = standing.own_headers(state, endpoint)
+    headers = operations.own_headers(state, endpoint)
     told["headers"] = headers and mask_headers(headers, header_prefix=state.settings.header_prefix)
     return told
 

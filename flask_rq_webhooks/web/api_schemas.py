@@ -13,12 +13,21 @@ from typing import Any
 
 from marshmallow import RAISE, Schema, ValidationError, fields, validate, validates_schema
 
+from ..accept.request_schema import (
+    HeaderObject,
+    SecretText,
+    TargetURL,
+    Text,
+    TextList,
+    WholeNumber,
+    one_of,
+    timeout_range,
+)
 from ..config import Settings
 from ..protocol.events import JOB_TYPES, is_application_type
 from ..protocol.urls import UrlPolicy, redact_url
-from ..storage.addressing import EVERY_TYPE
 from ..storage.models import CANCELED, EXHAUSTED, PENDING, SENDING, SUCCEEDED
-from .schemas import HeaderObject, SecretText, TargetURL, Text, TextList, WholeNumber, one_of, timeout_range
+from ..storage.subscriptions import EVERY_TYPE
 
 STATUSES = (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from ..delivery.hooks import safe_render
+from ..observe.host_hooks import safe_render
 from ..state import State
-from ..storage import recovering, registration
+from ..storage import bulk, endpoints
+from ..storage.bulk import Step
 from ..storage.filters import DeliveryFilter
-from ..storage.recovering import Step
 
 #: Deliveries that one request changes at most, and how many in one transaction.
 AT_MOST, PER_PART = 1000, 500
@@ -37,15 +37,15 @@ class Progress:
 
 
 def recover_some(state: State, where: DeliveryFilter, cursor: str | None) -> Progress:
-    """Make deliveries due again; see :func:`~flask_rq_webhooks.storage.recovering.recover_part`.
+    """Make deliveries due again; see :func:`~flask_rq_webhooks.storage.bulk.recover_part`.
 
     :param cursor: of the request before.
     :raises CursorError: when *cursor* is not one of ours.
     """
     render = safe_render(state)
 
-    def step(*, cursor: str | None, at_most: int) -> recovering.Part:
-        return recovering.recover_part(
+    def step(*, cursor: str | None, at_most: int) -> bulk.Part:
+        return bulk.recover_part(
             state.database,
             where,
             render=render,
@@ -57,34 +57,34 @@ def recover_some(state: State, where: DeliveryFilter, cursor: str | None) -> Pro
     done, cursor = _some(step, cursor)
     if cursor is None:
         return Progress(done)
-    return Progress(done, cursor, recovering.left_to_recover(state.database, where, cursor))
+    return Progress(done, cursor, bulk.left_to_recover(state.database, where, cursor))
 
 
 def cancel_some(state: State, where: DeliveryFilter, cursor: str | None) -> Progress:
-    """Cancel deliveries; see :func:`~flask_rq_webhooks.storage.recovering.cancel_part`.
+    """Cancel deliveries; see :func:`~flask_rq_webhooks.storage.bulk.cancel_part`.
 
     :param cursor: of the request before.
     :raises CursorError: when *cursor* is not one of ours.
     """
 
-    def step(*, cursor: str | None, at_most: int) -> recovering.Part:
-        return recovering.cancel_part(state.database, where, cursor=cursor, at_most=at_most)
+    def step(*, cursor: str | None, at_most: int) -> bulk.Part:
+        return bulk.cancel_part(state.database, where, cursor=cursor, at_most=at_most)
 
     done, cursor = _some(step, cursor)
     if cursor is None:
         return Progress(done)
-    return Progress(done, cursor, recovering.left_to_cancel(state.database, where, cursor))
+    return Progress(done, cursor, bulk.left_to_cancel(state.database, where, cursor))
 
 
 def delete_endpoint_some(state: State, endpoint_id: str) -> bool | None:
     """Delete a standing endpoint, or as many of its deliveries as time allows.
 
-    :returns: see :func:`~flask_rq_webhooks.storage.registration.delete_standing_part`.
+    :returns: see :func:`~flask_rq_webhooks.storage.endpoints.delete_standing_part`.
     """
     began = time.monotonic()
-    deleted = registration.delete_standing_part(state.database, endpoint_id)
+    deleted = endpoints.delete_standing_part(state.database, endpoint_id)
     while deleted is False and time.monotonic() - began < ENOUGH_S:
-        deleted = registration.delete_standing_part(state.database, endpoint_id)
+        deleted = endpoints.delete_standing_part(state.database, endpoint_id)
     return deleted
 
 

@@ -13,8 +13,8 @@ from flask import Blueprint, url_for
 from ..errors import StorageUnavailableError
 from ..state import get_state
 from ..storage.queries import job_webhook
+from .job_status import status_body
 from .permissions import is_allowed
-from .status import status_body
 
 logger = logging.getLogger(__name__)
 

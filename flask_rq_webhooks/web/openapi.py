@@ -14,11 +14,11 @@ from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 from marshmallow import Schema, fields
 
+from ..accept.request_schema import HeaderObject, SecretText, TargetURL
 from ..state import State
 from ..version import __version__
 from . import api_schemas as schemas
 from .permissions import Permission
-from .schemas import HeaderObject, SecretText, TargetURL
 
 # Answers put together from others
 

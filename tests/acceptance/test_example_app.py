@@ -17,7 +17,7 @@ import requests
 
 from example_app import jobs
 from example_app.receiver import Arrival, Receiver
-from flask_rq_webhooks.protocol.signing import body_signature
+from flask_rq_webhooks.protocol.signatures import body_signature
 from tests.servers import Process, rq_worker, wait_until
 
 SECRET = "what the client chose"

@@ -20,13 +20,13 @@ from flask_wtf import CSRFProtect
 from sqlalchemy.pool import QueuePool
 
 from flask_rq_webhooks import ConfigurationError, Queue
-from flask_rq_webhooks.capture.attach import current_attachment
+from flask_rq_webhooks.queue.job_callbacks import current_attachment
 from flask_rq_webhooks.storage.dispatchers import heartbeat
 from tests.acceptance import tasks
 from tests.integration.hosts import FIELDS, URL, Host
 from tests.servers import valkey_server
 
-MODULE = "flask_rq_webhooks.web.registering"
+MODULE = "flask_rq_webhooks.accept.register"
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from rq.command import send_stop_job_command
 from rq.job import Job
 from rq.registry import StartedJobRegistry
 
-from flask_rq_webhooks.capture.attach import Attachment, Queue, current_attachment
-from flask_rq_webhooks.capture.outbox import Outbox, OutboxEntry
-from flask_rq_webhooks.capture.rq_state import read_jobs
+from flask_rq_webhooks.queue.job_callbacks import Attachment, Queue, current_attachment
+from flask_rq_webhooks.queue.job_reader import read_jobs
+from flask_rq_webhooks.queue.outbox import Outbox, OutboxEntry
 from tests import jobs
 from tests.servers import ROOT, rq_worker, valkey_server, wait_until
 

@@ -18,16 +18,16 @@ import rq
 from rq.decorators import job as job_decorator
 from rq.job import Job
 
-from flask_rq_webhooks.capture import attach
-from flask_rq_webhooks.capture.attach import (
+from flask_rq_webhooks.queue import job_callbacks
+from flask_rq_webhooks.queue.job_callbacks import (
     Attachment,
     Queue,
     SameDatabase,
     current_attachment,
     look_at_jobs,
 )
-from flask_rq_webhooks.capture.outbox import Outbox
-from flask_rq_webhooks.capture.rq_state import database_name, redis_identity
+from flask_rq_webhooks.queue.job_reader import database_name, redis_identity
+from flask_rq_webhooks.queue.outbox import Outbox
 from tests import jobs
 from tests.servers import valkey_server
 
@@ -49,11 +49,11 @@ def attached(endpoint: str = ENDPOINT, **options: Any) -> Iterator[Attachment]:
 
 @pytest.fixture
 def _instrumented() -> Iterator[None]:
-    attach.uninstrument()  # a host of an earlier test may have left it on
+    job_callbacks.uninstrument()  # a host of an earlier test may have left it on
     original = rq.Queue.create_job
-    attach.instrument()
+    job_callbacks.instrument()
     yield
-    attach.uninstrument()
+    job_callbacks.uninstrument()
     assert rq.Queue.create_job is original
 
 
@@ -216,14 +216,14 @@ def test_host_wraps_enqueue_and_enqueue_call_and_saves_meta(
         monkeypatch.setattr(rq.Queue, name, host_hook)
 
     if order == "ours first":
-        attach.instrument()
+        job_callbacks.instrument()
     wrap("enqueue_call")
     wrap("enqueue")
     if order == "host first":
-        attach.instrument()
+        job_callbacks.instrument()
     with attached() as attachment:
         job = rq.Queue("default", connection=redis_client).enqueue(jobs.add, 1, 2)
-    attach.uninstrument()
+    job_callbacks.uninstrument()
 
     assert attachment.jobs == [job]
     assert stored_names(redis_client, job.id) == ours()
@@ -402,7 +402,7 @@ def test_configured_server_that_is_not_there(
     redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The usual mistake: RQ_WEBHOOKS_REDIS_URL was not set, and nothing listens at its default."""
-    attach._refused_databases.clear()
+    job_callbacks._refused_databases.clear()
     with client("redis://127.0.0.1:1/0", retry=None, socket_connect_timeout=1) as configured:
         for _request in range(2):
             with attached(same_database=SameDatabase(configured)) as attachment:

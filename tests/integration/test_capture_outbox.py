@@ -12,8 +12,8 @@ import fakeredis
 import pytest
 import redis
 
-from flask_rq_webhooks.capture import outbox as outbox_module
-from flask_rq_webhooks.capture.outbox import GROUP, Entry, Outbox, confirm_entry
+from flask_rq_webhooks.queue import outbox as outbox_module
+from flask_rq_webhooks.queue.outbox import GROUP, Entry, Outbox, confirm_entry
 
 NAMESPACE = "nnnnnnnn"
 KEY = f"rq_webhooks:outbox:ep{NAMESPACE}"

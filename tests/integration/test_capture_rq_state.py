@@ -17,15 +17,9 @@ import redis
 import rq
 from rq.job import Job, JobStatus
 
-from flask_rq_webhooks.capture.attach import Attachment, Queue, current_attachment
-from flask_rq_webhooks.capture.rq_state import (
-    UNKNOWN,
-    JobState,
-    read_jobs,
-    read_result_value,
-    read_results,
-)
 from flask_rq_webhooks.protocol.events import format_time
+from flask_rq_webhooks.queue.job_callbacks import Attachment, Queue, current_attachment
+from flask_rq_webhooks.queue.job_reader import UNKNOWN, JobState, read_jobs, read_result_value, read_results
 from tests import jobs
 
 ENDPOINT = "epnnnnnnnn_" + "0" * 26

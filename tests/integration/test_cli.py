@@ -19,8 +19,8 @@ from flask import Flask
 from flask.cli import FlaskGroup
 
 from flask_rq_webhooks import RQWebhooks
-from flask_rq_webhooks.capture.endings import CALLBACK_GRACE
-from flask_rq_webhooks.protocol.signing import signature_headers
+from flask_rq_webhooks.observe.outcomes import CALLBACK_GRACE
+from flask_rq_webhooks.protocol.signatures import signature_headers
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage import dispatchers

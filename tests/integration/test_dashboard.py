@@ -22,9 +22,9 @@ from werkzeug.test import TestResponse
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.dispatchers import heartbeat, is_paused
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint, Event, Secret
-from flask_rq_webhooks.web import alarms, bulk
+from flask_rq_webhooks.web import bulk, health
 from flask_rq_webhooks.web.bulk import AT_MOST
-from flask_rq_webhooks.web.dashboard import REFRESH_ALARM_S, REFRESH_IDLE_S
+from flask_rq_webhooks.web.pages import REFRESH_ALARM_S, REFRESH_IDLE_S
 from tests import storage_rows
 from tests.dashboard_app import (
     HOSTILE,
@@ -701,7 +701,7 @@ def test_alarms(client: FlaskClient, state: State, monkeypatch: pytest.MonkeyPat
     )
     add_watch(state, endpoint_id, "slow", created_at=datetime.now(UTC) - timedelta(days=2))
     submit(client, page(client, f"/endpoints/{endpoint_id}"), "/disable")
-    monkeypatch.setattr(alarms, "OUTBOX_LONG", 2)
+    monkeypatch.setattr(health, "OUTBOX_LONG", 2)
     for number in range(3):
         state.outbox.append({"number": number})
     state.redis.xadd(state.outbox.rejected_key, {"why": "not JSON"})

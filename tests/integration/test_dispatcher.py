@@ -17,15 +17,15 @@ import pytest
 from sqlalchemy import update
 
 from flask_rq_webhooks import signals
-from flask_rq_webhooks.delivery import sender
-from flask_rq_webhooks.delivery.dispatcher import Dispatcher, PeriodicJob
-from flask_rq_webhooks.delivery.ingest import Ingest
-from flask_rq_webhooks.delivery.limits import RateLimiter
-from flask_rq_webhooks.delivery.notices import Notices
-from flask_rq_webhooks.delivery.recorder import Recorder
-from flask_rq_webhooks.delivery.telling import Teller
-from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, RequestsTransport
+from flask_rq_webhooks.dispatch import sender
+from flask_rq_webhooks.dispatch.dispatcher import Dispatcher, PeriodicJob
+from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, RequestsTransport
+from flask_rq_webhooks.dispatch.pubsub import Notices
+from flask_rq_webhooks.dispatch.rate_limit import RateLimiter
+from flask_rq_webhooks.dispatch.recorder import Recorder
 from flask_rq_webhooks.errors import StorageUnavailableError
+from flask_rq_webhooks.observe.ingest import Ingest
+from flask_rq_webhooks.observe.publisher import Teller
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage import dispatchers

@@ -18,8 +18,8 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_rq_webhooks import RQWebhooks
-from flask_rq_webhooks.capture.rq_state import database_name
 from flask_rq_webhooks.cli.doctor import _CHECKS
+from flask_rq_webhooks.queue.job_reader import database_name
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage import dispatchers
 from flask_rq_webhooks.storage.database import Database

@@ -36,7 +36,7 @@ def make_state(redis_url: str, sqlite_url: str) -> Iterator[Any]:
         return webhooks, state
 
     yield make
-    from flask_rq_webhooks.capture.attach import set_default_attachment
+    from flask_rq_webhooks.queue.job_callbacks import set_default_attachment
 
     set_default_attachment(None)
     for state in states:

@@ -270,9 +270,9 @@ def test_worker_pool(plain_host: Flask, redis_url: str, redis_client: redis.Redi
 def test_uninstrumented_host_is_told_that_nothing_is_registered(
     plain_host: Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from flask_rq_webhooks.capture import attach
+    from flask_rq_webhooks.queue import job_callbacks
 
-    attach.uninstrument()
+    job_callbacks.uninstrument()
     response = plain_host.test_client().post(f"{API}/build_landuse", json=FIELDS)
 
     assert response.get_json()["Success"] is True

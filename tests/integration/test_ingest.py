@@ -15,11 +15,11 @@ import redis
 import rq
 
 from flask_rq_webhooks import signals
-from flask_rq_webhooks.capture.outbox import confirm_entry
-from flask_rq_webhooks.delivery.ingest import PATIENCE_S, Ingest
-from flask_rq_webhooks.delivery.telling import Teller
 from flask_rq_webhooks.errors import StorageUnavailableError
+from flask_rq_webhooks.observe.ingest import PATIENCE_S, Ingest
+from flask_rq_webhooks.observe.publisher import Teller
 from flask_rq_webhooks.protocol.events import format_time
+from flask_rq_webhooks.queue.outbox import confirm_entry
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.models import Watch
 from tests.pipeline import add_endpoint, deliveries, enqueue, events, open_state, rows, work

@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import redis
 
-from flask_rq_webhooks.delivery.dispatcher import Dispatcher
-from flask_rq_webhooks.delivery.limits import PAUSE_S, RateLimiter
+from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
+from flask_rq_webhooks.dispatch.rate_limit import PAUSE_S, RateLimiter
 from tests.pipeline import add_endpoint, attempts, deliveries, enqueue, open_state
 from tests.servers import Receiver, free_port, valkey_server
 

@@ -14,8 +14,8 @@ from flask_rq_webhooks.storage import database as database_module
 from flask_rq_webhooks.storage.crypto import Cipher
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.dispatchers import heartbeat
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, register, waiting_for_host
 from flask_rq_webhooks.storage.models import Dispatcher, Endpoint, Secret, Watch
-from flask_rq_webhooks.storage.registration import NewEndpoint, confirm, register, waiting_for_host
 from tests.servers import PostgresHandle
 
 ENDPOINT = NewEndpoint(url="https://hooks.example.com/in", host="hooks.example.com", secret="s")

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from flask_rq_webhooks.protocol.signing import signature_headers
+from flask_rq_webhooks.protocol.signatures import signature_headers
 from flask_rq_webhooks.receiver import verify
 from tests.servers import ROOT, Process
 

@@ -15,14 +15,14 @@ import rq
 from rq.job import Job
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 
-from flask_rq_webhooks.capture import reconcile, settled
-from flask_rq_webhooks.capture.outbox import OutboxEntry
-from flask_rq_webhooks.capture.reconcile import Reconciler
+from flask_rq_webhooks.observe import reconcile, settled_watches
+from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import format_time
+from flask_rq_webhooks.queue.outbox import OutboxEntry
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.deliveries import IngestItem, ingest, park_evidence
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_standing, register
 from flask_rq_webhooks.storage.models import Event, Watch
-from flask_rq_webhooks.storage.registration import NewEndpoint, confirm, create_standing, register
 from flask_rq_webhooks.storage.watches import watch_job
 from tests.jobs import Callbacks
 from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
@@ -745,7 +745,7 @@ def test_meta_with_foreign_objects_still_gives_the_run_id(state: State, reconcil
 def test_more_watches_than_a_page(
     state: State, reconciler: Reconciler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_rq_webhooks.capture.reconcile.PAGE", 7)
+    monkeypatch.setattr("flask_rq_webhooks.observe.reconcile.PAGE", 7)
     jobs = [promise(state, "tests.jobs.add", 1, number).id for number in range(20)]
     reconciler.run_once()
     work(state)
@@ -770,13 +770,13 @@ def test_a_pass_holds_no_more_told_runs_in_memory_than_rq_has(
     monkeypatch.setattr(reconcile, "PAGE", 2)
     held: list[int] = []
     late = new_reconciler(state, clock)
-    probe = settled.probe_jobs
+    probe = settled_watches.probe_jobs
 
     def counting(redis: redis.Redis, job_ids: Sequence[str]) -> Any:
         held.append(len(late._settled._settled))
         return probe(redis, job_ids)
 
-    monkeypatch.setattr(settled, "probe_jobs", counting)
+    monkeypatch.setattr(settled_watches, "probe_jobs", counting)
     assert late.run_once().looked_at == 9
     assert max(held) <= 2 + 2
     assert len(late._settled._settled) == 2

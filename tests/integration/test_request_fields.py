@@ -13,9 +13,9 @@ from flask import Flask, Response, jsonify, request
 from flask.testing import FlaskClient
 from werkzeug.datastructures import ImmutableDict, MultiDict
 
+from flask_rq_webhooks.accept import request_fields
+from flask_rq_webhooks.accept.request_fields import take_fields
 from flask_rq_webhooks.errors import InvalidWebhookError
-from flask_rq_webhooks.web import fields
-from flask_rq_webhooks.web.fields import take_fields
 
 URL = "https://hooks.example.com/in"
 SECRET = "  a secret with spaces  "
@@ -115,14 +115,14 @@ def test_json_object(body: str | bytes, content_type: str) -> None:
 
 def test_every_field_is_hidden_and_nothing_else() -> None:
     host = Host(see_json)
-    sent = {name: "x" for name in fields.FIELDS} | {
+    sent = {name: "x" for name in request_fields.FIELDS} | {
         "webhook_other": 1, "nested": {"webhook_url": 2}, "sign": 3, "null": None,
     }  # fmt: skip
 
     response = host.client.post("/", json=sent)
 
     assert response.get_json() == {"webhook_other": 1, "nested": {"webhook_url": 2}, "sign": 3, "null": None}
-    assert set(host.taken) == fields.FIELDS
+    assert set(host.taken) == request_fields.FIELDS
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,9 @@ def test_null_is_as_if_absent_beside_a_url() -> None:
     assert host.taken == {"webhook_url": URL}
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/octet-stream", "", None, fields._FORM])
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/octet-stream", "", None, request_fields._FORM]
+)
 def test_json_object_under_another_content_type(content_type: str | None) -> None:
     seen: list[Any] = []
 
@@ -218,7 +220,7 @@ REST = [["b", "2"], ["a", "1"], ["a", "3"], ["c", " "]]
 def encode_urlencoded(extra: bytes = b"") -> tuple[bytes, str]:
     from urllib.parse import urlencode
 
-    return urlencode(list(FORM.items(multi=True))).encode() + extra, fields._FORM
+    return urlencode(list(FORM.items(multi=True))).encode() + extra, request_fields._FORM
 
 
 def encode_multipart(name_of_url: bytes = b'name="webhook_url"') -> tuple[bytes, str]:
@@ -237,7 +239,7 @@ def encode_multipart(name_of_url: bytes = b'name="webhook_url"') -> tuple[bytes,
         pytest.param(*encode_urlencoded(), id="urlencoded"),
         pytest.param(
             encode_urlencoded()[0].replace(b"webhook_url", b"%77ebhook%5Furl"),
-            fields._FORM,
+            request_fields._FORM,
             id="encoded names",
         ),
         pytest.param(*encode_multipart(), id="multipart"),
@@ -424,12 +426,12 @@ def read_json() -> Any:
     return jsonify(request.get_json(silent=True), request.get_json(silent=True, force=True), request.is_json)
 
 
-BIG = b"x" * (fields.IN_MEMORY + 5)
+BIG = b"x" * (request_fields.IN_MEMORY + 5)
 BODIES = {
     "json": (b'{"a": [1, 2, 3]}', "application/json"),
     "json with the word": (b'{"a": "webhook_url"}', "application/json"),
     "large json": (b'{"a": "' + BIG + b'"}', "application/json"),
-    "urlencoded": (b"a=1&b=2&a=%3D", fields._FORM),
+    "urlencoded": (b"a=1&b=2&a=%3D", request_fields._FORM),
     "multipart": (
         encode_multipart()[0].replace(b"webhook_url", b"other_field"),
         "multipart/form-data; boundary=limit",
@@ -462,7 +464,7 @@ def test_request_without_fields_is_as_if_nobody_had_looked(
     view: Callable[[], Any], name: str, terminated: bool, limit: int | None
 ) -> None:
     body, content_type = BODIES[name]
-    if view is read_lines and len(body) > fields.IN_MEMORY:
+    if view is read_lines and len(body) > request_fields.IN_MEMORY:
         body = body.replace(b"x" * 100, b"x" * 99 + b"\n")
     plain, looked_at = Flask("plain"), Host(view)
     plain.add_url_rule("/", view_func=view, methods=["POST"])
@@ -480,7 +482,7 @@ def test_request_without_fields_is_as_if_nobody_had_looked(
 
 
 @pytest.mark.parametrize(
-    "content_type", ["application/json", fields._FORM, "multipart/form-data; boundary=x"]
+    "content_type", ["application/json", request_fields._FORM, "multipart/form-data; boundary=x"]
 )
 @pytest.mark.parametrize(
     "view", [read_stream, read_json, read_form_then_data], ids=lambda view: view.__name__
@@ -560,7 +562,7 @@ def test_field_behind_any_number_of_underscores(before: int, filling: str) -> No
 def test_name_cut_in_two_by_a_chunk_border() -> None:
     host = Host(see_json)
     head = b'{"a": "'
-    border = fields.IN_MEMORY + fields._CHUNK
+    border = request_fields.IN_MEMORY + request_fields._CHUNK
     body = head + b"x" * (border - len(head) - 8) + b'", "webhook_url": "%s"}' % URL.encode()
     assert body[border - 4 : border + 7] == b"webhook_url"
 

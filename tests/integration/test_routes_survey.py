@@ -17,9 +17,9 @@ from flask.views import MethodView
 
 from flask_rq_webhooks import Queue as OurQueue
 from flask_rq_webhooks import RQWebhooks
-from flask_rq_webhooks.capture import attach
+from flask_rq_webhooks.accept.route_report import Route, survey
+from flask_rq_webhooks.queue import job_callbacks
 from flask_rq_webhooks.testing import observe_routes
-from flask_rq_webhooks.web.survey import Route, survey
 from tests.hosts import enqueueing, jobs
 from tests.hosts.many_views import create_app, webhooks
 
@@ -27,9 +27,9 @@ from tests.hosts.many_views import create_app, webhooks
 @pytest.fixture(autouse=True)
 def _instrumented() -> Iterator[None]:
     """Let plain queues carry webhooks, as most of these views need."""
-    attach.instrument()
+    job_callbacks.instrument()
     yield
-    attach.uninstrument()
+    job_callbacks.uninstrument()
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_decorated_view_with_a_plain_queue_is_told_unless_instrumented() -> None
 
     assert judged() == {"plain": "decorator", "ours": "decorator", "helper": "helper"}
     assert run(app, "--check").exit_code == 0
-    attach.uninstrument()
+    job_callbacks.uninstrument()
     assert judged() == {"plain": "unattached", "ours": "decorator", "helper": "helper"}
     result = run(app, "--check")
     assert result.exit_code == 1
@@ -372,7 +372,7 @@ def test_observation_agrees_with_the_source_and_sees_what_it_cannot(host: Flask,
 
 
 def test_observation_of_a_decorated_view_with_a_plain_queue(host: Flask, tmp_path: Path) -> None:
-    attach.uninstrument()
+    job_callbacks.uninstrument()
     with observe_routes(host) as observed:
         host.test_client().post("/decorated/1")
         host.test_client().post("/helper/1", json={})

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from flask_rq_webhooks.storage import claiming
+from flask_rq_webhooks.storage import claims
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import (
     DeliveryFilter,
@@ -22,8 +22,8 @@ from flask_rq_webhooks.storage.deliveries import (
     resend,
 )
 from flask_rq_webhooks.storage.dispatchers import pause, resume
+from flask_rq_webhooks.storage.endpoints import rotate_secret
 from flask_rq_webhooks.storage.models import Delivery, Event, Secret
-from flask_rq_webhooks.storage.registration import rotate_secret
 from tests.storage_rows import CIPHER, attempt, claim, deliver_to, new_endpoint, row, rows, set_values
 
 
@@ -95,7 +95,7 @@ def test_limit_and_the_cap_per_host(database: Database) -> None:
 def test_the_least_busy_hosts_go_first(
     database: Database, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claiming, "WINDOW", window)
+    monkeypatch.setattr(claims, "WINDOW", window)
     old = deliver_to(database, "a.example", 10)
     wait_until_due(database, old, s_ago=3600)
     deliver_to(database, "b.example", 10)
@@ -111,7 +111,7 @@ def test_the_least_busy_hosts_go_first(
 def test_the_longest_due_of_a_host_goes_first(
     database: Database, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claiming, "WINDOW", window)
+    monkeypatch.setattr(claims, "WINDOW", window)
     ids = deliver_to(database, "a.example", 5)
     wait_until_due(database, ids[::-1], s_ago=60)
     assert [one.id for one in claim(database, limit=2)] == ids[::-1][:2]
@@ -120,7 +120,7 @@ def test_the_longest_due_of_a_host_goes_first(
 def test_every_host_has_its_turn_when_there_are_more_hosts_than_places(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claiming, "WINDOW", 10)
+    monkeypatch.setattr(claims, "WINDOW", 10)
     hosts = [f"h{number:02}.example" for number in range(20)]
     for host in hosts:
         deliver_to(database, host, 5)
@@ -133,7 +133,7 @@ def test_every_host_has_its_turn_when_there_are_more_hosts_than_places(
 
 
 def test_a_host_without_room_is_passed_over(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claiming, "WINDOW", 1)
+    monkeypatch.setattr(claims, "WINDOW", 1)
     deliver_to(database, "a.example", 3)
     deliver_to(database, "b.example", 3)
     claimed = claim(database, limit=1, per_host=2, in_flight={"a.example": 2})
@@ -143,7 +143,7 @@ def test_a_host_without_room_is_passed_over(database: Database, monkeypatch: pyt
 def test_hosts_that_wait_for_a_retry_are_passed_over(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claiming, "WINDOW", 2)
+    monkeypatch.setattr(claims, "WINDOW", 2)
     for host in ("a.example", "b.example", "c.example"):
         wait_until_due(database, deliver_to(database, host, 2), s_ago=-60)
     deliver_to(database, "d.example", 3)
@@ -209,7 +209,7 @@ def test_next_due_in(database: Database) -> None:
 def test_dispatchers_at_once_never_claim_the_same(
     database: Database, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claiming, "WINDOW", window)
+    monkeypatch.setattr(claims, "WINDOW", window)
     for number in range(6):
         deliver_to(database, f"h{number}.example", 50)
     databases = [Database(database.url) for _ in range(4)]
@@ -255,7 +255,7 @@ def test_two_dispatchers_share_the_backlog_of_one_host(database: Database) -> No
             "limit": 8, "per_host": 8, "in_flight": "{}", "window": 256, "after": "", "lease_id": "lea_1",
             "lease_s": 45.0,
         }  # fmt: skip
-        first = connection.execute(claiming._CLAIM_POSTGRESQL, parameters).all()
+        first = connection.execute(claims._CLAIM_POSTGRESQL, parameters).all()
         second = claim(other, limit=8)
     other.dispose()
     assert len(first) == len(second) == 8

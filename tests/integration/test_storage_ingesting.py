@@ -20,11 +20,11 @@ from flask_rq_webhooks.protocol.events import (
     format_time,
 )
 from flask_rq_webhooks.protocol.payloads import occurrence_from_json
-from flask_rq_webhooks.storage import upsert
+from flask_rq_webhooks.storage import bulk_insert
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import IngestItem, ingest, park_evidence
+from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
 from flask_rq_webhooks.storage.models import Delivery, Event, Watch
-from flask_rq_webhooks.storage.registration import confirm, disable_standing, enable_standing
 from tests.storage_rows import MAX_ATTEMPTS, new_endpoint, occurrence, row, rows, statements_of, tell
 
 
@@ -393,7 +393,7 @@ def test_texts_of_any_script_and_bodies_of_any_bytes(database: Database) -> None
 
 
 def test_more_bytes_than_one_statement_takes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upsert, "_MAX_CHARACTERS", 3000)
+    monkeypatch.setattr(bulk_insert, "_MAX_CHARACTERS", 3000)
     for number in range(12):
         new_endpoint(database, job_id=f"job-{number}")
     items = [IngestItem(occurrence(f"job-{number}")) for number in range(12)]

@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import select, update
 
 from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
-from flask_rq_webhooks.storage import recovering
+from flask_rq_webhooks.storage import bulk
+from flask_rq_webhooks.storage.bulk import Part, cancel_part, left_to_cancel, left_to_recover, recover_part
 from flask_rq_webhooks.storage.crypto import Cipher, rekey
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import (
@@ -24,17 +25,10 @@ from flask_rq_webhooks.storage.deliveries import (
     recover,
     resend,
 )
+from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch
-from flask_rq_webhooks.storage.operating import Pruned
 from flask_rq_webhooks.storage.queries import CursorError
-from flask_rq_webhooks.storage.recovering import (
-    Part,
-    cancel_part,
-    left_to_cancel,
-    left_to_recover,
-    recover_part,
-)
-from flask_rq_webhooks.storage.registration import confirm, disable_standing, enable_standing
+from flask_rq_webhooks.storage.retention import Pruned
 from tests.storage_rows import (
     CIPHER,
     EXHAUSTED,
@@ -171,7 +165,7 @@ def test_a_part_that_was_the_last_says_so(database: Database) -> None:
 def test_what_disabled_endpoints_missed_is_made_in_parts(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovering, "EVENTS_PER_PART", 3)
+    monkeypatch.setattr(bulk, "EVENTS_PER_PART", 3)
     ids = sorted(new_endpoint(database, kind="standing", host=f"{name}.example") for name in "abc")
     for endpoint_id in ids:
         disable_standing(database, endpoint_id)

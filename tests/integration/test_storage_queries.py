@@ -10,6 +10,7 @@ from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, Occurrence
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import DeliveryFilter, IngestItem, record_attempts
 from flask_rq_webhooks.storage.dispatchers import heartbeat, pause
+from flask_rq_webhooks.storage.endpoints import confirm, disable_standing
 from flask_rq_webhooks.storage.models import Delivery, Event
 from flask_rq_webhooks.storage.queries import (
     MAX_PAGE,
@@ -24,7 +25,6 @@ from flask_rq_webhooks.storage.queries import (
     list_deliveries,
     list_endpoints,
 )
-from flask_rq_webhooks.storage.registration import confirm, disable_standing
 from flask_rq_webhooks.storage.statistics import Hour, statistics
 from tests.storage_rows import (
     EXHAUSTED,

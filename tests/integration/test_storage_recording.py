@@ -20,8 +20,8 @@ from flask_rq_webhooks.storage.deliveries import (
     record_attempts,
     resend,
 )
+from flask_rq_webhooks.storage.endpoints import enable_standing
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint
-from flask_rq_webhooks.storage.registration import enable_standing
 from tests.storage_rows import (
     EXHAUSTED,
     attempt,

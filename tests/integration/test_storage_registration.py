@@ -13,8 +13,7 @@ import pytest
 
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.models import Delivery, Endpoint, Secret, Watch
-from flask_rq_webhooks.storage.registration import (
+from flask_rq_webhooks.storage.endpoints import (
     NewEndpoint,
     confirm,
     create_standing,
@@ -26,6 +25,7 @@ from flask_rq_webhooks.storage.registration import (
     update_standing,
     waiting_for_host,
 )
+from flask_rq_webhooks.storage.models import Delivery, Endpoint, Secret, Watch
 from tests.storage_rows import (
     CIPHER,
     NAMESPACE,

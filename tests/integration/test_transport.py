@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import BODY_CAP, AttemptRequest, RequestsTransport, keeping
-from flask_rq_webhooks.delivery.transport.pinned import PinnedHTTPConnection
+from flask_rq_webhooks.dispatch.http import BODY_CAP, AttemptRequest, RequestsTransport, keeping
+from flask_rq_webhooks.dispatch.http.pool import PinnedHTTPConnection
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, read_request, silence
 from tests.security.test_connections import unanswering
@@ -414,7 +414,7 @@ class TestClosing:
         """The interpreter must be able to exit while getaddrinfo hangs."""
         program = """
 import sys, time
-from flask_rq_webhooks.delivery.transport import AttemptRequest
+from flask_rq_webhooks.dispatch.http import AttemptRequest
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.transports import CLASSES
 made = CLASSES[sys.argv[1]]

@@ -14,12 +14,12 @@ import rq
 from rq.job import Job
 from rq.registry import FailedJobRegistry
 
-from flask_rq_webhooks.capture.reconcile import Reconciler
-from flask_rq_webhooks.capture.trees import TreeReporter
+from flask_rq_webhooks.observe.job_trees import TreeReporter
+from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
+from flask_rq_webhooks.storage.endpoints import confirm
 from flask_rq_webhooks.storage.models import Watch
-from flask_rq_webhooks.storage.registration import confirm
 from tests.pipeline import add_endpoint, deliveries, events, open_state, rows
 
 URL = "http://127.0.0.1:9/hook"

@@ -7,7 +7,7 @@ import os
 
 from flask import Flask
 
-from flask_rq_webhooks.delivery import sender
+from flask_rq_webhooks.dispatch import sender
 from flask_rq_webhooks.storage import database
 from tests.acceptance import host_app
 

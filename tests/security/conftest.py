@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import AttemptRequest, AttemptResult, Transport
+from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, Transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.integration.hosts import Host
 from tests.transports import CLASSES

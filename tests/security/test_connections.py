@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flask_rq_webhooks.delivery.transport import Transport
-from flask_rq_webhooks.delivery.transport.lookups import alternate
+from flask_rq_webhooks.dispatch.http import Transport
+from flask_rq_webhooks.dispatch.http.dns import alternate
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, elapsed, read_request, silence
 from tests.security.conftest import Send, request_to, sender

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import Transport, opening
+from flask_rq_webhooks.dispatch.http import Transport, opening
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, Script, after_request, read_request, then
 from tests.security.conftest import Send, request_to, sender

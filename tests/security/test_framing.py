@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import BODY_CAP, Transport
+from flask_rq_webhooks.dispatch.http import BODY_CAP, Transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, MemoryGrowth, after_request, read_request, then
 from tests.security.conftest import Send, sender

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import Transport
+from flask_rq_webhooks.dispatch.http import Transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, MemoryGrowth, after_request, elapsed, flood, read_request, then
 from tests.security.conftest import request_to, sender

@@ -18,7 +18,7 @@ from schemathesis.checks import (
 )
 from schemathesis.generation import GenerationMode
 
-from flask_rq_webhooks.delivery.hooks import safe_render
+from flask_rq_webhooks.observe.host_hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
 from flask_rq_webhooks.storage.dispatchers import heartbeat

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flask_rq_webhooks.delivery.transport import Transport
+from flask_rq_webhooks.dispatch.http import Transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, elapsed, silence
 from tests.security.conftest import sender

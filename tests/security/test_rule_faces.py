@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from flask import redirect
 from werkzeug.routing import Rule
 
-from flask_rq_webhooks.capture.endings import CALLBACK_GRACE
-from flask_rq_webhooks.capture.rq_details import load_plain
-from flask_rq_webhooks.delivery.dispatcher import Dispatcher
+from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
+from flask_rq_webhooks.observe.outcomes import CALLBACK_GRACE
+from flask_rq_webhooks.queue.job_details import load_plain
 from flask_rq_webhooks.storage.dispatchers import is_paused
 from tests.integration.hosts import FIELDS, Host
 from tests.pipeline import (
@@ -465,7 +465,7 @@ def test_what_a_job_calls_its_run_fits_every_database(
     """Reconcile reads it from RQ: a first argument of any length, with any character."""
     import random
 
-    from flask_rq_webhooks.delivery.dispatcher import reconcile_now
+    from flask_rq_webhooks.dispatch.dispatcher import reconcile_now
 
     noise = random.Random(1)
     long = "\0" + "".join(chr(noise.randrange(0x4E00, 0x9FFF)) for _ in range(20_000))

@@ -13,7 +13,7 @@ import redis
 from rq.job import Job
 
 from flask_rq_webhooks.cli import cli
-from flask_rq_webhooks.delivery.dispatcher import Dispatcher
+from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.errors import ConfigurationError, DecryptionError, InvalidWebhookError
 from flask_rq_webhooks.receiver import verify
 from tests.integration.hosts import Host

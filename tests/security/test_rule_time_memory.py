@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from flask_rq_webhooks.delivery.dispatcher import Dispatcher
+from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.models import Endpoint
 from tests.pipeline import add_endpoint, attempts, callbacks, deliveries, enqueue, open_state, rows

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from flask_rq_webhooks.delivery.dispatcher import Dispatcher
+from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.errors import InvalidWebhookError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from flask_rq_webhooks.storage.models import Endpoint

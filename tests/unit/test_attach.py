@@ -18,9 +18,9 @@ import redis
 import rq
 from rq.job import Job
 
-from flask_rq_webhooks.capture import attach
-from flask_rq_webhooks.capture.attach import Attachment, Queue, current_attachment, make_token
 from flask_rq_webhooks.errors import StorageUnavailableError
+from flask_rq_webhooks.queue import job_callbacks
+from flask_rq_webhooks.queue.job_callbacks import Attachment, Queue, current_attachment, make_token
 
 ENDPOINT = "epnnnnnnnn_" + "0" * 26
 OURS = "flask_rq_webhooks.callbacks"
@@ -39,11 +39,11 @@ def attached(attachment: Attachment | None = None, **options: Any) -> Iterator[A
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    attach.uninstrument()  # a host of an earlier test may have left it on
+    job_callbacks.uninstrument()  # a host of an earlier test may have left it on
     original = rq.Queue.create_job
     yield
-    attach.set_default_attachment(None)
-    attach.uninstrument()
+    job_callbacks.set_default_attachment(None)
+    job_callbacks.uninstrument()
     assert rq.Queue.create_job is original
 
 
@@ -165,7 +165,7 @@ def test_what_rq_refuses_or_warns_of_is_refused_and_warned_of(option: str, user:
         a_queue(rq.Queue).create_job("tests.jobs.add", **{option: user})
 
     error, seen = outcome_of(create)
-    attach.instrument()
+    job_callbacks.instrument()
     with attached():
         assert outcome_of(create) == (error, seen)
     assert seen  # this RQ still calls them deprecated
@@ -206,7 +206,7 @@ def test_id_given_by_position() -> None:
 
 def test_this_rq_has_the_job_id_where_we_look_for_it() -> None:
     parameters = list(inspect.signature(rq.Queue.create_job).parameters)
-    assert parameters.index("job_id") - 1 == attach._JOB_ID_POSITION
+    assert parameters.index("job_id") - 1 == job_callbacks._JOB_ID_POSITION
 
 
 def test_refused_job_gives_the_reserved_id_back() -> None:
@@ -267,7 +267,7 @@ def test_tasks_of_an_async_view_are_reached_and_other_requests_are_not() -> None
 
 
 def test_instrumented_rq_queues_carry_the_webhook() -> None:
-    attach.instrument()
+    job_callbacks.instrument()
     with attached() as attachment:
         job = a_queue(rq.Queue).create_job("tests.jobs.add")
     after = a_queue(rq.Queue).create_job("tests.jobs.add")
@@ -279,19 +279,19 @@ def test_instrumented_rq_queues_carry_the_webhook() -> None:
 
 def test_instrumenting_is_idempotent_and_reversible() -> None:
     original = rq.Queue.create_job
-    attach.instrument()
+    job_callbacks.instrument()
     once = rq.Queue.create_job
-    attach.instrument()
+    job_callbacks.instrument()
     assert rq.Queue.create_job is once
 
-    attach.uninstrument()
-    attach.uninstrument()
+    job_callbacks.uninstrument()
+    job_callbacks.uninstrument()
     assert rq.Queue.create_job is original
     with attached() as attachment:
         job = a_queue(rq.Queue).create_job("tests.jobs.add")
     assert (names(job), attachment.jobs) == ((None, None, None), [])
 
-    attach.instrument()
+    job_callbacks.instrument()
     with attached():
         assert names(a_queue(rq.Queue).create_job("tests.jobs.add")) == ours()
 
@@ -302,7 +302,7 @@ def test_instrumenting_from_many_threads() -> None:
 
     def instrument() -> None:
         barrier.wait()
-        attach.instrument()
+        job_callbacks.instrument()
 
     threads = [threading.Thread(target=instrument) for _number in range(8)]
     for thread in threads:
@@ -315,14 +315,14 @@ def test_instrumenting_from_many_threads() -> None:
 
 def test_method_looks_as_before() -> None:
     original = inspect.signature(rq.Queue.create_job)
-    attach.instrument()
+    job_callbacks.instrument()
 
     assert rq.Queue.create_job.__name__ == "create_job"
     assert inspect.signature(rq.Queue.create_job) == original
 
 
 def test_our_queue_on_instrumented_rq_attaches_once() -> None:
-    attach.instrument()
+    job_callbacks.instrument()
     with attached(reserved_job_id="reserved") as attachment:
         job = a_queue().create_job("tests.jobs.add", on_success=rq.Callback(callback))
 
@@ -337,7 +337,7 @@ def test_hosts_own_subclass_of_an_instrumented_queue() -> None:
             kwargs["meta"] = {"host": True}
             return super().create_job(*args, **kwargs)
 
-    attach.instrument()
+    job_callbacks.instrument()
     with attached() as attachment:
         job = a_queue(HostQueue).create_job("tests.jobs.add")
 
@@ -348,7 +348,7 @@ def test_hosts_own_subclass_of_an_instrumented_queue() -> None:
 def test_host_wraps_create_job_around_ours(wraps: bool) -> None:
     seen: list[Job] = []
     original = rq.Queue.create_job
-    attach.instrument()
+    job_callbacks.instrument()
     inner = rq.Queue.create_job
 
     def host_wrapper(self: rq.Queue, *args: Any, **kwargs: Any) -> Job:
@@ -359,24 +359,24 @@ def test_host_wraps_create_job_around_ours(wraps: bool) -> None:
     if wraps:
         host_wrapper = functools.wraps(inner)(host_wrapper)
     rq.Queue.create_job = host_wrapper  # type: ignore[method-assign]
-    attach.instrument()
+    job_callbacks.instrument()
     with attached() as attachment:
         job = a_queue(rq.Queue).create_job("tests.jobs.add")
     assert names(job) == ours()
     assert attachment.jobs == [job]
 
-    attach.uninstrument()  # the host's wrapper is not ours to remove
+    job_callbacks.uninstrument()  # the host's wrapper is not ours to remove
     assert rq.Queue.create_job is host_wrapper
     seen.clear()
     with attached() as attachment:
         job = a_queue(rq.Queue).create_job("tests.jobs.add")
     assert (names(job), attachment.jobs, seen) == ((None, None, None), [], [job])
 
-    attach.instrument()  # ours is still inside and works again
+    job_callbacks.instrument()  # ours is still inside and works again
     with attached() as attachment:
         job = a_queue(rq.Queue).create_job("tests.jobs.add")
     assert (names(job), attachment.jobs) == (ours(), [job])
-    attach.uninstrument()
+    job_callbacks.uninstrument()
     rq.Queue.create_job = original  # type: ignore[method-assign]
 
 
@@ -385,7 +385,7 @@ def test_host_wraps_create_job_around_ours(wraps: bool) -> None:
 
 def test_default_attachment() -> None:
     default = Attachment(None, "epnnnnnnnn_all")
-    attach.set_default_attachment(lambda: default)
+    job_callbacks.set_default_attachment(lambda: default)
     job = a_queue().create_job("tests.jobs.add")
 
     assert names(job)[0] == f"{OURS}.success.epnnnnnnnn_all"
@@ -393,7 +393,7 @@ def test_default_attachment() -> None:
 
 
 def test_request_goes_before_the_default() -> None:
-    attach.set_default_attachment(lambda: Attachment(None, "epnnnnnnnn_all"))
+    job_callbacks.set_default_attachment(lambda: Attachment(None, "epnnnnnnnn_all"))
     with attached() as attachment:
         job = a_queue().create_job("tests.jobs.add")
 
@@ -405,7 +405,7 @@ def test_default_that_cannot_be_had_does_not_stop_the_hosts_job(caplog: pytest.L
     def unavailable() -> Attachment:
         raise StorageUnavailableError
 
-    attach.set_default_attachment(unavailable)
+    job_callbacks.set_default_attachment(unavailable)
     job = a_queue().create_job("tests.jobs.add")
 
     assert names(job) == (None, None, None)
@@ -417,7 +417,7 @@ def test_default_that_cannot_be_had_does_not_stop_the_hosts_job(caplog: pytest.L
 
 @pytest.fixture
 def _nothing_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attach, "_refused_databases", set())
+    monkeypatch.setattr(job_callbacks, "_refused_databases", set())
 
 
 @pytest.mark.usefixtures("_nothing_refused")

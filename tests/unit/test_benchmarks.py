@@ -35,7 +35,7 @@ from benchmarks.promises import PROMISES
 from benchmarks.receiver import checked
 from benchmarks.registry import BENCHMARKS
 from benchmarks.stages import shares_by_package
-from flask_rq_webhooks.protocol.signing import signature_headers
+from flask_rq_webhooks.protocol.signatures import signature_headers
 
 
 def test_rates_are_compared_round_by_round() -> None:
@@ -231,7 +231,7 @@ def test_the_receiver_tells_unsigned_forged_and_repeated_requests() -> None:
 
 
 def test_a_profile_by_package_gives_built_in_time_to_callers() -> None:
-    ours, theirs = "/clone/flask_rq_webhooks/delivery/ingest.py", "/venv/lib/site-packages/redis/client.py"
+    ours, theirs = "/clone/flask_rq_webhooks/observe/ingest.py", "/venv/lib/site-packages/redis/client.py"
     stats = {
         (ours, 1, "run"): (1, 1, 2.0, 9.0, {}),
         (theirs, 2, "pack"): (1, 1, 1.0, 4.0, {}),

@@ -29,9 +29,9 @@ from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 from rq.utils import import_attribute
 
 from flask_rq_webhooks import callbacks
-from flask_rq_webhooks.capture.outbox import parse_entry
-from flask_rq_webhooks.protocol import failures
-from flask_rq_webhooks.protocol.jsonsafe import dumps_capped
+from flask_rq_webhooks.protocol import worker_errors
+from flask_rq_webhooks.protocol.json_safe import dumps_capped
+from flask_rq_webhooks.queue.outbox import parse_entry
 
 ENDPOINT = "ep" + "n" * 8 + "_" + "0" * 26
 SUCCESS = f"flask_rq_webhooks.callbacks.success.{ENDPOINT}"
@@ -451,11 +451,11 @@ def test_long_error_is_cut() -> None:
 
     error = parse_entry(stream.appended[0][1].encode()).error
     assert error is not None
-    assert error["message"] == message[: failures.MAX_MESSAGE_CHARS - 3] + "..."
+    assert error["message"] == message[: worker_errors.MAX_MESSAGE_CHARS - 3] + "..."
     assert error["traceback"].startswith("ValueError: first")
     assert error["traceback"].endswith(" last\n")
     assert "characters left out" in error["traceback"]
-    assert len(error["traceback"]) < failures.MAX_TRACEBACK_CHARS + 100
+    assert len(error["traceback"]) < worker_errors.MAX_TRACEBACK_CHARS + 100
 
 
 # -- jobs that did not run in this process ------------------------------------------------------------------
@@ -717,7 +717,7 @@ def test_import_brings_in_nothing_but_our_own() -> None:
 
 @pytest.mark.parametrize(
     ("result", "more"),
-    [("None", []), ("{'peak': [1.5, (2, True)]}", []), ("{1: 2}", ["protocol", "protocol.jsonsafe"])],
+    [("None", []), ("{'peak': [1.5, (2, True)]}", []), ("{1: 2}", ["protocol", "protocol.json_safe"])],
 )
 def test_success_with_a_plain_result_brings_in_nothing_more(result: str, more: list[str]) -> None:
     printed = in_a_worker(

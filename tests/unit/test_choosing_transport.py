@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from flask_rq_webhooks.config import load_settings
-from flask_rq_webhooks.delivery.transport import open_transport
+from flask_rq_webhooks.dispatch.http import open_transport
 from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.servers import ROOT
@@ -34,7 +34,7 @@ def test_without_aiohttp_the_extra_is_named_and_nothing_else_needs_it() -> None:
 import sys
 sys.modules["aiohttp"] = None
 from flask_rq_webhooks.config import load_settings
-from flask_rq_webhooks.delivery.transport import open_transport
+from flask_rq_webhooks.dispatch.http import open_transport
 from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 open_transport(load_settings({}, {}), UrlPolicy(), concurrency=1).close(wait=True)
@@ -53,7 +53,7 @@ except ConfigurationError as exc:
 def test_without_the_compiled_parser_aiohttp_is_refused() -> None:
     program = """
 from flask_rq_webhooks.config import load_settings
-from flask_rq_webhooks.delivery.transport import open_transport
+from flask_rq_webhooks.dispatch.http import open_transport
 from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 try:

@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from flask_rq_webhooks.capture.endings import (
+from flask_rq_webhooks.observe.job_trees import blocked_jobs, verdict_on
+from flask_rq_webhooks.observe.outcomes import (
     RESERVED_GRACE,
     Meaning,
     WatchFacts,
@@ -20,12 +21,11 @@ from flask_rq_webhooks.capture.endings import (
     occurrence_of_result,
     occurrence_of_word,
 )
-from flask_rq_webhooks.capture.outbox import OutboxEntry
-from flask_rq_webhooks.capture.rq_details import JobRecord
-from flask_rq_webhooks.capture.rq_state import UNKNOWN, JobResult
-from flask_rq_webhooks.capture.trees import blocked_jobs, verdict_on
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.protocol.tracebacks import error_from_text
+from flask_rq_webhooks.queue.job_details import JobRecord
+from flask_rq_webhooks.queue.job_reader import UNKNOWN, JobResult
+from flask_rq_webhooks.queue.outbox import OutboxEntry
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 ENDPOINT = "eptesttest_" + "0" * 26

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rq.timeouts import JobTimeoutException
 
-from flask_rq_webhooks.protocol.jsonsafe import MAX_DEPTH, MAX_TEXT, dumps_capped, safe_text, to_json_safe
+from flask_rq_webhooks.protocol.json_safe import MAX_DEPTH, MAX_TEXT, dumps_capped, safe_text, to_json_safe
 
 
 class Colour(enum.Enum):
@@ -548,9 +548,9 @@ def test_the_import_costs_nothing_an_rq_worker_has_not_paid() -> None:
         import rq.worker
         import flask_rq_webhooks.protocol
         before = set(sys.modules)
-        import flask_rq_webhooks.protocol.jsonsafe
+        import flask_rq_webhooks.protocol.json_safe
         print(sorted(set(sys.modules) - before))
         """
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "['flask_rq_webhooks.protocol.jsonsafe']"
+    assert printed.strip() == "['flask_rq_webhooks.protocol.json_safe']"

@@ -20,21 +20,23 @@ RANKS = {
     "signals": 0,
     "protocol": 1,
     "storage": 2,
-    "capture": 3,
+    "queue": 3,
     "state": 4,
-    "delivery": 5,
-    "web": 6,
-    "extension": 7,
-    "cli": 8,
-    "testing": 8,
+    "accept": 5,
+    "observe": 5,
+    "dispatch": 6,
+    "web": 7,
+    "extension": 8,
+    "cli": 9,
+    "testing": 9,
 }
 
 #: Outside the ranks: what runs in users' workers and receivers may use hardly anything.
 ALONE = {
-    "callbacks": {"protocol.failures", "protocol.jsonsafe"},
-    "receiver": {"protocol.signing", "errors"},
+    "callbacks": {"protocol.worker_errors", "protocol.json_safe"},
+    "receiver": {"protocol.signatures", "errors"},
     # The names of the package, loaded on first use; `version` is all it really imports.
-    "__init__": {"version", "errors", "extension", "capture.attach"},
+    "__init__": {"version", "errors", "extension", "queue.job_callbacks"},
 }
 
 
@@ -53,7 +55,7 @@ def imports_of(module: str, source: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
-            # `from .capture import attach` names a module, `from .errors import X` a thing in one.
+            # `from .queue import job_callbacks` names a module, `from .errors import X` a thing in one.
             targets = [_module_or_origin(origin, name.name) for name in node.names]
         else:
             continue
@@ -104,15 +106,15 @@ def test_every_module_has_a_rank() -> None:
         ("protocol.retry", "from ..storage.models import Event", ["protocol.retry:1 imports storage.models"]),
         (
             "storage.models",
-            "def f():\n    from ..capture import attach",
-            ["storage.models:2 imports capture.attach"],
+            "def f():\n    from ..queue import job_callbacks",
+            ["storage.models:2 imports queue.job_callbacks"],
         ),
-        ("delivery.ingest", "import flask_rq_webhooks.web.api", ["delivery.ingest:1 imports web.api"]),
-        ("delivery.ingest", "from .. import RQWebhooks", ["delivery.ingest:1 imports __init__"]),
+        ("observe.ingest", "import flask_rq_webhooks.web.api", ["observe.ingest:1 imports web.api"]),
+        ("observe.ingest", "from .. import RQWebhooks", ["observe.ingest:1 imports __init__"]),
         ("callbacks", "from .errors import RQWebhooksError", ["callbacks:1 imports errors"]),
-        ("callbacks", "from .protocol.jsonsafe import to_json_safe", []),
-        ("web.api", "from ..storage import queries\nfrom .schemas import x\nimport flask", []),
-        ("extension", "from .web import api, decorators", []),
+        ("callbacks", "from .protocol.json_safe import to_json_safe", []),
+        ("web.api", "from ..storage import queries\nfrom .api_schemas import x\nimport flask", []),
+        ("extension", "from .web import api, pages", []),
     ],
 )
 def test_the_walker_sees_upward_imports(module: str, source: str, expected: list[str]) -> None:

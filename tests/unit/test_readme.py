@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from flask_rq_webhooks.protocol.signing import body_signature, standard_signature
+from flask_rq_webhooks.protocol.signatures import body_signature, standard_signature
 
 README = (Path(__file__).resolve().parents[2] / "README.rst").read_text()
 

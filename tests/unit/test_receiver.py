@@ -22,11 +22,7 @@ from hypothesis import strategies as st
 from werkzeug.datastructures import Headers
 
 from flask_rq_webhooks.errors import SignatureError
-from flask_rq_webhooks.protocol.signing import (
-    body_signature,
-    signature_headers,
-    standard_signature,
-)
+from flask_rq_webhooks.protocol.signatures import body_signature, signature_headers, standard_signature
 from flask_rq_webhooks.receiver import VerifiedWebhook, verified_webhook, verify
 
 # The vector published with Standard Webhooks and by Svix.

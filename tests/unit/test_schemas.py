@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from flask_rq_webhooks.accept.request_schema import WebhookRequest, load_webhook
 from flask_rq_webhooks.config import load_settings
 from flask_rq_webhooks.errors import InvalidWebhookError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
-from flask_rq_webhooks.web.schemas import WebhookRequest, load_webhook
 
 URL = "https://hooks.example.com/in"
 POLICY = UrlPolicy()

@@ -14,7 +14,7 @@ import svix.webhooks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_rq_webhooks.protocol.signing import (
+from flask_rq_webhooks.protocol.signatures import (
     body_key,
     body_signature,
     generate_secret,

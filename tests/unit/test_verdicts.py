@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from flask_rq_webhooks.capture.outbox import OutboxEntry
-from flask_rq_webhooks.capture.rq_state import JobResult, JobState
-from flask_rq_webhooks.delivery.verdicts import Open, Verdict, judge, occurrence_of
+from flask_rq_webhooks.observe.verdicts import Open, Verdict, judge, occurrence_of
 from flask_rq_webhooks.protocol.events import format_time
+from flask_rq_webhooks.queue.job_reader import JobResult, JobState
+from flask_rq_webhooks.queue.outbox import OutboxEntry
 
 TOLD_AT = datetime(2026, 3, 1, 12, 0, 10, tzinfo=UTC)
 RUN = format_time(TOLD_AT - timedelta(seconds=10))

@@ -1,0 +1,357 @@
+"""The process that delivers: threads that ingest, send, record and show signs of life, and an orderly end.
+
+Owns the life of the process: threads survive their errors, signals end it, periodic jobs run in the main
+thread. What the threads do is in :mod:`~flask_rq_webhooks.observe.ingest`,
+:mod:`~flask_rq_webhooks.dispatch.sender` and :mod:`~flask_rq_webhooks.dispatch.recorder`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from redis import RedisError
+
+from ..errors import StorageUnavailableError
+from ..observe.ingest import Ingest
+from ..observe.publisher import Teller
+from ..observe.reconcile import Reconciler, ReconcileReport
+from ..storage.deliveries import free_expired_leases, prune
+from ..storage.dispatchers import drop_reconcile_lease, heartbeat, sign_off, take_reconcile_lease
+from ..storage.models import new_id
+from ..storage.retention import Pruned
+from .http import Transport, open_transport
+from .pubsub import Notices
+from .rate_limit import RateLimiter
+from .recorder import Recorder
+from .sender import Sender
+
+if TYPE_CHECKING:
+    from ..state import State
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between heartbeats; expired leases are looked for just as often.
+HEARTBEAT_S = 5.0
+#: Seconds without a finished step after which a thread counts as stuck, and heartbeats cease.
+STUCK_S = 60.0
+#: Seconds between looks at trees one of whose jobs ended; in any dispatcher, whoever has the lease.
+TREES_S = 0.5
+#: Seconds between prunings.
+PRUNE_S = 3600.0
+#: Seconds after a missed pass in which another dispatcher takes over. Two passes at once do no harm.
+LEASE_SPARE_S = 5.0
+#: First and longest pause after an error, seconds.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeriodicJob:
+    """Something the main thread does again and again.
+
+    The main thread, because RQ cleans its registries correctly only there.
+
+    :param name: for the log.
+    :param interval_s: seconds from one start to the next.
+    :param first_after_s: seconds until the first start.
+    :param run: gets a function that says whether to stop early.
+    """
+
+    name: str
+    interval_s: float
+    first_after_s: float = 0.0
+    run: Callable[[Callable[[], bool]], object]
+
+
+def reconcile_now(state: State) -> ReconcileReport | None:
+    """Look once for endings that no callback reported; ``None`` where a dispatcher is at it.
+
+    :raises StorageUnavailableError: when SQL cannot be reached.
+    :raises redis.RedisError: when Redis cannot be reached.
+    """
+    owner = new_id("cli")
+    if not take_reconcile_lease(state.database, owner, _lease_s(state)):
+        return None
+    try:
+        return _reconciler(state, Teller(state)).run_once()
+    finally:
+        drop_reconcile_lease(state.database, owner)
+
+
+def _reconciler(state: State, teller: Teller) -> Reconciler:
+    return Reconciler(
+        state.database,
+        state.redis,
+        tell=teller.tell,
+        settings=state.settings,
+        outbox_key=state.outbox.key,
+    )
+
+
+def _lease_s(state: State) -> float:
+    return 2 * state.settings.reconcile_interval + LEASE_SPARE_S
+
+
+class Dispatcher:
+    """Deliver until told to stop.
+
+    :param state: the app's state.
+    :param transport: how bytes travel; what ``TRANSPORT`` says by default. A given one is not closed here.
+    :param concurrency: requests in flight at once; ``CONCURRENCY`` by default.
+    :param periodic: jobs of the main thread beside reconcile and pruning.
+    :raises StorageUnavailableError: when SQL cannot be reached.
+    :raises ConfigurationError: when ``TRANSPORT`` needs something that is not installed.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        *,
+        transport: Transport | None = None,
+        concurrency: int | None = None,
+        periodic: Sequence[PeriodicJob] = (),
+    ) -> None:
+        settings = state.settings
+        self.id = new_id("dsp")
+        self._state = state
+        self._concurrency = concurrency or settings.concurrency
+        self._limiter = RateLimiter(state.redis, settings.rate_limit_per_minute, namespace=state.namespace)
+        self._notices = Notices.from_settings(settings)
+        self._own_transport = transport is None
+        self._transport = transport or open_transport(
+            settings, state.url_policy, concurrency=self._concurrency
+        )
+        self._recorder = Recorder(state, notices=self._notices, dispatcher_id=self.id)
+        self._sender = Sender(
+            state,
+            transport=self._transport,
+            limiter=self._limiter,
+            recorder=self._recorder,
+            concurrency=self._concurrency,
+        )
+        teller = Teller(state, on_deliveries=self._sender.wake)
+        self._reconciler = _reconciler(state, teller)
+        trees = self._reconciler.trees
+        hinting = Teller(state, on_deliveries=self._sender.wake, on_ended=trees.look_sooner)
+        self._ingest = Ingest(state, consumer=self.id, teller=hinting)
+        interval_s = settings.reconcile_interval
+        self._periodic = [
+            PeriodicJob(
+                name="reconcile", interval_s=interval_s, first_after_s=interval_s, run=self._reconcile
+            ),
+            PeriodicJob(name="trees", interval_s=TREES_S, run=lambda _should_stop: trees.run_hinted()),
+            PeriodicJob(name="prune", interval_s=PRUNE_S, first_after_s=PRUNE_S / 60, run=self._prune),
+            *periodic,
+        ]
+        self._stop_requested = False
+        self._hurry = False
+        self._troubles: dict[str, type[BaseException]] = {}
+        self._alive_at: dict[str, float] = {}
+        self._outbox_empty_since: float | None = None
+        self._poke_read, self._poke_write = os.pipe()
+        os.set_blocking(self._poke_write, False)
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    def run(self, *, burst: bool = False) -> None:
+        """Work until :meth:`stop`, SIGTERM or SIGINT; then finish what is in flight and return.
+
+        A second signal does not wait: what is in flight is released and will be sent again, under the same
+        ``webhook-id``. May be called once.
+
+        :param burst: return as soon as the outbox is empty and nothing is due; no periodic jobs.
+        :raises StorageUnavailableError: when SQL cannot be reached at the start.
+        """
+        heartbeat(self._state.database, self.id, started=True)
+        logger.info(
+            "Dispatcher %s started: up to %d requests in flight, %d per host.",
+            self.id, self._concurrency, self._state.settings.concurrency_per_host,
+        )  # fmt: skip
+        work = {
+            "ingest": self._ingest.run_once,
+            "send": self._sender.step,
+            "record": partial(self._recorder.step, more_to_come=lambda: self._sender.in_flight),
+            "heartbeat": self._show_life,
+        }
+        threads = [
+            threading.Thread(target=self._work, args=item, name=f"rq-webhooks-{item[0]}")
+            for item in work.items()
+        ]
+        with self._signals():
+            for thread in threads:
+                thread.start()
+            try:
+                self._run_periodic_jobs(burst=burst)
+            finally:
+                self._stop_requested = True
+                self._sender.wake()
+                self._recorder.wake()
+                for thread in threads:
+                    while thread.is_alive():  # one long join would keep Python from handling signals
+                        thread.join(0.1)
+                try:
+                    self._sender.finish(hurry=lambda: self._hurry)
+                finally:
+                    self._close()
+        logger.info("Dispatcher %s stopped.", self.id)
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to finish what is in flight and return. May be called from any thread."""
+        self._stop_requested = True
+        self._poke()
+        self._sender.wake()
+        self._recorder.wake()
+
+    def _close(self) -> None:
+        if self._own_transport:
+            self._transport.close(wait=not self._hurry)
+        self._limiter.close()
+        self._notices.close()
+        os.close(self._poke_read)
+        os.close(self._poke_write)
+        try:
+            sign_off(self._state.database, self.id)
+        except StorageUnavailableError as exc:
+            logger.warning("Dispatcher %s could not sign off: %s", self.id, exc)
+
+    # -- the main thread ------------------------------------------------------------------------------
+
+    def _run_periodic_jobs(self, *, burst: bool) -> None:
+        started = time.monotonic()
+        due = {job.name: started + job.first_after_s for job in self._periodic}
+        while not self._stop_requested:
+            for job in () if burst else self._periodic:
+                if time.monotonic() >= due[job.name] and not self._stop_requested:
+                    due[job.name] = time.monotonic() + job.interval_s
+                    self._attempt(job.name, partial(job.run, lambda: self._stop_requested))
+            if burst and self._nothing_left():
+                return
+            self._wait(0.01 if burst else min(due.values()) - time.monotonic())
+
+    def _nothing_left(self) -> bool:
+        """Say whether the outbox is empty and, looked at after that, nothing is due or in flight."""
+        try:
+            empty = self._ingest.is_idle()
+        except RedisError:
+            empty = False  # the ingest thread tells about it
+        if not empty:
+            self._outbox_empty_since = None
+            return False
+        if self._outbox_empty_since is None:
+            self._outbox_empty_since = time.monotonic()
+        idle_since = self._sender.idle_since
+        if idle_since is not None and idle_since >= self._outbox_empty_since:
+            return True
+        self._sender.wake()
+        return False
+
+    def _reconcile(self, should_stop: Callable[[], bool]) -> None:
+        if not take_reconcile_lease(self._state.database, self.id, _lease_s(self._state)):
+            return  # another dispatcher does it
+        report = self._reconciler.run_once(should_stop)
+        if report.told:
+            logger.info("Reconcile told of endings that no callback reported: %s", dict(report.told))
+
+    def _prune(self, _should_stop: Callable[[], bool]) -> None:
+        days = timedelta(days=self._state.settings.retention_days)
+        pruned = prune(self._state.database, datetime.now(UTC) - days)
+        if pruned != Pruned():
+            logger.info("Pruned: %s", pruned)
+
+    # -- signals --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        # Attributes and a pipe only: a lock taken here could be held by the very code interrupted.
+        self._hurry = self._stop_requested
+        self._stop_requested = True
+        self._poke()
+
+    def _poke(self) -> None:
+        try:
+            os.write(self._poke_write, b"x")
+        except OSError:
+            return  # full, so there is enough to read; or closed, so nobody waits
+
+    def _wait(self, timeout_s: float) -> None:
+        readable, _, _ = select.select([self._poke_read], [], [], max(0.0, timeout_s))
+        if readable:
+            os.read(self._poke_read, 4096)
+
+    # -- threads --------------------------------------------------------------------------------------
+
+    def _work(self, name: str, step: Callable[[], object]) -> None:
+        """Repeat *step* until the end; after an error with a growing pause."""
+        pause_s = FIRST_PAUSE_S
+        while not self._stop_requested:
+            if self._attempt(name, step):
+                pause_s = FIRST_PAUSE_S
+            else:
+                self._sleep(pause_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _attempt(self, name: str, step: Callable[[], object]) -> bool:
+        """Run *step* and say whether it went well: the one place where a thread survives its errors."""
+        try:
+            step()
+        except (StorageUnavailableError, RedisError) as exc:
+            self._alive_at[name] = time.monotonic()
+            if self._troubles.get(name) is not type(exc):
+                self._troubles[name] = type(exc)
+                logger.error(
+                    "%s: %s: %s. Nothing is lost; trying until it works.", name, type(exc).__name__, exc
+                )
+            return False
+        except Exception:
+            # Not counted as a sign of life: a thread that never gets through must not look healthy.
+            logger.exception("%s: an unexpected error; trying again.", name)
+            return False
+        self._alive_at[name] = time.monotonic()
+        if self._troubles.pop(name, None) is not None:
+            logger.warning("%s: works again.", name)
+        return True
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stop_requested and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+
+    def _show_life(self) -> None:
+        stuck = [
+            name
+            for name in ("ingest", "send", "record")
+            if time.monotonic() - self._alive_at.setdefault(name, time.monotonic()) > STUCK_S
+        ]
+        if stuck:
+            logger.error(
+                "No heartbeat: %s has not got through for more than %.0f s.", " and ".join(stuck), STUCK_S
+            )
+        else:
+            heartbeat(self._state.database, self.id, started=False)
+        if free_expired_leases(self._state.database):
+            self._sender.wake()
+        self._sleep(HEARTBEAT_S)

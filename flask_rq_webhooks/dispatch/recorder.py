@@ -1,0 +1,229 @@
+"""The last stage: what came back is recorded, and told to whoever listens.
+
+Owns answers from their arrival until SQL has them, what they mean for their delivery, and in how large
+batches they are written. Knows nothing of what is due, nor of how bytes travel.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import DataError
+
+from .. import signals
+from .._steps import reached
+from ..protocol.headers import mask_headers
+from ..protocol.retry import Decision
+from ..protocol.urls import redact_url
+from ..storage.deliveries import AttemptRecord, ClaimedDelivery, record_attempts
+from .http import AttemptRequest, AttemptResult
+from .pubsub import Notices
+
+if TYPE_CHECKING:
+    from ..state import State
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for which answers gather while others are still to come, so that they share a transaction.
+#: Nobody waits for it: the answers' places were free for others when they came.
+GATHER_S = 0.02
+#: Longest time without a look.
+LONGEST_SLEEP_S = 1.0
+
+
+def judge(
+    state: State, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult
+) -> AttemptRecord:
+    """Return what an answer means for its delivery, as it is recorded."""
+    decision = state.retry_policy.decide(
+        status_code=result.status_code,
+        error_code=result.error_code,
+        number=delivery.number,
+        max_attempts=delivery.max_attempts,
+        retry_after=result.retry_after,
+        now=datetime.now(UTC),
+        random=random.random,
+    )
+    return AttemptRecord(
+        delivery=delivery,
+        started_at=result.started_at,
+        duration_ms=result.duration_ms,
+        status_code=result.status_code,
+        error_code=decision.error_code,
+        error_detail=result.error_detail,
+        request_headers=mask_headers(request.headers, header_prefix=state.settings.header_prefix),
+        response_headers=result.response_headers,
+        response_body=result.response_body,
+        decision=decision,
+    )
+
+
+class Recorder:
+    """Record answers, step by step, in one thread.
+
+    :param state: the app's state.
+    :param notices: told after every recorded attempt.
+    :param dispatcher_id: written into every attempt.
+    """
+
+    def __init__(self, state: State, *, notices: Notices, dispatcher_id: str) -> None:
+        self._state = state
+        self._notices = notices
+        self._dispatcher_id = dispatcher_id
+        self._arrived: deque[tuple[ClaimedDelivery, AttemptRequest, AttemptResult] | AttemptRecord] = deque()
+        self._unrecorded: list[AttemptRecord] = []
+        self._woken = threading.Event()
+        #: Called after every batch with the seconds until the first retry of it, if there is one.
+        self.on_recorded: Callable[[float | None], None] = lambda retry_in_s: None
+
+    def __len__(self) -> int:
+        """Return how many attempts wait to be recorded."""
+        return len(self._arrived) + len(self._unrecorded)
+
+    def add(self, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult) -> None:
+        """Take an answer, from any thread."""
+        self._arrived.append((delivery, request, result))
+        if not self._woken.is_set():
+            self._woken.set()
+
+    def add_refusal(self, delivery: ClaimedDelivery, error_code: str, detail: str) -> None:
+        """Take an attempt that ended the delivery without anything being sent, from any thread."""
+        self._arrived.append(
+            AttemptRecord(
+                delivery=delivery,
+                started_at=datetime.now(UTC),
+                duration_ms=0.0,
+                status_code=None,
+                error_code=error_code,
+                error_detail=detail,
+                request_headers={},
+                response_headers={},
+                response_body=b"",
+                decision=Decision(
+                    status="exhausted", delay_s=None, disable_endpoint=False, error_code=error_code
+                ),
+            )
+        )
+        self._woken.set()
+
+    def wake(self) -> None:
+        """Let :meth:`step` return soon, from any thread."""
+        self._woken.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until there may be something to record."""
+        if not len(self):
+            self._woken.wait(timeout_s)
+        self._woken.clear()
+
+    def step(self, *, more_to_come: Callable[[], object] = lambda: False) -> None:
+        """Wait for answers and record them.
+
+        :param more_to_come: says whether requests are still under way.
+        :raises StorageUnavailableError: when SQL cannot be reached; the answers are kept, call again.
+        """
+        self.wait(LONGEST_SLEEP_S)
+        until = time.monotonic() + GATHER_S
+        while 0 < len(self) < self._state.settings.batch and more_to_come():
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                break
+            time.sleep(min(left_s, GATHER_S / 4))
+        self.record()
+
+    def record(self) -> None:
+        """Record what has come so far, not what comes meanwhile.
+
+        :raises StorageUnavailableError: when SQL cannot be reached; the answers are kept, call again.
+        """
+        for _ in range(len(self._arrived)):
+            one = self._arrived[0]  # until it is in the other list, it counts here
+            self._unrecorded.append(one if isinstance(one, AttemptRecord) else judge(self._state, *one))
+            self._arrived.popleft()
+        while self._unrecorded:
+            batch = self._unrecorded[: self._state.settings.batch]
+            reached("attempt made")
+            self._record_batch(batch)
+            reached("attempt recorded")
+            del self._unrecorded[: len(batch)]
+            delays = [one.decision.delay_s for one in batch if one.decision.delay_s is not None]
+            self.on_recorded(min(delays, default=None))
+
+    def _record_batch(self, batch: Sequence[AttemptRecord]) -> None:
+        try:
+            self._write(batch)
+        except DataError as exc:
+            if len(batch) > 1:
+                for record in batch:
+                    self._record_batch([record])
+                return
+            # What a receiver sent cannot be stored; the outcome must be, or the attempt is made for ever.
+            logger.error(
+                "The answer to delivery %s cannot be stored, only its outcome: %s", batch[0].delivery.id, exc
+            )
+            self._write(
+                [
+                    replace(
+                        batch[0],
+                        error_detail="The receiver's answer could not be stored.",
+                        response_headers={},
+                        response_body=b"",
+                    )
+                ]
+            )
+
+    def _write(self, records: Sequence[AttemptRecord]) -> None:
+        outcome = record_attempts(
+            self._state.database,
+            records,
+            dispatcher_id=self._dispatcher_id,
+            disable_after=self._state.settings.disable_after,
+        )
+        told = [(record, outcome.recorded.get(record.delivery.id)) for record in records]
+        recorded = [(record, status) for record, status in told if status is not None]
+        if outcome.stale:
+            logger.warning(
+                "%d attempts are not recorded: they are already, or their delivery was deleted, or they "
+                "were made under a lease that had run out; then they are made again, same webhook-id: %s",
+                len(outcome.stale), ", ".join(outcome.stale[:5]),
+            )  # fmt: skip
+        self._notices.publish(recorded)
+        self._emit(recorded, outcome.disabled)
+
+    def _emit(self, recorded: Iterable[tuple[AttemptRecord, str]], disabled: Mapping[str, str]) -> None:
+        heard = (
+            signals.delivery_succeeded.receivers
+            or signals.attempt_failed.receivers
+            or signals.delivery_exhausted.receivers
+            or signals.endpoint_disabled.receivers
+        )
+        if not heard:
+            return
+        app = self._state.app
+        with app.app_context():
+            for record, status in recorded:
+                delivery = record.delivery
+                what = {
+                    "delivery_id": delivery.id,
+                    "event_id": delivery.event_id,
+                    "job_id": delivery.job_id,
+                    "url": redact_url(delivery.url),
+                    "attempts": delivery.number,
+                }
+                if status == "succeeded":
+                    signals.emit(signals.delivery_succeeded, app, **what)
+                    continue
+                what |= {"error_code": record.decision.error_code, "status_code": record.status_code}
+                signals.emit(signals.attempt_failed, app, **what)
+                if status == "exhausted":
+                    signals.emit(signals.delivery_exhausted, app, **what)
+            for endpoint_id, reason in disabled.items():
+                signals.emit(signals.endpoint_disabled, app, endpoint_id=endpoint_id, reason=reason)

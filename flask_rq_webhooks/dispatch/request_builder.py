@@ -1,0 +1,181 @@
+"""From a claimed delivery to the request that is sent: decrypt, sign, put the headers in order.
+
+Owns which headers a webhook carries (DESIGN §7). Knows nothing of how bytes travel, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigurationError
+from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from ..protocol.payloads import RenderContext
+from ..protocol.signatures import signature_headers
+from ..storage.models import new_id
+from .http import AttemptRequest, AttemptResult, Transport
+
+if TYPE_CHECKING:
+    from ..state import State
+    from ..storage.deliveries import ClaimedDelivery
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What one request says, before anything secret is opened.
+
+    :param headers: the client's own headers, opened.
+    :param secrets: live secrets, opened, newest first; none: not signed.
+    :param iso_timestamp: whether ``<prefix>-Timestamp`` is ISO 8601 instead of unix seconds.
+    """
+
+    event_id: str
+    event_type: str
+    delivery_id: str
+    number: int
+    body: bytes = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secrets: Sequence[str] = field(default=(), repr=False)
+    iso_timestamp: bool = False
+
+
+def build_request(claimed: ClaimedDelivery, *, state: State, now: datetime) -> AttemptRequest:
+    """Return the request of this attempt, signed as of *now*.
+
+    There is no unsigned fallback: what cannot be signed as promised is not sent.
+
+    :param claimed: what :func:`~flask_rq_webhooks.storage.deliveries.claim_due` returned.
+    :param now: aware UTC; its whole seconds are what is signed.
+    :raises DecryptionError: when no configured key opens the endpoint's secrets or headers.
+    :raises ConfigurationError: when the endpoint counts on a server-wide secret that is not set.
+    """
+    own = json.loads(state.cipher.decrypt(claimed.headers)) if claimed.headers is not None else {}
+    message = Message(
+        event_id=claimed.event_id,
+        event_type=claimed.event_type,
+        delivery_id=claimed.id,
+        number=claimed.number,
+        body=claimed.body,
+        headers=own,
+        secrets=_live_secrets(claimed, state),
+        iso_timestamp=claimed.format == "task",
+    )
+    return AttemptRequest(
+        url=claimed.url,
+        headers=request_headers(message, state=state, now=now),
+        body=claimed.body,
+        **_deadlines(state, claimed.timeout_s),
+    )
+
+
+def request_headers(message: Message, *, state: State, now: datetime) -> dict[str, str]:
+    """Return every header of *message*: the client's own first, then ours, which none of them overrides."""
+    settings = state.settings
+    prefix = settings.header_prefix
+    timestamp = int(now.timestamp())
+    ours = {
+        "Content-Type": "application/json",
+        "User-Agent": settings.user_agent,
+        "webhook-id": message.event_id,
+        "webhook-timestamp": str(timestamp),
+        f"{prefix}-Event": message.event_type,
+        f"{prefix}-Delivery": message.delivery_id,
+        f"{prefix}-Attempt": str(message.number),
+    }
+    if message.secrets:
+        ours |= signature_headers(
+            message.secrets,
+            event_id=message.event_id,
+            timestamp=timestamp,
+            body=message.body,
+            header_prefix=prefix,
+            iso_timestamp=message.iso_timestamp,
+        )
+    if not message.headers:
+        return ours
+    taken = {name.lower() for name in ours}
+    return {name: value for name, value in message.headers.items() if name.lower() not in taken} | ours
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    """A test message that was sent, and how that went."""
+
+    request: AttemptRequest
+    result: AttemptResult
+
+
+def send_ping(
+    url: str,
+    *,
+    state: State,
+    transport: Transport,
+    secret: str | None = None,
+    payload_format: str | None = None,
+    now: datetime | None = None,
+) -> Ping:
+    """Send one ``webhook.ping`` to *url* and wait for the answer. Nothing is stored.
+
+    It takes the same path as every delivery: same policy, headers, signatures and deadlines.
+
+    :param secret: signs the ping; the server-wide secret, if there is one, otherwise.
+    :param payload_format: name of the format to render it in; the app's default otherwise.
+    :raises ConfigurationError: when there is no such format.
+    """
+    now = now or datetime.now(UTC)
+    settings = state.settings
+    name = payload_format or settings.format
+    if name not in state.formats:
+        raise ConfigurationError(f"There is no payload format {name!r}; known are {sorted(state.formats)}.")
+    event_id = new_id("evt")
+    occurrence = Occurrence(type=WEBHOOK_PING, occurred_at=now, source=SOURCE_APPLICATION)
+    body = state.formats[name](
+        occurrence,
+        RenderContext(
+            event_id=event_id,
+            runid=None,
+            reference=None,
+            traceback=settings.traceback,
+            include_result=settings.include_result,
+            max_bytes=settings.max_payload_bytes,
+        ),
+    )
+    chosen = secret or settings.signing_secret
+    message = Message(
+        event_id=event_id,
+        event_type=WEBHOOK_PING,
+        delivery_id=new_id("dlv"),
+        number=1,
+        body=body,
+        secrets=(chosen,) if chosen is not None else (),
+        iso_timestamp=name == "task",
+    )
+    request = AttemptRequest(
+        url=url,
+        headers=request_headers(message, state=state, now=now),
+        body=body,
+        **_deadlines(state, None),
+    )
+    return Ping(request=request, result=transport.submit(request).result())
+
+
+def _live_secrets(claimed: ClaimedDelivery, state: State) -> tuple[str, ...]:
+    if claimed.secrets:
+        return tuple(state.cipher.decrypt(secret) for secret in claimed.secrets)
+    if not claimed.sign_payload:
+        return ()
+    if state.settings.signing_secret is None:
+        raise ConfigurationError(
+            f"Endpoint {claimed.endpoint_id} asked to be signed with the server-wide secret, but "
+            "RQ_WEBHOOKS_SIGNING_SECRET is not set in this process; set it. Nothing is sent unsigned instead."
+        )
+    return (state.settings.signing_secret,)
+
+
+def _deadlines(state: State, timeout_s: float | None) -> dict[str, float]:
+    # Never longer than the lease, which is made for the setting: that may have been lowered since.
+    total = min(state.settings.timeout, timeout_s or state.settings.timeout)
+    return {"timeout_s": total, "connect_timeout_s": min(state.settings.connect_timeout, total)}

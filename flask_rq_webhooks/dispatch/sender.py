@@ -1,0 +1,354 @@
+"""Claim what is due, sign it, and give it to the transport, in one thread.
+
+Owns when it is worth asking SQL for more, and how much. SQL is the truth: behind everything in memory here
+stands a lease, and what is lost here is sent again under the same ``webhook-id``. Knows nothing of RQ, of the
+outbox, of how bytes travel (:class:`~flask_rq_webhooks.dispatch.http.Transport`), nor of what becomes
+of an answer (:mod:`~flask_rq_webhooks.dispatch.recorder`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from datetime import UTC, datetime
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from .._steps import reached
+from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
+from ..storage.deliveries import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
+from ..storage.models import new_id
+from .http import AttemptRequest, AttemptResult, Transport
+from .in_flight import InFlight
+from .rate_limit import RateLimiter
+from .recorder import Recorder
+from .request_builder import build_request
+
+if TYPE_CHECKING:
+    from ..state import State
+
+logger = logging.getLogger(__name__)
+
+#: Seconds a lease lasts beyond the deadline of the attempt it covers.
+LEASE_MARGIN_S = 30.0
+#: Longest time without a look at SQL: what other processes made due is seen at the latest then.
+LONGEST_SLEEP_S = 1.0
+#: The same while some host has all the requests in flight it may have.
+CAPPED_SLEEP_S = 0.25
+#: Seconds a delivery waits that cannot be signed or opened (wrong key); no attempt is spent.
+UNSENDABLE_S = 60.0
+#: Work claimed ahead of the transport, in seconds of the pace it keeps, so that it never waits for SQL.
+#: Slow receivers mean a slow pace, and next to nothing claimed ahead.
+AHEAD_S = 0.1
+#: The same as a multiple of the concurrency, at most.
+AHEAD_MAX = 2
+#: Seconds the transport may take to begin what was claimed ahead; then it is given back.
+QUEUED_S = 5.0
+#: Seconds over which the transport's pace is measured, at least.
+PACE_S = 0.1
+#: Seconds for which free places gather, so that they share a claim, where nothing is claimed ahead.
+GATHER_S = 0.004
+#: First and longest pause while deliveries are due that cannot be claimed (host's minute full).
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
+
+
+class Sender:
+    """Claim and send, step by step, in one thread.
+
+    :param state: the app's state.
+    :param transport: sends; its futures may be resolved in any thread.
+    :param limiter: asked before every request.
+    :param recorder: gets every answer.
+    :param concurrency: requests in flight at once.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        *,
+        transport: Transport,
+        limiter: RateLimiter,
+        recorder: Recorder,
+        concurrency: int,
+    ) -> None:
+        self._state = state
+        self._transport = transport
+        self._limiter = limiter
+        self._recorder = recorder
+        recorder.on_recorded = self._on_recorded
+        self._concurrency = concurrency
+        self._woken = threading.Event()
+        self._fresh = True  # something may have become due; set by any thread
+        self._freed = False  # a host has a place again that had none; set by any thread
+        self._in_flight = InFlight()
+        self._queued: deque[tuple[float, Future[AttemptResult], ClaimedDelivery]] = deque()
+        self._capped: frozenset[str] = frozenset()
+        self._unwanted: list[ClaimedDelivery] = []  # to be given back
+        self._doubtful: list[str] = []  # leases of claims that may have gone through, the answer lost
+        self._enough_at = -1  # so many in flight, and there is room worth a claim; negative: no wish for it
+        self._pace = _Pace()
+        self._claim_at = 0.0
+        self._pause_s = FIRST_PAUSE_S
+        #: When the latest look began that found nothing to do (monotonic); ``None`` while there is work.
+        self.idle_since: float | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Return how many requests are in flight, or given to the transport to be so soon."""
+        return len(self._in_flight)
+
+    def wake(self) -> None:
+        """Say, from any thread, that a delivery may have become due."""
+        self._fresh = True
+        self._woken.set()
+
+    def step(self) -> None:
+        """Send what is due, and wait until there may be more.
+
+        :raises StorageUnavailableError: when SQL cannot be reached; call again.
+        """
+        wait_s = self.advance()
+        if wait_s > 0 and self._woken.wait(wait_s) and not self._fresh and (self._freed or not self._ahead()):
+            time.sleep(GATHER_S)
+
+    def advance(self) -> float:
+        """Send what is due; return for how many seconds nothing more is expected.
+
+        :raises StorageUnavailableError: when SQL cannot be reached; call again.
+        """
+        self._woken.clear()
+        self._enough_at = -1
+        began = time.monotonic()
+        self._take_back(began)
+        self._pace.measure(self._in_flight.answered, began)
+        room = self._room()
+        if room > 0 and (self._fresh or self._freed or began >= self._claim_at):
+            self._fresh = self._freed = False
+            try:
+                self._send_due(min(room, self._state.settings.batch), began)
+            except BaseException:
+                self._fresh = True
+                raise
+        elif self._is_busy():
+            self.idle_since = None
+        wait_s = 0.0 if self._fresh or self._freed else self._claim_at - time.monotonic()
+        if room > 0 and wait_s > 0:
+            return wait_s
+        # There is more to be had than room for it.
+        limit = self._concurrency + self._ahead()
+        self._enough_at = limit - max(1, self._ahead() // 2)
+        if self._room() > 0 and len(self._in_flight) <= self._enough_at:
+            return 0.0
+        return LONGEST_SLEEP_S
+
+    def finish(self, *, hurry: Callable[[], bool]) -> None:
+        """Wait for what is in flight and record it; claim nothing more.
+
+        :param hurry: says whether to release what is in flight instead; asked again and again.
+        """
+        # Every attempt has a deadline of its own, so this one only matters while SQL is away.
+        give_up_at = time.monotonic() + self._state.settings.timeout + LEASE_MARGIN_S
+        while self._is_busy() and not hurry() and time.monotonic() < give_up_at:
+            try:
+                self._take_back(float("inf"))
+                self._recorder.record()
+            except StorageUnavailableError:
+                time.sleep(0.1)
+            if self._in_flight:
+                self._recorder.wait(0.1)
+        try:
+            self._recorder.record()
+            self._give_back()
+            left = self._in_flight.deliveries()
+            if left:
+                logger.warning("%d requests in flight are released; they will be sent again.", len(left))
+                release(self._state.database, left)
+        except StorageUnavailableError as exc:
+            logger.error(
+                "%d attempts could not be recorded and will be made again under the same webhook-id: %s",
+                len(self._recorder) + len(self._in_flight), exc,
+            )  # fmt: skip
+
+    # -- how much -------------------------------------------------------------------------------------
+
+    def _ahead(self) -> int:
+        """Return how many to claim beyond the concurrency, so that the transport never waits for a claim."""
+        return min(AHEAD_MAX * self._concurrency, int(self._pace.per_second * AHEAD_S))
+
+    def _room(self) -> int:
+        limit = self._concurrency + self._ahead()
+        if len(self._recorder) >= 4 * limit:
+            return 0  # SQL cannot keep up, or is away: nothing is sent whose answer cannot be recorded
+        return limit - len(self._in_flight)
+
+    def _is_busy(self) -> bool:
+        return bool(len(self._in_flight) or len(self._recorder))
+
+    def _take_back(self, now: float) -> None:
+        """Give back what the transport has not begun for long: its lease covers the request, not a queue."""
+        while self._queued:
+            since, future, delivery = self._queued[0]
+            if not (future.running() or future.done()):
+                if now - since < QUEUED_S:
+                    break
+                if future.cancel():
+                    self._in_flight.remove(delivery, answered=False)
+                    self._unwanted.append(delivery)
+            self._queued.popleft()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._unwanted:
+            release(self._state.database, self._unwanted)
+            self._unwanted.clear()
+
+    # -- claim and send -------------------------------------------------------------------------------
+
+    def _send_due(self, limit: int, began: float) -> None:
+        settings = self._state.settings
+        if self._doubtful:
+            free_leases(self._state.database, self._doubtful)
+            self._doubtful.clear()
+        lease_id = new_id("lea")
+        begun = Counter(self._in_flight.per_host())
+        try:
+            claimed = claim_due(
+                self._state.database,
+                limit=limit,
+                per_host=settings.concurrency_per_host,
+                in_flight=self._occupied(),
+                lease_s=settings.timeout + LEASE_MARGIN_S,
+                lease_id=lease_id,
+            )
+        except StorageUnavailableError:
+            self._doubtful.append(lease_id)
+            raise
+        if claimed:
+            reached("delivery claimed")
+            self.idle_since = None
+            self._submit(claimed)
+        # Hosts that may have more due than this claim could take. One that hangs is always among them, and
+        # must not hide that answers of the others have made room since.
+        begun.update(delivery.host for delivery in claimed)
+        self._capped = self._full(begun)
+        if self._capped - self._full(self._in_flight.per_host()):
+            self._freed = True
+        now = time.monotonic()
+        if len(claimed) == limit:
+            self._claim_at = now
+        elif self._capped:
+            self._claim_at = now + CAPPED_SLEEP_S
+        else:
+            self._claim_at = now + self._sleep_s(bool(claimed), began)
+
+    def _full(self, requests: Mapping[str, int]) -> frozenset[str]:
+        """Return the hosts that have all the requests in flight they may have."""
+        most = self._state.settings.concurrency_per_host
+        return frozenset(host for host, count in requests.items() if count >= most)
+
+    def _occupied(self) -> dict[str, int]:
+        """Return what is in flight by host; one that had all its requests of this minute counts as full."""
+        occupied = self._in_flight.per_host()
+        if self._state.settings.rate_limit_policy == "defer":
+            for host in self._limiter.full_hosts():
+                occupied[host] = self._state.settings.concurrency_per_host
+        return occupied
+
+    def _sleep_s(self, claimed_some: bool, began: float) -> float:
+        due_in = next_due_in(self._state.database)
+        busy = self._is_busy()
+        if due_in is None or due_in > 0:
+            self._pause_s = FIRST_PAUSE_S
+            self.idle_since = None if busy else began
+            return LONGEST_SLEEP_S if due_in is None else min(due_in, LONGEST_SLEEP_S)
+        if claimed_some:
+            return 0.0
+        # Due, and not to be had: its host's minute is full, or another dispatcher is claiming it.
+        self.idle_since = began if self._limiter.full_hosts() and not busy else None
+        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+        return self._pause_s
+
+    def _submit(self, claimed: Sequence[ClaimedDelivery]) -> None:
+        over_limit: dict[str, list[ClaimedDelivery]] = {}
+        unsendable: list[ClaimedDelivery] = []
+        cause: Exception | None = None
+        for number, delivery in enumerate(claimed):
+            if self._limiter.wait_s(delivery.host) > 0:
+                over_limit.setdefault(delivery.host, []).append(delivery)
+                continue
+            try:
+                request = build_request(delivery, state=self._state, now=datetime.now(UTC))
+            except (DecryptionError, ConfigurationError, ValueError) as exc:
+                unsendable.append(delivery)
+                cause = exc
+                continue
+            self._in_flight.add(delivery)
+            try:
+                future = self._transport.submit(request)
+            except BaseException:
+                self._in_flight.remove(delivery, answered=False)
+                self._unwanted += [*claimed[number:], *unsendable, *chain(*over_limit.values())]
+                raise
+            self._queued.append((time.monotonic(), future, delivery))
+            future.add_done_callback(self._collector(delivery, request))
+        for host, deliveries in over_limit.items():
+            self._put_off(host, deliveries)
+        if unsendable:
+            endpoints = sorted({delivery.endpoint_id for delivery in unsendable})
+            logger.error(
+                "%d deliveries cannot be signed or opened; they wait %.0f s, no attempt is spent (%s): %s",
+                len(unsendable), UNSENDABLE_S, ", ".join(endpoints[:5]), cause,
+            )  # fmt: skip
+            defer(self._state.database, unsendable, delay_s=UNSENDABLE_S)
+
+    def _collector(
+        self, delivery: ClaimedDelivery, request: AttemptRequest
+    ) -> Callable[[Future[AttemptResult]], None]:
+        def collect(future: Future[AttemptResult]) -> None:
+            if future.cancelled():
+                return  # taken back
+            self._recorder.add(delivery, request, future.result())
+            self._in_flight.remove(delivery, answered=True)
+            if delivery.host in self._capped:
+                self._freed = True
+                self._woken.set()
+            elif len(self._in_flight) <= self._enough_at:
+                self._woken.set()
+
+        return collect
+
+    def _put_off(self, host: str, deliveries: Sequence[ClaimedDelivery]) -> None:
+        if self._state.settings.rate_limit_policy == "defer":
+            defer(self._state.database, deliveries, delay_s=self._limiter.full_hosts().get(host, 0.05))
+            return
+        for delivery in deliveries:
+            self._recorder.add_refusal(
+                delivery,
+                "rate_limited",
+                "The destination host had all the requests of this minute; nothing was sent.",
+            )
+
+    def _on_recorded(self, retry_in_s: float | None) -> None:
+        if retry_in_s is not None and retry_in_s < LONGEST_SLEEP_S:
+            self.wake()
+        elif len(self._in_flight) <= self._enough_at:
+            self._woken.set()  # there was no room because too much waited to be recorded
+
+
+class _Pace:
+    """How many answers come a second."""
+
+    def __init__(self) -> None:
+        self.per_second = 0.0
+        self._since = time.monotonic()
+        self._answered = 0
+
+    def measure(self, answered: int, now: float) -> None:
+        """Take note of how many answers there were by *now*."""
+        if now - self._since >= PACE_S:
+            self.per_second = (answered - self._answered) / (now - self._since)
+            self._since, self._answered = now, answered

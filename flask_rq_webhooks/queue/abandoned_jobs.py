@@ -1,0 +1,44 @@
+"""Abandoned jobs: those that RQ calls started and whose worker is gone.
+
+Owns when RQ is made to end them (``CLEAN_ABANDONED``). What ends they come to is RQ's to say, and the
+callbacks that it runs for them are no business of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+
+from redis import Redis
+from rq.registry import StartedJobRegistry
+from rq.serializers import DefaultSerializer, JSONSerializer
+
+from .job_details import uses_pickle
+
+logger = logging.getLogger(__name__)
+
+
+def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
+    """Let RQ end the jobs of *queues* whose worker is gone: it runs their failure callbacks here and now.
+
+    :returns: how many queues had any.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        # RQ before 3.0 raises there, and 3.0 loses the callback for ever.
+        logger.warning("Abandoned jobs are cleaned in the main thread only; this pass leaves them.")
+        return 0
+    cleaned = 0
+    for queue in sorted(queues):
+        serializer = DefaultSerializer if uses_pickle(redis, queue) else JSONSerializer
+        registry = StartedJobRegistry(queue, connection=redis, serializer=serializer)
+        if not registry.get_expired_job_ids():
+            continue
+        try:
+            registry.cleanup()
+        except Exception:
+            # A host's own failure callback may raise anything; RQ before 3.0 lets it through.
+            logger.exception("Cleaning the registry of started jobs of the queue %r failed.", queue)
+        else:
+            cleaned += 1
+    return cleaned

@@ -1,0 +1,360 @@
+"""Our callbacks on the jobs that are enqueued while a webhook is asked for.
+
+Owns the seam ``Queue.create_job``, through which RQ makes every job that a queue enqueues, and what is
+known of the jobs made there. Knows nothing of requests, SQL, or what an endpoint is.
+
+The user's own callbacks stay in charge: ours run after them and carry their dotted path in our own name
+(:mod:`flask_rq_webhooks.callbacks`). Nothing else of a job is changed but the id of the first one that has
+none.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import rq
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Callback
+from rq.job import Job
+
+from ..callbacks import DEFAULT_MAXLEN
+from ..errors import RQWebhooksError
+from . import job_reader
+
+logger = logging.getLogger(__name__)
+
+#: Where the dotted names begin. Stored in users' Redis: never rename.
+CALLBACKS = "flask_rq_webhooks.callbacks"
+
+_OPTIONS = {"on_success": "success", "on_failure": "failure", "on_stopped": "stopped"}
+#: Place of ``job_id`` among the positional arguments of ``create_job``, the same in every RQ version.
+_JOB_ID_POSITION = 9
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What jobs made now are attached to.
+
+    :param endpoint_id: id of the endpoint; ``None`` for jobs only standing endpoints hear of.
+    :param token: the endpoint's part of the dotted name, see :func:`make_token`.
+    :param reserved_job_id: id for the first job that is made without one.
+    :param same_database: says whether a queue's connection leads to the configured database;
+        :class:`SameDatabase` does.
+    :param jobs: the jobs attached, in the order they were made. A job made is not yet a job enqueued.
+    :param refused: whether a job could not be attached because its queue is on another database.
+    """
+
+    endpoint_id: str | None
+    token: str
+    reserved_job_id: str | None = None
+    same_database: Callable[[Redis], bool] = lambda connection: True
+    jobs: list[Job] = field(default_factory=list)
+    refused: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _reserved_taken: bool = field(default=False, repr=False)
+
+    def _take_reserved_id(self) -> str | None:
+        with self._lock:
+            if self._reserved_taken:
+                return None
+            self._reserved_taken = True
+            return self.reserved_job_id
+
+    def _give_reserved_id_back(self) -> None:
+        with self._lock:
+            self._reserved_taken = False
+
+
+#: What the running request asks for. Reaches views, sync and async, and the tasks they start.
+current_attachment: ContextVar[Attachment | None] = ContextVar("rq_webhooks_attachment", default=None)
+
+_default_attachment: Callable[[], Attachment | None] | None = None
+
+
+def set_default_attachment(function: Callable[[], Attachment | None] | None) -> None:
+    """Set what jobs are attached to while no request asks for a webhook (``RQ_WEBHOOKS_ATTACH="all"``).
+
+    :param function: called for every job; its attachments do not collect jobs. ``None`` for nothing.
+    """
+    global _default_attachment
+    _default_attachment = function
+
+
+def make_token(endpoint: str, maxlen: int = DEFAULT_MAXLEN) -> str:
+    """Return the endpoint's part of the dotted names.
+
+    :param endpoint: endpoint id, or ``ep<namespace>_all``.
+    :param maxlen: ``RQ_WEBHOOKS_OUTBOX_MAXLEN``.
+    """
+    return endpoint if maxlen == DEFAULT_MAXLEN else f"{endpoint}~{maxlen}"
+
+
+# -- queues -------------------------------------------------------------------------------------------------
+
+
+class Queue(rq.Queue):
+    """A drop-in for :class:`rq.Queue` whose jobs carry the webhook of the request that enqueues them.
+
+    Outside of such a request it is an :class:`rq.Queue` and nothing else.
+    """
+
+    def create_job(self, *args: Any, **kwargs: Any) -> Job:
+        """Create a job as RQ does, with our callbacks where a webhook is asked for."""
+        return _create_job(super().create_job, self, args, kwargs)
+
+
+def attached(queue: rq.Queue) -> rq.Queue:
+    """Return a copy of any queue that does what :class:`Queue` does; *queue* itself stays as it is."""
+    twin = copy.copy(queue)
+    twin.create_job = functools.partial(_create_twin_job, queue)  # type: ignore[method-assign]
+    return twin
+
+
+def is_attached(queue: rq.Queue) -> bool:
+    """Say whether *queue* was made by :func:`attached`."""
+    create = vars(queue).get("create_job")
+    return isinstance(create, functools.partial) and create.func is _create_twin_job
+
+
+def _create_twin_job(queue: rq.Queue, *args: Any, **kwargs: Any) -> Job:
+    return _create_job(queue.create_job, queue, args, kwargs)
+
+
+_instrument_lock = threading.Lock()
+_instrumented = False
+
+
+def instrument() -> None:
+    """Let every :class:`rq.Queue` of this process do what :class:`Queue` does.
+
+    Safe to call again, from any thread, and beside other wrappers, around or inside this one: it replaces
+    ``create_job`` only, in which ``enqueue``, ``enqueue_call`` and all the others end.
+    """
+    global _instrumented
+    with _instrument_lock:
+        _instrumented = True
+        if not any(isinstance(layer, _Instrumented) for layer in _layers(rq.Queue.create_job)):
+            rq.Queue.create_job = _Instrumented(rq.Queue.create_job)  # type: ignore[method-assign,assignment]
+
+
+def uninstrument() -> None:
+    """Undo :func:`instrument`.
+
+    Where the host has put a wrapper of its own around ours since then, ours stays inside, without effect.
+    """
+    global _instrumented
+    with _instrument_lock:
+        _instrumented = False
+        current: Any = rq.Queue.create_job
+        if isinstance(current, _Instrumented):
+            rq.Queue.create_job = current.__wrapped__  # type: ignore[method-assign]
+
+
+def is_instrumented() -> bool:
+    """Say whether plain :class:`rq.Queue` objects of this process carry webhooks."""
+    return _instrumented
+
+
+class _Instrumented:
+    """``rq.Queue.create_job`` with our callbacks; a descriptor, as functions are."""
+
+    def __init__(self, original: Callable[..., Job]) -> None:
+        functools.update_wrapper(self, original)
+        self.__wrapped__ = original
+
+    def __get__(self, queue: rq.Queue | None, owner: type | None = None) -> Callable[..., Job]:
+        return self if queue is None else functools.partial(self, queue)
+
+    def __call__(self, queue: rq.Queue, *args: Any, **kwargs: Any) -> Job:
+        original = functools.partial(self.__wrapped__, queue)
+        return _create_job(original, queue, args, kwargs) if _instrumented else original(*args, **kwargs)
+
+
+def _layers(function: Any) -> Iterable[Any]:
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+# -- jobs ---------------------------------------------------------------------------------------------------
+
+
+def _create_job(
+    original: Callable[..., Job], queue: rq.Queue, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Job:
+    requested = current_attachment.get()
+    attachment = requested if requested is not None else _default()
+    if (
+        attachment is None
+        or _is_attached(kwargs.get("on_success"), attachment)
+        or not _leads_to_database(attachment, queue.connection)
+    ):
+        return original(*args, **kwargs)
+    kwargs = kwargs | {
+        option: _chained(option, kind, attachment.token, kwargs.get(option))
+        for option, kind in _OPTIONS.items()
+    }
+    reserved = None
+    if len(args) > _JOB_ID_POSITION:
+        if args[_JOB_ID_POSITION] is None and (reserved := attachment._take_reserved_id()):
+            args = (*args[:_JOB_ID_POSITION], reserved, *args[_JOB_ID_POSITION + 1 :])
+    elif kwargs.get("job_id") is None and (reserved := attachment._take_reserved_id()):
+        kwargs["job_id"] = reserved
+    job = None
+    try:
+        job = original(*args, **kwargs)
+    finally:
+        if job is None and reserved:  # refused by RQ; the next job may have it
+            attachment._give_reserved_id_back()
+    if requested is not None:
+        requested.jobs.append(job)
+    return job
+
+
+def _default() -> Attachment | None:
+    if _default_attachment is None:
+        return None
+    try:
+        return _default_attachment()
+    except RQWebhooksError:
+        # Nobody asked for a webhook here: the host's job goes on without one.
+        logger.exception("A job is enqueued without webhook callbacks (RQ_WEBHOOKS_ATTACH is 'all').")
+        return None
+
+
+def _is_attached(callback: Any, attachment: Attachment) -> bool:
+    """Say whether an outer layer (our :class:`Queue` over an instrumented one) has been here."""
+    if not isinstance(callback, Callback) or not isinstance(callback.func, str):
+        return False
+    name = f"{CALLBACKS}.success.{attachment.token}"
+    return callback.func == name or callback.func.startswith(f"{name}.")
+
+
+def _chained(option: str, kind: str, token: str, callback: Any) -> Callback:
+    """Return our callback, with the user's own in its name and the user's own timeout.
+
+    What RQ refuses as a callback is refused here in the same words, and what it warns of is warned of.
+    """
+    name = f"{CALLBACKS}.{kind}.{token}"
+    if not callback:
+        return Callback(name)
+    if not isinstance(callback, Callback):
+        warnings.warn(
+            f"Passing a string or function for `{option}` is deprecated, pass `Callback` instead",
+            DeprecationWarning,
+            stacklevel=5,
+        )
+        callback = Callback(callback)
+    return Callback(f"{name}.{callback.name}", timeout=callback.timeout)
+
+
+# -- databases ----------------------------------------------------------------------------------------------
+
+
+class SameDatabase:
+    """Says whether a connection leads to the configured Redis database.
+
+    By run id and database number, so that one server under two names is one. Where a server does not tell
+    its run id, both must have been told the same address.
+
+    :param configured: a client for ``RQ_WEBHOOKS_REDIS_URL``.
+    """
+
+    def __init__(self, configured: Redis) -> None:
+        self._configured = configured
+        self._known: set[tuple[Any, ...]] = set()
+
+    @property
+    def configured_name(self) -> str:
+        """Return the configured database's name for people."""
+        return job_reader.database_name(self._configured)
+
+    def __call__(self, connection: Redis) -> bool:
+        """Return whether *connection* leads there.
+
+        :raises redis.RedisError: when the server of *connection* cannot be reached.
+        """
+        if connection.connection_pool is self._configured.connection_pool:
+            return True
+        parameters = job_reader.redis_parameters(connection)
+        if parameters in self._known or parameters == job_reader.redis_parameters(self._configured):
+            return True
+        identity = job_reader.redis_identity(connection)
+        try:
+            # Not cached: a restarted server has a new run id.
+            same = identity is not None and identity == job_reader.redis_identity(self._configured)
+        except RedisError:
+            # The queue's server answers and the configured one does not: not the same address, at any rate.
+            same = False
+        if same:
+            self._known.add(parameters)
+        return same
+
+
+_refused_databases: set[str] = set()
+
+
+def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:
+    try:
+        if attachment.same_database(connection):
+            return True
+    except RedisError:
+        return True  # enqueuing is about to fail in its own words
+    attachment.refused = True
+    name = job_reader.database_name(connection)
+    if name not in _refused_databases:
+        _refused_databases.add(name)
+        logger.error(
+            "Jobs are enqueued in %s, but flask_rq_webhooks is configured for %s. "
+            "They run without webhooks. Set RQ_WEBHOOKS_REDIS_URL to the database your queues use.",
+            name, getattr(attachment.same_database, "configured_name", "another database"),
+        )  # fmt: skip
+    return False
+
+
+# -- confirmation -------------------------------------------------------------------------------------------
+
+#: Statuses a job object has only after it was handed to RQ; ``queued`` is what every new one says.
+_HANDED_OVER = ("deferred", "scheduled", "ready_to_enqueue", "rate_limited")
+
+
+def look_at_jobs(redis: Redis, endpoint_id: str, jobs: Iterable[Job]) -> tuple[list[str], list[str], bool]:
+    """Say which of the jobs made under an attachment are really there, in one round trip.
+
+    A job that was made may never have been enqueued: RQ refuses a duplicate (``unique=True``) only
+    afterwards, and a pipeline may not have been executed yet.
+
+    :param jobs: :attr:`Attachment.jobs`.
+    :returns: ids of the jobs whose hash is there and reports to *endpoint_id*; ids of those without a hash;
+        and whether the request enqueued anything: a job is there, or its object shows that it was handed to
+        RQ (``enqueued_at`` is set before RQ sends anything, a status other than ``queued`` while it does)
+        and it is on its way or gone already. A hash without our endpoint belongs to an earlier job of the
+        same id and counts for nothing.
+    :raises redis.RedisError: when Redis cannot be asked.
+    """
+    unique = {job.id: job for job in jobs}
+    names = job_reader.read_callback_names(redis, [_text(job.key) for job in unique.values()])
+    existing, unseen, registered = [], [], False
+    for (job_id, job), endpoints in zip(unique.items(), names, strict=True):
+        if endpoints is None:
+            unseen.append(job_id)
+            registered = (
+                registered or job.enqueued_at is not None or job.get_status(refresh=False) in _HANDED_OVER
+            )
+        elif endpoint_id in endpoints:
+            existing.append(job_id)
+            registered = True
+    return existing, unseen, registered
+
+
+def _text(key: str | bytes) -> str:
+    return key.decode() if isinstance(key, bytes) else key

@@ -1,0 +1,335 @@
+"""Many deliveries by a filter: made due again, made at last, or canceled.
+
+Owns the order in which they are walked, so that any number of them is worked off in parts that each take
+little: a part says where the next one begins. A walk goes up by id, so it ends, whatever becomes of what it
+has passed: what fails again is not met a second time. Whoever waits for an answer asks for one part at a
+time; a command line for all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from sqlalchemy import ColumnElement, exists, func, select, update
+
+from ..protocol.events import WEBHOOK_PING, Occurrence
+from ..protocol.payloads import occurrence_from_json
+from .database import Database
+from .filters import DeliveryFilter
+from .ingesting import Render
+from .models import CANCELED, EXHAUSTED, MANUAL, PENDING, SENDING, Delivery, Endpoint, Event, first_id_at
+from .queries import CursorError
+from .retention import BATCH, Progress, due_again, in_flight
+from .statistics import COUNT_CAP
+from .subscriptions import ENDPOINT_COLUMNS, EndpointRow, delivery_values, endpoint_row, store_deliveries
+
+#: Events that one part looks at, for those that a disabled endpoint missed; most have their deliveries.
+EVENTS_PER_PART = 5_000
+
+#: The last delivery changed; or the endpoint and the last event looked at.
+_CURSOR = re.compile(r"(dlv_[0-9a-z]{26})|(ep[0-9a-z]{0,20}_[0-9a-z]{26}):(evt_[0-9a-z]{26})")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a part of long work did.
+
+    :param done: deliveries changed or made.
+    :param cursor: where the next part begins; ``None`` when everything is done.
+    """
+
+    done: int
+    cursor: str | None
+
+
+class Step(Protocol):
+    """One part of long work, from a cursor on."""
+
+    def __call__(self, *, cursor: str | None, at_most: int) -> Part:
+        """Do it; ``at_most`` so many deliveries."""
+
+
+def recover(
+    database: Database,
+    where: DeliveryFilter,
+    *,
+    render: Render,
+    max_attempts: int,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+) -> int:
+    """Make many deliveries due now, for one more attempt each; return how many.
+
+    See :func:`recover_part` for which, and for *render* and *max_attempts*.
+
+    :param batch: deliveries per transaction.
+    :param progress: called with the number done so far, after each transaction that did something.
+    """
+
+    def step(*, cursor: str | None, at_most: int) -> Part:
+        return recover_part(
+            database, where, render=render, max_attempts=max_attempts, cursor=cursor, at_most=at_most
+        )
+
+    return _all_parts(step, batch, progress)
+
+
+def cancel(
+    database: Database, where: DeliveryFilter, *, batch: int = BATCH, progress: Progress | None = None
+) -> int:
+    """Cancel unfinished deliveries; return how many. See :func:`cancel_part`.
+
+    :param batch: deliveries per transaction.
+    :param progress: called with the number done so far, after each transaction that did something.
+    """
+
+    def step(*, cursor: str | None, at_most: int) -> Part:
+        return cancel_part(database, where, cursor=cursor, at_most=at_most)
+
+    return _all_parts(step, batch, progress)
+
+
+def recover_part(
+    database: Database,
+    where: DeliveryFilter,
+    *,
+    render: Render,
+    max_attempts: int,
+    cursor: str | None = None,
+    at_most: int = BATCH,
+) -> Part:
+    """Make some deliveries due now, for one more attempt each, in one transaction.
+
+    Without ``where.statuses``: those exhausted or canceled, and then those that were never made because
+    their standing endpoint was disabled when the event happened (since that endpoint was made, by what it
+    listens for now). With it: those of these statuses.
+
+    :param render: see :func:`~.ingesting.ingest`; for deliveries that were never made.
+    :param max_attempts: for those too, where the endpoint sets none.
+    :param cursor: of the part before.
+    :param at_most: deliveries.
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    after, endpoint_id, after_event = _read(cursor)
+    if endpoint_id is None:
+        ready = ~in_flight(database)
+        part = _change(database, _recoverable(where), [ready], due_again(database), after, at_most)
+        if part.cursor is not None or where.statuses is not None:
+            return part
+        return Part(part.done, _beginning(database, where, after=None))
+    return _make_missing(database, where, render, max_attempts, endpoint_id, after_event, at_most)
+
+
+def cancel_part(
+    database: Database, where: DeliveryFilter, *, cursor: str | None = None, at_most: int = BATCH
+) -> Part:
+    """Cancel some unfinished deliveries, in one transaction.
+
+    One that is being sent is canceled too: its attempt is still recorded, and no other follows.
+
+    :param where: its ``statuses`` may narrow this to ``pending`` or ``sending``.
+    :param cursor: of the part before.
+    :param at_most: deliveries.
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    after, _endpoint_id, _after_event = _read(cursor)
+    chosen = _cancelable(where)
+    if not chosen.statuses:
+        return Part(0, None)
+    # The lease stays: the sender that holds it may still record its attempt.
+    canceled = {"status": CANCELED, "next_attempt_at": None, "finished_at": database.clock()}
+    return _change(database, chosen, [], canceled, after, at_most)
+
+
+def left_to_recover(database: Database, where: DeliveryFilter, cursor: str | None) -> int | None:
+    """Return how many deliveries the parts from *cursor* on find, up to ``COUNT_CAP`` and one more.
+
+    :returns: without those that are still to be made; ``None`` when only these are left, as nobody knows
+        their number before.
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    after, endpoint_id, _after_event = _read(cursor)
+    return _left(database, _recoverable(where), after) if endpoint_id is None else None
+
+
+def left_to_cancel(database: Database, where: DeliveryFilter, cursor: str | None) -> int:
+    """Return how many deliveries the parts from *cursor* on find, up to ``COUNT_CAP`` and one more.
+
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    after, _endpoint_id, _after_event = _read(cursor)
+    chosen = _cancelable(where)
+    return _left(database, chosen, after) if chosen.statuses else 0
+
+
+def _all_parts(step: Step, batch: int, progress: Progress | None) -> int:
+    part = step(cursor=None, at_most=batch)
+    done = part.done
+    while True:
+        if progress is not None and part.done:
+            progress(done)
+        if part.cursor is None:
+            return done
+        part = step(cursor=part.cursor, at_most=batch)
+        done += part.done
+
+
+def _recoverable(where: DeliveryFilter) -> DeliveryFilter:
+    return replace(where, statuses=where.statuses or (EXHAUSTED, CANCELED))
+
+
+def _cancelable(where: DeliveryFilter) -> DeliveryFilter:
+    """Return the filter for what is unfinished; with no status where that asks for nothing of it."""
+    unfinished = {PENDING, SENDING}
+    return replace(where, statuses=tuple(sorted(unfinished.intersection(where.statuses or unfinished))))
+
+
+def _change(
+    database: Database,
+    chosen: DeliveryFilter,
+    also: list[ColumnElement[bool]],
+    values: Mapping[str, Any],
+    after: str | None,
+    at_most: int,
+) -> Part:
+    """Change the first deliveries above *after*, waiting for those that are being claimed or recorded."""
+    query = select(Delivery.id).where(*chosen.conditions(), *also)
+    if after is not None:
+        query = query.where(Delivery.id > after)
+    # One more than is changed says whether there is a next part.
+    query = query.order_by(Delivery.id).limit(at_most + 1).with_for_update()
+    with database.write() as connection:
+        ids = connection.execute(query).scalars().all()
+        if not ids:
+            return Part(0, None)
+        # Asked again: they may have changed while we waited for them.
+        still = DeliveryFilter(statuses=chosen.statuses).conditions()
+        done = connection.execute(
+            update(Delivery).where(Delivery.id.in_(ids[:at_most]), *still, *also).values(**values)
+        ).rowcount
+    return Part(done, ids[at_most - 1] if len(ids) > at_most else None)
+
+
+def _left(database: Database, chosen: DeliveryFilter, after: str | None) -> int:
+    query = select(Delivery.id).where(*chosen.conditions())
+    if after is not None:
+        query = query.where(Delivery.id > after)
+    with database.read() as connection:
+        capped = query.limit(COUNT_CAP + 1).subquery()
+        number: int = connection.execute(select(func.count()).select_from(capped)).scalar_one()
+    return number
+
+
+# -- deliveries that were never made ----------------------------------------------------------------------
+
+
+def _make_missing(
+    database: Database,
+    where: DeliveryFilter,
+    render: Render,
+    max_attempts: int,
+    endpoint_id: str,
+    after: str,
+    at_most: int,
+) -> Part:
+    """Make deliveries that one standing endpoint missed while disabled, of the events above *after*."""
+    endpoint = _endpoint(database, where, Endpoint.id == endpoint_id)
+    if endpoint is None:  # disabled or deleted since the part before
+        return Part(0, _beginning(database, where, after=endpoint_id))
+    query = (
+        select(Event.id, Event.type, Event.payload)
+        .where(
+            Event.id > after,
+            Event.type != WEBHOOK_PING,
+            ~exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id == endpoint.id),
+            *_event_conditions(where),
+        )
+        .order_by(Event.id)
+        .limit(at_most)
+    )
+    with database.write() as connection:
+        now = database.now(connection)
+        upto = None
+        if where.event_id is None and where.job_id is None and where.runid is None:
+            # The events of one job or run are few; of all others only some are looked at, as most may have
+            # their deliveries.
+            upto = connection.execute(
+                select(Event.id)
+                .where(Event.id > after)
+                .order_by(Event.id)
+                .offset(EVENTS_PER_PART - 1)
+                .limit(1)
+            ).scalar_one_or_none()
+        if upto is not None:
+            query = query.where(Event.id <= upto)
+        events = connection.execute(query).all()
+        rows = []
+        for event in events:
+            if not endpoint.wants(event.type):
+                continue
+            occurrence: Occurrence = occurrence_from_json(event.payload)
+            if occurrence.scope != endpoint.scope:
+                continue
+            body = render(endpoint, event.id, occurrence)
+            rows.append(
+                delivery_values(
+                    event.id, event.type, endpoint, body, max_attempts=max_attempts, now=now, trigger=MANUAL
+                )
+            )
+        made = store_deliveries(database, connection, rows)
+    done = sum(made.values())
+    reached = events[-1].id if len(events) == at_most else upto
+    if reached is not None:
+        return Part(done, f"{endpoint.id}:{reached}")
+    return Part(done, _beginning(database, where, after=endpoint.id))
+
+
+def _event_conditions(where: DeliveryFilter) -> list[ColumnElement[bool]]:
+    found: list[ColumnElement[bool]] = []
+    if where.until is not None:
+        found.append(Event.id < first_id_at("evt", where.until))
+    for column, wanted in (
+        (Event.type, where.event_type),
+        (Event.id, where.event_id),
+        (Event.job_id, where.job_id),
+        (Event.runid, where.runid),
+    ):
+        if wanted is not None:
+            found.append(column == wanted)
+    return found
+
+
+def _beginning(database: Database, where: DeliveryFilter, *, after: str | None) -> str | None:
+    """Return the cursor at which the endpoint after *after* begins; ``None`` where there is none."""
+    endpoint = _endpoint(database, where, *([] if after is None else [Endpoint.id > after]))
+    if endpoint is None:
+        return None
+    first = first_id_at("evt", max(endpoint.created_at, where.since or endpoint.created_at))
+    return f"{endpoint.id}:{first}"
+
+
+def _endpoint(
+    database: Database, where: DeliveryFilter, *conditions: ColumnElement[bool]
+) -> EndpointRow | None:
+    """Return the first enabled standing endpoint by id that the filter and *conditions* leave."""
+    query = select(*ENDPOINT_COLUMNS).where(Endpoint.kind == "standing", Endpoint.enabled, *conditions)
+    if where.endpoint_id is not None:
+        query = query.where(Endpoint.id == where.endpoint_id)
+    if where.host is not None:
+        query = query.where(Endpoint.host == where.host)
+    with database.read() as connection:
+        row = connection.execute(query.order_by(Endpoint.id).limit(1)).one_or_none()
+    return None if row is None else endpoint_row(row)
+
+
+def _read(cursor: str | None) -> tuple[str | None, str | None, str]:
+    """Return the last delivery; or the endpoint to go on with, and its last event."""
+    if cursor is None:
+        return None, None, ""
+    match = _CURSOR.fullmatch(cursor)
+    if match is None:
+        raise CursorError("this cursor is not one of ours")
+    return match[1], match[2], match[3] or ""

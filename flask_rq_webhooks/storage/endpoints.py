@@ -1,0 +1,495 @@
+"""Endpoints and watches: what was promised to whom.
+
+Owns the rows that a request's webhook fields become (register, before the view), the confirmation of the
+jobs the view enqueued (after it), and the standing endpoints operators make. Knows nothing of requests
+and of Redis: it is told which jobs exist.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from hashlib import blake2b
+from typing import Any
+
+from sqlalchemy import Executable, bindparam, delete, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+
+from ..errors import StorageUnavailableError
+from .bulk_insert import insert_or_ignore
+from .crypto import Cipher
+from .database import Database, is_disconnected
+from .models import ALPHABET, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a secret goes on signing beside its successor.
+ROTATION_GRACE_S = 86400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewEndpoint:
+    """An endpoint before it is stored; everything was validated.
+
+    :param url: normalised.
+    :param host: the unit of fairness and limits, see :class:`~.models.Endpoint`.
+    :param headers: custom headers, in the clear.
+    :param secret: signs every delivery; ``None`` for none of its own.
+    :param events: types it hears of; ``None`` for all terminal ones. ``"*"`` on a standing endpoint: every
+        type there is.
+    """
+
+    url: str
+    host: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secret: str | None = field(default=None, repr=False)
+    events: tuple[str, ...] | None = None
+    scope: str = "job"
+    format: str = "job"
+    sign_payload: bool = False
+    reference: str | None = None
+    runid: str | None = None
+    timeout_s: float | None = None
+    max_attempts: int | None = None
+    kind: str = "job"
+    description: str | None = None
+
+
+def register(
+    database: Database,
+    cipher: Cipher,
+    endpoint: NewEndpoint,
+    *,
+    namespace: str,
+    reserved_job_id: str | None,
+    endpoint_id: str | None = None,
+    now: datetime | None = None,
+) -> str:
+    """Store an endpoint, its secret, and the watch that reserves a job's id, in one short transaction.
+
+    :param namespace: see :func:`~.dispatchers.shared_namespace`; becomes part of the id.
+    :param reserved_job_id: id that the first job of the view will get; ``None`` where no job is expected,
+        as for a standing endpoint.
+    :param endpoint_id: a new one by default.
+    :returns: the endpoint's id.
+    :raises StorageUnavailableError: when the database cannot be reached or stays locked.
+    """
+    now = now or datetime.now(UTC)
+    own_id = endpoint_id is None
+    endpoint_id = endpoint_id or new_id("ep" + namespace)
+    rows = {Endpoint.__tablename__: _endpoint_values(cipher, endpoint, endpoint_id, now)}
+    if endpoint.secret is not None:
+        rows[Secret.__tablename__] = _secret_values(cipher, endpoint.secret, endpoint_id, now)
+    if reserved_job_id is not None:
+        rows[Watch.__tablename__] = {
+            "id": new_id("wat"),
+            "endpoint_id": endpoint_id,
+            "job_id": reserved_job_id,
+            "status": "reserved",
+            "missing_passes": 0,
+            "created_at": now,
+        }
+    if database.is_sqlite:
+        _execute(database, [(_insert(table), row) for table, row in rows.items()])
+    else:
+        columns = tuple((table, tuple(row)) for table, row in rows.items())
+        values = {f"{table}_{name}": value for table, row in rows.items() for name, value in row.items()}
+        try:
+            _execute(database, [(_insert_at_once(columns), values)])
+        except IntegrityError:
+            # An id made here is there already only where the first of two tries was committed after all.
+            if not own_id or not endpoint_exists(database, endpoint_id):
+                raise
+    return endpoint_id
+
+
+def confirm(
+    database: Database,
+    endpoint_id: str,
+    *,
+    existing: Sequence[str],
+    unseen: Sequence[str],
+    reserved_job_id: str | None,
+    runs: Mapping[str, str] | None = None,
+    busy_timeout_s: float | None = None,
+) -> None:
+    """Note which jobs the view really enqueued. May be repeated; no watch ever goes backwards.
+
+    :param existing: ids of jobs that are in Redis: their watches are ``open`` now.
+    :param unseen: ids of jobs created but not in Redis, such as those of a pipeline not yet executed:
+        ``reserved``, until reconcile meets them.
+    :param reserved_job_id: the id given to :func:`register`. Used by no job, its watch is ``closed``.
+    :param runs: the run each existing job is in, where it is known; a job that is lost is then told of under
+        it, and a callback's late word is not another ending.
+    :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
+        itself, in a transaction that ends only after we answer.
+    :raises StorageUnavailableError: when the database cannot be written now; the caller then leaves the
+        word in the outbox.
+    """
+    now = datetime.now(UTC)
+    existing = list(dict.fromkeys(existing))
+    unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
+    statements: list[tuple[Executable, Any]] = []
+    if existing:
+        rows = [
+            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": now, "confirmed_at": now}
+            for job_id in existing
+        ]  # fmt: skip
+        statements.append((_INSERT_OPEN[database.is_sqlite], rows[0] if len(rows) == 1 else rows))
+    if unseen:
+        rows = [
+            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
+             "missing_passes": 0, "created_at": now}
+            for job_id in unseen
+        ]  # fmt: skip
+        statements.append((insert_or_ignore(database, Watch), rows))
+    if reserved_job_id is not None and reserved_job_id not in existing and reserved_job_id not in unseen:
+        close = (
+            update(Watch)
+            .where(
+                Watch.endpoint_id == endpoint_id, Watch.job_id == reserved_job_id, Watch.status == "reserved"
+            )
+            .values(status="closed", settled_at=now)
+        )
+        statements.append((close, None))
+    try:
+        # Durable: of all jobs but the one whose id was reserved, this is the only word there is.
+        _execute(database, statements, busy_timeout_s=busy_timeout_s)
+    except IntegrityError:
+        # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.
+        if endpoint_exists(database, endpoint_id):
+            raise
+        logger.warning("Jobs of the endpoint %r cannot be confirmed: it does not exist here.", endpoint_id)
+
+
+def endpoint_exists(database: Database, endpoint_id: str) -> bool:
+    """Say whether *endpoint_id* is ours; callbacks may name one that is pruned or foreign."""
+    with database.read() as connection:
+        return connection.execute(select(Endpoint.id).where(Endpoint.id == endpoint_id)).first() is not None
+
+
+def waiting_for_host(database: Database, host: str, *, at_most: int | None = None) -> int:
+    """Return how many unfinished deliveries go to *host*.
+
+    :param at_most: stop counting there; the answer is then never larger.
+    """
+    unfinished = select(Delivery.id).where(Delivery.host == host, Delivery.status.in_(["pending", "sending"]))
+    with database.read() as connection:
+        return connection.execute(
+            select(func.count()).select_from(unfinished.limit(at_most).subquery())
+        ).scalar_one()
+
+
+# Standing endpoints
+
+
+class ExistsError(Exception):
+    """An endpoint was made before with the same idempotency key.
+
+    :param endpoint_id: its id.
+    """
+
+    def __init__(self, endpoint_id: str) -> None:
+        super().__init__(f"The endpoint {endpoint_id} was made with this key.")
+        self.endpoint_id = endpoint_id
+
+
+def create_standing(
+    database: Database,
+    cipher: Cipher,
+    endpoint: NewEndpoint,
+    *,
+    namespace: str,
+    idempotency_key: str | None = None,
+    now: datetime | None = None,
+) -> str:
+    """Store a standing endpoint and return its id.
+
+    :param idempotency_key: the endpoint's id is made of it, so that the primary key lets only one be made,
+        however many requests with it come at once. Such ids do not sort by time.
+    :raises ExistsError: when there is one with this key.
+    """
+    if endpoint.kind != "standing":
+        raise ValueError(f"expected kind 'standing', got {endpoint.kind!r}")
+    endpoint_id = None if idempotency_key is None else _id_of_key(namespace, idempotency_key)
+    try:
+        return register(
+            database,
+            cipher,
+            endpoint,
+            namespace=namespace,
+            reserved_job_id=None,
+            endpoint_id=endpoint_id,
+            now=now,
+        )
+    except IntegrityError:
+        if endpoint_id is None or not endpoint_exists(database, endpoint_id):
+            raise
+        raise ExistsError(endpoint_id) from None
+
+
+def _id_of_key(namespace: str, idempotency_key: str) -> str:
+    number = int.from_bytes(blake2b(idempotency_key.encode(), digest_size=17).digest())
+    return f"ep{namespace}_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
+
+
+#: What :func:`update_standing` may change; the rest has functions of its own.
+CHANGEABLE = frozenset(
+    {"url", "host", "headers", "events", "format", "sign_payload", "timeout_s", "max_attempts",
+     "description", "reference", "runid"}
+)  # fmt: skip
+
+
+def update_standing(database: Database, cipher: Cipher, endpoint_id: str, changes: Mapping[str, Any]) -> bool:
+    """Change a standing endpoint. Waiting deliveries go to the new URL; their bytes stay what they are.
+
+    :param changes: attributes of :class:`NewEndpoint`, those in :data:`CHANGEABLE`. ``url`` and ``host``
+        go together.
+    :returns: whether there is such an endpoint.
+    """
+    unknown = set(changes) - CHANGEABLE
+    if unknown:
+        raise ValueError(f"cannot change {sorted(unknown)}")
+    if ("url" in changes) != ("host" in changes):
+        raise ValueError("url and host go together")
+    values = dict(changes)
+    if "headers" in values:
+        values["headers"] = _encrypted_headers(cipher, values["headers"])
+    if "events" in values:
+        values["events"] = _events_json(values["events"])
+    with database.write() as connection:
+        changed = connection.execute(
+            update(Endpoint)
+            .where(Endpoint.id == endpoint_id, Endpoint.kind == "standing")
+            .values(**values, updated_at=database.clock())
+        ).rowcount
+        if changed and "host" in changes:
+            connection.execute(
+                update(Delivery)
+                .where(
+                    Delivery.endpoint_id == endpoint_id,
+                    Delivery.status == "pending",
+                    Delivery.host != changes["host"],
+                )
+                .values(host=changes["host"])
+            )
+    return changed == 1
+
+
+def rotate_secret(
+    database: Database,
+    cipher: Cipher,
+    endpoint_id: str,
+    secret: str,
+    *,
+    grace_s: float = ROTATION_GRACE_S,
+    now: datetime | None = None,
+) -> bool:
+    """Give a standing endpoint a new secret; the old ones go on signing beside it for *grace_s* seconds.
+
+    :returns: whether there is such an endpoint.
+    """
+    now = now or datetime.now(UTC)
+    with database.write() as connection:
+        # The update also makes two rotations at once wait for each other.
+        found = connection.execute(
+            update(Endpoint)
+            .where(Endpoint.id == endpoint_id, Endpoint.kind == "standing")
+            .values(updated_at=now)
+        ).rowcount
+        if not found:
+            return False
+        connection.execute(
+            delete(Secret).where(Secret.endpoint_id == endpoint_id, Secret.expires_at <= database.clock())
+        )
+        connection.execute(
+            update(Secret)
+            .where(Secret.endpoint_id == endpoint_id, Secret.expires_at.is_(None))
+            .values(expires_at=database.clock(grace_s))
+        )
+        connection.execute(insert(Secret).values(_secret_values(cipher, secret, endpoint_id, now)))
+    return True
+
+
+def enable_standing(database: Database, endpoint_id: str) -> bool:
+    """Let a standing endpoint get deliveries again, with a clean record.
+
+    What happened meanwhile is delivered by :func:`~.recovering.recover`.
+
+    :returns: whether there is such an endpoint.
+    """
+    return _set_enabled(database, endpoint_id, enabled=True, reason=None)
+
+
+def disable_standing(database: Database, endpoint_id: str, *, reason: str = "operator") -> bool:
+    """Stop a standing endpoint from getting new deliveries. Those that wait go on; cancel them apart.
+
+    :returns: whether there is such an endpoint.
+    """
+    return _set_enabled(database, endpoint_id, enabled=False, reason=reason)
+
+
+def delete_standing(database: Database, endpoint_id: str, *, batch: int = 1000) -> bool:
+    """Delete a standing endpoint with its deliveries and attempts, in bounded transactions.
+
+    :param batch: deliveries per transaction.
+    :returns: whether there was such an endpoint.
+    """
+    deleted = delete_standing_part(database, endpoint_id, at_most=batch)
+    while deleted is False:
+        deleted = delete_standing_part(database, endpoint_id, at_most=batch)
+    return deleted is True
+
+
+def delete_standing_part(database: Database, endpoint_id: str, *, at_most: int = 1000) -> bool | None:
+    """Disable a standing endpoint and delete some of its deliveries; with the last of them, itself.
+
+    :param at_most: deliveries, in one transaction.
+    :returns: whether it is deleted now; otherwise call again. ``None``: there is no such endpoint.
+    """
+    if not disable_standing(database, endpoint_id, reason="deleted"):
+        return None
+    some = select(Delivery.id).where(Delivery.endpoint_id == endpoint_id).limit(at_most)
+    with database.write() as connection:
+        ids = connection.execute(some).scalars().all()
+        if ids:
+            connection.execute(delete(Attempt).where(Attempt.delivery_id.in_(ids)))
+            connection.execute(delete(Delivery).where(Delivery.id.in_(ids)))
+        if len(ids) == at_most:
+            return False
+        # In the transaction that saw no further delivery; one made meanwhile goes by cascade.
+        connection.execute(delete(Endpoint).where(Endpoint.id == endpoint_id))
+    return True
+
+
+def _set_enabled(database: Database, endpoint_id: str, *, enabled: bool, reason: str | None) -> bool:
+    with database.write(single_statement=True) as connection:
+        changed = connection.execute(
+            update(Endpoint)
+            .where(Endpoint.id == endpoint_id, Endpoint.kind == "standing")
+            .values(
+                enabled=enabled,
+                disabled_reason=reason,
+                disabled_at=None if enabled else func.coalesce(Endpoint.disabled_at, database.clock()),
+                failures=0,
+                failing_since=None,
+                updated_at=database.clock(),
+            )
+        )
+    return changed.rowcount == 1
+
+
+def _endpoint_values(
+    cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime
+) -> dict[str, Any]:
+    return {
+        "id": endpoint_id,
+        "kind": endpoint.kind,
+        "url": endpoint.url,
+        "host": endpoint.host,
+        "headers": _encrypted_headers(cipher, endpoint.headers),
+        "events": _events_json(endpoint.events),
+        "scope": endpoint.scope,
+        "format": endpoint.format,
+        "sign_payload": endpoint.sign_payload,
+        "reference": endpoint.reference,
+        "runid": endpoint.runid,
+        "timeout_s": endpoint.timeout_s,
+        "max_attempts": endpoint.max_attempts,
+        "description": endpoint.description,
+        "enabled": True,
+        "failures": 0,
+        "created_at": now,
+        "updated_at": now,
+    }
+
+
+def _secret_values(cipher: Cipher, secret: str, endpoint_id: str, now: datetime) -> dict[str, Any]:
+    return {
+        "id": new_id("sec"),
+        "endpoint_id": endpoint_id,
+        "secret": cipher.encrypt(secret),
+        "created_at": now,
+    }
+
+
+def _encrypted_headers(cipher: Cipher, headers: Mapping[str, str]) -> str | None:
+    return cipher.encrypt(json.dumps(dict(headers))) if headers else None
+
+
+def _events_json(events: Sequence[str] | None) -> str | None:
+    return None if events is None else json.dumps(list(events))
+
+
+# The statements of every request are built once: building them takes longer than running them.
+
+
+@cache
+def _insert(table: str) -> Executable:
+    return insert(Base.metadata.tables[table])
+
+
+@cache
+def _insert_at_once(columns: tuple[tuple[str, tuple[str, ...]], ...]) -> Executable:
+    """Return one statement, which is one round trip, that inserts a row into each of some tables.
+
+    What the rows refer to is checked when all of them are there.
+
+    :param columns: tables with the columns that are given. The parameters are named
+        ``<table>_<column>``.
+    """
+    statements = [
+        insert(Base.metadata.tables[table]).values({name: bindparam(f"{table}_{name}") for name in names})
+        for table, names in columns
+    ]
+    last = statements.pop()
+    for number, statement in enumerate(statements):
+        last = last.add_cte(statement.cte(f"new_{number}"))
+    return last
+
+
+_WATCHES = Base.metadata.tables[Watch.__tablename__]
+
+
+def _insert_open(statement: Any) -> Executable:
+    changes = {name: statement.excluded[name] for name in ("status", "confirmed_at", "run")}
+    insert: Executable = statement.on_conflict_do_update(
+        index_elements=["job_id", "endpoint_id"], set_=changes, where=Watch.status == "reserved"
+    )
+    return insert
+
+
+#: Whether on SQLite → the statement that opens a watch, reserved or not.
+_INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(postgresql.insert(_WATCHES))}
+
+
+def _execute(
+    database: Database,
+    statements: Sequence[tuple[Executable, Any]],
+    *,
+    busy_timeout_s: float | None = None,
+) -> None:
+    if not statements:
+        return
+    single = len(statements) == 1 and not isinstance(statements[0][1], list)
+
+    def run() -> None:
+        with database.write(
+            busy_timeout_s=busy_timeout_s, single_statement=single, repeated=single
+        ) as connection:
+            for statement, parameters in statements:
+                connection.execute(statement, parameters)
+
+    try:
+        run()
+    except StorageUnavailableError as exc:
+        # A pooled connection may have died since it was last used; the next one is new.
+        if not single or not is_disconnected(exc):
+            raise
+        run()

@@ -1,0 +1,118 @@
+"""What nobody would be told about: the conditions under which webhooks silently do not arrive.
+
+Owns their sentences, each with what to do. Those of :func:`everywhere` are cheap enough for every page.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from redis.exceptions import RedisError
+
+from ..state import State
+from ..storage.dispatchers import dispatcher_alive, paused_since
+from ..storage.statistics import COUNT_CAP, Statistics
+from .formatting import moment, number, span
+
+#: Entries in the outbox that a living dispatcher never lets come together.
+OUTBOX_LONG = 500
+#: A watch older than this is a job that runs for days, or one that is stuck.
+WATCH_OLD = timedelta(days=1)
+#: Seconds after which a due delivery is late.
+LATE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """One condition.
+
+    :param text: what is the case.
+    :param advice: what to do.
+    :param severe: nothing is delivered.
+    """
+
+    text: str
+    advice: str
+    severe: bool = False
+
+
+def everywhere(state: State) -> list[Alarm]:
+    """Return what stops or endangers all deliveries now.
+
+    :raises StorageUnavailableError: when SQL cannot be asked.
+    """
+    found = []
+    if not dispatcher_alive(state.database):
+        found.append(
+            Alarm(
+                "No dispatcher is alive: nothing is delivered.", "Start one: flask rq-webhooks worker", True
+            )
+        )
+    since = paused_since(state.database)
+    if since is not None:
+        found.append(
+            Alarm(
+                f"All sending is paused since {moment(since)} UTC.", "Resume it on the overview.", severe=True
+            )
+        )
+    if not state.settings.enabled:
+        found.append(
+            Alarm("RQ_WEBHOOKS_ENABLED is off: no webhooks are accepted.", "Accepted deliveries go on.")
+        )
+    try:
+        waiting = state.outbox.length()
+        rejected = int(state.redis.xlen(state.outbox.rejected_key))
+    except RedisError:
+        found.append(
+            Alarm(
+                "Redis cannot be reached: endings of jobs are not seen.",
+                "See flask rq-webhooks doctor.",
+                True,
+            )
+        )
+        return found
+    if waiting > OUTBOX_LONG:
+        found.append(
+            Alarm(
+                f"{number(waiting)} callbacks wait in the outbox, which can hold "
+                f"{number(state.settings.outbox_maxlen)}.",
+                "Dispatchers do not keep up, or none reads this outbox.",
+            )
+        )
+    if rejected:
+        found.append(
+            Alarm(
+                f"{number(rejected)} outbox entries were set aside because they are malformed.",
+                "See the dispatcher's log: somebody else writes to this Redis, or versions differ.",
+            )
+        )
+    return found
+
+
+def of_numbers(numbers: Statistics, now: datetime) -> list[Alarm]:
+    """Return what the overview's numbers warn of."""
+    found = []
+    if numbers.oldest_due_s is not None and numbers.oldest_due_s > LATE_S and numbers.paused_since is None:
+        found.append(
+            Alarm(
+                f"The oldest due delivery has been due for {span(numbers.oldest_due_s)}.",
+                "Dispatchers are too few, stuck, or held back by a limit per host.",
+            )
+        )
+    if numbers.endpoints_disabled:
+        found.append(
+            Alarm(
+                f"{number(numbers.endpoints_disabled, COUNT_CAP)} standing endpoints are disabled.",
+                "What happens meanwhile can be recovered when they are enabled.",
+            )
+        )
+    age = None if numbers.oldest_watch is None else now - numbers.oldest_watch
+    if age is not None and age > WATCH_OLD:
+        found.append(
+            Alarm(
+                f"The oldest job with a webhook has been waiting for {span(age.total_seconds())}.",
+                "It is still running or queued, or no worker listens to its queue.",
+            )
+        )
+    return found

@@ -1,0 +1,99 @@
+"""What became of a job's webhook, for the client who submitted the job.
+
+Owns the answer of the status route. It is coarse on purpose: no response bodies, no headers, and nothing by
+which a client could find out about hosts it cannot reach.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from flask import Response, jsonify, request
+from redis.exceptions import RedisError
+
+from ..protocol.urls import redact_url
+from ..queue.job_reader import read_jobs
+from ..state import State
+from ..storage.models import PENDING, SENDING
+from ..storage.queries import JobWebhook, job_webhook
+from .api_responses import ApiError, is_possible_id
+from .api_schemas import EventSchema, StatusAttemptSchema, StatusDeliverySchema
+from .permissions import is_allowed
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which asking again is worth while: nothing to deliver yet, an attempt under way, at most.
+WAITING_S, SENDING_S, MOST_S = 5, 2, 300
+
+_EVENTS = EventSchema(many=True)
+_DELIVERY = StatusDeliverySchema()
+_ATTEMPTS = StatusAttemptSchema(many=True)
+
+
+def job_status(state: State, job_id: str) -> Response:
+    """Return the state of a job's webhook, with an ``ETag``, and ``Retry-After`` while it may change.
+
+    A job of somebody else looks like one that does not exist, and like one without a webhook.
+
+    :raises ApiError: 403 where the host's permission function lets the caller ask for no job of this id.
+    """
+    found = job_webhook(state.database, job_id) if is_possible_id(job_id) else None
+    runid = None if found is None else found.runid
+    if not is_allowed(state, "status", job_id=job_id, runid=runid):
+        if runid is None or not is_allowed(state, "status", job_id=job_id, runid=None):
+            raise ApiError(403, "forbidden", "You may not ask for this.")
+        found = None
+    if found is None:
+        body: dict[str, Any] = {"job_id": job_id, "webhook_configured": False}
+    else:
+        body = status_body(found, _job_status(state, job_id))
+    response = jsonify(body)
+    response.add_etag()
+    response.make_conditional(request)
+    wait_s = None if found is None else _worth_waiting_s(found)
+    if wait_s is not None:
+        response.headers["Retry-After"] = str(wait_s)
+    return response
+
+
+def status_body(found: JobWebhook, job_status: str | None) -> dict[str, Any]:
+    """Return what may be told of a job's webhook, as JSON.
+
+    :param job_status: RQ's word, ``None`` where it is not known.
+    """
+    return {
+        "job_id": found.job_id,
+        "webhook_configured": True,
+        "url": redact_url(found.url),
+        "delivery_status": found.delivery_status,
+        "job_status": job_status,
+        "events": _EVENTS.dump(found.events),
+        "deliveries": [
+            {**_DELIVERY.dump(delivery), "attempts": _ATTEMPTS.dump(attempts)}
+            for delivery, attempts in found.deliveries
+        ],
+    }
+
+
+def _job_status(state: State, job_id: str) -> str | None:
+    try:
+        return read_jobs(state.redis, [job_id])[job_id].status
+    except RedisError as exc:
+        logger.warning("The status of job %r is not known: %s", job_id, exc)
+        return None
+
+
+def _worth_waiting_s(found: JobWebhook) -> int | None:
+    """Return after how many seconds the answer may be another one; ``None`` when nothing is awaited."""
+    if not found.deliveries:
+        return WAITING_S
+    if found.delivery_status == SENDING:
+        return SENDING_S
+    if found.delivery_status != PENDING:
+        return None
+    due = found.deliveries[0][0].next_attempt_at
+    left_s = 0.0 if due is None else (due - datetime.now(UTC)).total_seconds()
+    return min(max(math.ceil(left_s), 1), MOST_S)
