@@ -21,6 +21,8 @@ import psutil
 import redis
 import sqlalchemy as sa
 
+from flask_rq_webhooks.state import get_state
+from tests.acceptance.host_app import create_app
 from tests.chaos import aof
 from tests.chaos.auditor import Answer, Evidence, Receipt
 from tests.servers import PostgresHandle, Process, Received, Receiver, ValkeyHandle, free_port, wait_until
@@ -75,10 +77,19 @@ class Field:
         self.receiver = Receiver(self._receive)
         (self.folder / "logs").mkdir(exist_ok=True)
         self.engine = sa.create_engine(self.database_url, poolclass=sa.NullPool)
-        with Process(*FLASK, "rq-webhooks", "init-db", env=self.environment) as process:
-            assert process.wait() == 0, process.output
+        self._create_tables()
         with self.engine.begin() as connection:
             connection.execute(sa.text("CREATE TABLE IF NOT EXISTS held (id INTEGER)"))
+
+    def _create_tables(self) -> None:
+        """Create the product's tables by its command, in this process: another one takes seconds."""
+        app = create_app(
+            {"SQLALCHEMY_DATABASE_URI": self.database_url, "RQ_WEBHOOKS_REDIS_URL": self.valkey.url}
+        )
+        done = app.test_cli_runner().invoke(args=["rq-webhooks", "init-db"])
+        assert done.exit_code == 0, done.output
+        get_state(app).database.dispose()
+        get_state(app).redis.close()
 
     @property
     def environment(self) -> dict[str, str]:

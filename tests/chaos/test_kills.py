@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from tests.chaos.auditor import Audit, audit
 from tests.chaos.field import INTERVAL_S, Field, open_field
-from tests.chaos.test_storm import note
+from tests.chaos.test_storm import LONG, note
 from tests.servers import Received, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -141,16 +141,8 @@ def test_redis_wiped_with_200_jobs_waiting(field: Field) -> None:
     note("Redis wiped with 200 jobs waiting", found, {})
 
 
-@pytest.mark.chaos
-def test_dispatcher_off_while_2000_jobs_end_and_their_results_expire(field: Field) -> None:
-    _away(field, 2000)
-
-
-def test_dispatcher_off_while_100_jobs_end_and_their_results_expire(field: Field) -> None:
-    _away(field, 100)
-
-
-def _away(field: Field, count: int) -> None:
+def test_dispatcher_off_while_jobs_end_and_their_results_expire(field: Field) -> None:
+    count = 2000 if LONG else 100
     for name in ("web", "worker-1", "worker-2"):
         field.start(name)
     submit_all(field, count, options={"result_ttl": 1})
