@@ -27,7 +27,7 @@ SPLIT = ("tests/chaos/", "tests/acceptance/test_pipeline.py", "tests/acceptance/
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests by folder, the long ones first; give a second try to those marked for it, and to no other."""
+    """Run the long folders first; give a second try to tests marked ``slow_machine``, and to no other."""
     for item in items:
         for marker in item.iter_markers("slow_machine"):
             if not marker.kwargs.get("reason"):
