@@ -24,7 +24,8 @@ from flask_rq_webhooks.dispatch.request_builder import build_request
 from flask_rq_webhooks.observe.ingest import Ingest
 from flask_rq_webhooks.observe.publisher import Teller
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.deliveries import AttemptRecord, ClaimedDelivery, claim_due, record_attempts
+from flask_rq_webhooks.storage.attempts import AttemptRecord, record_attempts
+from flask_rq_webhooks.storage.claims import ClaimedDelivery, claim_due
 
 from .harness import Report, Size
 from .installation import KINDS, Installation, servers, transports

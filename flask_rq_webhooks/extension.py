@@ -23,7 +23,7 @@ from .protocol.json_safe import to_json_safe
 from .protocol.payloads import FORMATS, PayloadFormat, custom_format
 from .queue import job_callbacks
 from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, get_state
-from .storage.deliveries import IngestItem
+from .storage.events import IngestItem
 from .storage.models import copy_tables
 from .web import api, host_pages, pages
 

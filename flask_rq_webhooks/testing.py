@@ -45,8 +45,8 @@ from .observe.publisher import Teller
 from .queue.enqueue_observer import SeenJob, observe
 from .receiver import VerifiedWebhook, verify
 from .state import State, get_state
-from .storage.deliveries import hasten
 from .storage.models import new_id
+from .storage.retention import make_all_due
 
 __all__ = [
     "InMemoryReceiver",
@@ -258,7 +258,7 @@ def _send_all(
     )
     while True:
         if retries:
-            hasten(state.database)
+            make_all_due(state.database)
         sent = len(receiver.received)
         sender.wake()
         while sender.advance() <= 0 or sender.idle_since is None:

@@ -27,10 +27,10 @@ from ..errors import StorageUnavailableError
 from ..observe.ingest import Ingest
 from ..observe.publisher import Teller
 from ..observe.reconcile import Reconciler, ReconcileReport
-from ..storage.deliveries import free_expired_leases, prune
+from ..storage.claims import free_expired_leases
 from ..storage.dispatchers import drop_reconcile_lease, heartbeat, sign_off, take_reconcile_lease
 from ..storage.models import new_id
-from ..storage.retention import Pruned
+from ..storage.retention import Pruned, prune
 from .http import Transport, open_transport
 from .pubsub import Notices
 from .rate_limit import RateLimiter

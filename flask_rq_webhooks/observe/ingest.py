@@ -2,7 +2,7 @@
 
 Owns the order of those steps. What RQ committed is read in :mod:`~flask_rq_webhooks.queue.job_reader`,
 what it means is decided in :mod:`~flask_rq_webhooks.observe.verdicts`, and SQL is in
-:mod:`~flask_rq_webhooks.storage.deliveries`. Knows nothing of sending.
+:mod:`~flask_rq_webhooks.storage.events`. Knows nothing of sending.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError
 from .._steps import reached
 from ..errors import StorageUnavailableError
 from ..queue.job_reader import JobResult, JobState, read_endings, read_results
-from ..storage.deliveries import IngestItem, park_evidence
 from ..storage.endpoints import confirm
+from ..storage.events import IngestItem
+from ..storage.settling import park_evidence
 from .publisher import Teller
 from .verdicts import Open, Verdict, judge, occurrence_of
 

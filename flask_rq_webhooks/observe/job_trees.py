@@ -38,7 +38,7 @@ from ..queue.job_details import JobRecord, read_dependents, read_records, read_s
 from ..queue.job_reader import UNKNOWN, read_result_value, read_results
 from ..storage import tree_members as storage
 from ..storage.database import Database
-from ..storage.ingesting import IngestItem
+from ..storage.events import IngestItem
 from ..storage.models import RESERVED
 from ..storage.tree_members import TreeRow
 from ..storage.watches import endings_of_job

@@ -14,7 +14,7 @@ from .._steps import reached
 from ..protocol.events import TERMINAL_TYPES, Occurrence
 from ..storage import watches as storage
 from ..storage.database import Database
-from ..storage.ingesting import IngestItem
+from ..storage.events import IngestItem
 from ..storage.watches import SettledRow, WatchRow
 
 #: Stores occurrences as events and deliveries, each once, in one transaction.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import signals
 from ..protocol.events import TERMINAL_TYPES
-from ..storage.deliveries import IngestedEvent, IngestItem, ingest
+from ..storage.events import IngestedEvent, IngestItem, ingest
 from .host_hooks import safe_render, safe_scrub
 
 if TYPE_CHECKING:

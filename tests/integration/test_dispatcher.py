@@ -29,7 +29,7 @@ from flask_rq_webhooks.observe.publisher import Teller
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage import dispatchers
-from flask_rq_webhooks.storage.deliveries import claim_due
+from flask_rq_webhooks.storage.claims import claim_due
 from flask_rq_webhooks.storage.models import Delivery
 from tests.pipeline import SECRET, add_endpoint, attempts, deliveries, enqueue, events, open_state
 from tests.servers import Received, Receiver, postgres_server, valkey_server, wait_until

@@ -20,9 +20,10 @@ from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.queue.outbox import OutboxEntry
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest, park_evidence
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_standing, register
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Event, Watch
+from flask_rq_webhooks.storage.settling import park_evidence
 from flask_rq_webhooks.storage.watches import watch_job
 from tests.jobs import Callbacks
 from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows

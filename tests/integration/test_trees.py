@@ -17,8 +17,8 @@ from rq.registry import FailedJobRegistry
 from flask_rq_webhooks.observe.job_trees import TreeReporter
 from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
 from flask_rq_webhooks.storage.endpoints import confirm
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Watch
 from tests.pipeline import add_endpoint, deliveries, events, open_state, rows
 
