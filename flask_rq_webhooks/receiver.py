@@ -57,6 +57,7 @@ Scheme = Literal["v1", "v1a", "sha256"]
 
 #: Signatures that cover a time. ``"sha256"`` does not and has to be asked for.
 TIMED_SCHEMES: tuple[Scheme, ...] = ("v1", "v1a")
+ALL_SCHEMES: tuple[Scheme, ...] = (*TIMED_SCHEMES, "sha256")
 
 P = ParamSpec("P")
 
@@ -119,8 +120,8 @@ def verify(
     :param tolerance: seconds a timestamp may be off, in both directions, the limit included.
     :param now: the time to compare with: aware (a naive one is taken as UTC), or unix seconds.
     :param header_prefix: first part of the sender's ``X-Webhook-*`` headers.
-    :param schemes: signatures accepted; one that is not named is treated as absent. Add ``"sha256"`` to accept
-        messages whose only signature covers no time.
+    :param schemes: signatures accepted; one that is not named is treated as absent. Add ``"sha256"`` to
+        accept messages whose only signature covers no time.
     :param signature_header: whole name of the ``sha256=`` header, where it does not begin with the prefix.
     :param timestamp_header: likewise, of the header with that signature's time.
     :raises SignatureError: whatever is wrong, arguments of a wrong type included. Nothing else is raised.

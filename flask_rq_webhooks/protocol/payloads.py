@@ -150,7 +150,7 @@ def render_cloudevents(occurrence: Occurrence, context: RenderContext) -> Render
 
     Source: CloudEvents 1.0.2, "Required Attributes"; JSON Event Format 1.0.2, "Envelope".
     """
-    return Rendered(fit(_cloudevent, occurrence, context)[1], "application/cloudevents+json; charset=utf-8")
+    return Rendered(fit(_cloudevent, occurrence, context)[1], "application/cloudevents+json")
 
 
 #: The formats that come with the package, by name.
@@ -175,9 +175,9 @@ CustomFormat = Callable[[dict[str, Any]], Mapping[str, Any] | bytes | tuple[byte
 def custom_format(function: CustomFormat) -> PayloadFormat:
     """Return a format that hands the ``job`` payload to *function* and sends what it returns.
 
-    :param function: takes the payload as a dict of its own; returns a dict, sent as compact JSON, the bytes of
-        a JSON body, or ``(bytes, content type)``. Its exceptions reach the caller; the size of what it returns
-        is not limited here.
+    :param function: takes the payload as a dict of its own; returns a dict, sent as compact JSON, the bytes
+        of a JSON body, or ``(bytes, content type)``. Its exceptions reach the caller; the size of what it
+        returns is not limited here.
     """
     name = getattr(function, "__name__", function)
 
@@ -316,10 +316,13 @@ def _standard(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
 
 def _cloudevent(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
     standard = _standard(occurrence, context)
+    source = "application"
+    if occurrence.queue:
+        source = "queue:" + quote(occurrence.queue, safe="", errors="replace")
     payload = {
         "specversion": "1.0",
         "id": context.event_id,
-        "source": f"urn:rq:queue:{quote(occurrence.queue, safe='')}" if occurrence.queue else "urn:rq",
+        "source": f"urn:rq-webhooks:{source}",
         "type": standard["type"],
         "time": standard["timestamp"],
         "datacontenttype": JSON,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, select
 
 from ..protocol.events import TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
+from ..protocol.payloads import JSON, Rendered
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
 from .models import CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
@@ -178,7 +179,7 @@ def delivery_values(
     event_id: str,
     event_type: str,
     endpoint: EndpointRow,
-    body: bytes,
+    rendered: Rendered,
     *,
     max_attempts: int,
     now: datetime,
@@ -193,7 +194,8 @@ def delivery_values(
         "event_type": event_type,
         "status": PENDING,
         "trigger": trigger,
-        "body": body,
+        "body": rendered.body,
+        "content_type": None if rendered.content_type == JSON else rendered.content_type,
         "attempts": 0,
         "max_attempts": endpoint.max_attempts or max_attempts,
         "next_attempt_at": now,
