@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Connection, Select, func, or_, select
 
 from .database import Database
-from .filters import DeliveryFilter
+from .filters import DeliveryFilter, walk
 from .models import (
     OPEN,
     RESERVED,
@@ -31,7 +31,6 @@ from .models import (
     Secret,
     Watch,
 )
-from .walking import walk
 
 #: Items on a page at most, whatever is asked for.
 MAX_PAGE = 200
@@ -221,7 +220,7 @@ def list_deliveries(
     """Return deliveries, newest first.
 
     With several conditions that are each frequent a page may be short, even empty, and yet have a cursor: it
-    was searched for long enough. See :mod:`.walking`.
+    was searched for long enough. See :mod:`.filters`.
 
     :param cursor: of the page before.
     :param limit: items on the page; at most :data:`MAX_PAGE`.

@@ -18,11 +18,11 @@ from ..protocol.payloads import RenderContext, job_payload, occurrence_from_json
 from ..protocol.signatures import generate_secret
 from ..state import State
 from ..storage import endpoints, queries
-from ..storage.deliveries import resend
 from ..storage.dispatchers import dispatcher_alive, pause, resume
 from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView, EventView, Page
+from ..storage.retention import resend
 from ..storage.statistics import statistics
 from . import api_schemas as schemas
 from . import operations

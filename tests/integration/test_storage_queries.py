@@ -7,10 +7,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, Occurrence
+from flask_rq_webhooks.storage.attempts import record_attempts
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.deliveries import DeliveryFilter, IngestItem, record_attempts
 from flask_rq_webhooks.storage.dispatchers import heartbeat, pause
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing
+from flask_rq_webhooks.storage.events import IngestItem
+from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Delivery, Event
 from flask_rq_webhooks.storage.queries import (
     MAX_PAGE,
