@@ -41,7 +41,7 @@ from .dispatch.rate_limit import RateLimiter
 from .dispatch.recorder import Recorder
 from .dispatch.sender import Sender
 from .observe.ingest import Ingest
-from .observe.publisher import Teller
+from .observe.publisher import Publisher
 from .queue.enqueue_observer import SeenJob, observe
 from .receiver import VerifiedWebhook, verify
 from .state import State, get_state
@@ -149,7 +149,7 @@ def deliver_all(
     already = len(receiver.received)
     state = get_state(app)
     consumer = new_id("tst")
-    ingest = Ingest(state, consumer=consumer, teller=Teller(state))
+    ingest = Ingest(state, consumer=consumer, publisher=Publisher(state))
     while not ingest.is_idle():
         ingest.run_once(block_ms=1)
     reconcile_now(state)

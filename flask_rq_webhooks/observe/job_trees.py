@@ -107,7 +107,7 @@ def blocked_jobs(jobs: Mapping[str, JobRecord], statuses: Mapping[str, str | Non
 class TreeReporter:
     """Evaluate open trees and tell those that are over.
 
-    :param tell: stores occurrences as events and deliveries, each once.
+    :param publish: stores occurrences as events and deliveries, each once.
     :param clock: aware UTC now.
     """
 
@@ -116,13 +116,13 @@ class TreeReporter:
         database: Database,
         redis: Redis,
         *,
-        tell: Callable[[Sequence[IngestItem]], object],
+        publish: Callable[[Sequence[IngestItem]], object],
         settings: Settings,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._database = database
         self._redis = redis
-        self._tell = tell
+        self._publish = publish
         self._settings = settings
         self._clock = clock
         self._hints: set[str] = set()
@@ -272,7 +272,7 @@ class TreeReporter:
             scope="tree",
             jobs=verdict.counts,
         )
-        self._tell([IngestItem(occurrence, (endpoint_id,))])
+        self._publish([IngestItem(occurrence, (endpoint_id,))])
         storage.settle_tree(self._database, endpoint_id, run=run, now=now)
 
     def _result(self, root_id: str, root: JobRecord | None, verdict: TreeVerdict) -> tuple[Any, bool]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..state import State
 
 
-class Teller:
+class Publisher:
     """Store occurrences, each once.
 
     :param state: the app's state.
@@ -38,7 +38,7 @@ class Teller:
         self._render = safe_render(state)
         self._scrub = safe_scrub(state)
 
-    def tell(self, items: Sequence[IngestItem]) -> list[IngestedEvent]:
+    def publish(self, items: Sequence[IngestItem]) -> list[IngestedEvent]:
         """Store *items* in one transaction, then emit ``event_recorded`` for those that are new.
 
         :raises StorageUnavailableError: when SQL cannot be reached; nothing of *items* is stored.

@@ -55,7 +55,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def teller(state: State) -> Callable[[Sequence[IngestItem]], object]:
+def publisher(state: State) -> Callable[[Sequence[IngestItem]], object]:
     return lambda items: ingest(
         state.database, items, render=state.render, max_attempts=state.settings.max_attempts
     )
@@ -70,7 +70,7 @@ def new_reconciler(state: State, clock: Clock) -> Reconciler:
     return Reconciler(
         state.database,
         state.redis,
-        tell=teller(state),
+        publish=publisher(state),
         settings=state.settings,
         outbox_key=state.outbox.key,
         clock=clock,
