@@ -18,7 +18,7 @@ from redis.retry import Retry
 
 from .config import Settings
 from .errors import ConfigurationError
-from .protocol.payloads import PayloadFormat, RenderContext, Rendered, as_rendered
+from .protocol.payloads import PayloadFormat, RenderContext, Rendered
 from .protocol.retry import RetryPolicy
 from .protocol.urls import UrlPolicy
 from .queue.outbox import Outbox
@@ -155,7 +155,7 @@ class State:
             ),
         )
 
-    def render(self, endpoint: Endpoint | Any, event_id: str, occurrence: Occurrence) -> Rendered:
+    def render(self, endpoint: Endpoint | Any, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
         """Return the body for *endpoint* and its media type: stored, signed and sent as they are.
 
         :param endpoint: a row with ``format``, ``runid`` and ``reference``.
@@ -169,7 +169,7 @@ class State:
                 "register it with @webhooks.payload_format in every process, the dispatcher included."
             ) from None
         settings = self.settings
-        made = render(
+        return render(
             occurrence,
             RenderContext(
                 event_id=event_id,
@@ -180,7 +180,6 @@ class State:
                 max_bytes=settings.max_payload_bytes,
             ),
         )
-        return as_rendered(made)
 
     def _build_database(self) -> Database:
         url, connect_args = self._database_url()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..protocol.events import Occurrence
 from ..protocol.json_safe import safe_text, to_json_safe
-from ..protocol.payloads import FORMATS, RenderContext, Rendered, as_rendered
+from ..protocol.payloads import FORMATS, RenderContext, Rendered
 
 if TYPE_CHECKING:
     from ..state import State
@@ -56,14 +56,14 @@ def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | Non
     return scrubbed
 
 
-def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], Rendered]:
+def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes | Rendered]:
     """Return :meth:`State.render`, which then never raises.
 
     Where the host's format fails or is not registered here, the event is rendered in the format ``job``
     without result and error.
     """
 
-    def render(endpoint: EndpointRow, event_id: str, occurrence: Occurrence) -> Rendered:
+    def render(endpoint: EndpointRow, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
         try:
             return state.render(endpoint, event_id, occurrence)
         except Exception:
@@ -71,7 +71,7 @@ def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], Render
                 "Format %r cannot render %s of job %r for endpoint %s; it is sent in the format 'job', "
                 "without result and error.", endpoint.format, occurrence.type, occurrence.job_id, endpoint.id,
             )  # fmt: skip
-        made = FORMATS["job"](
+        return FORMATS["job"](
             replace(occurrence, result=None, error=None),
             RenderContext(
                 event_id=event_id,
@@ -82,6 +82,5 @@ def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], Render
                 max_bytes=state.settings.max_payload_bytes,
             ),
         )
-        return as_rendered(made)
 
     return render

@@ -31,7 +31,7 @@ from .subscriptions import (
     store_deliveries,
 )
 
-Render = Callable[[EndpointRow, str, Occurrence], Rendered]
+Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 

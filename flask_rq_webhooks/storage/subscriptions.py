@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, select
 
 from ..protocol.events import TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
-from ..protocol.payloads import JSON, Rendered
+from ..protocol.payloads import JSON, Rendered, as_rendered
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
 from .models import CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
@@ -179,13 +179,14 @@ def delivery_values(
     event_id: str,
     event_type: str,
     endpoint: EndpointRow,
-    rendered: Rendered,
+    made: bytes | Rendered,
     *,
     max_attempts: int,
     now: datetime,
     trigger: str = SCHEDULED,
 ) -> dict[str, Any]:
     """Return the row of a new delivery, due at once."""
+    body, content_type = as_rendered(made)
     return {
         "id": new_id("dlv"),
         "event_id": event_id,
@@ -194,8 +195,8 @@ def delivery_values(
         "event_type": event_type,
         "status": PENDING,
         "trigger": trigger,
-        "body": rendered.body,
-        "content_type": None if rendered.content_type == JSON else rendered.content_type,
+        "body": body,
+        "content_type": None if content_type == JSON else content_type,
         "attempts": 0,
         "max_attempts": endpoint.max_attempts or max_attempts,
         "next_attempt_at": now,
