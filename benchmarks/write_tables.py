@@ -223,7 +223,7 @@ class _Need:
         )
 
     def _machine(self) -> tuple[str, str, str] | None:
-        runs = self._runs("deliveries", "PostgreSQL, requests")
+        runs = self._runs("deliveries", "PostgreSQL")
         if not runs or any(run["busy"] is None for run in runs):
             return None
         # CPU of everything on the machine for one delivery: busy processors over deliveries a second.
@@ -236,7 +236,7 @@ class _Need:
         )
 
     def _ingest(self) -> tuple[str, str, str] | None:
-        steps = self._data("stages").get("PostgreSQL, requests")
+        steps = self._data("stages").get("PostgreSQL")
         if steps is None:
             return None
         return (
