@@ -16,9 +16,10 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, Occurrence
-from ..protocol.payloads import occurrence_from_json, occurrence_to_json
+from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from .bulk_insert import chunks_of, insert_new
 from .database import Database
+from .feed import first_position
 from .models import Event, new_id
 from .settling import settle_watches, watches_of
 from .subscriptions import (
@@ -30,7 +31,7 @@ from .subscriptions import (
     store_deliveries,
 )
 
-Render = Callable[[EndpointRow, str, Occurrence], bytes]
+Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
@@ -109,8 +110,8 @@ def ingest(
         for item in items
     ]
     with database.write() as connection:
-        now = database.now(connection)
-        by_item, stored = store_events(database, connection, prepared, now)
+        now, position = first_position(database, connection)
+        by_item, stored = store_events(database, connection, prepared, now, position)
         watches = watches_of(database, connection, stored)
         endpoints = endpoints_of(database, connection, stored, watches)
         standing = standing_endpoints(connection) if any(event.created for event in stored) else []
@@ -120,10 +121,15 @@ def ingest(
                 event, watches.get(event.occurrence.job_id or "", []), endpoints, standing
             )
             for endpoint in receivers:
-                body = render(endpoint, event.id, event.occurrence)
+                rendered = render(endpoint, event.id, event.occurrence)
                 rows.append(
                     delivery_values(
-                        event.id, event.occurrence.type, endpoint, body, max_attempts=max_attempts, now=now
+                        event.id,
+                        event.occurrence.type,
+                        endpoint,
+                        rendered,
+                        max_attempts=max_attempts,
+                        now=now,
                     )
                 )
         made = store_deliveries(database, connection, rows)
@@ -173,7 +179,7 @@ def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:
 
 
 def store_events(
-    database: Database, connection: Connection, items: Sequence[IngestItem], now: datetime
+    database: Database, connection: Connection, items: Sequence[IngestItem], now: datetime, position: int
 ) -> tuple[list[StoredEvent], list[StoredEvent]]:
     """Insert what is new and load what is not; return the event of each item, and each event once."""
     by_key: dict[str, StoredEvent] = {}
@@ -188,9 +194,10 @@ def store_events(
         event.named += [endpoint_id for endpoint_id in item.endpoint_ids if endpoint_id not in event.named]
         by_item.append(event)
     stored = list({event.id: event for event in by_item}.values())
+    place = {event.id: number for number, event in enumerate(stored)}
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
-    rows = [_event_values(event, now) for event in stored]
+    rows = [_event_values(event, now, position + place[event.id]) for event in stored]
     inserted = insert_new(database, connection, Event, rows)
     there = sorted(key for key, event in by_key.items() if event.id not in inserted)
     for keys in chunks_of(there):
@@ -205,7 +212,7 @@ def store_events(
     return by_item, stored
 
 
-def _event_values(event: StoredEvent, now: datetime) -> dict[str, Any]:
+def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:
     occurrence = event.occurrence
     return {
         "id": event.id,
@@ -218,6 +225,7 @@ def _event_values(event: StoredEvent, now: datetime) -> dict[str, Any]:
         "payload": occurrence_to_json(occurrence),
         "occurred_at": occurrence.occurred_at,
         "created_at": now,
+        "position": position,
     }
 
 

@@ -20,6 +20,7 @@ from ..state import State
 from ..storage import endpoints, queries
 from ..storage.dispatchers import dispatcher_alive, pause, resume
 from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
+from ..storage.feed import events_after
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView, EventView, Page
 from ..storage.retention import resend
@@ -132,7 +133,7 @@ def _add_reads(blueprint: Blueprint, state: State) -> None:
         may = runid is not None and is_allowed(state, "status", job_id=None, runid=runid)
         if not may and not is_allowed(state, "read"):
             raise ApiError(403, "forbidden", "This needs the permission 'read', or 'status' for one runid.")
-        page = queries.events_after(
+        page = events_after(
             state.database,
             cursor=wanted.get("after") or None,
             runid=runid,
