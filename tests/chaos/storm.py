@@ -373,6 +373,9 @@ def keep_evidence(target: Field, found: Audit, evidence: Evidence, folder: Path)
     evidence.save(folder)
     shutil.copytree(target.folder / "valkey" / "appendonlydir", folder / "appendonlydir", dirs_exist_ok=True)
     shutil.copytree(target.folder / "logs", folder / "logs", dirs_exist_ok=True)
+    for name, process in target.processes.items():
+        with (folder / "logs" / f"{name}.log").open("a") as log:
+            log.write(process.output)
     texts = []
     for job_id in dict.fromkeys(fault.job_id for fault in found.faults):
         lines = [f"{fault.kind}: {fault.what}" for fault in found.faults if fault.job_id == job_id]
