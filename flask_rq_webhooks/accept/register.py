@@ -21,7 +21,7 @@ from .._steps import reached
 from ..errors import InvalidWebhookError, StorageUnavailableError
 from ..protocol.events import format_time
 from ..queue.job_callbacks import Attachment, SameDatabase, look_at_jobs, make_token
-from ..queue.outbox import confirm_entry
+from ..queue.outbox_entry import confirm_entry
 from ..state import State
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.endpoints import NewEndpoint, confirm, register, waiting_for_host

@@ -23,7 +23,7 @@ from ..errors import StorageUnavailableError
 from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
 from ..protocol.signatures import generate_secret
 from ..protocol.urls import redact_url
-from ..queue.job_reader import JobState, read_jobs
+from ..queue.job_reader import JobRecord, read_jobs
 from ..state import State
 from ..storage import endpoints as endpoint_rows
 from ..storage import queries
@@ -481,12 +481,12 @@ def _host(text: str) -> str:
         return text
 
 
-def _job(state: State, job_id: str | None) -> JobState | None:
+def _job(state: State, job_id: str | None) -> JobRecord | None:
     """Return what RQ says of a job; ``None`` where there is none or Redis cannot be asked."""
     if job_id is None:
         return None
     try:
-        return read_jobs(state.redis, [job_id])[job_id]
+        return read_jobs(state.redis, [job_id]).get(job_id)
     except RedisError as exc:
         logger.warning("The status of job %r is not known: %s", job_id, exc)
         return None

@@ -26,8 +26,8 @@ from flask_rq_webhooks.queue.job_callbacks import (
     current_attachment,
     look_at_jobs,
 )
-from flask_rq_webhooks.queue.job_reader import database_name, redis_identity
 from flask_rq_webhooks.queue.outbox import Outbox
+from flask_rq_webhooks.queue.redis_database import database_name, redis_identity
 from tests import jobs
 from tests.servers import valkey_server
 
