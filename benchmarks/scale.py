@@ -11,7 +11,8 @@ import psutil
 from sqlalchemy import func, select
 
 from flask_rq_webhooks.protocol.retry import Decision
-from flask_rq_webhooks.storage.deliveries import AttemptRecord, ClaimedDelivery, claim_due, record_attempts
+from flask_rq_webhooks.storage.attempts import AttemptRecord, record_attempts
+from flask_rq_webhooks.storage.claims import ClaimedDelivery, claim_due
 from flask_rq_webhooks.storage.models import Attempt, Delivery, new_id
 
 from .claim_plan import fill, fill_history

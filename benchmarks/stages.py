@@ -22,9 +22,10 @@ from flask_rq_webhooks.dispatch.rate_limit import RateLimiter
 from flask_rq_webhooks.dispatch.recorder import judge
 from flask_rq_webhooks.dispatch.request_builder import build_request
 from flask_rq_webhooks.observe.ingest import Ingest
-from flask_rq_webhooks.observe.publisher import Teller
+from flask_rq_webhooks.observe.publisher import Publisher
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.deliveries import AttemptRecord, ClaimedDelivery, claim_due, record_attempts
+from flask_rq_webhooks.storage.attempts import AttemptRecord, record_attempts
+from flask_rq_webhooks.storage.claims import ClaimedDelivery, claim_due
 
 from .harness import Report, Size
 from .installation import KINDS, Installation, servers, transports
@@ -67,7 +68,7 @@ def _profile_of_ingest(installation: Installation, target: RunningReceiver, coun
     """Return the share of each package in the CPU of ingest."""
     installation.clear()
     installation.seed_outbox(count, target.urls())
-    ingest = Ingest(installation.state, consumer="profile", teller=Teller(installation.state))
+    ingest = Ingest(installation.state, consumer="profile", publisher=Publisher(installation.state))
     profile = cProfile.Profile(time.process_time)
     left = count
     with profile:
@@ -136,7 +137,7 @@ def _measure(installation: Installation, target: RunningReceiver, count: int, na
     installation.seed_outbox(count, target.urls())
     state, clock = installation.state, _Clock()
     settings = state.settings
-    ingest = Ingest(state, consumer="bench", teller=Teller(state))
+    ingest = Ingest(state, consumer="bench", publisher=Publisher(state))
     limiter = RateLimiter(state.redis, settings.rate_limit_per_minute, namespace=state.namespace)
     left = count
     while left:

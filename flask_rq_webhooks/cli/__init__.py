@@ -23,8 +23,10 @@ from ..errors import RQWebhooksError
 from ..observe.host_hooks import safe_render
 from ..state import get_state
 from ..storage import dispatchers
+from ..storage.bulk import cancel, recover
 from ..storage.crypto import rekey
-from ..storage.deliveries import DeliveryFilter, cancel, prune, recover, resend
+from ..storage.filters import DeliveryFilter
+from ..storage.retention import prune, resend
 from ..storage.schema import upgrade_schema
 from .doctor import examine
 from .endpoint_commands import endpoints

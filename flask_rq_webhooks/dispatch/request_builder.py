@@ -20,7 +20,7 @@ from .http import AttemptRequest, AttemptResult, Transport
 
 if TYPE_CHECKING:
     from ..state import State
-    from ..storage.deliveries import ClaimedDelivery
+    from ..storage.claims import ClaimedDelivery
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ def build_request(claimed: ClaimedDelivery, *, state: State, now: datetime) -> A
 
     There is no unsigned fallback: what cannot be signed as promised is not sent.
 
-    :param claimed: what :func:`~flask_rq_webhooks.storage.deliveries.claim_due` returned.
+    :param claimed: what :func:`~flask_rq_webhooks.storage.claims.claim_due` returned.
     :param now: aware UTC; its whole seconds are what is signed.
     :raises DecryptionError: when no configured key opens the endpoint's secrets or headers.
     :raises ConfigurationError: when the endpoint counts on a server-wide secret that is not set.

@@ -17,7 +17,7 @@ from ..protocol.payloads import FORMATS, RenderContext
 
 if TYPE_CHECKING:
     from ..state import State
-    from ..storage.deliveries import EndpointRow
+    from ..storage.subscriptions import EndpointRow
 
 logger = logging.getLogger(__name__)
 

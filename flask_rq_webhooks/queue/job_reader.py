@@ -11,6 +11,7 @@ logged once and reported in :attr:`Jobs.unreadable`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import zlib
@@ -21,7 +22,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from redis import Redis
-from redis.exceptions import ResponseError
 from rq.job import Job
 from rq.results import Result
 
@@ -31,8 +31,10 @@ from .safe_pickle import MAX_BYTES, UNKNOWN, load_plain, plain_call
 
 logger = logging.getLogger(__name__)
 
-#: Jobs per pipeline: keeps one round trip, and its answer, of a reasonable size.
+#: Jobs per pipeline: keeps one round trip of a reasonable size.
 _CHUNK = 500
+#: Jobs per transaction: the server answers nobody else meanwhile.
+_TRANSACTION = 100
 #: RQ keeps the last ten results of a job.
 _RESULTS = 10
 #: Bytes of a traceback text that are looked at.
@@ -54,6 +56,24 @@ _TOKEN = re.compile(r"flask_rq_webhooks\.callbacks\.(?:success|failure|stopped)\
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """One entry of a job's results.
+
+    :param type: ``"success"``, ``"failure"``, ``"stopped"`` or ``"retried"`` (the job returned ``Retry``).
+    :param at: when it was committed, on Redis' clock, to the millisecond.
+    :param exc: traceback text of a failure.
+    :param started_at: when the execution began, on the worker's clock; RQ 2.10 and newer.
+    :param ended_at: the run's ``ended_at``, exactly as in the job's hash at that commit; RQ 2.10 and newer.
+    """
+
+    type: str
+    at: datetime
+    exc: str | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
     """One existing job's hash. Times are aware UTC.
 
@@ -68,6 +88,7 @@ class JobRecord:
     :param tokens: ids of the endpoints its callbacks report to.
     :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
     :param children: ids in meta under the prefix asked for.
+    :param results: RQ's results of the job at the same moment, oldest first; empty where not asked for.
     """
 
     job_id: str
@@ -87,6 +108,7 @@ class JobRecord:
     exc: str | None = None
     tokens: frozenset[str] = frozenset()
     children: tuple[str, ...] = ()
+    results: tuple[JobResult, ...] = ()
 
 
 class Jobs(dict[str, JobRecord]):
@@ -100,41 +122,32 @@ class Jobs(dict[str, JobRecord]):
         self.unreadable: dict[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobResult:
-    """One entry of a job's results.
-
-    :param type: ``"success"``, ``"failure"``, ``"stopped"`` or ``"retried"`` (the job returned ``Retry``).
-    :param at: when it was committed, on Redis' clock, to the millisecond.
-    :param exc: traceback text of a failure.
-    """
-
-    type: str
-    at: datetime
-    exc: str | None = None
-
-
 #: RQ's ``Result.Type``: 4 and 5 are of RQ 2; 5 is a job that returned ``Retry`` too often.
 _RESULT_TYPES = {"1": "success", "2": "failure", "3": "stopped", "4": "retried", "5": "failure"}
 
 
-def read_jobs(redis: Redis, job_ids: Iterable[str], *, child_prefix: str | None = None) -> Jobs:
+def read_jobs(
+    redis: Redis, job_ids: Iterable[str], *, results: bool = False, child_prefix: str | None = None
+) -> Jobs:
     """Return the jobs that exist, in one pipelined round trip (per 500 jobs).
 
+    :param results: also read each job's results, in one transaction with its hash. What is judged together
+        has to be of one moment: between two reads a retry may begin and end.
     :param child_prefix: also read the children named in meta under keys that begin so.
     :raises redis.RedisError: when Redis cannot be asked.
     """
-    return _read(redis, job_ids, _FIELDS, child_prefix)
+    return _read(redis, job_ids, _FIELDS, results=results, child_prefix=child_prefix)
 
 
-def read_endings(redis: Redis, job_ids: Iterable[str]) -> Jobs:
+def read_endings(redis: Redis, job_ids: Iterable[str], *, results: bool = False) -> Jobs:
     """Return the jobs that exist, with the fields that say how the run ended and no others.
 
     For ingest, which reads very many jobs: half of the work of :func:`read_jobs`.
 
+    :param results: see :func:`read_jobs`.
     :raises redis.RedisError: when Redis cannot be asked.
     """
-    return _read(redis, job_ids, _ENDING_FIELDS, None)
+    return _read(redis, job_ids, _ENDING_FIELDS, results=results)
 
 
 def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes, bytes] | None]:
@@ -163,10 +176,8 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
 def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]:
     """Return the status of each job, ``None`` for absent ones, in one round trip."""
     ids = list(dict.fromkeys(job_ids))
-    return {
-        job_id: None if probe is None else probe[0].decode("utf-8", "replace")
-        for job_id, probe in zip(ids, probe_jobs(redis, ids), strict=True)
-    }
+    probes = zip(ids, probe_jobs(redis, ids), strict=True)
+    return {job_id: probe and probe[0].decode("utf-8", "replace") for job_id, probe in probes}
 
 
 def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResult]]:
@@ -177,11 +188,7 @@ def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResu
     results = {}
     for chunk, answers in _pipelined(redis, job_ids, _last_results):
         for job_id, entries in zip(chunk, answers, strict=True):
-            if isinstance(entries, Exception):
-                _log_once(job_id, f"its results cannot be read ({entries})")
-                entries = []
-            found = (_result(job_id, entry) for entry in reversed(entries or []))
-            results[job_id] = [result for result in found if result is not None]
+            results[job_id] = _results(job_id, entries)
     return results
 
 
@@ -193,22 +200,18 @@ def read_result_value(redis: Redis, job_id: str) -> Any:
     :raises redis.RedisError: when Redis cannot be asked.
     """
     ((_chunk, (entries,)),) = _pipelined(redis, [job_id], _last_results)
-    if isinstance(entries, Exception):
-        return UNKNOWN
-    for _entry_id, raw in entries or []:  # newest first
+    for _entry_id, raw in [] if isinstance(entries, Exception) else entries or []:  # newest first
         fields = _fields(raw)
-        if _text(fields.get("type")) != "1":
-            continue
-        if "return_value" not in fields:  # RQ leaves None out
-            return None
-        data = _from_base64(fields["return_value"])
-        return UNKNOWN if data is None else load_plain(data, whole=True)
+        if _text(fields.get("type")) == "1":
+            if "return_value" not in fields:  # RQ leaves None out
+                return None
+            data = _from_base64(fields["return_value"])
+            return UNKNOWN if data is None else load_plain(data, whole=True)
     return UNKNOWN
 
 
 def read_callback_names(redis: Redis, keys: Sequence[str]) -> list[frozenset[str] | None]:
-    """Return, for each key of a job's hash, which endpoints its callbacks report to; ``None`` where there
-    is no hash.
+    """Return for each key of a job's hash which endpoints its callbacks report to; ``None`` for no hash.
 
     :raises redis.RedisError: when Redis cannot be asked.
     """
@@ -243,24 +246,51 @@ def job_key(job_id: str) -> str:
 # -- reading ------------------------------------------------------------------------------------------------
 
 
-def _read(redis: Redis, job_ids: Iterable[str], fields: Sequence[str], child_prefix: str | None) -> Jobs:
+def _read(
+    redis: Redis,
+    job_ids: Iterable[str],
+    fields: Sequence[str],
+    *,
+    results: bool,
+    child_prefix: str | None = None,
+) -> Jobs:
     jobs = Jobs()
     # Encoded here, once, and not by the client for every job.
     names = [name.encode() for name in fields]
-    ids = list(dict.fromkeys(job_ids))
-    for chunk, answers in _pipelined(redis, ids, lambda job_id: ("HMGET", job_key(job_id), *names)):
-        for job_id, values in zip(chunk, answers, strict=True):
-            try:
-                if isinstance(values, Exception):
-                    raise values
-                record = _record(job_id, dict(zip(fields, values, strict=True)), child_prefix)
-            except Exception as exc:
-                jobs.unreadable[job_id] = f"{type(exc).__name__}: {safe_text(exc, 200)}"
-                _log_once(job_id, f"its hash cannot be read ({jobs.unreadable[job_id]})")
-            else:
-                if record is not None:
-                    jobs[job_id] = record
+    for job_id, values, entries in _answers(redis, list(dict.fromkeys(job_ids)), names, results=results):
+        try:
+            if isinstance(values, Exception):
+                raise values
+            found = _results(job_id, entries)
+            record = _record(job_id, dict(zip(fields, values, strict=True)), found, child_prefix)
+        except Exception as exc:
+            jobs.unreadable[job_id] = f"{type(exc).__name__}: {safe_text(exc, 200)}"
+            _log_once(job_id, f"its hash cannot be read ({jobs.unreadable[job_id]})")
+        else:
+            if record is not None:
+                jobs[job_id] = record
     return jobs
+
+
+def _answers(
+    redis: Redis, job_ids: Sequence[str], names: Sequence[bytes], *, results: bool
+) -> Iterable[tuple[str, Any, Any]]:
+    """Give the fields of each job, and its last results of the same moment."""
+    if not results:
+        for chunk, answers in _pipelined(redis, job_ids, lambda job_id: ("HMGET", job_key(job_id), *names)):
+            yield from ((job_id, values, None) for job_id, values in zip(chunk, answers, strict=True))
+        return
+    for start in range(0, len(job_ids), _TRANSACTION):
+        chunk = job_ids[start : start + _TRANSACTION]
+        with redis.pipeline(transaction=True) as pipeline:
+            for job_id in chunk:
+                pipeline.execute_command("HMGET", job_key(job_id), *names)  # type: ignore[no-untyped-call]
+                pipeline.execute_command(*_last_results(job_id))  # type: ignore[no-untyped-call]
+            # The answers of a transaction come as one: undecoded all together, or not at all.
+            undecoded = functools.partial(pipeline.parse_response, NEVER_DECODE=True)
+            pipeline.parse_response = undecoded  # type: ignore[method-assign]
+            answers = _executed(pipeline)
+        yield from zip(chunk, answers[::2], answers[1::2], strict=True)
 
 
 def _pipelined(
@@ -279,13 +309,9 @@ def _executed(pipeline: Any) -> list[Any]:
     """Return the answers, with the error in place of each that is about its own key."""
     answers: list[Any] = pipeline.execute(raise_on_error=False)
     for answer in answers:
-        if isinstance(answer, Exception) and not _is_about_key(answer):
+        if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
             raise answer
     return answers
-
-
-def _is_about_key(error: Exception) -> bool:
-    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 _logged: dict[str, None] = {}
@@ -299,10 +325,9 @@ def _log_once(job_id: str, why: str) -> None:
         logger.error("Job %r is set aside: %s. The other jobs are not affected.", job_id[:512], why)
 
 
-# -- hashes -------------------------------------------------------------------------------------------------
-
-
-def _record(job_id: str, fields: dict[str, Any], child_prefix: str | None) -> JobRecord | None:
+def _record(
+    job_id: str, fields: dict[str, Any], results: Sequence[JobResult], child_prefix: str | None
+) -> JobRecord | None:
     if fields["created_at"] is None:  # a heartbeat that came late leaves a hash without it
         return None
     created_at, enqueued_at = _moment(fields["created_at"]), _moment(fields["enqueued_at"])
@@ -327,6 +352,7 @@ def _record(job_id: str, fields: dict[str, Any], child_prefix: str | None) -> Jo
         exc=_inflated_text(fields["exc_info"]),
         tokens=_tokens(fields.get(name) for name in _CALLBACK_FIELDS),
         children=children,
+        results=tuple(results),
     )
 
 
@@ -334,8 +360,9 @@ def _call(fields: dict[str, Any], child_prefix: str | None) -> tuple[str | None,
     """Return the function's name, what the job calls its run, and its children."""
     data = inflated(fields["data"]) if fields["data"] else None
     func, argument = plain_call(data or b"", (_text(fields["description"]) or "")[:1000])
-    meta = load_plain(fields["meta"]) if fields["meta"] else {}
-    meta = meta if isinstance(meta, dict) else {}
+    meta = load_plain(fields["meta"]) if fields["meta"] else None
+    if not isinstance(meta, dict):
+        return _name(func), _name(argument), ()
     runid = meta.get("runid")
     children = _children(meta, child_prefix) if child_prefix is not None else ()
     return _name(func), _name(runid if isinstance(runid, str) else argument), children
@@ -361,11 +388,7 @@ def _dependencies(fields: dict[str, Any]) -> tuple[str, ...]:
 
 def _is_job_id(item: Any) -> bool:
     """Say whether *item* can be a job's id: one that Redis and SQL can be asked for."""
-    return isinstance(item, str) and 0 < len(item) <= MAX_NAME and "\0" not in item and _is_text(item)
-
-
-def _is_text(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    return isinstance(item, str) and 0 < len(item) <= MAX_NAME and _name(item) == item
 
 
 def _children(meta: dict[Any, Any], prefix: str) -> tuple[str, ...]:
@@ -377,12 +400,18 @@ def _children(meta: dict[Any, Any], prefix: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(children))
 
 
-# -- results ------------------------------------------------------------------------------------------------
-
-
 def _last_results(job_id: str) -> tuple[Any, ...]:
     key = Result.get_key(job_id)  # type: ignore[no-untyped-call]
     return ("XREVRANGE", key, "+", "-", "COUNT", _RESULTS)
+
+
+def _results(job_id: str, entries: Any) -> list[JobResult]:
+    """Return the results in the answer to :func:`_last_results`, oldest first."""
+    if isinstance(entries, Exception):
+        _log_once(job_id, f"its results cannot be read ({entries})")
+        return []
+    found = (_result(job_id, entry) for entry in reversed(entries or []))
+    return [result for result in found if result is not None]
 
 
 def _result(job_id: str, entry: Any) -> JobResult | None:
@@ -393,12 +422,14 @@ def _result(job_id: str, entry: Any) -> JobResult | None:
         if kind is None:
             return None
         milliseconds = int((_text(entry_id) or "").partition("-")[0])
+        committed = datetime.fromtimestamp(milliseconds // 1000, UTC)
         encoded = fields.get("exc_string")
         return JobResult(
             type=kind,
-            at=datetime.fromtimestamp(milliseconds // 1000, UTC)
-            + timedelta(milliseconds=milliseconds % 1000),
+            at=committed + timedelta(milliseconds=milliseconds % 1000),
             exc=_inflated_text(_from_base64(encoded)) if encoded else None,
+            started_at=_unix_moment(fields.get("execution_started_at")),
+            ended_at=_unix_moment(fields.get("execution_ended_at")),
         )
     except (ValueError, OverflowError, OSError, TypeError) as exc:
         _log_once(job_id, f"one of its results cannot be read ({exc})")
@@ -425,6 +456,13 @@ def _moment(value: Any) -> datetime | None:
     try:
         return parse_time(_text(value) or "")
     except ValueError:
+        return None
+
+
+def _unix_moment(value: Any) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(float(value), UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
         return None
 
 

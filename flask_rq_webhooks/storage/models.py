@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     DateTime,
     Dialect,
@@ -198,7 +199,10 @@ class Watch(Base):
 
 
 class Event(Base):
-    """One stored occurrence. ``payload`` is the canonical JSON of everything formats render from."""
+    """One stored occurrence. ``payload`` is the canonical JSON of everything formats render from.
+
+    ``position`` is its place in the feed, see :mod:`.feed`; 0 for those stored before there was one.
+    """
 
     __tablename__ = "rq_webhooks_event"
 
@@ -212,10 +216,12 @@ class Event(Base):
     payload: Mapped[str]
     occurred_at: Mapped[datetime]
     created_at: Mapped[datetime]
+    position: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
 
     __table_args__ = (
-        Index("ix_rq_webhooks_event_runid", "runid", "id"),
-        Index("ix_rq_webhooks_event_type", "type", "id"),
+        Index("ix_rq_webhooks_event_position", "position", "id"),
+        Index("ix_rq_webhooks_event_runid_position", "runid", "position", "id"),
+        Index("ix_rq_webhooks_event_type_position", "type", "position", "id"),
         Index("ix_rq_webhooks_event_created", "created_at"),
     )
 

@@ -12,15 +12,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, select
 
 from ..protocol.events import TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
-from .events import StoredEvent
 from .models import CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
+
+if TYPE_CHECKING:
+    from .events import StoredEvent
 
 logger = logging.getLogger(__name__)
 

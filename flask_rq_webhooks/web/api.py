@@ -18,11 +18,12 @@ from ..protocol.payloads import RenderContext, job_payload, occurrence_from_json
 from ..protocol.signatures import generate_secret
 from ..state import State
 from ..storage import endpoints, queries
-from ..storage.deliveries import resend
 from ..storage.dispatchers import dispatcher_alive, pause, resume
 from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
+from ..storage.feed import events_after
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView, EventView, Page
+from ..storage.retention import resend
 from ..storage.statistics import statistics
 from . import api_schemas as schemas
 from . import operations
@@ -132,7 +133,7 @@ def _add_reads(blueprint: Blueprint, state: State) -> None:
         may = runid is not None and is_allowed(state, "status", job_id=None, runid=runid)
         if not may and not is_allowed(state, "read"):
             raise ApiError(403, "forbidden", "This needs the permission 'read', or 'status' for one runid.")
-        page = queries.events_after(
+        page = events_after(
             state.database,
             cursor=wanted.get("after") or None,
             runid=runid,

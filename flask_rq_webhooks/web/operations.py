@@ -19,7 +19,7 @@ from ..errors import DecryptionError
 from ..observe.host_hooks import safe_render
 from ..protocol.events import JOB_TYPES, SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from ..state import State
-from ..storage.deliveries import IngestedEvent, IngestItem, ingest
+from ..storage.events import IngestedEvent, IngestItem, ingest
 from ..storage.queries import EndpointView
 from .api_schemas import endpoint_input
 

@@ -27,12 +27,12 @@ from ..queue.job_reader import JobRecord, read_jobs
 from ..state import State
 from ..storage import endpoints as endpoint_rows
 from ..storage import queries
-from ..storage.deliveries import resend
 from ..storage.dispatchers import pause, resume
 from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
 from ..storage.filters import DeliveryFilter
 from ..storage.models import PENDING, SENDING
 from ..storage.queries import CursorError, DeliveryView, EndpointView
+from ..storage.retention import resend
 from ..storage.statistics import COUNT_CAP, FINISHED_WINDOW, statistics
 from ..storage.subscriptions import EVERY_TYPE
 from . import formatting, operations
