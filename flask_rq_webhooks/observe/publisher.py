@@ -38,8 +38,10 @@ class Teller:
         self._render = safe_render(state)
         self._scrub = safe_scrub(state)
 
-    def tell(self, items: Sequence[IngestItem]) -> list[IngestedEvent]:
+    def tell(self, items: Sequence[IngestItem], *, max_attempts: int | None = None) -> list[IngestedEvent]:
         """Store *items* in one transaction, then emit ``event_recorded`` for those that are new.
+
+        :param max_attempts: of a delivery to an endpoint that sets none; ``MAX_ATTEMPTS`` by default.
 
         :raises StorageUnavailableError: when SQL cannot be reached; nothing of *items* is stored.
         """
@@ -49,7 +51,7 @@ class Teller:
                 state.database,
                 items,
                 render=self._render,
-                max_attempts=state.settings.max_attempts,
+                max_attempts=max_attempts or state.settings.max_attempts,
                 scrub=self._scrub,
             )
             if any(event.deliveries for event in events):
