@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo quick test retest bench bench-quick chaos screenshots lint format types docs links package installed oldest clean
+.PHONY: help demo quick test bench bench-quick chaos screenshots lint format types docs links package installed oldest clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,9 +29,6 @@ test: $(VENV)/.dev  ## run the whole suite with the coverage gate
 
 quick: $(VENV)/.dev  ## run the unit tests only: no servers, no coverage
 	$(BIN)/python -m pytest -q tests/unit $(PYTEST_ARGS)
-
-retest: $(VENV)/.dev  ## run again, one by one, only what failed in the last run
-	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(PYTEST_ARGS)
 
 chaos: $(VENV)/.dev  ## the long kill suite, a quarter of an hour; write what it measured into the documentation
 	rm -f .chaos.jsonl .endings.json
@@ -124,5 +121,5 @@ $(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	@echo "Installing into .venv-bench ..."
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-		--editable '.[demo,postgres,fast]' -r requirements/bench.txt
+		--editable '.[demo,postgres]' -r requirements/bench.txt
 	@touch $@

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from flask_rq_webhooks.protocol.events import Occurrence
 from flask_rq_webhooks.state import State, get_state
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Event
 from tests.acceptance.host_app import create_app, db
 from tests.pipeline import add_endpoint

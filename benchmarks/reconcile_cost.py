@@ -65,7 +65,7 @@ def main() -> None:
         database.create_tables()
         fill(database, client, count)
         told: list[object] = []
-        reconciler = Reconciler(database, client, tell=told.extend, settings=load_settings({}, {}))
+        reconciler = Reconciler(database, client, publish=told.extend, settings=load_settings({}, {}))
         for name in ("first pass", "second pass", "third pass", "fourth pass"):
             cpu, wall = time.process_time(), time.perf_counter()
             report = reconciler.run_once()

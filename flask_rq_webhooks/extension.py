@@ -17,13 +17,13 @@ from flask import Flask
 from .accept import decorator, enqueueing
 from .config import load_settings
 from .errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
-from .observe.publisher import Teller
+from .observe.publisher import Publisher
 from .protocol.events import SOURCE_APPLICATION, Occurrence, is_application_type
 from .protocol.json_safe import to_json_safe
 from .protocol.payloads import FORMATS, PayloadFormat, custom_format
 from .queue import job_callbacks
 from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, get_state
-from .storage.deliveries import IngestItem
+from .storage.events import IngestItem
 from .storage.models import copy_tables
 from .web import api, endpoint_pages, host_pages, pages
 
@@ -230,7 +230,7 @@ class RQWebhooks:
             runid=runid,
             data=to_json_safe(dict(data)),
         )
-        (event,) = Teller(get_state()).tell([IngestItem(occurrence)])
+        (event,) = Publisher(get_state()).publish([IngestItem(occurrence)])
         return event.event_id
 
     # -- the host's functions -------------------------------------------------------------------------

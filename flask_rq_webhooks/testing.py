@@ -41,12 +41,12 @@ from .dispatch.rate_limit import RateLimiter
 from .dispatch.recorder import Recorder
 from .dispatch.sender import Sender
 from .observe.ingest import Ingest
-from .observe.publisher import Teller
+from .observe.publisher import Publisher
 from .queue.enqueue_observer import SeenJob, observe
 from .receiver import VerifiedWebhook, verify
 from .state import State, get_state
-from .storage.deliveries import hasten
 from .storage.models import new_id
+from .storage.retention import make_all_due
 
 __all__ = [
     "InMemoryReceiver",
@@ -149,7 +149,7 @@ def deliver_all(
     already = len(receiver.received)
     state = get_state(app)
     consumer = new_id("tst")
-    ingest = Ingest(state, consumer=consumer, teller=Teller(state))
+    ingest = Ingest(state, consumer=consumer, publisher=Publisher(state))
     while not ingest.is_idle():
         ingest.run_once(block_ms=1)
     reconcile_now(state)
@@ -258,7 +258,7 @@ def _send_all(
     )
     while True:
         if retries:
-            hasten(state.database)
+            make_all_due(state.database)
         sent = len(receiver.received)
         sender.wake()
         while sender.advance() <= 0 or sender.idle_since is None:

@@ -27,7 +27,12 @@ SPLIT = ("tests/chaos/", "tests/acceptance/test_pipeline.py", "tests/acceptance/
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests by folder, the long ones first; within a folder as they are."""
+    """Run the long folders first; give a second try to tests marked ``slow_machine``, and to no other."""
+    for item in items:
+        for marker in item.iter_markers("slow_machine"):
+            if not marker.kwargs.get("reason"):
+                raise pytest.UsageError(f"{item.nodeid}: slow_machine needs reason=")
+            item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(
         key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG)
     )

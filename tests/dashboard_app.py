@@ -14,8 +14,9 @@ from flask_rq_webhooks import RQWebhooks
 from flask_rq_webhooks.observe.host_hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_FAILURE, Occurrence, format_time
 from flask_rq_webhooks.state import State, get_state
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest, record_attempts
+from flask_rq_webhooks.storage.attempts import record_attempts
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Delivery, Watch, new_id
 from tests import storage_rows
 

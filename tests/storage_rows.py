@@ -13,19 +13,14 @@ from sqlalchemy import event, select, update
 
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.protocol.retry import Decision
+from flask_rq_webhooks.storage.attempts import AttemptRecord
+from flask_rq_webhooks.storage.claims import ClaimedDelivery, claim_due
 from flask_rq_webhooks.storage.crypto import Cipher
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.deliveries import (
-    AttemptRecord,
-    ClaimedDelivery,
-    EndpointRow,
-    IngestedEvent,
-    IngestItem,
-    claim_due,
-    ingest,
-)
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
+from flask_rq_webhooks.storage.events import IngestedEvent, IngestItem, ingest
 from flask_rq_webhooks.storage.models import Base, Delivery
+from flask_rq_webhooks.storage.subscriptions import EndpointRow
 
 CIPHER = Cipher(["a key for tests"])
 NAMESPACE = "testtest"

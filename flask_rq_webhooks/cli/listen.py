@@ -13,7 +13,7 @@ from datetime import datetime
 import click
 
 from ..errors import SignatureError
-from ..receiver import verify
+from ..receiver import ALL_SCHEMES, verify
 from .failures import of_port
 from .options import cleaned
 
@@ -98,7 +98,9 @@ def describe(
     ]
     if secrets:
         try:
-            verified = verify(body, dict(headers), list(secrets), header_prefix=header_prefix)
+            verified = verify(
+                body, dict(headers), list(secrets), header_prefix=header_prefix, schemes=ALL_SCHEMES
+            )
             lines.append(f"  verified ({verified.scheme})")
         except SignatureError as exc:
             lines.append(f"  NOT VERIFIED: {cleaned(str(exc))}")

@@ -25,12 +25,12 @@ from redis import RedisError
 
 from ..errors import StorageUnavailableError
 from ..observe.ingest import Ingest
-from ..observe.publisher import Teller
+from ..observe.publisher import Publisher
 from ..observe.reconcile import Reconciler, ReconcileReport
-from ..storage.deliveries import free_expired_leases, prune
+from ..storage.claims import free_expired_leases
 from ..storage.dispatchers import drop_reconcile_lease, heartbeat, sign_off, take_reconcile_lease
 from ..storage.models import new_id
-from ..storage.retention import Pruned
+from ..storage.retention import Pruned, prune
 from .http import Transport, open_transport
 from .pubsub import Notices
 from .rate_limit import RateLimiter
@@ -84,16 +84,16 @@ def reconcile_now(state: State) -> ReconcileReport | None:
     if not take_reconcile_lease(state.database, owner, _lease_s(state)):
         return None
     try:
-        return _reconciler(state, Teller(state)).run_once()
+        return _reconciler(state, Publisher(state)).run_once()
     finally:
         drop_reconcile_lease(state.database, owner)
 
 
-def _reconciler(state: State, teller: Teller) -> Reconciler:
+def _reconciler(state: State, publisher: Publisher) -> Reconciler:
     return Reconciler(
         state.database,
         state.redis,
-        tell=teller.tell,
+        publish=publisher.publish,
         settings=state.settings,
         outbox_key=state.outbox.key,
     )
@@ -140,11 +140,11 @@ class Dispatcher:
             recorder=self._recorder,
             concurrency=self._concurrency,
         )
-        teller = Teller(state, on_deliveries=self._sender.wake)
-        self._reconciler = _reconciler(state, teller)
+        publisher = Publisher(state, on_deliveries=self._sender.wake)
+        self._reconciler = _reconciler(state, publisher)
         trees = self._reconciler.trees
-        hinting = Teller(state, on_deliveries=self._sender.wake, on_ended=trees.look_sooner)
-        self._ingest = Ingest(state, consumer=self.id, teller=hinting)
+        hinting = Publisher(state, on_deliveries=self._sender.wake, on_ended=trees.look_sooner)
+        self._ingest = Ingest(state, consumer=self.id, publisher=hinting)
         interval_s = settings.reconcile_interval
         self._periodic = [
             PeriodicJob(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from ..storage.deliveries import ClaimedDelivery
+from ..storage.claims import ClaimedDelivery
 
 
 class InFlight:

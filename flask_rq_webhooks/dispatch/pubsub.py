@@ -19,7 +19,7 @@ from ..protocol.urls import redact_url
 
 if TYPE_CHECKING:
     from ..config import Settings
-    from ..storage.deliveries import AttemptRecord
+    from ..storage.attempts import AttemptRecord
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from .._steps import reached
 from ..protocol.headers import mask_headers
 from ..protocol.retry import Decision
 from ..protocol.urls import redact_url
-from ..storage.deliveries import AttemptRecord, ClaimedDelivery, record_attempts
+from ..storage.attempts import AttemptRecord, record_attempts
+from ..storage.claims import ClaimedDelivery
 from .http import AttemptRequest, AttemptResult
 from .pubsub import Notices
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from .._steps import reached
 from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
-from ..storage.deliveries import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
+from ..storage.claims import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
 from ..storage.models import new_id
 from .http import AttemptRequest, AttemptResult, Transport
 from .in_flight import InFlight

@@ -2,7 +2,7 @@
 
 Owns the order of those steps. What RQ committed is read in :mod:`~flask_rq_webhooks.queue.job_reader`,
 what it means is decided in :mod:`~flask_rq_webhooks.observe.verdicts`, and SQL is in
-:mod:`~flask_rq_webhooks.storage.deliveries`. Knows nothing of sending.
+:mod:`~flask_rq_webhooks.storage.events`. Knows nothing of sending.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError
 from .._steps import reached
 from ..errors import StorageUnavailableError
 from ..queue.job_reader import JobResult, JobState, read_endings, read_results
-from ..storage.deliveries import IngestItem, park_evidence
 from ..storage.endpoints import confirm
-from .publisher import Teller
+from ..storage.events import IngestItem
+from ..storage.settling import park_evidence
+from .publisher import Publisher
 from .verdicts import Open, Verdict, judge, occurrence_of
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Ingest:
 
     :param state: the app's state.
     :param consumer: name of this reader within the stream's group.
-    :param teller: stores what was confirmed.
+    :param publisher: stores what was confirmed.
     :param clock: monotonic seconds.
     """
 
@@ -65,12 +66,12 @@ class Ingest:
         state: State,
         *,
         consumer: str,
-        teller: Teller,
+        publisher: Publisher,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
         self._consumer = consumer
-        self._teller = teller
+        self._teller = publisher
         self._clock = clock
         self._waiting: dict[str, _Waiting] = {}
         self._settled: list[str] = []
@@ -232,7 +233,7 @@ class Ingest:
     def _store_items(self, items: Sequence[tuple[_Waiting, IngestItem]]) -> None:
         try:
             reached("entries read")
-            self._teller.tell([item for _waiting, item in items])
+            self._teller.publish([item for _waiting, item in items])
         except (StorageUnavailableError, OperationalError, ProgrammingError, InternalError):
             raise  # about the database, not about an entry: everything stays in the stream
         except Exception as exc:  # a bad entry must never block the stream

@@ -38,7 +38,7 @@ from ..queue.job_details import JobRecord, read_dependents, read_records, read_s
 from ..queue.job_reader import UNKNOWN, read_result_value, read_results
 from ..storage import tree_members as storage
 from ..storage.database import Database
-from ..storage.ingesting import IngestItem
+from ..storage.events import IngestItem
 from ..storage.models import RESERVED
 from ..storage.tree_members import TreeRow
 from ..storage.watches import endings_of_job
@@ -107,7 +107,7 @@ def blocked_jobs(jobs: Mapping[str, JobRecord], statuses: Mapping[str, str | Non
 class TreeReporter:
     """Evaluate open trees and tell those that are over.
 
-    :param tell: stores occurrences as events and deliveries, each once.
+    :param publish: stores occurrences as events and deliveries, each once.
     :param clock: aware UTC now.
     """
 
@@ -116,13 +116,13 @@ class TreeReporter:
         database: Database,
         redis: Redis,
         *,
-        tell: Callable[[Sequence[IngestItem]], object],
+        publish: Callable[[Sequence[IngestItem]], object],
         settings: Settings,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._database = database
         self._redis = redis
-        self._tell = tell
+        self._publish = publish
         self._settings = settings
         self._clock = clock
         self._hints: set[str] = set()
@@ -272,7 +272,7 @@ class TreeReporter:
             scope="tree",
             jobs=verdict.counts,
         )
-        self._tell([IngestItem(occurrence, (endpoint_id,))])
+        self._publish([IngestItem(occurrence, (endpoint_id,))])
         storage.settle_tree(self._database, endpoint_id, run=run, now=now)
 
     def _result(self, root_id: str, root: JobRecord | None, verdict: TreeVerdict) -> tuple[Any, bool]:

@@ -36,7 +36,7 @@ from .outcomes import (
     occurrence_of_loss,
     occurrence_of_state,
 )
-from .pending_events import Findings, ReconcileReport, Tell
+from .pending_events import Findings, Publish, ReconcileReport
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class _Page:
 class WaitingWatches:
     """Compare watches that wait with what RQ committed.
 
-    :param tell: stores occurrences as events and deliveries, each once.
+    :param publish: stores occurrences as events and deliveries, each once.
     :param outbox_key: the stream of callbacks' words; while old ones wait there, absence proves nothing.
     :param clock: aware UTC now.
     """
@@ -80,14 +80,14 @@ class WaitingWatches:
         database: Database,
         redis: Redis,
         *,
-        tell: Tell,
+        publish: Publish,
         occurrences: OccurrenceReader,
         outbox_key: str | None,
         clock: Callable[[], datetime],
     ) -> None:
         self._database = database
         self._redis = redis
-        self._tell = tell
+        self._publish = publish
         self._occurrences = occurrences
         self._outbox_key = outbox_key
         self._clock = clock
@@ -161,7 +161,7 @@ class WaitingWatches:
                 blocked.append((watch.row, job))
         self._find_blocked(blocked, page)
         report.adopted += len(page.notes.adopted)
-        report.told.update(page.findings.tell(self._tell))
+        report.told.update(page.findings.publish(self._publish))
         storage.write_notes(self._database, page.notes, now=now)
 
     def _judge_absent(self, watch: _Watch, page: _Page) -> None:

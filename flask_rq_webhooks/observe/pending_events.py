@@ -14,11 +14,11 @@ from .._steps import reached
 from ..protocol.events import TERMINAL_TYPES, Occurrence
 from ..storage import watches as storage
 from ..storage.database import Database
-from ..storage.ingesting import IngestItem
+from ..storage.events import IngestItem
 from ..storage.watches import SettledRow, WatchRow
 
 #: Stores occurrences as events and deliveries, each once, in one transaction.
-Tell = Callable[[Sequence[IngestItem]], object]
+Publish = Callable[[Sequence[IngestItem]], object]
 
 #: Occurrences told in one transaction.
 _TOLD_AT_ONCE = 200
@@ -62,7 +62,7 @@ class Findings:
         """Note that a job is lost: of one job the same run, whichever watch knows it."""
         self.add(row, self._losses.setdefault(row.job_id, occurrence))
 
-    def tell(self, tell: Tell) -> Counter[str]:
+    def publish(self, publish: Publish) -> Counter[str]:
         """Hand on what is news, in batches.
 
         :returns: how many occurrences were handed on, by type.
@@ -70,7 +70,7 @@ class Findings:
         items = self._news()
         for start in range(0, len(items), _TOLD_AT_ONCE):
             reached("reconcile found")
-            tell(items[start : start + _TOLD_AT_ONCE])
+            publish(items[start : start + _TOLD_AT_ONCE])
             reached("reconcile told")
         return Counter(item.occurrence.type for item in items)
 

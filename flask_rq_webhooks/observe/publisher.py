@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from .. import signals
 from ..protocol.events import TERMINAL_TYPES
-from ..storage.deliveries import IngestedEvent, IngestItem, ingest
+from ..storage.events import IngestedEvent, IngestItem, ingest
 from .host_hooks import safe_render, safe_scrub
 
 if TYPE_CHECKING:
     from ..state import State
 
 
-class Teller:
+class Publisher:
     """Store occurrences, each once.
 
     :param state: the app's state.
@@ -38,11 +38,10 @@ class Teller:
         self._render = safe_render(state)
         self._scrub = safe_scrub(state)
 
-    def tell(self, items: Sequence[IngestItem], *, max_attempts: int | None = None) -> list[IngestedEvent]:
+    def publish(self, items: Sequence[IngestItem], *, max_attempts: int | None = None) -> list[IngestedEvent]:
         """Store *items* in one transaction, then emit ``event_recorded`` for those that are new.
 
         :param max_attempts: of a delivery to an endpoint that sets none; ``MAX_ATTEMPTS`` by default.
-
         :raises StorageUnavailableError: when SQL cannot be reached; nothing of *items* is stored.
         """
         state = self._state

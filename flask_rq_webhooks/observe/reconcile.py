@@ -29,7 +29,7 @@ from ..storage.watches import Glance
 from .job_trees import TreeReporter
 from .occurrences import OccurrenceReader
 from .open_watches import WaitingWatches
-from .pending_events import ReconcileReport, Tell
+from .pending_events import Publish, ReconcileReport
 from .settled_watches import SettledWatches
 
 __all__ = ["PAGE", "ReconcileReport", "Reconciler"]
@@ -43,7 +43,7 @@ class Reconciler:
 
     One at a time: the caller holds the reconcile lease. Two at once would do no harm, only work twice.
 
-    :param tell: stores occurrences as events and deliveries, each once.
+    :param publish: stores occurrences as events and deliveries, each once.
     :param outbox_key: the stream of callbacks' words; while old ones wait there, absence proves nothing.
     :param clock: aware UTC now.
     """
@@ -53,7 +53,7 @@ class Reconciler:
         database: Database,
         redis: Redis,
         *,
-        tell: Tell,
+        publish: Publish,
         settings: Settings,
         outbox_key: str | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -63,11 +63,11 @@ class Reconciler:
         self._clean_abandoned = settings.clean_abandoned
         self._clock = clock
         occurrences = OccurrenceReader(redis, settings)
-        self._settled = SettledWatches(database, redis, tell=tell, occurrences=occurrences)
+        self._settled = SettledWatches(database, redis, publish=publish, occurrences=occurrences)
         self._waiting = WaitingWatches(
-            database, redis, tell=tell, occurrences=occurrences, outbox_key=outbox_key, clock=clock
+            database, redis, publish=publish, occurrences=occurrences, outbox_key=outbox_key, clock=clock
         )
-        self.trees = TreeReporter(database, redis, tell=tell, settings=settings, clock=clock)
+        self.trees = TreeReporter(database, redis, publish=publish, settings=settings, clock=clock)
 
     def run_once(self, should_stop: Callable[[], bool] = lambda: False) -> ReconcileReport:
         """Make one pass over every open, reserved and recently settled watch, and every open tree.

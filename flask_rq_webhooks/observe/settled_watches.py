@@ -20,7 +20,7 @@ from ..storage.database import Database
 from ..storage.watches import Notes, SettledRow
 from .occurrences import OccurrenceReader
 from .outcomes import TYPE_OF_STATUS, is_correction
-from .pending_events import Findings, ReconcileReport, Tell
+from .pending_events import Findings, Publish, ReconcileReport
 
 #: How long RQ may change its verdict on a told run.
 SECOND_LOOKS_FOR = timedelta(hours=24)
@@ -47,15 +47,15 @@ class SettledWatches:
     Keeps in memory the runs of the last day whose jobs RQ still has, and of the last minutes, so that a pass
     reads of SQL only those that are new.
 
-    :param tell: stores occurrences as events and deliveries, each once.
+    :param publish: stores occurrences as events and deliveries, each once.
     """
 
     def __init__(
-        self, database: Database, redis: Redis, *, tell: Tell, occurrences: OccurrenceReader
+        self, database: Database, redis: Redis, *, publish: Publish, occurrences: OccurrenceReader
     ) -> None:
         self._database = database
         self._redis = redis
-        self._tell = tell
+        self._publish = publish
         self._occurrences = occurrences
         self._settled: dict[str, _Settled] = {}
         self._loaded_until: datetime | None = None
@@ -168,7 +168,7 @@ class SettledWatches:
                 run=settled.row.run,
             )
             findings.add(settled.row, correction)
-        report.told.update(findings.tell(self._tell))
+        report.told.update(findings.publish(self._publish))
         for settled in corrected:
             settled.corrected = True
         storage.write_notes(self._database, notes, now=now)

@@ -22,7 +22,7 @@ from rq.job import Job
 from rq.registry import StartedJobRegistry
 
 from ..protocol.json_safe import safe_text
-from .job_reader import JobState, read_jobs
+from .job_reader import JobResult, JobState, read_jobs
 
 #: Bytes of a call or of meta that are still looked into.
 MAX_PICKLE_BYTES = 8 * 2**20
@@ -47,6 +47,7 @@ class JobRecord:
     :param tokens: endpoint ids its callbacks carry.
     :param exc: text of a failure that RQ 1.16 keeps in the hash.
     :param children: ids in meta under the prefix asked for.
+    :param results: RQ's results of the job at the moment of its state; empty where they were not asked for.
     """
 
     job_id: str
@@ -66,6 +67,7 @@ class JobRecord:
     exc: str | None = None
     tokens: frozenset[str] = frozenset()
     children: tuple[str, ...] = ()
+    results: tuple[JobResult, ...] = ()
 
 
 def job_key(job_id: str) -> str:
@@ -94,16 +96,17 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
 
 
 def read_records(
-    redis: Redis, job_ids: Sequence[str], *, child_prefix: str | None = None
+    redis: Redis, job_ids: Sequence[str], *, child_prefix: str | None = None, results: bool = False
 ) -> dict[str, JobRecord]:
     """Return the jobs that exist.
 
     The state is read first: what a job noted in its meta before it ended is seen with its ending.
 
     :param child_prefix: also read the children named in meta under keys that begin so.
+    :param results: see :func:`~flask_rq_webhooks.queue.job_reader.read_jobs`.
     """
     ids = list(dict.fromkeys(job_ids))
-    states = read_jobs(redis, ids)
+    states = read_jobs(redis, ids, results=results)
     present = [job_id for job_id in ids if states[job_id].created_at is not None]
     records = {}
     for start in range(0, len(present), _CHUNK):
@@ -190,6 +193,7 @@ def _record(state: JobState, details: dict[str, Any], child_prefix: str | None) 
         allow_dependency_failures=details["allow_dependency_failures"] == b"1",
         exc=state.exc,
         tokens=state.tokens,
+        results=state.results or (),
         children=_children(meta, child_prefix) if child_prefix is not None else (),
     )
 

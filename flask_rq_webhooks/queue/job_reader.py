@@ -7,6 +7,7 @@ whose reading methods clean them. Works with clients that decode and with those 
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
@@ -14,7 +15,7 @@ import re
 import zlib
 from base64 import b64decode
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
@@ -32,6 +33,8 @@ from ..protocol.worker_errors import CALL
 
 #: Jobs per pipeline: keeps one round trip, and its answer, of a reasonable size.
 _CHUNK = 500
+#: Jobs per transaction: the server answers nobody else meanwhile.
+_TRANSACTION = 100
 #: RQ keeps the last ten results of a job.
 _RESULTS = 10
 #: Bytes of a traceback text, and of a pickled result, that are looked at.
@@ -61,6 +64,8 @@ class JobState:
     :param retries_left: ``None`` where the job was enqueued without ``Retry``.
     :param tokens: ids of the endpoints its callbacks report to.
     :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
+    :param results: RQ's results of the job at the same moment, oldest first; ``None`` where they were not
+        asked for.
     """
 
     job_id: str
@@ -76,6 +81,7 @@ class JobState:
     retries_left: int | None = None
     tokens: frozenset[str] = frozenset()
     exc: str | None = None
+    results: tuple[JobResult, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +91,15 @@ class JobResult:
     :param type: ``"success"``, ``"failure"``, ``"stopped"`` or ``"retried"`` (the job returned ``Retry``).
     :param at: when it was committed, on Redis' clock, to the millisecond.
     :param exc: traceback text of a failure.
+    :param started_at: when the execution began, on the worker's clock; RQ 2.10 and newer.
+    :param ended_at: the run's ``ended_at``, exactly as in the job's hash at that commit; RQ 2.10 and newer.
     """
 
     type: str
     at: datetime
     exc: str | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
 
 
 class _Unknown(Enum):
@@ -106,28 +116,38 @@ UNKNOWN: Final = _Unknown.UNKNOWN
 _RESULT_TYPES = {"1": "success", "2": "failure", "3": "stopped", "4": "retried", "5": "failure"}
 
 
-def read_jobs(redis: Redis, job_ids: Sequence[str]) -> dict[str, JobState]:
+def read_jobs(redis: Redis, job_ids: Sequence[str], *, results: bool = False) -> dict[str, JobState]:
     """Return the state of each job, in one pipelined round trip (per 500 jobs).
 
+    :param results: also read each job's results, in one transaction with its hash. What is judged together
+        has to be of one moment: between two reads a retry may begin and end.
     :raises redis.RedisError: when Redis cannot be asked.
     """
-    return _read_states(redis, job_ids, _FIELDS)
+    return _read_states(redis, job_ids, _FIELDS, results=results)
 
 
-def read_endings(redis: Redis, job_ids: Sequence[str]) -> dict[str, JobState]:
+def read_endings(redis: Redis, job_ids: Sequence[str], *, results: bool = False) -> dict[str, JobState]:
     """Return of each job's state what says how its run ended; the rest is as if it were not there.
 
     For those who look at very many jobs: half of the work of :func:`read_jobs`.
 
+    :param results: see :func:`read_jobs`.
     :raises redis.RedisError: when Redis cannot be asked.
     """
-    return _read_states(redis, job_ids, _ENDING_FIELDS)
+    return _read_states(redis, job_ids, _ENDING_FIELDS, results=results)
 
 
-def _read_states(redis: Redis, job_ids: Sequence[str], fields: Sequence[str]) -> dict[str, JobState]:
+def _read_states(
+    redis: Redis, job_ids: Sequence[str], fields: Sequence[str], *, results: bool
+) -> dict[str, JobState]:
     # Encoded here, once, and not by the client for every job.
     names = [name.encode() for name in fields]
     states = {}
+    if results:
+        for job_id, values, entries in _read_moments(redis, job_ids, names):
+            state = _state(job_id, dict(zip(fields, values, strict=True)))
+            states[job_id] = replace(state, results=tuple(_results(entries)))
+        return states
     for chunk, answers in _pipelined(redis, job_ids, lambda job_id: ("HMGET", Job.key_for(job_id), *names)):
         for job_id, values in zip(chunk, answers, strict=True):
             states[job_id] = _state(job_id, dict(zip(fields, values, strict=True)))
@@ -142,8 +162,7 @@ def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResu
     results = {}
     for chunk, answers in _pipelined(redis, job_ids, _last_results):
         for job_id, entries in zip(chunk, answers, strict=True):
-            found = (_result(entry_id, _fields(fields)) for entry_id, fields in reversed(entries or []))
-            results[job_id] = [result for result in found if result is not None]
+            results[job_id] = _results(entries)
     return results
 
 
@@ -251,6 +270,23 @@ def _pipelined(redis: Redis, items: Sequence[str], command: Any) -> Iterable[tup
             yield chunk, pipeline.execute()
 
 
+def _read_moments(
+    redis: Redis, job_ids: Sequence[str], names: Sequence[bytes]
+) -> Iterable[tuple[str, list[Any], Any]]:
+    """Give the fields and the last results of each job, both of one moment."""
+    for start in range(0, len(job_ids), _TRANSACTION):
+        chunk = job_ids[start : start + _TRANSACTION]
+        with redis.pipeline(transaction=True) as pipeline:
+            for job_id in chunk:
+                pipeline.execute_command("HMGET", Job.key_for(job_id), *names)  # type: ignore[no-untyped-call]
+                pipeline.execute_command(*_last_results(job_id))  # type: ignore[no-untyped-call]
+            # The answers of a transaction come as one: undecoded all together, or not at all.
+            undecoded = functools.partial(pipeline.parse_response, NEVER_DECODE=True)
+            pipeline.parse_response = undecoded  # type: ignore[method-assign]
+            answers = pipeline.execute()
+        yield from zip(chunk, answers[::2], answers[1::2], strict=True)
+
+
 def _last_results(job_id: str) -> tuple[Any, ...]:
     return ("XREVRANGE", _results_key(job_id), "+", "-", "COUNT", _RESULTS)
 
@@ -291,6 +327,12 @@ def _tokens(names: Iterable[Any]) -> frozenset[str]:
     return frozenset(token for name in names for token in _TOKEN.findall(_text(name) or ""))
 
 
+def _results(entries: Any) -> list[JobResult]:
+    """Return the results in the answer to :func:`_last_results`, oldest first."""
+    found = (_result(entry_id, _fields(fields)) for entry_id, fields in reversed(entries or []))
+    return [result for result in found if result is not None]
+
+
 def _result(entry_id: Any, fields: dict[str, Any]) -> JobResult | None:
     kind = _RESULT_TYPES.get(_text(fields.get("type")) or "")
     if kind is None:
@@ -301,6 +343,8 @@ def _result(entry_id: Any, fields: dict[str, Any]) -> JobResult | None:
         type=kind,
         at=datetime.fromtimestamp(milliseconds // 1000, UTC) + timedelta(milliseconds=milliseconds % 1000),
         exc=_inflated(_from_base64(encoded)) if encoded else None,
+        started_at=_unix_moment(fields.get("execution_started_at")),
+        ended_at=_unix_moment(fields.get("execution_ended_at")),
     )
 
 
@@ -317,6 +361,13 @@ def _moment(value: Any) -> datetime | None:
     try:
         return parse_time(_text(value) or "")
     except ValueError:
+        return None
+
+
+def _unix_moment(value: Any) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(float(value), UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
         return None
 
 

@@ -18,8 +18,8 @@ from sqlalchemy import ColumnElement, exists, func, select, update
 from ..protocol.events import WEBHOOK_PING, Occurrence
 from ..protocol.payloads import occurrence_from_json
 from .database import Database
+from .events import Render
 from .filters import DeliveryFilter
-from .ingesting import Render
 from .models import CANCELED, EXHAUSTED, MANUAL, PENDING, SENDING, Delivery, Endpoint, Event, first_id_at
 from .queries import CursorError
 from .retention import BATCH, Progress, due_again, in_flight
@@ -107,7 +107,7 @@ def recover_part(
     their standing endpoint was disabled when the event happened (since that endpoint was made, by what it
     listens for now). With it: those of these statuses.
 
-    :param render: see :func:`~.ingesting.ingest`; for deliveries that were never made.
+    :param render: see :func:`~.events.ingest`; for deliveries that were never made.
     :param max_attempts: for those too, where the endpoint sets none.
     :param cursor: of the part before.
     :param at_most: deliveries.
@@ -273,10 +273,16 @@ def _make_missing(
             occurrence: Occurrence = occurrence_from_json(event.payload)
             if occurrence.scope != endpoint.scope:
                 continue
-            body = render(endpoint, event.id, occurrence)
+            rendered = render(endpoint, event.id, occurrence)
             rows.append(
                 delivery_values(
-                    event.id, event.type, endpoint, body, max_attempts=max_attempts, now=now, trigger=MANUAL
+                    event.id,
+                    event.type,
+                    endpoint,
+                    rendered,
+                    max_attempts=max_attempts,
+                    now=now,
+                    trigger=MANUAL,
                 )
             )
         made = store_deliveries(database, connection, rows)

@@ -1,22 +1,38 @@
-"""Events: what happened, each stored once under the key of its run.
+"""Events: an occurrence becomes an event and its deliveries, exactly once.
 
-Owns the rows of events, new ones and those that are there already. Knows nothing of who hears of them.
+Owns the rows of events and the order of the steps within the one transaction: the event, its receivers and
+deliveries (:mod:`.subscriptions`), the watches it settles (:mod:`.settling`). Knows nothing of where
+occurrences come from; a function it is given renders the bodies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, select
 
-from ..protocol.events import Occurrence
-from ..protocol.payloads import occurrence_from_json, occurrence_to_json
+from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, Occurrence
+from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from .bulk_insert import chunks_of, insert_new
 from .database import Database
+from .feed import first_position
 from .models import Event, new_id
+from .settling import settle_watches, watches_of
+from .subscriptions import (
+    EndpointRow,
+    delivery_values,
+    endpoints_of,
+    receivers_of,
+    standing_endpoints,
+    store_deliveries,
+)
+
+Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
+Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +63,123 @@ class StoredEvent:
     deliveries: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class IngestedEvent:
+    """What became of an item.
+
+    :param created: ``False`` when the event was there already.
+    :param deliveries: how many deliveries are new.
+    """
+
+    event_id: str
+    type: str
+    job_id: str | None
+    created: bool
+    deliveries: int
+
+
+def ingest(
+    database: Database,
+    items: Sequence[IngestItem],
+    *,
+    render: Render,
+    max_attempts: int,
+    scrub: Scrub | None = None,
+) -> list[IngestedEvent]:
+    """Store events and their deliveries in one transaction; doing it again changes nothing.
+
+    A run has one terminal event, whoever tells of it and however many do so at once; an endpoint named for
+    an event that is already there gets its missing delivery, rendered from what was stored. Standing
+    endpoints get a delivery of new events only, and only while enabled: what happens while one is disabled
+    is left to :func:`~.bulk.recover`.
+
+    All or nothing: where *render* or *scrub* raises, nothing of the batch is stored. The caller then
+    brings the items one by one, so that one that cannot be told never holds up the others.
+
+    :param render: the bytes to deliver, from endpoint, event id and occurrence.
+    :param max_attempts: where the endpoint itself sets none.
+    :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
+        ``queue`` and ``result``, ``error`` or ``data``, and returns it changed (or changes it in place).
+        What it does to ``runid``, ``result``, ``error`` and ``data`` is stored, sent and shown.
+    :returns: one for each item, in their order.
+    """
+    if not items:
+        return []
+    prepared = [
+        item if scrub is None else replace(item, occurrence=_scrubbed(item.occurrence, scrub))
+        for item in items
+    ]
+    with database.write() as connection:
+        now, position = first_position(database, connection)
+        by_item, stored = store_events(database, connection, prepared, now, position)
+        watches = watches_of(database, connection, stored)
+        endpoints = endpoints_of(database, connection, stored, watches)
+        standing = standing_endpoints(connection) if any(event.created for event in stored) else []
+        rows: list[dict[str, Any]] = []
+        for event in stored:
+            receivers = receivers_of(
+                event, watches.get(event.occurrence.job_id or "", []), endpoints, standing
+            )
+            for endpoint in receivers:
+                rendered = render(endpoint, event.id, event.occurrence)
+                rows.append(
+                    delivery_values(
+                        event.id,
+                        event.occurrence.type,
+                        endpoint,
+                        rendered,
+                        max_attempts=max_attempts,
+                        now=now,
+                    )
+                )
+        made = store_deliveries(database, connection, rows)
+        for event in stored:
+            event.deliveries = made.get(event.id, 0)
+        settle_watches(database, connection, stored, watches, endpoints, now)
+    first_seen: set[str] = set()
+    told = []
+    for event in by_item:
+        told.append(
+            IngestedEvent(
+                event_id=event.id,
+                type=event.occurrence.type,
+                job_id=event.occurrence.job_id,
+                created=event.created and event.id not in first_seen,
+                deliveries=event.deliveries if event.id not in first_seen else 0,
+            )
+        )
+        first_seen.add(event.id)
+    return told
+
+
+def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:
+    payload: dict[str, Any] = {
+        "event": occurrence.type,
+        "job_id": occurrence.job_id,
+        "runid": occurrence.runid,
+        "func": occurrence.func,
+        "queue": occurrence.queue,
+    }
+    if occurrence.type == JOB_SUCCESS:
+        payload["result"] = copy.deepcopy(occurrence.result)
+    if occurrence.type == JOB_FAILURE:
+        payload["error"] = copy.deepcopy(dict(occurrence.error)) if occurrence.error is not None else None
+    if occurrence.data:
+        payload["data"] = copy.deepcopy(dict(occurrence.data))
+    edited = scrub(payload)
+    if edited is None:
+        edited = payload
+    return replace(
+        occurrence,
+        runid=edited.get("runid"),
+        result=edited.get("result"),
+        error=edited.get("error"),
+        data=edited.get("data") or {},
+    )
+
+
 def store_events(
-    database: Database, connection: Connection, items: Sequence[IngestItem], now: datetime
+    database: Database, connection: Connection, items: Sequence[IngestItem], now: datetime, position: int
 ) -> tuple[list[StoredEvent], list[StoredEvent]]:
     """Insert what is new and load what is not; return the event of each item, and each event once."""
     by_key: dict[str, StoredEvent] = {}
@@ -63,9 +194,10 @@ def store_events(
         event.named += [endpoint_id for endpoint_id in item.endpoint_ids if endpoint_id not in event.named]
         by_item.append(event)
     stored = list({event.id: event for event in by_item}.values())
+    place = {event.id: number for number, event in enumerate(stored)}
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
-    rows = [_event_values(event, now) for event in stored]
+    rows = [_event_values(event, now, position + place[event.id]) for event in stored]
     inserted = insert_new(database, connection, Event, rows)
     there = sorted(key for key, event in by_key.items() if event.id not in inserted)
     for keys in chunks_of(there):
@@ -80,7 +212,7 @@ def store_events(
     return by_item, stored
 
 
-def _event_values(event: StoredEvent, now: datetime) -> dict[str, Any]:
+def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:
     occurrence = event.occurrence
     return {
         "id": event.id,
@@ -93,6 +225,7 @@ def _event_values(event: StoredEvent, now: datetime) -> dict[str, Any]:
         "payload": occurrence_to_json(occurrence),
         "occurred_at": occurrence.occurred_at,
         "created_at": now,
+        "position": position,
     }
 
 

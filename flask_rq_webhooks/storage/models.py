@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     DateTime,
     Dialect,
@@ -39,6 +40,8 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from ..protocol.payloads import MAX_CONTENT_TYPE_CHARS
 
 #: Crockford base 32, lower case: no letter that reads as another.
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -198,7 +201,10 @@ class Watch(Base):
 
 
 class Event(Base):
-    """One stored occurrence. ``payload`` is the canonical JSON of everything formats render from."""
+    """One stored occurrence. ``payload`` is the canonical JSON of everything formats render from.
+
+    ``position`` is its place in the feed, see :mod:`.feed`; 0 for those stored before there was one.
+    """
 
     __tablename__ = "rq_webhooks_event"
 
@@ -212,10 +218,12 @@ class Event(Base):
     payload: Mapped[str]
     occurred_at: Mapped[datetime]
     created_at: Mapped[datetime]
+    position: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
 
     __table_args__ = (
-        Index("ix_rq_webhooks_event_runid", "runid", "id"),
-        Index("ix_rq_webhooks_event_type", "type", "id"),
+        Index("ix_rq_webhooks_event_position", "position", "id"),
+        Index("ix_rq_webhooks_event_runid_position", "runid", "position", "id"),
+        Index("ix_rq_webhooks_event_type_position", "type", "position", "id"),
         Index("ix_rq_webhooks_event_created", "created_at"),
     )
 
@@ -224,9 +232,10 @@ class Delivery(Base):
     """An event on its way to an endpoint.
 
     ``status``: ``pending``, ``sending``, ``succeeded``, ``exhausted``, ``canceled``. ``body`` is what is
-    signed and sent, on every attempt. ``host`` and ``event_type`` are copies that lists and claims are
-    indexed by. ``attempts`` counts recorded attempts; ``lease_id`` names the claim
-    that holds a ``sending`` row until ``lease_until``. ``trigger`` says why the next attempt is made.
+    signed and sent, on every attempt; ``content_type`` is null for JSON. ``host`` and ``event_type`` are
+    copies that lists and claims are indexed by. ``attempts`` counts recorded attempts; ``lease_id`` names
+    the claim that holds a ``sending`` row until ``lease_until``. ``trigger`` says why the next
+    attempt is made.
     """
 
     __tablename__ = "rq_webhooks_delivery"
@@ -239,6 +248,7 @@ class Delivery(Base):
     status: Mapped[str] = mapped_column(String(10))
     trigger: Mapped[str] = mapped_column(String(10), default="scheduled")
     body: Mapped[bytes] = mapped_column(LargeBinary)
+    content_type: Mapped[str | None] = mapped_column(String(MAX_CONTENT_TYPE_CHARS))
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     max_attempts: Mapped[int] = mapped_column(Integer)
     next_attempt_at: Mapped[datetime | None]

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Connection, Select, func, or_, select
 
 from .database import Database
-from .filters import DeliveryFilter
+from .filters import DeliveryFilter, walk
 from .models import (
     OPEN,
     RESERVED,
@@ -31,15 +31,9 @@ from .models import (
     Secret,
     Watch,
 )
-from .walking import walk
 
 #: Items on a page at most, whatever is asked for.
 MAX_PAGE = 200
-
-#: Seconds that the feed of events stays behind, so that none appears before the cursor later on. On
-#: PostgreSQL a transaction may end after a later one; on SQLite only ids of one millisecond have no order.
-FEED_LAG_S = 2.0
-FEED_LAG_SQLITE_S = 0.01
 
 Item = TypeVar("Item")
 
@@ -194,7 +188,7 @@ def job_webhook(database: Database, job_id: str) -> JobWebhook | None:
         if endpoint is None:
             return None
         events = connection.execute(
-            select(*_EVENT_COLUMNS).where(Event.job_id == job_id).order_by(Event.id.desc()).limit(MAX_PAGE)
+            select(*EVENT_COLUMNS).where(Event.job_id == job_id).order_by(Event.id.desc()).limit(MAX_PAGE)
         ).all()
         page = (
             select(Delivery.id)
@@ -221,13 +215,13 @@ def list_deliveries(
     """Return deliveries, newest first.
 
     With several conditions that are each frequent a page may be short, even empty, and yet have a cursor: it
-    was searched for long enough. See :mod:`.walking`.
+    was searched for long enough. See :mod:`.filters`.
 
     :param cursor: of the page before.
     :param limit: items on the page; at most :data:`MAX_PAGE`.
     :raises CursorError: when *cursor* is not one of ours.
     """
-    limit = _bounded(limit)
+    limit = bounded(limit)
     before = None if cursor is None else _id_of(cursor)
     with database.read() as connection:
         found = walk(connection, where, before=before, limit=limit + 1)
@@ -237,36 +231,6 @@ def list_deliveries(
     if page.cursor is None and found.reached is not None:
         return Page(page.items, _cursor_of(found.reached))
     return page
-
-
-def events_after(
-    database: Database,
-    *,
-    cursor: str | None = None,
-    runid: str | None = None,
-    event_type: str | None = None,
-    limit: int = 50,
-) -> Page[EventView]:
-    """Return the events after *cursor*, oldest first: the feed for clients that were down.
-
-    It stays :data:`FEED_LAG_S` behind.
-
-    :param cursor: of the last answer; ``None`` for the beginning.
-    :returns: a page whose cursor goes on where it ends, also when it is empty.
-    :raises CursorError: when *cursor* is not one of ours.
-    """
-    wanted = ((Event.type, event_type), (Event.runid, runid))
-    query = select(*_EVENT_COLUMNS, Event.payload).where(
-        *(column == value for column, value in wanted if value is not None)
-    )
-    if cursor is not None:
-        query = query.where(Event.id > _id_of(cursor))
-    lag_s = FEED_LAG_SQLITE_S if database.is_sqlite else FEED_LAG_S
-    query = query.where(Event.created_at < database.clock(-lag_s))
-    with database.read() as connection:
-        found = connection.execute(query.order_by(Event.id).limit(_bounded(limit))).all()
-    items = tuple(_event(row) for row in found)
-    return Page(items, _cursor_of(items[-1].id) if items else cursor)
 
 
 def list_endpoints(
@@ -279,7 +243,7 @@ def list_endpoints(
     query = select(Endpoint).where(Endpoint.kind == kind)
     if cursor is not None:
         query = query.where(Endpoint.id < _id_of(cursor))
-    limit = _bounded(limit)
+    limit = bounded(limit)
     with database.read() as connection:
         return _page(
             _endpoints(database, connection, query.order_by(Endpoint.id.desc()).limit(limit + 1)), limit
@@ -297,7 +261,7 @@ def event_detail(database: Database, event_id: str) -> EventView | None:
     """Return one event with its payload; its deliveries are listed by filter."""
     with database.read() as connection:
         row = connection.execute(
-            select(*_EVENT_COLUMNS, Event.payload).where(Event.id == event_id)
+            select(*EVENT_COLUMNS, Event.payload).where(Event.id == event_id)
         ).one_or_none()
     return None if row is None else _event(row)
 
@@ -311,7 +275,7 @@ def delivery_detail(database: Database, delivery_id: str) -> DeliveryDetail | No
         (delivery,) = deliveries
         body = connection.execute(select(Delivery.body).where(Delivery.id == delivery_id)).scalar_one()
         event = connection.execute(
-            select(*_EVENT_COLUMNS, Event.payload).where(Event.id == delivery.event_id)
+            select(*EVENT_COLUMNS, Event.payload).where(Event.id == delivery.event_id)
         ).one()
         endpoint = _endpoints(
             database, connection, select(Endpoint).where(Endpoint.id == delivery.endpoint_id)
@@ -326,7 +290,8 @@ def delivery_detail(database: Database, delivery_id: str) -> DeliveryDetail | No
     )
 
 
-_EVENT_COLUMNS = (
+#: What lists show of an event.
+EVENT_COLUMNS = (
     Event.id, Event.type, Event.job_id, Event.runid, Event.source, Event.supersedes, Event.occurred_at,
     Event.created_at,
 )  # fmt: skip
@@ -398,7 +363,8 @@ def _page(items: Sequence[Any], limit: int) -> Page[Any]:
     return Page(shown, _cursor_of(shown[-1].id) if len(items) > limit else None)
 
 
-def _bounded(limit: int) -> int:
+def bounded(limit: int) -> int:
+    """Return how many items a page has when *limit* are asked for."""
     return max(1, min(limit, MAX_PAGE))
 
 

@@ -1,7 +1,7 @@
-"""What people do with one delivery: resend; with all that wait: hasten; and what time does: prune.
+"""What people do with one delivery: resend; with all that wait: make_all_due; and what time does: prune.
 
 Owns the changes that come from outside the pipeline, but for those to many deliveries by a filter, which are
-in :mod:`~.recovering`. Everything long is done in bounded transactions, so that it never holds the pipeline
+in :mod:`~.bulk`. Everything long is done in bounded transactions, so that it never holds the pipeline
 up, and may be stopped and started again.
 """
 
@@ -64,7 +64,7 @@ def resend(database: Database, delivery_id: str) -> str | None:
     return PENDING
 
 
-def hasten(database: Database) -> int:
+def make_all_due(database: Database) -> int:
     """Make every delivery due that waits for its next attempt; return how many.
 
     Unlike :func:`recover` it changes nothing else: same trigger, same number of attempts left.

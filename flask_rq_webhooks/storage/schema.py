@@ -96,7 +96,7 @@ def _compare(connection: Connection) -> SchemaChanges:
 def _add_column(connection: Connection, table: Table, column: Column[Any]) -> None:
     dialect = connection.dialect
     declaration = str(CreateColumn(column).compile(dialect=dialect))
-    if not column.nullable:
+    if not column.nullable and column.server_default is None:
         # Rows that are already there need a value: the model's own default, or the empty one of the type.
         own = column.default.arg if isinstance(column.default, ScalarElementColumnDefault) else None
         declaration += f" DEFAULT {_literal(own if own is not None else _EMPTY[column.type.python_type])}"

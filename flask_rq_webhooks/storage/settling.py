@@ -11,16 +11,18 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, String, bindparam, select, text
 
 from ..protocol.events import TERMINAL_TYPES
 from .bulk_insert import chunks_of, insert_into, insert_or_ignore, one_of
 from .database import Database
-from .events import StoredEvent
 from .models import CLOSED, OPEN, SETTLED, UTCDateTime, Watch, new_id
 from .subscriptions import EndpointRow, existing_endpoints, is_endpoint
+
+if TYPE_CHECKING:
+    from .events import StoredEvent
 
 logger = logging.getLogger(__name__)
 

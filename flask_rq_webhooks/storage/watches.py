@@ -2,7 +2,7 @@
 
 Owns the statements behind :mod:`~flask_rq_webhooks.observe.reconcile`; those of trees are in
 :mod:`~flask_rq_webhooks.storage.tree_members`. Knows nothing of Redis: it is told what RQ says. Events and
-deliveries are made in :mod:`~flask_rq_webhooks.storage.ingesting` alone.
+deliveries are made in :mod:`~flask_rq_webhooks.storage.events` alone.
 
 A watch's ``run`` is the last run seen; ``settled_at`` says that this run was told.
 """

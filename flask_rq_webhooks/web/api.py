@@ -19,6 +19,7 @@ from ..state import State
 from ..storage import queries
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.endpoints import ROTATION_GRACE_S
+from ..storage.feed import events_after
 from ..storage.queries import EndpointView, EventView, Page
 from ..storage.statistics import statistics
 from . import api_schemas as schemas
@@ -105,7 +106,7 @@ def _add_reads(api: Api, state: State) -> None:
         may = runid is not None and is_allowed(state, "status", job_id=None, runid=runid)
         if not may and not is_allowed(state, "read"):
             raise ApiError(403, "forbidden", "This needs the permission 'read', or 'status' for one runid.")
-        page = queries.events_after(
+        page = events_after(
             state.database,
             cursor=wanted.get("after") or None,
             runid=runid,

@@ -18,14 +18,14 @@ from marshmallow import Schema, ValidationError
 from ..accept.request_schema import flat_details
 from ..errors import DecryptionError, RQWebhooksError
 from ..observe.host_hooks import safe_render
-from ..observe.publisher import Teller
+from ..observe.publisher import Publisher
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from ..protocol.signatures import generate_secret
 from ..state import State
 from ..storage import bulk, dispatchers, endpoints, queries, retention
 from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
+from ..storage.events import IngestedEvent, IngestItem
 from ..storage.filters import DeliveryFilter
-from ..storage.ingesting import IngestedEvent, IngestItem
 from ..storage.queries import EndpointView
 from .api_schemas import endpoint_input
 
@@ -290,7 +290,7 @@ def ping(state: State, endpoint_id: str) -> IngestedEvent:
     standing(state, endpoint_id)
     occurrence = Occurrence(type=WEBHOOK_PING, occurred_at=datetime.now(UTC), source=SOURCE_APPLICATION)
     item = IngestItem(occurrence, endpoint_ids=(endpoint_id,))
-    (event,) = Teller(state).tell([item], max_attempts=PING_ATTEMPTS)
+    (event,) = Publisher(state).publish([item], max_attempts=PING_ATTEMPTS)
     return event
 
 

@@ -13,8 +13,8 @@ from flask_wtf import CSRFProtect
 
 from flask_rq_webhooks.observe.host_hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
 from flask_rq_webhooks.storage.dispatchers import is_paused
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.web import operations
 from flask_rq_webhooks.web.operations import AT_MOST, PER_PART
 from tests.integration.hosts import Host

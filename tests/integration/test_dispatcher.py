@@ -25,11 +25,11 @@ from flask_rq_webhooks.dispatch.rate_limit import RateLimiter
 from flask_rq_webhooks.dispatch.recorder import Recorder
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.observe.ingest import Ingest
-from flask_rq_webhooks.observe.publisher import Teller
+from flask_rq_webhooks.observe.publisher import Publisher
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage import dispatchers
-from flask_rq_webhooks.storage.deliveries import claim_due
+from flask_rq_webhooks.storage.claims import claim_due
 from flask_rq_webhooks.storage.models import Delivery
 from tests.pipeline import SECRET, add_endpoint, attempts, deliveries, enqueue, events, open_state
 from tests.servers import Received, Receiver, postgres_server, valkey_server, wait_until
@@ -446,7 +446,7 @@ def test_a_host_that_hangs_does_not_slow_the_claims_for_others(state: State) -> 
         endpoint_id = add_endpoint(state, f"http://{host}:9/in")
         for number in range(jobs):
             enqueue(state, endpoint_id, "tests.jobs.add", 1, number)
-    Ingest(state, consumer="tests", teller=Teller(state)).run_once(block_ms=1)
+    Ingest(state, consumer="tests", publisher=Publisher(state)).run_once(block_ms=1)
     transport = OneHangs()
     sending = sender.Sender(
         state,
@@ -476,7 +476,7 @@ def test_recording_ends_however_fast_answers_come(state: State, receiver: Receiv
             recorder.add_refusal(lost, "rate_limited", "")
 
     recorder.on_recorded = one_more
-    Ingest(state, consumer="tests", teller=Teller(state)).run_once(block_ms=1)
+    Ingest(state, consumer="tests", publisher=Publisher(state)).run_once(block_ms=1)
     (lost,) = claim_due(state.database, limit=1, per_host=8, in_flight={}, lease_s=45)
     recorder.add_refusal(lost, "rate_limited", "")
     recorder.record()

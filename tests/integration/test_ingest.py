@@ -17,7 +17,7 @@ import rq
 from flask_rq_webhooks import signals
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.observe.ingest import PATIENCE_S, Ingest
-from flask_rq_webhooks.observe.publisher import Teller
+from flask_rq_webhooks.observe.publisher import Publisher
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.queue.outbox import confirm_entry
 from flask_rq_webhooks.state import State
@@ -44,7 +44,9 @@ class Clock:
 
 
 def ingest_of(state: State, **options: Any) -> Ingest:
-    return Ingest(state, consumer="tests", teller=options.pop("teller", None) or Teller(state), **options)
+    return Ingest(
+        state, consumer="tests", publisher=options.pop("publisher", None) or Publisher(state), **options
+    )
 
 
 def append(state: State, kind: str, endpoint_id: str, **fields: Any) -> dict[str, Any]:
@@ -236,7 +238,7 @@ def test_malformed_entry_is_set_aside_and_holds_nothing_up(
     assert state.outbox.rejected_key in caplog.text
 
 
-class Refusing(Teller):
+class Refusing(Publisher):
     """Refuses one job, as a database does with a value it cannot hold."""
 
     def __init__(self, state: State, refused: str, error: Exception) -> None:
@@ -244,10 +246,10 @@ class Refusing(Teller):
         self.refused = refused
         self.error = error
 
-    def tell(self, items: Any) -> Any:
+    def publish(self, items: Any) -> Any:
         if any(item.occurrence.job_id == self.refused for item in items):
             raise self.error
-        return super().tell(items)
+        return super().publish(items)
 
 
 def test_entry_that_cannot_be_stored_is_set_aside_alone(state: State) -> None:
@@ -257,7 +259,9 @@ def test_entry_that_cannot_be_stored_is_set_aside_alone(state: State) -> None:
         set_hash(state, entry, "finished")
     refused = entries[2]["job_id"]
 
-    ingest_of(state, teller=Refusing(state, refused, ValueError("no column holds this"))).run_once(block_ms=1)
+    ingest_of(state, publisher=Refusing(state, refused, ValueError("no column holds this"))).run_once(
+        block_ms=1
+    )
 
     assert {event.job_id for event in events(state)} == {entry["job_id"] for entry in entries} - {refused}
     ((_id, fields),) = state.redis.xrange(state.outbox.rejected_key)
@@ -270,7 +274,7 @@ def test_nothing_leaves_the_stream_while_sql_is_away(state: State) -> None:
     entry = append(state, "success", add_endpoint(state, URL))
     set_hash(state, entry, "finished")
     away = Refusing(state, entry["job_id"], StorageUnavailableError())
-    ingest = ingest_of(state, teller=away)
+    ingest = ingest_of(state, publisher=away)
 
     for _ in range(3):
         with pytest.raises(StorageUnavailableError):

@@ -20,9 +20,10 @@ from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.queue.outbox import OutboxEntry
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest, park_evidence
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_standing, register
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Event, Watch
+from flask_rq_webhooks.storage.settling import park_evidence
 from flask_rq_webhooks.storage.watches import watch_job
 from tests.jobs import Callbacks
 from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
@@ -54,7 +55,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def teller(state: State) -> Callable[[Sequence[IngestItem]], object]:
+def publisher(state: State) -> Callable[[Sequence[IngestItem]], object]:
     return lambda items: ingest(
         state.database, items, render=state.render, max_attempts=state.settings.max_attempts
     )
@@ -69,7 +70,7 @@ def new_reconciler(state: State, clock: Clock) -> Reconciler:
     return Reconciler(
         state.database,
         state.redis,
-        tell=teller(state),
+        publish=publisher(state),
         settings=state.settings,
         outbox_key=state.outbox.key,
         clock=clock,

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from flask_rq_webhooks.observe.host_hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_FAILURE, Occurrence, format_time
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from tests.integration.hosts import Host
 
 TOKEN_URL = "https://hooks.example.com/services/T0000000/B00000000/XXXXXXXXXXXXXXXXXXXXXXXX?key=hidden"

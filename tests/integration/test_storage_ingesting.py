@@ -22,9 +22,10 @@ from flask_rq_webhooks.protocol.events import (
 from flask_rq_webhooks.protocol.payloads import occurrence_from_json
 from flask_rq_webhooks.storage import bulk_insert
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest, park_evidence
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Delivery, Event, Watch
+from flask_rq_webhooks.storage.settling import park_evidence
 from tests.storage_rows import MAX_ATTEMPTS, new_endpoint, occurrence, row, rows, statements_of, tell
 
 

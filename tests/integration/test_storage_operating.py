@@ -13,22 +13,24 @@ from sqlalchemy import select, update
 
 from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from flask_rq_webhooks.storage import bulk
-from flask_rq_webhooks.storage.bulk import Part, cancel_part, left_to_cancel, left_to_recover, recover_part
+from flask_rq_webhooks.storage.attempts import record_attempts
+from flask_rq_webhooks.storage.bulk import (
+    Part,
+    cancel,
+    cancel_part,
+    left_to_cancel,
+    left_to_recover,
+    recover,
+    recover_part,
+)
 from flask_rq_webhooks.storage.crypto import Cipher, rekey
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.deliveries import (
-    DeliveryFilter,
-    IngestItem,
-    cancel,
-    prune,
-    record_attempts,
-    recover,
-    resend,
-)
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
+from flask_rq_webhooks.storage.events import IngestItem
+from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch
 from flask_rq_webhooks.storage.queries import CursorError
-from flask_rq_webhooks.storage.retention import Pruned
+from flask_rq_webhooks.storage.retention import Pruned, prune, resend
 from tests.storage_rows import (
     CIPHER,
     EXHAUSTED,

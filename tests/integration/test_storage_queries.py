@@ -7,20 +7,20 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, Occurrence
+from flask_rq_webhooks.storage.attempts import record_attempts
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.deliveries import DeliveryFilter, IngestItem, record_attempts
 from flask_rq_webhooks.storage.dispatchers import heartbeat, pause
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing
+from flask_rq_webhooks.storage.events import IngestItem
+from flask_rq_webhooks.storage.feed import events_after
+from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Delivery, Event
 from flask_rq_webhooks.storage.queries import (
     MAX_PAGE,
     CursorError,
-    EventView,
-    Page,
     delivery_detail,
     endpoint_detail,
     event_detail,
-    events_after,
     job_webhook,
     list_deliveries,
     list_endpoints,
@@ -35,7 +35,6 @@ from tests.storage_rows import (
     occurrence,
     retry_in,
     row,
-    rows,
     set_values,
     tell,
 )
@@ -148,26 +147,6 @@ def test_filters_of_deliveries(database: Database) -> None:
     assert found(since=now - timedelta(minutes=1), until=now + timedelta(minutes=1)) == every
     assert found(until=now - timedelta(minutes=1)) == set()
     assert found(since=now + timedelta(minutes=1)) == set()
-
-
-def test_events_as_a_feed(database: Database) -> None:
-    def jobs(page: Page[EventView]) -> list[str | None]:
-        return [event.job_id for event in page.items]
-
-    for number in range(5):
-        tell(database, occurrence(f"job-{number}", runid=f"run-{number % 2}"))
-    for event in rows(database, Event):
-        set_values(database, Event, event.id, created_at=datetime.now(UTC) - timedelta(seconds=10))
-    page = events_after(database, limit=2)
-    assert jobs(page) == ["job-0", "job-1"]
-    assert page.items[0].payload is not None
-    page = events_after(database, cursor=page.cursor)
-    assert jobs(page) == ["job-2", "job-3", "job-4"]
-    empty = events_after(database, cursor=page.cursor)
-    assert (empty.items, empty.cursor) == ((), page.cursor)
-    assert jobs(events_after(database, runid="run-1")) == ["job-1", "job-3"]
-    assert jobs(events_after(database, event_type="job.lost")) == []
-    assert jobs(events_after(database, event_type="job.success", limit=1)) == ["job-0"]
 
 
 def test_details(database: Database) -> None:

@@ -8,7 +8,7 @@ import random
 import pytest
 from sqlalchemy import select
 
-from flask_rq_webhooks.storage import walking
+from flask_rq_webhooks.storage import filters
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Delivery
@@ -39,7 +39,7 @@ def plain(database: Database, where: DeliveryFilter) -> list[str]:
         return list(connection.execute(query).scalars())
 
 
-def filters(database: Database) -> list[DeliveryFilter]:
+def mixed_filters(database: Database) -> list[DeliveryFilter]:
     rows = storage_rows.rows(database, Delivery)
     mixtures = [
         DeliveryFilter(host=host, event_type=kind, statuses=statuses, endpoint_id=endpoint_id)
@@ -58,10 +58,10 @@ def filters(database: Database) -> list[DeliveryFilter]:
 def test_pages_together_are_the_whole_list(
     filled: Database, monkeypatch: pytest.MonkeyPatch, enough_s: float
 ) -> None:
-    monkeypatch.setattr(walking, "FIRST_WINDOW", 3)
-    monkeypatch.setattr(walking, "WINDOW", 7)
-    monkeypatch.setattr(walking, "ENOUGH_S", enough_s if enough_s else -1.0)
-    for where in filters(filled):
+    monkeypatch.setattr(filters, "FIRST_WINDOW", 3)
+    monkeypatch.setattr(filters, "WINDOW", 7)
+    monkeypatch.setattr(filters, "ENOUGH_S", enough_s if enough_s else -1.0)
+    for where in mixed_filters(filled):
         found: list[str] = []
         cursor = None
         for _ in range(200):
@@ -78,9 +78,9 @@ def test_pages_together_are_the_whole_list(
 def test_conditions_that_never_meet_cost_no_more_than_a_window(
     filled: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walking, "FIRST_WINDOW", 3)
-    monkeypatch.setattr(walking, "WINDOW", 7)
-    monkeypatch.setattr(walking, "ENOUGH_S", -1.0)
+    monkeypatch.setattr(filters, "FIRST_WINDOW", 3)
+    monkeypatch.setattr(filters, "WINDOW", 7)
+    monkeypatch.setattr(filters, "ENOUGH_S", -1.0)
     with storage_rows.statements_of(filled) as statements:
         page = list_deliveries(
             filled, DeliveryFilter(host=HOSTS[0], event_type="job.success", statuses=("exhausted",))
@@ -95,8 +95,8 @@ def test_conditions_that_never_meet_cost_no_more_than_a_window(
 def test_the_rarest_condition_leads(filled: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     row = storage_rows.rows(filled, Delivery)[0]
     storage_rows.set_values(filled, Delivery, row.id, event_type="model.published")
-    monkeypatch.setattr(walking, "FIRST_WINDOW", 3)
-    monkeypatch.setattr(walking, "ENOUGH_S", -1.0)
+    monkeypatch.setattr(filters, "FIRST_WINDOW", 3)
+    monkeypatch.setattr(filters, "ENOUGH_S", -1.0)
     page = list_deliveries(filled, DeliveryFilter(host=row.host, event_type="model.published"))
     assert [item.id for item in page.items] == [row.id]
     assert page.cursor is None

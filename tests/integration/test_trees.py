@@ -17,8 +17,8 @@ from rq.registry import FailedJobRegistry
 from flask_rq_webhooks.observe.job_trees import TreeReporter
 from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
 from flask_rq_webhooks.storage.endpoints import confirm
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Watch
 from tests.pipeline import add_endpoint, deliveries, events, open_state, rows
 
@@ -33,7 +33,7 @@ def state(database_url: str, redis_url: str) -> Iterator[State]:
         yield opened
 
 
-def teller(state: State) -> Callable[[Sequence[IngestItem]], object]:
+def publisher(state: State) -> Callable[[Sequence[IngestItem]], object]:
     return lambda items: ingest(
         state.database, items, render=state.render, max_attempts=state.settings.max_attempts
     )
@@ -41,7 +41,7 @@ def teller(state: State) -> Callable[[Sequence[IngestItem]], object]:
 
 @pytest.fixture
 def reconciler(state: State) -> Reconciler:
-    return Reconciler(state.database, state.redis, tell=teller(state), settings=state.settings)
+    return Reconciler(state.database, state.redis, publish=publisher(state), settings=state.settings)
 
 
 def queue(state: State) -> rq.Queue:
@@ -286,7 +286,7 @@ def test_many_looks_at_once_are_one_event(state: State, reconciler: Reconciler) 
     start = threading.Barrier(4)
 
     def look() -> None:
-        trees = TreeReporter(state.database, state.redis, tell=teller(state), settings=state.settings)
+        trees = TreeReporter(state.database, state.redis, publish=publisher(state), settings=state.settings)
         trees.look_sooner([top.id, *(job.id for job in jobs)])
         start.wait()
         trees.run_hinted()

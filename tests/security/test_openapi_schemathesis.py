@@ -22,8 +22,8 @@ from schemathesis.generation import GenerationMode
 from flask_rq_webhooks import RQWebhooks
 from flask_rq_webhooks.observe.host_hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
-from flask_rq_webhooks.storage.deliveries import IngestItem, ingest
 from flask_rq_webhooks.storage.dispatchers import heartbeat
+from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.web.api_contract import Route, routes_of
 from tests.integration.hosts import Host
 from tests.storage_rows import set_values
