@@ -117,12 +117,6 @@ def accepts_webhooks(function: Callable[..., Any]) -> bool:
     return _MARK in getattr(function, "__dict__", {})
 
 
-def has_read_fields() -> bool:
-    """Say whether a decorated function has run in the current request."""
-    asked = asked_in_request()
-    return asked is not None and asked.decorated
-
-
 def answer_invalid(exc: InvalidWebhookError) -> Response:
     """Return the 400 for webhook fields that are not acceptable; 429 where only the time is wrong."""
     if isinstance(exc, DestinationBusyError):

@@ -79,6 +79,7 @@ class Asked:
 
     :ivar decorated: whether a decorated function has run.
     :ivar attachment: of the request's own webhook, once it is registered.
+    :ivar watched: ids of the jobs handed to ``watch``, whether or not a webhook was asked for.
     """
 
     def __init__(self, asking: Request) -> None:
@@ -92,6 +93,7 @@ class Asked:
         self._is_marked = False
         self.decorated = False
         self.attachment: Attachment | None = None
+        self.watched: set[str] = set()
 
     def fields(self, *, body: bool, hide: str) -> Mapping[str, Any] | None:
         """Return the request's webhook fields, taken from it at the first call; ``None``: it has none.
@@ -303,6 +305,8 @@ def watch(state: State, job: Job, values: Mapping[str, Any], *, runid: Any = Non
     if unknown:
         raise InvalidWebhookError(details={name: ["There is no such field."] for name in unknown})
     asked = asked_in_request()
+    if asked is not None:
+        asked.watched.add(job.id)
     if URL not in fields:
         if fields:
             raise InvalidWebhookError(details={URL: ["Missing; without it, the request's own fields count."]})
