@@ -190,7 +190,7 @@ class ObservedRoutes:
     _seen: list[tuple[SeenJob, tuple[str, str, str], bool, set[str]]] = field(
         default_factory=list, repr=False
     )
-    _called: dict[tuple[str, str, str], None] = field(default_factory=dict, repr=False)
+    _called: dict[tuple[str, str, str], None] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def jobs(self) -> list[ObservedJob]:

@@ -187,6 +187,7 @@ def register(
     events: Sequence[str] | None = None,
     scope: str = "job",
     runid: Any = None,
+    ignores_argument: bool = False,
     chosen: Callable[[str], bool] | None = None,
     watched: Job | None = None,
 ) -> Attachment:
@@ -195,6 +196,7 @@ def register(
     :param events: types sent where the request names none; ``None`` for all terminal ones.
     :param scope: ``"job"`` or ``"tree"``.
     :param runid: what the host calls the run.
+    :param ignores_argument: whether the first argument of the jobs never names their run.
     :param chosen: see :class:`~flask_rq_webhooks.queue.job_callbacks.Attachment`.
     :param watched: a job that exists; without it, the id of the next one is reserved.
     :raises DestinationBusyError: when ``MAX_WAITING_PER_HOST`` is reached.
@@ -232,7 +234,7 @@ def register(
     _warn_if_nobody_delivers(state)
     return Attachment(
         endpoint_id=endpoint_id,
-        token=make_token(endpoint_id, state.settings.outbox_maxlen),
+        token=make_token(endpoint_id, state.settings.outbox_maxlen, ignores_argument=ignores_argument),
         reserved_job_id=reserved_job_id,
         same_database=same_database(state),
         chosen=chosen,
