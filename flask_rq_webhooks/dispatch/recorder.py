@@ -52,6 +52,7 @@ def judge(
         retry_after=result.retry_after,
         now=datetime.now(UTC),
         random=random.random,
+        retry_4xx=delivery.format != "task",
     )
     return AttemptRecord(
         delivery=delivery,

@@ -301,6 +301,49 @@ def test_a_redirect_is_not_followed_and_long_answers_are_cut(app: Flask, client:
     assert "x-kept" not in kept
 
 
+@responses.activate
+@pytest.mark.parametrize("settings", [{"RETRY_SCHEDULE": [0.01] * 8}])
+@pytest.mark.parametrize(
+    ("status", "format", "made"),
+    [
+        (401, "job", 5), (403, "job", 5), (404, "job", 5), (400, "job", 1), (422, "job", 1), (429, "job", 9),
+        (404, "task", 1), (429, "task", 1), (503, "task", 9),
+    ],
+)  # fmt: skip
+def test_attempts_by_status_and_format(
+    app: Flask, client: FlaskClient, status: int, format: str, made: int
+) -> None:
+    responses.post(URL, status=status)
+    job_id = submit(client, webhook_format=format)
+    deadline = time.monotonic() + 60
+    while delivery_status(client, job_id) != "exhausted":
+        assert time.monotonic() < deadline
+        deliver(app)
+    assert len(responses.calls) == made
+
+
+@responses.activate
+def test_a_client_may_answer_404_until_it_knows_the_job(app: Flask, client: FlaskClient) -> None:
+    responses.post(URL, status=404)
+    responses.post(URL, status=204)
+    job_id = submit(client)
+    deadline = time.monotonic() + 30
+    while delivery_status(client, job_id) == "pending" or len(responses.calls) < 2:
+        assert time.monotonic() < deadline
+        deliver(app)
+    assert delivery_status(client, job_id) == "succeeded"
+
+
+@responses.activate
+def test_every_request_has_an_accept_header(app: Flask, client: FlaskClient) -> None:
+    responses.post(URL, match=[matchers.header_matcher({"Accept": "*/*"})])
+    responses.post(URL, match=[matchers.header_matcher({"Accept": "application/json"})])
+    submit(client)
+    submit(client, webhook_headers={"Accept": "application/json"})
+    deliver(app)
+    assert attempts(app) == [(1, 200, None)] * 2
+
+
 def documented_tests() -> dict[str, Any]:
     """Return the test functions of ``docs/testing.rst``."""
     page = (ROOT / "docs" / "testing.rst").read_text()
