@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ..queue.job_reader import database_name
 from ..queue.outbox import age_of_oldest
+from ..queue.redis_database import database_name
 from ..storage.crypto import stored_samples
 from ..storage.dispatchers import ALIVE_S, dispatcher_alive, paused_since
 from ..storage.schema import missing_schema
