@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 from flask import Response
 from redis.exceptions import RedisError
-from sqlalchemy.exc import SQLAlchemyError
 
 from .._steps import reached
 from ..errors import InvalidWebhookError, StorageUnavailableError
@@ -25,6 +24,7 @@ from ..queue.outbox import confirm_entry
 from ..state import State
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.endpoints import NewEndpoint, confirm, register, waiting_for_host
+from ..storage.sql_errors import SQLAlchemyError
 from .request_schema import WebhookRequest
 
 logger = logging.getLogger(__name__)
