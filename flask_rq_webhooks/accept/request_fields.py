@@ -1,26 +1,28 @@
-"""The webhook fields of a request: finding them, and hiding them from the view.
+"""The webhook fields of a request: find them, and hide them from the view.
 
-A request asks for a webhook with ``webhook_url`` in a JSON object, a form, the query string or the header
-``X-Webhook-Url``. Only then are the fields hidden, and only from what is *parsed*: ``request.get_json()``,
-``form``, ``values`` and ``args``. The bytes of the body stay what they are. Any other request is handed on as
-it came: its body may be looked at here, but it is put back, unparsed and unread.
+A body that begins with ``{`` is read as JSON, an urlencoded one as a form, a multipart one by Flask's own
+form parser; headers and the query string are read beside it. Any other body is left alone.
 
-Knows nothing of what the values mean (:mod:`.schemas`) and of what becomes of them.
+Where a request asks for a webhook, its body is written again without our fields, so that raw bytes, length
+and parsed values agree. A request that asks for none is handed on as it came.
+
+Knows nothing of what the values mean (:mod:`.request_schema`), nor of what becomes of them.
 """
 
 from __future__ import annotations
 
-import codecs
 import io
+import json
 import re
-import tempfile
-import weakref
-from collections.abc import Iterable, Iterator
-from typing import IO, Any, cast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qsl
 
-from flask import Request, Response, after_this_request
+from flask import Request
 from werkzeug.datastructures import MultiDict
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ..errors import InvalidWebhookError
 
@@ -39,49 +41,52 @@ HEADERS = {
     "HTTP_X_WEBHOOK_HEADERS": "webhook_headers",
 }
 
-#: Bodies up to this size are held in memory, larger ones in a temporary file.
+#: Bytes up to which a body is held in memory, unless its type says that it is JSON or an urlencoded form.
 IN_MEMORY = 2**20
 
-_CHUNK = 2**16
-_NEEDLE = URL.encode()
-_UNDERSCORE = _NEEDLE.index(b"_")
-#: Underscores after which a body is searched as a whole.
-_FEW = 50
-#: A percent-encoded letter or underscore, which no ordinary client writes.
-_ENCODED_LETTER = re.compile(rb"%[567]")
-#: The longest thing looked for, less one: may be cut in two by the border of two chunks.
-_OVERLAP = len(_NEEDLE) - 1
-_FORM = "application/x-www-form-urlencoded"
-_MULTIPART = "multipart/form-data"
+FORM, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
+
+_Pairs = list[tuple[str, Any]]
+
+#: What may stand before a JSON object: white space, and the byte order marks of UTF-8, UTF-16 and UTF-32.
+_BEFORE_JSON = b" \t\r\n\0\xef\xbb\xbf\xff\xfe"
+_SPACE = re.compile(r"[ \t\n\r]*")
+_decode = json.JSONDecoder().raw_decode
 
 
-def take_fields(request: Request) -> dict[str, Any] | None:
+def take_fields(request: Request, *, body: bool = True, hide: str = "all") -> dict[str, Any] | None:
     """Return the webhook fields of *request* and hide them from the view.
 
+    :param body: whether to look at the body; without it, only headers and the query string count.
+    :param hide: ``"all"``, or ``"parsed"`` to leave the raw bytes of the body as they are.
     :returns: raw values by field: of any JSON type from a JSON body, else text; ``null`` left out. ``None``
-        when no webhook was asked for: the request is then as if nobody had looked.
+        when no webhook was asked for.
     :raises InvalidWebhookError: when a field is given twice, or in the query string where it may not be.
+    :raises werkzeug.exceptions.RequestEntityTooLarge: for a chunked body beyond ``MAX_CONTENT_LENGTH``.
     """
-    environ = request.environ
-    query = request.query_string
-    # Parsed only if there can be something in it; so the usual request costs some substring searches.
-    in_query = bool(query) and (_NEEDLE in query or _ENCODED_LETTER.search(query) is not None)
-    asked = "HTTP_X_WEBHOOK_URL" in environ or (in_query and URL in request.args)
-    found = _in_body(request, thorough=asked)
-    if not asked and not any(name == URL and value is not None for name, value in found):
+    in_query: _Pairs = []
+    if b"webhook" in request.query_string or b"%" in request.query_string:
+        in_query = [pair for pair in _pairs(request.args) if pair[0] in FIELDS]
+    elsewhere = [*_in_headers(request.environ), *in_query]
+    asked = any(name == URL for name, _ in elsewhere)
+    found = _look(request, asked=asked) if body else _Body()
+    if not asked and not any(name == URL and value is not None for name, value in found.fields):
         return None
-    in_query_string = [pair for pair in _pairs(request.args) if pair[0] in FIELDS]
-    hide_fields(request)
+    if found.fields:
+        found.hide(hide == "all")
+    if in_query:
+        request.args = _without_pairs(request.args)
+    request.__dict__.pop("values", None)
     fields: dict[str, Any] = {}
     details: dict[str, list[str]] = {}
-    for name, value in [*found, *_in_headers(environ), *in_query_string]:
+    for name, value in [*found.fields, *elsewhere]:
         if isinstance(value, bytes):
             details[name] = ["Not valid UTF-8."]
         if name in fields:
             details[name] = ["Given more than once."]
         if value is not None:
             fields[name] = value
-    for name, _ in in_query_string:
+    for name, _ in in_query:
         if name != URL:
             # Query strings end up in access logs and browser histories.
             details[name] = ["May not be sent in the query string; send it in the body."]
@@ -90,29 +95,217 @@ def take_fields(request: Request) -> dict[str, Any] | None:
     return fields
 
 
-# Hiding
+@dataclass(slots=True)
+class _Body:
+    """What the body says.
+
+    :param hide: removes the fields; its argument says whether from the raw bytes, too.
+    """
+
+    fields: _Pairs = field(default_factory=list)
+    hide: Callable[[bool], None] = lambda raw: None
 
 
-def hide_fields(request: Request) -> None:
-    """Make the view find none of :data:`FIELDS` in what it parses, however often and in whatever way."""
-    request.json_module = _FieldlessJSON(request.json_module)
-    seen = getattr(request, "_cached_json", None)
-    if seen is not None:
-        # Something that ran before the view has parsed it already.
-        request._cached_json = tuple(_without_fields(value) for value in seen)
-    if "form" in request.__dict__:
-        request.form = _without_pairs(request.form)
+def _look(request: Request, *, asked: bool) -> _Body:
+    """Return the fields in the body, and leave the body as if unread."""
+    environ = request.environ
+    if environ.get("CONTENT_LENGTH") in (None, "", "0") and "wsgi.input_terminated" not in environ:
+        return _Body()
+    mimetype = request.mimetype
+    is_form = mimetype in (FORM, MULTIPART)
+    data = _read(request, mimetype)
+    if is_form and "form" in request.__dict__ and data is None:
+        pass  # parsed before us, as a CSRF check does
+    elif mimetype == MULTIPART:
+        return _in_multipart(request, data)
+    elif data is None or not (asked or _may_name_url(data)):
+        return _Body()
     else:
-        make_parser = request.make_form_data_parser
-        request.__dict__["make_form_data_parser"] = lambda: _FieldlessParser(make_parser())
-    request.args = _without_pairs(request.args)
-    request.__dict__.pop("values", None)
+        splits = [_split_json]
+        if mimetype == FORM and len(data) <= (request.max_form_memory_size or len(data)):
+            splits.append(_split_form)
+        for split in splits:
+            fields, rest = split(data)
+            if fields:
+                return _Body(fields, partial(_hide, request, data, rest, split))
+        return _Body()
+    return _Body(
+        [pair for pair in _pairs(request.form) if pair[0] in FIELDS], lambda raw: _hide_form(request)
+    )
 
 
-def _without_fields(value: Any) -> Any:
-    if not isinstance(value, dict) or FIELDS.isdisjoint(value):
-        return value
-    return {name: item for name, item in value.items() if name not in FIELDS}
+def _read(request: Request, mimetype: str) -> bytes | None:
+    """Return the body and put it back; ``None`` where it is not ours to read, or cannot be read."""
+    cached: bytes | None = getattr(request, "_cached_data", None)
+    if cached is not None:
+        return cached
+    if mimetype in (FORM, MULTIPART) and "form" in request.__dict__:
+        return None
+    length = request.content_length
+    if not request.is_json and mimetype != FORM and (length is None or length > IN_MEMORY):
+        return None
+    try:
+        data = request.stream.read()
+    except (HTTPException, OSError):
+        return None  # too large, or the client is gone: the view meets the same if it looks
+    if length is None and getattr(request.stream, "is_exhausted", False):
+        raise RequestEntityTooLarge  # a chunked body, cut at MAX_CONTENT_LENGTH
+    _put_back(request, data)
+    return data
+
+
+def _put_back(request: Request, data: bytes) -> None:
+    request.stream = request.environ["wsgi.input"] = io.BytesIO(data)
+
+
+# -- finding ------------------------------------------------------------------------------------------------
+
+
+def _in_headers(environ: dict[str, Any]) -> Iterable[tuple[str, str | bytes]]:
+    """Give the fields in the headers; as bytes where they are not UTF-8."""
+    for key, name in HEADERS.items():
+        if key in environ:
+            raw: bytes = environ[key].encode("latin-1")  # how WSGI writes bytes
+            try:
+                yield name, raw.decode()
+            except UnicodeDecodeError:
+                yield name, raw
+
+
+def _may_name_url(data: bytes) -> bool:
+    """Say whether ``webhook_url`` can be a name in *data*, perhaps escaped; cheaper than parsing it."""
+    return URL.encode() in data or b"%" in data or b"\\u00" in data or b"\0" in data[:4]
+
+
+def _split_json(data: bytes) -> tuple[_Pairs, bytes]:
+    """Return the webhook fields of a JSON object, and the object without them; all else stays as written.
+
+    Anything but a JSON object has none: what to say about bad JSON is the view's business.
+    """
+    fields: _Pairs = []
+    if not data.lstrip(_BEFORE_JSON).startswith(b"{"):
+        return fields, data
+    try:
+        encoding = json.detect_encoding(data)
+        text = data.decode(encoding, "surrogatepass")
+        kept: list[str] = []
+        at = _after_space(text, 0)
+        if text[at] != "{":
+            return fields, data
+        at = _after_space(text, at + 1)
+        while text[at] != "}" or kept or fields:  # a comma needs a member behind it
+            start = at
+            name, at = _decode(text, at)
+            at = _after_space(text, at)
+            if not isinstance(name, str) or text[at] != ":":
+                return [], data
+            value, at = _decode(text, _after_space(text, at + 1))
+            if name in FIELDS:
+                fields.append((name, value))
+            else:
+                kept.append(text[start:at])
+            at = _after_space(text, at)
+            if text[at] == "}":
+                break
+            if text[at] != ",":
+                return [], data
+            at = _after_space(text, at + 1)
+        if _after_space(text, at + 1) != len(text):
+            return [], data
+    except (ValueError, IndexError, RecursionError):
+        return [], data
+    return fields, f"{{{', '.join(kept)}}}".encode(encoding, "surrogatepass")
+
+
+def _after_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None  # noqa: S101  (matches nothing, too)
+    return match.end()
+
+
+def _split_form(data: bytes) -> tuple[_Pairs, bytes]:
+    """Return the webhook fields of an urlencoded form, and the form without them, as it was written."""
+    fields: _Pairs = []
+    kept = []
+    for piece in data.split(b"&"):
+        pairs = parse_qsl(piece.decode("utf-8", "replace"), keep_blank_values=True)
+        if pairs and pairs[0][0] in FIELDS:
+            fields += pairs
+        else:
+            kept.append(piece)
+    return fields, b"&".join(kept)
+
+
+def _in_multipart(request: Request, data: bytes | None) -> _Body:
+    """Look at a multipart form as Flask parses it; files of a large one go where Flask puts them."""
+    try:
+        request.stream  # noqa: B018  (raises where the body is larger than allowed: the view meets the same)
+    except HTTPException:
+        return _Body()
+    try:
+        fields = [pair for pair in _pairs(request.form) if pair[0] in FIELDS]
+    except HTTPException:
+        if data is None:
+            raise  # cannot be read again: Flask's own answer
+        fields = []
+
+    def hide(raw: bool) -> None:
+        _hide_form(request)
+        if data is not None:
+            _put_back(request, data)
+
+    if data is not None:
+        request.close()  # files are parsed again for the view
+        _unparse(request)
+        _put_back(request, data)
+    return _Body(fields, hide)
+
+
+# -- hiding -------------------------------------------------------------------------------------------------
+
+
+def _hide(
+    request: Request,
+    data: bytes,
+    rest: bytes,
+    split: Callable[[bytes], tuple[_Pairs, bytes]],
+    raw: bool,
+) -> None:
+    _unparse(request)
+    if raw:
+        if getattr(request, "_cached_data", None) is not None:
+            request._cached_data = rest
+        _put_back(request, rest)
+        if request.environ.get("CONTENT_LENGTH"):
+            request.environ["CONTENT_LENGTH"] = str(len(rest))
+    elif split is _split_json:
+        request.json_module = _JSONWithoutFields(request.json_module)
+    else:
+        _hide_form(request)
+        _put_back(request, data)
+
+
+def _hide_form(request: Request) -> None:
+    request.form = _without_pairs(request.form)
+
+
+def _unparse(request: Request) -> None:
+    """Forget what was parsed of the body, so that it is parsed again."""
+    for name in ("data", "form", "files", "_cached_json", "content_length"):
+        request.__dict__.pop(name, None)
+
+
+class _JSONWithoutFields:
+    """Stands in for ``request.json_module``, through which every way of ``get_json`` goes."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def loads(self, data: bytes, **kwargs: Any) -> Any:
+        return self._module.loads(_split_json(data)[1], **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _pairs(values: Any) -> Iterable[tuple[str, Any]]:
@@ -122,271 +315,3 @@ def _pairs(values: Any) -> Iterable[tuple[str, Any]]:
 
 def _without_pairs(values: Any) -> Any:
     return type(values)([pair for pair in _pairs(values) if pair[0] not in FIELDS])
-
-
-class _FieldlessJSON:
-    """Stands in for ``request.json_module``, through which every way of ``get_json`` goes."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def loads(self, *args: Any, **kwargs: Any) -> Any:
-        return _without_fields(self._module.loads(*args, **kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-class _FieldlessParser:
-    """Stands in for the form parser, through which ``form`` and ``files`` come."""
-
-    def __init__(self, parser: Any) -> None:
-        self._parser = parser
-
-    def parse(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        stream, form, files = self._parser.parse(*args, **kwargs)
-        return stream, _without_pairs(form), files
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._parser, name)
-
-
-# Reading
-
-
-def _in_headers(environ: dict[str, Any]) -> Iterator[tuple[str, str | bytes]]:
-    """Give the fields in the headers; as bytes where they are not UTF-8."""
-    for key, field in HEADERS.items():
-        if key in environ:
-            raw: bytes = environ[key].encode("latin-1")  # how WSGI writes bytes
-            try:
-                yield field, raw.decode()
-            except UnicodeDecodeError:
-                yield field, raw
-
-
-def _in_body(request: Request, *, thorough: bool) -> list[tuple[str, Any]]:
-    """Return the fields in the body and leave it as if unread.
-
-    :param thorough: parse the body even where no ``webhook_url`` is in sight: it came another way.
-    """
-    environ = request.environ
-    if environ.get("CONTENT_LENGTH") in (None, "", "0") and "wsgi.input_terminated" not in environ:
-        return []
-    mimetype = request.mimetype
-    if mimetype in (_FORM, _MULTIPART) and "form" in request.__dict__:
-        return [pair for pair in _pairs(request.form) if pair[0] in FIELDS]
-    # Hosts that call get_json(force=True) take JSON under any content type.
-    is_json = request.is_json
-    cached = getattr(request, "_cached_data", None)
-    if cached is not None:
-        body: IO[bytes] | None = io.BytesIO(cached)
-        suspicious = thorough or _may_hold(cached, mimetype)
-    else:
-        body, suspicious = _hold(request, mimetype, peek=not is_json and mimetype not in (_FORM, _MULTIPART))
-    if body is None or not (suspicious or thorough):
-        return []
-    found: list[tuple[str, Any]] = []
-    if mimetype != _MULTIPART:
-        found = _in_json(request, body)
-        body.seek(0)
-    if not found and mimetype in (_FORM, _MULTIPART):
-        found = _in_form(request, body)
-        body.seek(0)
-    return found
-
-
-def _in_json(request: Request, body: IO[bytes]) -> list[tuple[str, Any]]:
-    if not request.is_json and not _looks_like_object(body.read(_CHUNK)):
-        return []
-    body.seek(0)
-    try:
-        value = request.json_module.loads(body.read())
-    except (ValueError, RecursionError):
-        return []  # what to say about bad JSON is the view's business
-    if not isinstance(value, dict):
-        return []
-    return [(name, item) for name, item in value.items() if name in FIELDS]
-
-
-def _in_form(request: Request, body: IO[bytes]) -> list[tuple[str, Any]]:
-    parser = request.make_form_data_parser()
-    parser.stream_factory = _nowhere
-    try:
-        _, form, _ = parser.parse(body, request.mimetype, request.content_length, request.mimetype_params)
-    except (HTTPException, ValueError):
-        return []  # too large or malformed: the view meets the same
-    return [pair for pair in _pairs(form) if pair[0] in FIELDS]
-
-
-def _looks_like_object(head: bytes) -> bool:
-    # Whitespace, and what UTF-8, UTF-16 and UTF-32 may have before and between the characters.
-    return head.lstrip(b" \t\r\n\x00\xef\xbb\xbf\xff\xfe").startswith(b"{")
-
-
-def _mentions_url(data: bytes) -> bool:
-    """Say whether ``webhook_url`` is in *data*, looking from underscore to underscore while there are few.
-
-    A single byte is found fifty times as fast as a longer needle, and most bodies have hardly one.
-    """
-    start = 0
-    for _ in range(_FEW):
-        at = data.find(b"_", start)
-        if at < 0:
-            return False
-        if at >= _UNDERSCORE and data.startswith(_NEEDLE, at - _UNDERSCORE):
-            return True
-        start = at + 1
-    return data.find(_NEEDLE, max(start - _OVERLAP, 0)) >= 0
-
-
-def _may_hold(data: bytes, mimetype: str) -> bool:
-    """Say whether ``webhook_url`` can be a name in *data*; cheap, and never wrong in saying no."""
-    if _mentions_url(data):
-        return True
-    if mimetype == _MULTIPART:
-        return b"*" in data and b"name*" in data.lower()  # RFC 2231 encodes what follows
-    if b"\\" in data and b"\\u00" in data:
-        return True
-    if mimetype == _FORM and b"%" in data and _ENCODED_LETTER.search(data) is not None:
-        return True
-    # The JSON module takes UTF-16 and UTF-32 as well.
-    return b"\0" in data[:4] or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-
-
-def _hold(request: Request, mimetype: str, *, peek: bool) -> tuple[IO[bytes] | None, bool]:
-    """Read the body, and put something in its place that gives the same bytes again.
-
-    :param peek: hold the body only if it begins like a JSON object.
-    :returns: the body, to be left at its beginning, or ``None`` when there is none to parse; and whether
-        ``webhook_url`` may be in it.
-    """
-    try:
-        stream = request.stream
-    except HTTPException:
-        return None, False  # too large; the view meets the same if it looks
-    source = _Source(stream, request.content_length)
-    head = source.read_up_to(_CHUNK if peek else IN_MEMORY)
-    if peek:
-        if not _looks_like_object(head):
-            _put_back(request, _Chained(io.BytesIO(head), stream))
-            return None, False
-        head += source.read_up_to(IN_MEMORY - len(head))
-    if source.state == "ended":
-        body: IO[bytes] = io.BytesIO(head)
-        _put_back(request, body)
-        return body, _may_hold(head, mimetype)
-    if source.state == "broken":
-        _put_back(request, _Chained(io.BytesIO(head), stream))
-        return None, False
-    body = cast("IO[bytes]", tempfile.TemporaryFile())  # noqa: SIM115  (closed with the response)
-    _close_later(request, body)
-    suspicious, tail = False, b""
-    while head:
-        body.write(head)
-        suspicious = suspicious or _may_hold(tail + head, mimetype)
-        tail = head[-_OVERLAP:]
-        head = source.read_up_to(_CHUNK)
-    body.seek(0)
-    if source.state == "broken":
-        _put_back(request, _Chained(body, stream))
-        return None, False
-    _put_back(request, body)
-    return body, suspicious
-
-
-def _put_back(request: Request, body: IO[bytes] | _Chained) -> None:
-    request.stream = cast("IO[bytes]", body)
-    request.environ["wsgi.input"] = body
-
-
-def _close_later(request: Request, spool: IO[bytes]) -> None:
-    # With the response, since it may be made from the body while it is sent; where an exception leaves the
-    # app there is no response, and the file goes with the request.
-    weakref.finalize(request, spool.close)
-
-    @after_this_request
-    def close(response: Response) -> Response:
-        response.call_on_close(spool.close)
-        return response
-
-
-class _Source:
-    """A stream that remembers how it ended instead of raising.
-
-    ``state`` is ``"open"``, ``"ended"``, or ``"broken"``: the client went away, or the body is as large as
-    allowed and perhaps larger.
-
-    :param length: the body's length, where the client said it.
-    """
-
-    def __init__(self, stream: IO[bytes], length: int | None) -> None:
-        self._stream = stream
-        self._missing = length
-        self.state = "open"
-
-    def read_up_to(self, limit: int) -> bytes:
-        """Return *limit* bytes, or fewer at the end."""
-        parts: list[bytes] = []
-        while limit > 0 and self.state == "open":
-            # Streams allocate what they are asked for, so never ask for more than there is.
-            size = min(limit, _CHUNK if self._missing is None else self._missing)
-            try:
-                part = self._stream.read(size)
-            except (HTTPException, OSError):
-                self.state = "broken"
-                break
-            parts.append(part)
-            limit -= len(part)
-            if self._missing is not None:
-                self._missing -= len(part)
-            if not part or self._missing == 0:
-                self.state = "ended"
-            elif self._missing is None and _is_exhausted(self._stream):
-                self.state = "broken"
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _is_exhausted(stream: Any) -> bool:
-    # werkzeug's LimitedStream: raises, depending on how it is asked, when read beyond the largest size.
-    return getattr(stream, "is_exhausted", False) is True
-
-
-class _Chained(io.RawIOBase):
-    """What was read of a stream, then the stream itself, with the errors it may raise."""
-
-    def __init__(self, head: IO[bytes], rest: IO[bytes]) -> None:
-        self._head = head
-        self._rest = rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._head.read(len(buffer)) or self._rest.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        data = self._head.read()
-        return data if data and _is_exhausted(self._rest) else data + self._rest.read()
-
-
-class _Nowhere(io.RawIOBase):
-    """Takes the content of files while only fields are looked for."""
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        return len(data)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return 0
-
-
-def _nowhere(*_args: Any, **_kwargs: Any) -> IO[bytes]:
-    return cast("IO[bytes]", _Nowhere())

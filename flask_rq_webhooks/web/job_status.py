@@ -19,7 +19,7 @@ from ..queue.job_reader import read_jobs
 from ..state import State
 from ..storage.models import PENDING, SENDING
 from ..storage.queries import JobWebhook, job_webhook
-from .api_responses import ApiError, is_possible_id
+from .api_contract import ApiError, is_possible_id
 from .api_schemas import EventSchema, StatusAttemptSchema, StatusDeliverySchema
 from .permissions import is_allowed
 

@@ -24,7 +24,6 @@ from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_sta
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Event, Watch
 from flask_rq_webhooks.storage.settling import park_evidence
-from flask_rq_webhooks.storage.watches import watch_job
 from tests.jobs import Callbacks
 from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
 
@@ -664,12 +663,12 @@ def test_clean_abandoned_lets_rq_end_it(database_url: str, redis_url: str, clock
 
 def watch(state: State, job: Job, **options: Any) -> str:
     checked = state.url_policy.check_url(URL)
-    return watch_job(
+    return register(
         state.database,
         state.cipher,
         NewEndpoint(url=checked.url, host=checked.host_key, secret=SECRET),
         namespace=state.namespace,
-        job_id=job.id,
+        watched_job_id=job.id,
         **options,
     )
 

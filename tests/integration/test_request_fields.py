@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -18,20 +19,22 @@ from flask_rq_webhooks.accept.request_fields import take_fields
 from flask_rq_webhooks.errors import InvalidWebhookError
 
 URL = "https://hooks.example.com/in"
+#: Before 3.1, Werkzeug takes an escaped name as it stands, for us and for the view alike.
+UNESCAPES_NAMES = not version("werkzeug").startswith("3.0.")
 SECRET = "  a secret with spaces  "
 
 
 class Host:
     """An app with one route that takes the fields and then does what a test wants of a view."""
 
-    def __init__(self, view: Callable[[], Any]) -> None:
+    def __init__(self, view: Callable[[], Any], **options: Any) -> None:
         self.app = Flask("host")
         self.taken: Any = "never asked"
 
         @self.app.route("/", methods=["GET", "POST", "PUT"])
         def route() -> Any:
             try:
-                self.taken = take_fields(request._get_current_object())
+                self.taken = take_fields(request._get_current_object(), **options)
             except InvalidWebhookError as exc:
                 self.taken = exc.details
                 return jsonify(exc.details), 400
@@ -86,7 +89,8 @@ def see_form() -> Any:
     ],
 )
 @pytest.mark.parametrize("content_type", ["application/json", "application/vnd.api+json; charset=utf-8"])
-def test_json_object(body: str | bytes, content_type: str) -> None:
+@pytest.mark.parametrize("hide", ["all", "parsed"])
+def test_json_object(body: str | bytes, content_type: str, hide: str) -> None:
     seen: list[Any] = []
 
     def view() -> Any:
@@ -100,9 +104,10 @@ def test_json_object(body: str | bytes, content_type: str) -> None:
             seen.append(request.get_json(**options))
         seen.append(request.json)
         assert request.get_json() is request.get_json()
+        assert request.content_length == len(request.get_data()) == int(request.headers["Content-Length"])
         return Response(request.get_data())
 
-    host = Host(view)
+    host = Host(view, hide=hide)
     response = host.client.post("/", data=body, content_type=content_type)
 
     assert host.taken["webhook_url"] == URL
@@ -110,7 +115,11 @@ def test_json_object(body: str | bytes, content_type: str) -> None:
     assert seen[0] == {"a": 1, "b": [2]}
     assert list(seen[0]) == ["a", "b"]
     assert all(value == seen[0] for value in seen)
-    assert response.data == (body.encode() if isinstance(body, str) else body)
+    if hide == "parsed":
+        assert response.data == (body.encode() if isinstance(body, str) else body)
+    else:
+        assert json.loads(response.data) == {"a": 1, "b": [2]}
+        assert SECRET not in response.data.decode(json.detect_encoding(response.data))
 
 
 def test_every_field_is_hidden_and_nothing_else() -> None:
@@ -153,7 +162,7 @@ def test_null_is_as_if_absent_beside_a_url() -> None:
 
 
 @pytest.mark.parametrize(
-    "content_type", ["text/plain", "application/octet-stream", "", None, request_fields._FORM]
+    "content_type", ["text/plain", "application/octet-stream", "", None, request_fields.FORM]
 )
 def test_json_object_under_another_content_type(content_type: str | None) -> None:
     seen: list[Any] = []
@@ -220,7 +229,7 @@ REST = [["b", "2"], ["a", "1"], ["a", "3"], ["c", " "]]
 def encode_urlencoded(extra: bytes = b"") -> tuple[bytes, str]:
     from urllib.parse import urlencode
 
-    return urlencode(list(FORM.items(multi=True))).encode() + extra, request_fields._FORM
+    return urlencode(list(FORM.items(multi=True))).encode() + extra, request_fields.FORM
 
 
 def encode_multipart(name_of_url: bytes = b'name="webhook_url"') -> tuple[bytes, str]:
@@ -239,11 +248,15 @@ def encode_multipart(name_of_url: bytes = b'name="webhook_url"') -> tuple[bytes,
         pytest.param(*encode_urlencoded(), id="urlencoded"),
         pytest.param(
             encode_urlencoded()[0].replace(b"webhook_url", b"%77ebhook%5Furl"),
-            request_fields._FORM,
+            request_fields.FORM,
             id="encoded names",
         ),
         pytest.param(*encode_multipart(), id="multipart"),
         pytest.param(*encode_multipart(b"name*=utf-8''%77ebhook_url"), id="multipart, RFC 2231"),
+        pytest.param(
+            *encode_multipart(rb'name="webhook\_url"' if UNESCAPES_NAMES else b'name="webhook_url"'),
+            id="multipart, escaped name",
+        ),
         pytest.param(*encode_multipart(b"NAME*0=web; name*1=hook_url"), id="multipart, continued name"),
     ],
 )
@@ -270,7 +283,9 @@ def test_form(body: bytes, content_type: str) -> None:
 @pytest.mark.parametrize(
     ("body", "content_type"), [encode_urlencoded(), encode_multipart()], ids=["url", "multi"]
 )
-def test_form_bytes_are_left_alone(body: bytes, content_type: str) -> None:
+def test_form_bytes_are_left_alone_where_only_parsed_values_are_hidden(
+    body: bytes, content_type: str
+) -> None:
     seen: list[Any] = []
 
     def view() -> Any:
@@ -278,9 +293,94 @@ def test_form_bytes_are_left_alone(body: bytes, content_type: str) -> None:
         seen.append(form_as_json(request.form))
         return {}
 
-    Host(view).client.post("/", data=body, content_type=content_type)
+    Host(view, hide="parsed").client.post("/", data=body, content_type=content_type)
 
     assert seen == [body, REST]
+
+
+def test_urlencoded_form_is_written_again_and_the_rest_stays_as_it_was_written() -> None:
+    seen: list[Any] = []
+
+    def view() -> Any:
+        seen.append((request.content_length, request.stream.read(), request.headers["Content-Length"]))
+        return {}
+
+    body = b"b=2&a=%31&webhook%5furl=https%3A%2F%2Fhooks.example.com%2Fin&c=+&d&&webhook_secret=s&a=3"
+    host = Host(view)
+    host.client.post("/", data=body, content_type=request_fields.FORM)
+
+    assert host.taken == {"webhook_url": URL, "webhook_secret": "s"}
+    assert seen == [(20, b"b=2&a=%31&c=+&d&&a=3", "20")]
+
+
+@pytest.mark.parametrize("hide", ["all", "parsed"])
+def test_body_read_before_the_view_is_hidden_all_the_same(hide: str) -> None:
+    host = Host(lambda: jsonify(request.get_json(), request.form, len(request.get_data())), hide=hide)
+    host.app.before_request(lambda: print(request.get_data(), request.json))
+    sent = {"webhook_url": URL, "a": 1}
+
+    response = host.client.post("/", json=sent)
+
+    assert host.taken == {"webhook_url": URL}
+    assert response.get_json() == [{"a": 1}, {}, 8 if hide == "all" else len(json.dumps(sent))]
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ('{"webhook_url": "u"}', "{}"),
+        ('{"a":1.50,"webhook_url":"u","b":12345678901234567890.1,"c":NaN}',
+         '{"a":1.50, "b":12345678901234567890.1, "c":NaN}'),
+        (' {"webhook_url" : "u" , "a" : {"webhook_url": [1, 2]} } ', '{"a" : {"webhook_url": [1, 2]}}'),
+        ('{"a": "}", "webhook_url": "\\"}{", "b": [{"x": ","}]}', '{"a": "}", "b": [{"x": ","}]}'),
+    ],
+    ids=["only", "numbers", "spaces", "quotes"],
+)  # fmt: skip
+def test_json_is_cut_and_what_is_left_stays_as_it_was_written(text: str, rest: str) -> None:
+    host = Host(lambda: Response(request.get_data()))
+
+    response = host.client.post("/", data=text, content_type="application/json")
+
+    assert host.taken is not None
+    assert response.text == rest
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"webhook_url": "u",}', '{"webhook_url": "u"} x', '{"webhook_url" "u"}', '{"webhook_url": "u"',
+     '{"webhook_url": "u" "a": 1}', '{1: "webhook_url"}', '["webhook_url"]', "webhook_url"],
+)  # fmt: skip
+def test_what_is_no_json_object_is_left_to_the_view(text: str) -> None:
+    host = Host(lambda: Response(request.get_data()))
+
+    response = host.client.post("/", data=text, content_type="application/json")
+
+    assert host.taken is None
+    assert response.text == text
+
+
+def test_headers_only_leave_the_body_untouched() -> None:
+    class Untouchable(io.BytesIO):
+        def read(self, *args: Any) -> bytes:
+            raise AssertionError("the body was read")
+
+    host = Host(lambda: {"args": dict(request.args)}, body=False)
+    response = host.client.post(
+        "/?webhook_url=" + URL,
+        input_stream=Untouchable(),
+        content_type="application/json",
+        headers={"X-Webhook-Secret": "s"},
+        environ_overrides={"CONTENT_LENGTH": "500"},
+    )
+
+    assert host.taken == {"webhook_url": URL, "webhook_secret": "s"}
+    assert response.get_json() == {"args": {}}
+
+
+def test_same_json_field_twice_is_refused() -> None:
+    host = Host(lambda: {})
+    host.client.post("/", data='{"webhook_url": "u", "webhook_url": "v"}', content_type="application/json")
+    assert host.taken == {"webhook_url": ["Given more than once."]}
 
 
 @pytest.mark.parametrize(
@@ -431,17 +531,13 @@ BODIES = {
     "json": (b'{"a": [1, 2, 3]}', "application/json"),
     "json with the word": (b'{"a": "webhook_url"}', "application/json"),
     "large json": (b'{"a": "' + BIG + b'"}', "application/json"),
-    "urlencoded": (b"a=1&b=2&a=%3D", request_fields._FORM),
+    "urlencoded": (b"a=1&b=2&a=%3D", request_fields.FORM),
     "multipart": (
         encode_multipart()[0].replace(b"webhook_url", b"other_field"),
         "multipart/form-data; boundary=limit",
     ),
-    "large multipart": (
-        encode_multipart()[0].replace(b"webhook_url", b"other_field").replace(b"not+a+field", BIG),
-        "multipart/form-data; boundary=limit",
-    ),
-    "large file with the word": (
-        encode_multipart(b'name="other"')[0].replace(b"not+a+field", BIG),
+    "multipart with the word": (
+        encode_multipart(b'name="other"')[0],
         "multipart/form-data; boundary=limit",
     ),
     "gzip": (gzip.compress(BIG), "application/octet-stream"),
@@ -482,7 +578,7 @@ def test_request_without_fields_is_as_if_nobody_had_looked(
 
 
 @pytest.mark.parametrize(
-    "content_type", ["application/json", request_fields._FORM, "multipart/form-data; boundary=x"]
+    "content_type", ["application/json", request_fields.FORM, "multipart/form-data; boundary=x"]
 )
 @pytest.mark.parametrize(
     "view", [read_stream, read_json, read_form_then_data], ids=lambda view: view.__name__
@@ -506,6 +602,10 @@ def test_too_large_a_body_fails_where_it_would_have_failed(
         )
         statuses.append((response.status_code, response.data if response.status_code == 200 else b""))
 
+    if chunked:
+        # Its length is not known before it is read, and a view must not take the part for the whole.
+        assert [status for status, _ in statuses[1:]] == [413, 413]
+        return
     assert statuses[0] == statuses[1]
     assert statuses[2][0] == 200  # a view that does not look at the body is not disturbed
     assert looked_at.taken is None
@@ -525,23 +625,17 @@ def test_chunked_body_without_a_length() -> None:
     assert response.get_json() == {"a": 1}
 
 
-def test_large_upload_with_fields_keeps_files_and_closes_what_it_opened() -> None:
-    opened: list[Any] = []
-
+def test_large_upload_goes_through_flasks_form_parser_once() -> None:
     def view() -> Any:
-        opened.append(request.environ["wsgi.input"])
         uploaded = request.files["file"]
         return jsonify(uploaded.filename, len(uploaded.read()), form_as_json(request.form))
 
     host = Host(view)
     body = encode_multipart()[0].replace(b"not+a+field", BIG)
-    with host.client as client:
-        response = client.post("/", data=body, content_type="multipart/form-data; boundary=limit")
-        assert response.get_json() == ["soil.txt", len(BIG) + len("webhook_url="), REST]
-        response.close()
+    response = host.client.post("/", data=body, content_type="multipart/form-data; boundary=limit")
 
+    assert response.get_json() == ["soil.txt", len(BIG) + len("webhook_url="), REST]
     assert host.taken == {"webhook_url": URL, "webhook_secret": SECRET}
-    assert opened[0].closed
 
 
 @pytest.mark.parametrize("before", [0, 1, 49, 50, 51, 200])
@@ -557,18 +651,6 @@ def test_field_behind_any_number_of_underscores(before: int, filling: str) -> No
     response = host.client.post("/", json={**sent, "webhookurl": URL})
     assert host.taken is None
     assert response.get_json() == {**sent, "webhookurl": URL}
-
-
-def test_name_cut_in_two_by_a_chunk_border() -> None:
-    host = Host(see_json)
-    head = b'{"a": "'
-    border = request_fields.IN_MEMORY + request_fields._CHUNK
-    body = head + b"x" * (border - len(head) - 8) + b'", "webhook_url": "%s"}' % URL.encode()
-    assert body[border - 4 : border + 7] == b"webhook_url"
-
-    host.client.post("/", data=body, content_type="application/json")
-
-    assert host.taken == {"webhook_url": URL}
 
 
 def test_client_that_goes_away_in_the_middle() -> None:
