@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
 from flask_rq_webhooks.storage.feed import events_after
 from flask_rq_webhooks.storage.models import Endpoint, Event, Watch
 from flask_rq_webhooks.storage.schema import missing_schema, upgrade_schema
-from tests.servers import PostgresHandle, free_port, guard
+from tests.servers import Forwarder, PostgresHandle, Process, free_port, wait_until
 from tests.storage_rows import attempt, claim, new_endpoint, occurrence, rows, tell
 
 ENDPOINT = NewEndpoint(url="https://hooks.example.com/in", host="hooks.example.com", secret="s")
@@ -37,6 +38,21 @@ ENDPOINT = NewEndpoint(url="https://hooks.example.com/in", host="hooks.example.c
 @pytest.fixture
 def url(postgres: PostgresHandle) -> str:
     return postgres.new_database()
+
+
+@pytest.fixture(autouse=True)
+def _dispose_engines() -> Iterator[None]:
+    """Close the connections of every engine, the hosts' included."""
+    yield
+    for thing in gc.get_objects():
+        if isinstance(thing, sa.Engine):
+            thing.dispose()
+
+
+def with_tables(url: str) -> None:
+    database = Database(url)
+    database.create_tables()
+    database.dispose()
 
 
 def host_app(url: str, redis_url: str, db: SQLAlchemy, **config: Any) -> Flask:
@@ -85,14 +101,14 @@ def test_a_binds_own_connect_args_are_used_and_stay_with_it(url: str, redis_url:
         SQLALCHEMY_BINDS={"hooks": bind}, RQ_WEBHOOKS_BIND_KEY="hooks",
     )  # fmt: skip
     assert where_we_are(app) == ("hooks", "of the bind")
-    app = host_app(
+    other = host_app(
         url, redis_url, SQLAlchemy(),
         SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"sslmode": "prefer"}},
         SQLALCHEMY_BINDS={"hooks": f"sqlite:///{tmp_path / 'hooks.db'}"}, RQ_WEBHOOKS_BIND_KEY="hooks",
     )  # fmt: skip
-    with app.app_context():
-        app.extensions["sqlalchemy"].create_all()
-    use(get_state(app).database)
+    with other.app_context():
+        other.extensions["sqlalchemy"].create_all()
+    use(get_state(other).database)
 
 
 def test_a_creator_of_the_hosts_own_opens_our_connections(url: str, redis_url: str) -> None:
@@ -199,7 +215,7 @@ def test_what_a_role_may_not_is_one_sentence_with_the_grant(postgres: PostgresHa
     with pytest.raises(StorageUnavailableError, match="GRANT USAGE, CREATE ON SCHEMA public TO guest") as why:
         upgrade_schema(database)
     assert "\n" not in str(why.value)
-    Database(url).create_tables()
+    with_tables(url)
     with pytest.raises(StorageUnavailableError, match="GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES"):
         heartbeat(database, "dsp_1", started=True)
     database.dispose()
@@ -208,7 +224,7 @@ def test_what_a_role_may_not_is_one_sentence_with_the_grant(postgres: PostgresHa
 
 @pytest.mark.parametrize("level", ["serializable", "repeatable read"])
 def test_another_default_isolation_level_fails_no_request(url: str, level: str) -> None:
-    Database(url).create_tables()
+    with_tables(url)
     name = sa.make_url(url).database
     admin(url, f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{level}'")
     database = Database(url)
@@ -236,7 +252,7 @@ def test_another_default_isolation_level_fails_no_request(url: str, level: str) 
 
 
 def test_a_statement_that_ran_out_of_time_is_not_now(url: str) -> None:
-    Database(url).create_tables()
+    with_tables(url)
     name = sa.make_url(url).database
     admin(url, f"ALTER DATABASE \"{name}\" SET statement_timeout = '200ms'")
     for driver in ("psycopg", "psycopg2"):
@@ -251,7 +267,7 @@ def test_a_statement_that_ran_out_of_time_is_not_now(url: str) -> None:
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
 def test_a_server_that_turned_read_only_is_left_and_found_again(url: str, driver: str) -> None:
-    Database(url).create_tables()
+    with_tables(url)
     name = sa.make_url(url).database
     database = Database(sa.make_url(url).set(drivername=f"postgresql+{driver}"))
     new_endpoint(database)
@@ -299,48 +315,43 @@ def pgbouncer(url: str, folder: Path) -> Iterator[str]:
             pytest.fail("pgbouncer is not installed; .ci/run installs it")
         pytest.skip("pgbouncer is not installed")
     target, port = sa.make_url(url), free_port()
+    with Forwarder(f"{target.query['host']}/.s.PGSQL.5432") as forwarder:
+        yield from _pgbouncer(binary, target, forwarder.port, port, folder)
+
+
+def _pgbouncer(binary: str, target: sa.URL, server_port: int, port: int, folder: Path) -> Iterator[str]:
     (folder / "bouncer.ini").write_text(
-        f"[databases]\n* = host={target.query['host']}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-        f"listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n"
+        f"[databases]\n* = host=127.0.0.1 port={server_port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+        f"listen_port = {port}\nunix_socket_dir =\nauth_type = trust\npool_mode = transaction\n"
         f"default_pool_size = 2\nlogfile = {folder / 'bouncer.log'}\n"
         f"auth_file = {folder / 'users'}\n"
     )
     (folder / "users").write_text(f'"{target.username}" ""\n')
     for path in (folder, *folder.iterdir()):
         path.chmod(0o777)
-    command = [binary, str(folder / "bouncer.ini")]
-    if os.geteuid() == 0:
-        command[1:1] = ["--user", "nobody"]  # it refuses to run as root
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    watching = guard(process.pid)
+    as_nobody = ["--user", "nobody"] if os.geteuid() == 0 else []  # it refuses to run as root
     through = f"postgresql+psycopg://{target.username}@127.0.0.1:{port}/{target.database}"
-    try:
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                psycopg.connect(through.replace("+psycopg", ""), connect_timeout=2).close()
-                break
-            except psycopg.OperationalError:
-                assert time.monotonic() < deadline, (folder / "bouncer.log").read_text()
-                time.sleep(0.1)
+    with Process(binary, *as_nobody, str(folder / "bouncer.ini")) as process:
+        wait_until(lambda: _answers(through), timeout=15, what=process.output)
         yield through
-    finally:
-        process.terminate()
-        process.wait(10)
-        watching.kill()
-        watching.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        psycopg.connect(url.replace("+psycopg", ""), connect_timeout=2).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("noticed", ["when we connect", "by the error"])
 def test_behind_a_transaction_pooler_nothing_is_prepared(
     url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, noticed: str
 ) -> None:
-    tmp_path.chmod(0o777)
-    folder = Path("/tmp") / f"rqw-bouncer-{os.getpid()}-{len(noticed)}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="rqw-bouncer-"))  # the folders of pytest are closed to others
     try:
         with pgbouncer(url, folder) as through:
-            Database(url).create_tables()
+            with_tables(url)
             if noticed == "by the error":  # a pooler that passes the server's process id on
                 monkeypatch.setattr(
                     psycopg.ConnectionInfo, "backend_pid",
