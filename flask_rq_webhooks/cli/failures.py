@@ -13,7 +13,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from ..errors import RQWebhooksError
-from ..queue.job_reader import database_name
+from ..queue.redis_database import database_name
 
 if TYPE_CHECKING:
     from ..state import State

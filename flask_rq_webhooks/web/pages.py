@@ -19,7 +19,7 @@ from werkzeug.datastructures import MultiDict
 
 from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
 from ..protocol.urls import redact_url
-from ..queue.job_reader import JobState, read_jobs
+from ..queue.job_reader import JobRecord, read_jobs
 from ..state import State
 from ..storage import queries
 from ..storage.filters import DeliveryFilter
@@ -250,12 +250,12 @@ def _host(text: str) -> str:
         return text
 
 
-def _job(state: State, job_id: str | None) -> JobState | None:
+def _job(state: State, job_id: str | None) -> JobRecord | None:
     """Return RQ's state of a job; ``None`` where there is none or Redis cannot be asked."""
     if job_id is None:
         return None
     try:
-        return read_jobs(state.redis, [job_id])[job_id]
+        return read_jobs(state.redis, [job_id]).get(job_id)
     except RedisError as exc:
         logger.warning("The status of job %r is unknown: %s", job_id, exc)
         return None
