@@ -13,19 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError
-
 from .._steps import reached
-from ..errors import StorageUnavailableError
-from ..queue.job_reader import JobResult, JobState, read_endings, read_results
+from ..queue.job_reader import JobResult, Jobs, read_endings, read_results
 from ..storage.endpoints import confirm
 from ..storage.events import IngestItem
 from ..storage.settling import park_evidence
+from ..storage.sql_errors import is_about_a_row
 from .publisher import Publisher
 from .verdicts import Open, Verdict, judge, occurrence_of
 
 if TYPE_CHECKING:
-    from ..queue.outbox import Entry, OutboxEntry
+    from ..queue.outbox import Entry
+    from ..queue.outbox_entry import OutboxEntry
     from ..state import State
 
 logger = logging.getLogger(__name__)
@@ -151,7 +150,7 @@ class Ingest:
                 self._confirm(waiting, jobs)
                 continue
             patient = self._clock() - waiting.since < PATIENCE_S
-            verdict = judge(waiting.entry, jobs[waiting.entry.job_id], patient=patient)
+            verdict = judge(waiting.entry, jobs.get(waiting.entry.job_id), patient=patient)
             if verdict is Open.NEEDS_RESULTS:
                 needs_results.append(waiting)
             elif isinstance(verdict, Verdict):
@@ -168,7 +167,7 @@ class Ingest:
         if overdue:
             self._park(overdue)
 
-    def _look(self, due: Sequence[_Waiting]) -> dict[str, JobState]:
+    def _look(self, due: Sequence[_Waiting]) -> Jobs:
         ids: dict[str, None] = {}
         for waiting in due:
             if waiting.entry.kind == "confirm":
@@ -177,26 +176,24 @@ class Ingest:
                 ids[waiting.entry.job_id] = None
         return read_endings(self._state.redis, list(ids))
 
-    def _judge_by_results(
-        self, undecided: Sequence[_Waiting], jobs: dict[str, JobState]
-    ) -> list[tuple[_Waiting, Verdict]]:
+    def _judge_by_results(self, undecided: Sequence[_Waiting], jobs: Jobs) -> list[tuple[_Waiting, Verdict]]:
         ids = list({waiting.entry.job_id for waiting in undecided})
         results: dict[str, list[JobResult]] = read_results(self._state.redis, ids)
         told = []
         for waiting in undecided:
             job_id = waiting.entry.job_id
-            verdict = judge(waiting.entry, jobs[job_id], results.get(job_id, []), patient=False)
+            verdict = judge(waiting.entry, jobs.get(job_id), results.get(job_id, []), patient=False)
             if isinstance(verdict, Verdict):  # always: nothing stays open once the results are known
                 told.append((waiting, verdict))
         return told
 
-    def _confirm(self, waiting: _Waiting, jobs: dict[str, JobState]) -> None:
+    def _confirm(self, waiting: _Waiting, jobs: Jobs) -> None:
         entry = waiting.entry
         confirm(
             self._state.database,
             entry.endpoint,
-            existing=[job_id for job_id in entry.jobs if jobs[job_id].exists],
-            unseen=[job_id for job_id in entry.jobs if not jobs[job_id].exists],
+            existing=[job_id for job_id in entry.jobs if job_id in jobs],
+            unseen=[job_id for job_id in entry.jobs if job_id not in jobs],
             reserved_job_id=None,
         )
         self._finish([waiting])
@@ -234,9 +231,9 @@ class Ingest:
         try:
             reached("entries read")
             self._teller.publish([item for _waiting, item in items])
-        except (StorageUnavailableError, OperationalError, ProgrammingError, InternalError):
-            raise  # about the database, not about an entry: everything stays in the stream
         except Exception as exc:  # a bad entry must never block the stream
+            if not is_about_a_row(exc):
+                raise  # everything stays in the stream
             if len(items) > 1:
                 middle = len(items) // 2
                 self._store_items(items[:middle])

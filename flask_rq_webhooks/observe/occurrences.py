@@ -14,9 +14,9 @@ from rq.defaults import UNSERIALIZABLE_RETURN_VALUE_PAYLOAD
 
 from ..config import Settings
 from ..protocol.events import Occurrence
-from ..queue.job_details import JobRecord
-from ..queue.job_reader import UNKNOWN, JobResult, read_result_value
-from ..queue.outbox import OutboxEntry
+from ..queue.job_reader import JobRecord, JobResult, read_result_value
+from ..queue.outbox_entry import OutboxEntry
+from ..queue.safe_pickle import UNKNOWN
 from .outcomes import occurrence_of_job, occurrence_of_result, occurrence_of_word
 
 

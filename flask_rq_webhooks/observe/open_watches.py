@@ -16,9 +16,9 @@ from redis import Redis
 
 from ..errors import OutboxEntryError
 from ..protocol.events import JOB_BLOCKED, JOB_RETRYING, format_time
-from ..queue.job_details import JobRecord, probe_jobs, read_records, read_statuses
-from ..queue.job_reader import JobResult, read_results
-from ..queue.outbox import OutboxEntry, age_of_oldest, parse_entry
+from ..queue.job_reader import JobRecord, JobResult, probe_jobs, read_jobs, read_results, read_statuses
+from ..queue.outbox import age_of_oldest
+from ..queue.outbox_entry import OutboxEntry, parse_entry
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.models import RESERVED
@@ -141,7 +141,7 @@ class WaitingWatches:
         outbox_lags: bool,
         wants_blocked: set[str],
     ) -> None:
-        records = read_records(self._redis, [row.job_id for row in rows])
+        records = read_jobs(self._redis, [row.job_id for row in rows])
         watches = []
         for row in rows:
             facts = _facts(row)

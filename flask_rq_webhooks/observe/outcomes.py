@@ -28,9 +28,9 @@ from ..protocol.events import (
 )
 from ..protocol.json_safe import dumps_capped
 from ..protocol.tracebacks import error_from_text
-from ..queue.job_details import JobRecord
-from ..queue.job_reader import UNKNOWN, JobResult
-from ..queue.outbox import OutboxEntry
+from ..queue.job_reader import JobRecord, JobResult
+from ..queue.outbox_entry import OutboxEntry
+from ..queue.safe_pickle import UNKNOWN
 
 #: Passes that have to miss a confirmed job before it counts as lost.
 LOST_AFTER_PASSES = 2

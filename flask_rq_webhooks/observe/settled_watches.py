@@ -13,8 +13,7 @@ from datetime import datetime, timedelta
 from redis import Redis
 
 from ..protocol.events import JOB_LOST, JOB_SUCCESS, format_time
-from ..queue.job_details import probe_jobs, read_records
-from ..queue.job_reader import read_results
+from ..queue.job_reader import probe_jobs, read_jobs, read_results
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.watches import Notes, SettledRow
@@ -140,7 +139,7 @@ class SettledWatches:
             self._judge_again(changed, report, now)
 
     def _judge_again(self, changed: Sequence[_Settled], report: ReconcileReport, now: datetime) -> None:
-        records = read_records(self._redis, [settled.row.job_id for settled in changed])
+        records = read_jobs(self._redis, [settled.row.job_id for settled in changed])
         notes, findings = Notes(), Findings(self._database)
         corrected: list[_Settled] = []
         for settled in changed:

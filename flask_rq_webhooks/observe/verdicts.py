@@ -26,8 +26,8 @@ from ..protocol.events import (
 from ..protocol.tracebacks import error_from_text
 
 if TYPE_CHECKING:
-    from ..queue.job_reader import JobResult, JobState
-    from ..queue.outbox import OutboxEntry
+    from ..queue.job_reader import JobRecord, JobResult
+    from ..queue.outbox_entry import OutboxEntry
 
 #: How much the clocks of a worker and of whoever wrote a result may differ.
 _CLOCKS = timedelta(seconds=1)
@@ -73,26 +73,30 @@ class Verdict:
 
 
 def judge(
-    entry: OutboxEntry, job: JobState, results: Sequence[JobResult] | None = None, *, patient: bool = True
+    entry: OutboxEntry,
+    job: JobRecord | None,
+    results: Sequence[JobResult] | None = None,
+    *,
+    patient: bool = True,
 ) -> Verdict | Open:
     """Return how the run that *entry* tells of ended, by what RQ committed.
 
     :param entry: of kind ``success``, ``failure`` or ``stopped``.
-    :param job: the job as it is now; possibly absent, or already in a newer run.
+    :param job: the job as it is now, possibly already in a newer run; ``None`` if it is gone.
     :param results: RQ's results of the job, oldest first; ``None`` when they have not been read.
     :param patient: whether the commit may still come. ``False`` accepts a job that stays ``canceled``.
     """
-    if not job.exists or job.status is None:
-        return Verdict(type=_word(entry), ended_at=job.ended_at)
+    if job is None or job.status is None:
+        return Verdict(type=_word(entry), ended_at=job.ended_at if job is not None else None)
     if job.run == entry.run:
         return _judge_same_run(entry, job, results, patient=patient)
-    if job.run is not None and _began_before(job.run, entry.run):
+    if _began_before(job.run, entry.run):
         return Open.UNCOMMITTED  # the worker's view has not reached the hash
     return _judge_superseded(entry, job, results)
 
 
 def _judge_same_run(
-    entry: OutboxEntry, job: JobState, results: Sequence[JobResult] | None, *, patient: bool
+    entry: OutboxEntry, job: JobRecord, results: Sequence[JobResult] | None, *, patient: bool
 ) -> Verdict | Open:
     will_retry = entry.kind == "failure" and bool(entry.retries_left)
     if job.status in _AGAIN:
@@ -115,7 +119,7 @@ def _judge_same_run(
 
 
 def _judge_superseded(
-    entry: OutboxEntry, job: JobState, results: Sequence[JobResult] | None
+    entry: OutboxEntry, job: JobRecord, results: Sequence[JobResult] | None
 ) -> Verdict | Open:
     if entry.kind == "failure" and entry.retries_left:
         return Verdict(type=JOB_RETRYING)

@@ -20,11 +20,10 @@ from sqlalchemy import Executable, bindparam, delete, func, insert, select, upda
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from ..errors import StorageUnavailableError
 from .bulk_insert import insert_or_ignore
 from .crypto import Cipher
-from .database import Database, is_disconnected
-from .models import ALPHABET, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
+from .database import Database
+from .models import ALPHABET, OPEN, RESERVED, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +65,20 @@ def register(
     endpoint: NewEndpoint,
     *,
     namespace: str,
-    reserved_job_id: str | None,
+    reserved_job_id: str | None = None,
+    watched_job_id: str | None = None,
+    counts_from: datetime | None = None,
     endpoint_id: str | None = None,
     now: datetime | None = None,
 ) -> str:
-    """Store an endpoint, its secret, and the watch that reserves a job's id, in one short transaction.
+    """Store an endpoint, its secret, and the watch of its first job, in one short transaction.
 
     :param namespace: see :func:`~.dispatchers.shared_namespace`; becomes part of the id.
     :param reserved_job_id: id that the first job of the view will get; ``None`` where no job is expected,
         as for a standing endpoint.
+    :param watched_job_id: instead, id of a job that exists already; reconcile reports it.
+    :param counts_from: when the current run of that job began to wait, or the job was created: that run
+        counts, even if it has ended by now. Without it, only runs from now on count.
     :param endpoint_id: a new one by default.
     :returns: the endpoint's id.
     :raises StorageUnavailableError: when the database cannot be reached or stays locked.
@@ -85,22 +89,23 @@ def register(
     rows = {Endpoint.__tablename__: _endpoint_values(cipher, endpoint, endpoint_id, now)}
     if endpoint.secret is not None:
         rows[Secret.__tablename__] = _secret_values(cipher, endpoint.secret, endpoint_id, now)
-    if reserved_job_id is not None:
+    if reserved_job_id is not None or watched_job_id is not None:
         rows[Watch.__tablename__] = {
             "id": new_id("wat"),
             "endpoint_id": endpoint_id,
-            "job_id": reserved_job_id,
-            "status": "reserved",
+            "job_id": reserved_job_id or watched_job_id,
+            "status": RESERVED if reserved_job_id else OPEN,
             "missing_passes": 0,
-            "created_at": now,
+            "created_at": min(now, counts_from or now),
+            "confirmed_at": None if reserved_job_id else now,
         }
     if database.is_sqlite:
-        _execute(database, [(_insert(table), row) for table, row in rows.items()])
+        database.execute([(_insert(table), row) for table, row in rows.items()])
     else:
         columns = tuple((table, tuple(row)) for table, row in rows.items())
         values = {f"{table}_{name}": value for table, row in rows.items() for name, value in row.items()}
         try:
-            _execute(database, [(_insert_at_once(columns), values)])
+            database.execute([(_insert_at_once(columns), values)])
         except IntegrityError:
             # An id made here is there already only where the first of two tries was committed after all.
             if not own_id or not endpoint_exists(database, endpoint_id):
@@ -116,6 +121,7 @@ def confirm(
     unseen: Sequence[str],
     reserved_job_id: str | None,
     runs: Mapping[str, str] | None = None,
+    counts_from: Mapping[str, datetime] | None = None,
     busy_timeout_s: float | None = None,
 ) -> None:
     """Note which jobs the view really enqueued. May be repeated; no watch ever goes backwards.
@@ -126,26 +132,28 @@ def confirm(
     :param reserved_job_id: the id given to :func:`register`. Used by no job, its watch is ``closed``.
     :param runs: the run each existing job is in, where it is known; a job that is lost is then told of under
         it, and a callback's late word is not another ending.
+    :param counts_from: since when the runs of a job count, where that is before now: see :func:`register`.
     :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
         itself, in a transaction that ends only after we answer.
     :raises StorageUnavailableError: when the database cannot be written now; the caller then leaves the
         word in the outbox.
     """
-    now = datetime.now(UTC)
+    now, since = datetime.now(UTC), counts_from or {}
     existing = list(dict.fromkeys(existing))
     unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
     statements: list[tuple[Executable, Any]] = []
     if existing:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
-             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": now, "confirmed_at": now}
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": since.get(job_id, now),
+             "confirmed_at": now}
             for job_id in existing
         ]  # fmt: skip
         statements.append((_INSERT_OPEN[database.is_sqlite], rows[0] if len(rows) == 1 else rows))
     if unseen:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
-             "missing_passes": 0, "created_at": now}
+             "missing_passes": 0, "created_at": since.get(job_id, now)}
             for job_id in unseen
         ]  # fmt: skip
         statements.append((insert_or_ignore(database, Watch), rows))
@@ -160,7 +168,7 @@ def confirm(
         statements.append((close, None))
     try:
         # Durable: of all jobs but the one whose id was reserved, this is the only word there is.
-        _execute(database, statements, busy_timeout_s=busy_timeout_s)
+        database.execute(statements, busy_timeout_s=busy_timeout_s)
     except IntegrityError:
         # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.
         if endpoint_exists(database, endpoint_id):
@@ -467,29 +475,3 @@ def _insert_open(statement: Any) -> Executable:
 
 #: Whether on SQLite → the statement that opens a watch, reserved or not.
 _INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(postgresql.insert(_WATCHES))}
-
-
-def _execute(
-    database: Database,
-    statements: Sequence[tuple[Executable, Any]],
-    *,
-    busy_timeout_s: float | None = None,
-) -> None:
-    if not statements:
-        return
-    single = len(statements) == 1 and not isinstance(statements[0][1], list)
-
-    def run() -> None:
-        with database.write(
-            busy_timeout_s=busy_timeout_s, single_statement=single, repeated=single
-        ) as connection:
-            for statement, parameters in statements:
-                connection.execute(statement, parameters)
-
-    try:
-        run()
-    except StorageUnavailableError as exc:
-        # A pooled connection may have died since it was last used; the next one is new.
-        if not single or not is_disconnected(exc):
-            raise
-        run()

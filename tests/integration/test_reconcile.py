@@ -18,13 +18,12 @@ from rq.registry import FailedJobRegistry, StartedJobRegistry
 from flask_rq_webhooks.observe import reconcile, settled_watches
 from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import format_time
-from flask_rq_webhooks.queue.outbox import OutboxEntry
+from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_standing, register
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Event, Watch
 from flask_rq_webhooks.storage.settling import park_evidence
-from flask_rq_webhooks.storage.watches import watch_job
 from tests.jobs import Callbacks
 from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
 
@@ -664,12 +663,12 @@ def test_clean_abandoned_lets_rq_end_it(database_url: str, redis_url: str, clock
 
 def watch(state: State, job: Job, **options: Any) -> str:
     checked = state.url_policy.check_url(URL)
-    return watch_job(
+    return register(
         state.database,
         state.cipher,
         NewEndpoint(url=checked.url, host=checked.host_key, secret=SECRET),
         namespace=state.namespace,
-        job_id=job.id,
+        watched_job_id=job.id,
         **options,
     )
 

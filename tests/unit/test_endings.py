@@ -23,9 +23,9 @@ from flask_rq_webhooks.observe.outcomes import (
 )
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.protocol.tracebacks import error_from_text
-from flask_rq_webhooks.queue.job_details import JobRecord
-from flask_rq_webhooks.queue.job_reader import UNKNOWN, JobResult
-from flask_rq_webhooks.queue.outbox import OutboxEntry
+from flask_rq_webhooks.queue.job_reader import JobRecord, JobResult
+from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
+from flask_rq_webhooks.queue.safe_pickle import UNKNOWN
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 ENDPOINT = "eptesttest_" + "0" * 26

@@ -9,8 +9,8 @@ import pytest
 
 from flask_rq_webhooks.observe.verdicts import Open, Verdict, judge, occurrence_of
 from flask_rq_webhooks.protocol.events import format_time
-from flask_rq_webhooks.queue.job_reader import JobResult, JobState
-from flask_rq_webhooks.queue.outbox import OutboxEntry
+from flask_rq_webhooks.queue.job_reader import JobRecord, JobResult
+from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
 
 TOLD_AT = datetime(2026, 3, 1, 12, 0, 10, tzinfo=UTC)
 RUN = format_time(TOLD_AT - timedelta(seconds=10))
@@ -25,8 +25,8 @@ def entry(kind: str, **fields: Any) -> OutboxEntry:
     return OutboxEntry(kind=kind, **{**values, **fields})
 
 
-def job(status: str | None, run: str = RUN, **fields: Any) -> JobState:
-    return JobState(job_id="j", exists=True, status=status, run=run, **fields)
+def job(status: str | None, run: str = RUN, **fields: Any) -> JobRecord:
+    return JobRecord(job_id="j", status=status, run=run, created_at=TOLD_AT, **fields)
 
 
 def result(kind: str, after_s: float, **fields: Any) -> JobResult:
@@ -105,7 +105,7 @@ def test_stop_of_a_superseded_run_is_not_the_failure_rq_records() -> None:
 
 
 def test_word_stands_where_the_hash_is_gone() -> None:
-    gone = JobState(job_id="j", exists=False)
+    gone = None
     assert judge(entry("success"), gone) == Verdict(type="job.success")
     assert judge(entry("failure"), gone) == Verdict(type="job.failure")
     assert judge(entry("failure", retries_left=1), gone) == Verdict(type="job.retrying")
