@@ -9,13 +9,16 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from sqlalchemy import select
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from ..config import PREFIX, SECRET_FROM_ENVIRONMENT
 from ..errors import RQWebhooksError, StorageUnavailableError
+from ..queue.job_callbacks import SameDatabase, databases_elsewhere
+from ..queue.outbox import age_of_oldest
 from ..queue.redis_database import database_name
 from ..storage.dispatchers import ALIVE_S, dispatcher_alive, paused_since
 from ..storage.models import Endpoint, Secret
@@ -80,7 +83,10 @@ def _settings(state: State) -> str:
             "RQ_WEBHOOKS_ENABLED is off, so no webhooks are accepted; set it to True (it is read from "
             "WEBHOOKS_ENABLED in the environment, too)."
         )
-    return f"webhooks are accepted; served under {state.settings.url_prefix or '/'}"
+    served = f"webhooks are accepted; served under {state.settings.url_prefix or '/'}"
+    if state.settings.signing_secret is not None and f"{PREFIX}SIGNING_SECRET" not in state.app.config:
+        return f"{served}. {SECRET_FROM_ENVIRONMENT}"
+    return served
 
 
 def _redis(state: State) -> str:
@@ -96,6 +102,12 @@ def _redis(state: State) -> str:
     except NoPermissionError as exc:
         raise _WrongError(f"{name} allows our user too little ({exc}); give it the rights of RQ.") from exc
     except RedisError as exc:
+        if "CERTIFICATE_VERIFY_FAILED" in str(exc):
+            raise _WrongError(
+                f"the certificate of {name} is not trusted ({exc}); for one of your own authority append "
+                f"`?ssl_ca_certs=/path/to/ca.pem&ssl_cert_reqs=required` to the rediss:// URL in "
+                f"{_redis_source(state)}."
+            ) from exc
         raise _WrongError(
             f"{name} does not answer ({type(exc).__name__}: {exc}); start it, or correct "
             f"{_redis_source(state)}."
@@ -211,6 +223,12 @@ def _permission(state: State) -> str:
 
 
 def _queues(state: State) -> str:
+    elsewhere = databases_elsewhere(SameDatabase(state.redis))
+    if elsewhere:
+        raise _WrongError(
+            f"this app has queues in {', '.join(elsewhere)}, but we use {database_name(state.redis)}: jobs "
+            f"there run without webhooks; correct {_redis_source(state)}."
+        )
     queues, workers = state.redis.scard("rq:queues"), state.redis.scard("rq:workers")
     if not queues:
         return (
@@ -227,29 +245,25 @@ def _outbox(state: State) -> str:
             f"{rejected} entries were set aside as unusable; look at them with `XRANGE "
             f"{state.outbox.rejected_key} - +`, and `DEL` that key when done."
         )
+    silent = state.outbox.silent_callbacks()
+    if silent:
+        raise _WrongError(
+            f"{silent} jobs finished within an hour and no callback reported it, so their workers cannot "
+            f"write our key; give their Redis user `~rq_webhooks:*` (ACL SETUSER), and see their logs."
+        )
     waiting = state.outbox.length()
     if waiting >= state.settings.outbox_maxlen:
         raise _WrongError(
             f"{waiting} entries wait and the stream is full, so older ones are trimmed and left to "
             "reconcile; start `flask rq-webhooks worker` with this Redis and database, or see its log."
         )
-    waited_s = _oldest_entry_s(state)
+    waited_s = age_of_oldest(state.redis, state.outbox.key) or 0.0
     if waited_s > UNREAD_S:
         raise _WrongError(
             f"{waiting} entries wait, the oldest for {waited_s:.0f} s, so no dispatcher reads them, or too "
             "few do; start `flask rq-webhooks worker` with this Redis and database, or see its log."
         )
     return f"{waiting} entries wait"
-
-
-def _oldest_entry_s(state: State) -> float:
-    entries: Any = state.redis.xrange(state.outbox.key, count=1)
-    if not entries:
-        return 0.0
-    entry_id = entries[0][0]
-    milliseconds = int((entry_id if isinstance(entry_id, str) else entry_id.decode()).partition("-")[0])
-    seconds, microseconds = state.redis.time()
-    return float(seconds) + float(microseconds) / 1e6 - milliseconds / 1000
 
 
 #: Name, what it needs to be right, and the check: what it needs stands above it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
 import threading
 import warnings
@@ -29,6 +30,7 @@ from rq.job import Job
 from ..callbacks import DEFAULT_MAXLEN
 from ..errors import RQWebhooksError
 from .job_reader import read_callback_names
+from .outbox_entry import MAX_JOB_ID
 from .redis_database import database_name, redis_identity, redis_parameters
 
 logger = logging.getLogger(__name__)
@@ -207,9 +209,11 @@ def _create_job(
             requested.passed_over.append(name)
             requested = None
     attachment = requested if requested is not None else _default()
+    job_id = args[_JOB_ID_POSITION] if len(args) > _JOB_ID_POSITION else kwargs.get("job_id")
     if (
         attachment is None
         or _is_attached(kwargs.get("on_success"), attachment)
+        or not _fits(job_id)
         or not _leads_to_database(attachment, queue.connection)
     ):
         return original(*args, **kwargs)
@@ -232,6 +236,17 @@ def _create_job(
     if requested is not None:
         requested.jobs.append(job)
     return job
+
+
+def _fits(job_id: Any) -> bool:
+    """Say whether our tables and indexes hold *job_id*; RQ itself takes any."""
+    if not isinstance(job_id, str) or (len(job_id) <= MAX_JOB_ID and "\0" not in job_id):
+        return True
+    logger.error(
+        "Job %r… is enqueued without a webhook: its id has %d characters. Use at most %d, and no NUL.",
+        job_id[:60], len(job_id), MAX_JOB_ID,
+    )  # fmt: skip
+    return False
 
 
 def name_of(func: Any) -> str:
@@ -323,6 +338,21 @@ class SameDatabase:
 
 
 _refused_databases: set[str] = set()
+
+
+def databases_elsewhere(same_database: Callable[[Redis], bool]) -> list[str]:
+    """Return the names of other databases that this process has queues in, or enqueued jobs in.
+
+    For ``doctor``: the queues that the app made when it was loaded are alive in its process.
+    """
+    found = set(_refused_databases)
+    for queue in gc.get_objects():
+        try:
+            if isinstance(queue, rq.Queue) and not same_database(queue.connection):
+                found.add(database_name(queue.connection))
+        except (RedisError, AttributeError, ReferenceError):
+            continue
+    return sorted(found)
 
 
 def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:

@@ -364,6 +364,7 @@ def _call(fields: dict[str, Any], child_prefix: str | None) -> tuple[str | None,
     if not isinstance(meta, dict):
         return _name(func), _name(argument), ()
     runid = meta.get("runid")
+    runid = str(runid) if type(runid) is int and runid.bit_length() <= 64 else runid
     children = _children(meta, child_prefix) if child_prefix is not None else ()
     return _name(func), _name(runid if isinstance(runid, str) else argument), children
 
