@@ -52,6 +52,7 @@ def judge(
         retry_after=result.retry_after,
         now=datetime.now(UTC),
         random=random.random,
+        retry_4xx=delivery.format != "task",
     )
     return AttemptRecord(
         delivery=delivery,
@@ -196,7 +197,8 @@ class Recorder:
                 "were made under a lease that had run out; then they are made again, same webhook-id: %s",
                 len(outcome.stale), ", ".join(outcome.stale[:5]),
             )  # fmt: skip
-        self._notices.publish(recorded)
+        if self._notices.enabled:
+            self._notices.publish(recorded)
         self._emit(recorded, outcome.disabled)
 
     def _emit(self, recorded: Iterable[tuple[AttemptRecord, str]], disabled: Mapping[str, str]) -> None:
