@@ -223,7 +223,7 @@ def _permission(state: State) -> str:
 
 
 def _queues(state: State) -> str:
-    elsewhere = databases_elsewhere(SameDatabase(state.redis))
+    elsewhere = databases_elsewhere(SameDatabase(state.redis), vars(state.app), state.app.extensions)
     if elsewhere:
         raise _WrongError(
             f"this app has queues in {', '.join(elsewhere)}, but we use {database_name(state.redis)}: jobs "

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import logging
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +41,8 @@ CALLBACKS = "flask_rq_webhooks.callbacks"
 _OPTIONS = {"on_success": "success", "on_failure": "failure", "on_stopped": "stopped"}
 #: Place of ``job_id`` among the positional arguments of ``create_job``, the same in every RQ version.
 _JOB_ID_POSITION = 9
+#: Where the last database is noted that jobs with webhooks were refused in.
+_REFUSED_KEY = "rq_webhooks:refused"
 
 
 @dataclass(eq=False)
@@ -318,6 +320,18 @@ class SameDatabase:
         """Return the configured database's name for people."""
         return database_name(self._configured)
 
+    def note_refusal(self, name: str) -> None:
+        """Note for ``doctor`` that jobs were enqueued in the database *name*; kept for a day."""
+        try:
+            self._configured.set(_REFUSED_KEY, name, ex=86400)
+        except RedisError:
+            logger.debug("The refusal could not be noted.", exc_info=True)
+
+    def refusals(self) -> list[str]:
+        """Return the name noted last, if any."""
+        name = self._configured.get(_REFUSED_KEY)
+        return [_text(name)] if isinstance(name, str | bytes) else []
+
     def __call__(self, connection: Redis) -> bool:
         """Return whether *connection* leads there.
 
@@ -343,18 +357,19 @@ class SameDatabase:
 _refused_databases: set[str] = set()
 
 
-def databases_elsewhere(same_database: Callable[[Redis], bool]) -> list[str]:
-    """Return the names of other databases that this process has queues in, or enqueued jobs in.
+def databases_elsewhere(same_database: SameDatabase, *owners: Mapping[str, Any]) -> list[str]:
+    """Return the names of other databases that this app has queues in, or enqueued jobs in of late.
 
-    For ``doctor``: the queues that the app made when it was loaded are alive in its process.
+    :param owners: where the app keeps its queues, beside the modules it loaded.
     """
-    found = set(_refused_databases)
-    for queue in gc.get_objects():
-        try:
-            if isinstance(queue, rq.Queue) and not same_database(queue.connection):
-                found.add(database_name(queue.connection))
-        except (RedisError, AttributeError, ReferenceError):
-            continue
+    found = set(same_database.refusals())
+    for owner in (*owners, *(vars(module) for module in list(sys.modules.values()))):
+        for value in list(owner.values()):
+            try:
+                if isinstance(value, rq.Queue) and not same_database(value.connection):
+                    found.add(database_name(value.connection))
+            except RedisError:
+                continue
     return sorted(found)
 
 
@@ -373,6 +388,8 @@ def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:
             "They run without webhooks. Set RQ_WEBHOOKS_REDIS_URL to the database your queues use.",
             name, getattr(attachment.same_database, "configured_name", "another database"),
         )  # fmt: skip
+        if isinstance(attachment.same_database, SameDatabase):
+            attachment.same_database.note_refusal(name)
     return False
 
 

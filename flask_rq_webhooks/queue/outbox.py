@@ -263,8 +263,12 @@ def age_of_oldest(redis: Redis, key: str) -> float | None:
     with redis.pipeline(transaction=False) as pipeline:
         pipeline.xrange(key, count=1)
         pipeline.time()
-        oldest, (seconds, _microseconds) = pipeline.execute()
-    return int(seconds) - int(_text(oldest[0][0]).partition("-")[0]) / 1000 if oldest else None
+        oldest, (seconds, microseconds) = pipeline.execute()
+    return (
+        int(seconds) + int(microseconds) / 1e6 - int(_text(oldest[0][0]).partition("-")[0]) / 1000
+        if oldest
+        else None
+    )
 
 
 def _only_stream(answer: Any) -> Any:
