@@ -29,7 +29,6 @@ from flask import (
 from redis.exceptions import RedisError
 from rq import Queue
 from rq.job import Job
-from sqlalchemy.exc import SQLAlchemyError
 
 from .._steps import reached
 from ..errors import InvalidWebhookError, StorageUnavailableError
@@ -48,6 +47,7 @@ from ..queue.outbox_entry import confirm_entry
 from ..state import EXTENSION_NAME, State, get_state
 from ..storage import endpoints
 from ..storage.dispatchers import dispatcher_alive
+from ..storage.sql_errors import SQLAlchemyError
 from .request_fields import FIELDS, URL, take_fields
 from .request_schema import WebhookRequest, load_webhook
 

@@ -55,7 +55,7 @@ PRUNE_S = 3600.0
 #: Seconds after a missed pass in which another dispatcher takes over. Two passes at once do no harm.
 LEASE_SPARE_S = 5.0
 #: First and longest pause after an error, seconds.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

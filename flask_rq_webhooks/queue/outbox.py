@@ -264,11 +264,10 @@ def age_of_oldest(redis: Redis, key: str) -> float | None:
         pipeline.xrange(key, count=1)
         pipeline.time()
         oldest, (seconds, microseconds) = pipeline.execute()
-    return (
-        int(seconds) + int(microseconds) / 1e6 - int(_text(oldest[0][0]).partition("-")[0]) / 1000
-        if oldest
-        else None
-    )
+    if not oldest:
+        return None
+    now_s = int(seconds) + int(microseconds) / 1e6
+    return now_s - int(_text(oldest[0][0]).partition("-")[0]) / 1000
 
 
 def _only_stream(answer: Any) -> Any:
