@@ -92,7 +92,7 @@ class RQWebhooks:
                 f"flask_rq_webhooks is already initialised for the app {app.name!r}; call init_app once, or "
                 "pass the app to RQWebhooks() and leave init_app out."
             )
-        settings = load_settings(app.config)
+        settings = load_settings(app.config, has_redis=self._redis is not None)
         if settings.format not in self.formats:
             raise ConfigurationError(
                 f"RQ_WEBHOOKS_FORMAT is {settings.format!r}; known formats are {sorted(self.formats)}. "
