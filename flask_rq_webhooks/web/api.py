@@ -76,6 +76,15 @@ def _add_open_routes(api: Api, state: State) -> None:
             ok = False
         return {"ok": ok}, 200 if ok else 503, {}
 
+    @api.route("GET", "/keys", None, schemas.KeysSchema)
+    def keys() -> Any:
+        """Return the public keys that verify v1a signatures, the one that signs first."""
+        found = [
+            {"key": key.public, "algorithm": "ed25519", "signs": number == 0}
+            for number, key in enumerate(state.signing_keys)
+        ]
+        return {"keys": found}, 200, {"Cache-Control": "public, max-age=300"}
+
     @api.route("GET", "/metrics", "read", "text/plain")
     def metrics() -> Any:
         """Return numbers for Prometheus."""

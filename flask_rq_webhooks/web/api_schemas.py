@@ -436,6 +436,20 @@ class ErasedSchema(Schema):
     running = fields.Integer()
 
 
+class PublicKeySchema(Schema):
+    """A public key of this server; of several, the one that signs now is marked."""
+
+    key = fields.String()
+    algorithm = fields.String()
+    signs = fields.Boolean()
+
+
+class KeysSchema(Schema):
+    """The public keys of this server."""
+
+    keys = fields.List(fields.Nested(PublicKeySchema))
+
+
 class FeedInput(_Input):
     """Which part of the feed of events."""
 
