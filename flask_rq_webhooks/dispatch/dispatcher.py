@@ -21,8 +21,7 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from redis import RedisError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from ..errors import RQWebhooksError, StorageUnavailableError
 from ..observe.ingest import Ingest
