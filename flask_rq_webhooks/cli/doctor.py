@@ -166,7 +166,7 @@ def _queues(state: State) -> str:
 
 
 def _outbox(state: State) -> str:
-    rejected = state.redis.xlen(state.outbox.rejected_key)
+    rejected = state.outbox.rejected()
     if rejected:
         raise WrongError(
             f"{rejected} malformed entries were set aside; read them with `XRANGE "

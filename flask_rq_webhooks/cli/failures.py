@@ -10,10 +10,10 @@ import socket
 from typing import TYPE_CHECKING
 
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from ..errors import RQWebhooksError
 from ..queue.redis_database import database_name
+from ..storage.sql_errors import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 if TYPE_CHECKING:
     from ..state import State

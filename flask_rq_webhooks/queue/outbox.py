@@ -88,6 +88,10 @@ class Outbox:
         """Return how many entries are in the stream: new ones, and taken but unfinished ones."""
         return int(self._redis.xlen(self.key))
 
+    def rejected(self) -> int:
+        """Return how many malformed entries were set aside."""
+        return int(self._redis.xlen(self.rejected_key))
+
     def note_silent_callbacks(self, count: int) -> None:
         """Count jobs that ended without the report their callbacks should have appended; kept for an hour."""
         with self._redis.pipeline(transaction=False) as pipeline:

@@ -219,6 +219,7 @@ class Event(Base):
     payload: Mapped[str]
     occurred_at: Mapped[datetime]
     created_at: Mapped[datetime]
+    erased_at: Mapped[datetime | None]
     position: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
 
     __table_args__ = (
@@ -259,6 +260,7 @@ class Delivery(Base):
     error_code: Mapped[str | None] = mapped_column(String(16))
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
+    erased_at: Mapped[datetime | None]
 
     __table_args__ = (
         UniqueConstraint("event_id", "endpoint_id", name=conv("uq_rq_webhooks_delivery_event_endpoint")),
@@ -340,11 +342,12 @@ class Dispatcher(Base):
 SHARED = "shared"
 
 
-def copy_tables(metadata: MetaData) -> None:
-    """Copy our tables, with plain column types, into a host's *metadata*, in its schema if it has one.
+def copy_tables(metadatas: dict[str | None, MetaData], bind_key: str | None) -> None:
+    """Copy our tables into what ``db.create_all`` and Flask-Migrate look at, in its schema if it has one.
 
-    A type of ours would make the migrations that Flask-Migrate generates depend on this package.
+    With plain column types: one of ours would make generated migrations depend on this package.
     """
+    metadata = metadatas.setdefault(bind_key, MetaData(info={"bind_key": bind_key}))
     for table in Base.metadata.sorted_tables:
         if table.name in {known.name for known in metadata.tables.values()}:
             continue

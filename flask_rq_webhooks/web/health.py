@@ -65,7 +65,7 @@ def everywhere(state: State) -> list[Alarm]:
         )
     try:
         waiting = state.outbox.length()
-        rejected = int(state.redis.xlen(state.outbox.rejected_key))
+        rejected = state.outbox.rejected()
         silent = state.outbox.silent_callbacks()
     except RedisError:
         found.append(
