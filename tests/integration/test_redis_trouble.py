@@ -27,7 +27,7 @@ from flask_rq_webhooks.storage.endpoints import confirm
 from flask_rq_webhooks.web.health import everywhere, nothing_comes_of_reports
 from tests.pipeline import add_endpoint, callbacks, enqueue, open_state
 from tests.security.test_rule_pickles import ATTACKS
-from tests.servers import Receiver, valkey_server, wait_until
+from tests.servers import Forwarder, Receiver, valkey_server, wait_until
 
 NOW = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
@@ -59,7 +59,10 @@ def test_attacks_in_every_field_hold_no_other_job_up(
     bomb = zlib.compress(b"]" * 10**8, 9)
     with open_state(database_url, redis_url, reconcile_interval=0.3) as state:
         endpoint_id = add_endpoint(state, receiver.url)
-        for number, attack in enumerate([*ATTACKS.values(), bomb, b"\x80\x04" + bomb]):
+        # What a few bytes can do; those of megabytes take their own size while they are read.
+        small = [attack for attack in ATTACKS.values() if len(attack) < 2**17]
+        attacks = [*small, bomb, b"\x80\x04" + bomb]
+        for number, attack in enumerate(attacks):
             name = f"bad-{number}"
             watched(state, endpoint_id, name, data=zlib.compress(attack), meta=attack)
             fields: Any = {"type": "1", "return_value": b64encode(attack)}
@@ -73,10 +76,10 @@ def test_attacks_in_every_field_hold_no_other_job_up(
                 job_id = enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", number, 1)
                 wait_until(lambda wanted=job_id: wanted in {got.json["job_id"] for got in receiver.received})
                 assert time.monotonic() - began < 5
-            expected = {f"bad-{number}" for number in range(len(ATTACKS) + 2)}
+            expected = {f"bad-{number}" for number in range(len(attacks))}
             wait_until(lambda: expected <= {got.json["job_id"] for got in receiver.received}, timeout=60)
         grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb) / 1024
-        assert grown_mb < 60  # two threads read at once, and the honest jobs are in it
+        assert grown_mb < 30
 
 
 def entry(state: State, job_id: str, **changed: Any) -> str:
@@ -178,38 +181,40 @@ def test_workers_that_cannot_write_our_key_are_noticed(
         worker.close()
 
 
-def test_connection_that_answered_readonly_is_not_used_again() -> None:
-    with valkey_server(save="", appendonly="no") as first, valkey_server(save="", appendonly="no") as second:
-        client = connect(first.url)
+@contextmanager
+def failed_over() -> Iterator[tuple[redis.Redis, redis.Redis]]:
+    """Give a client of ours whose open connection leads to what is a replica now, and one of the primary.
+
+    New connections lead to the primary, as after a failover behind one name.
+    """
+    with (
+        valkey_server(save="", appendonly="no") as first,
+        valkey_server(save="", appendonly="no") as second,
+        Forwarder(first.port) as forwarder,
+        redis.Redis.from_url(second.url) as primary,
+        redis.Redis.from_url(first.url) as replica,
+    ):
+        client = connect(f"redis://127.0.0.1:{forwarder.port}/0")
         assert client.set("key", 1)
-        admin = redis.Redis.from_url(first.url)
-        admin.execute_command("REPLICAOF", "127.0.0.1", str(second.port))  # type: ignore[no-untyped-call]
-        # The name leads to the new primary now, as after a failover; the open connection does not.
-        client.connection_pool.connection_kwargs["port"] = second.port
-        assert client.set("key", 2)
-        with client.pipeline(transaction=False) as pipeline:
-            pipeline.xadd("stream", {"a": 1})
-            assert pipeline.execute()
-        with redis.Redis.from_url(second.url) as new:
-            assert new.get("key") == b"2"
+        replica.execute_command("REPLICAOF", "127.0.0.1", str(second.port))  # type: ignore[no-untyped-call]
+        forwarder.path = second.port
+        yield client, primary
         client.close()
-        admin.close()
 
 
-@pytest.mark.parametrize("decode", [False, True])
-def test_readonly_within_a_pipeline_is_noticed_too(decode: bool) -> None:
-    with valkey_server(save="", appendonly="no") as first, valkey_server(save="", appendonly="no") as second:
-        client = connect(f"{first.url}?decode_responses={decode}")
-        client.ping()
-        admin = redis.Redis.from_url(first.url)
-        admin.execute_command("REPLICAOF", "127.0.0.1", str(second.port))  # type: ignore[no-untyped-call]
-        client.connection_pool.connection_kwargs["port"] = second.port
+def test_connection_that_answered_readonly_is_not_used_again() -> None:
+    with failed_over() as (client, primary):
+        assert client.set("key", 2)
+        assert primary.get("key") == b"2"
+
+
+def test_readonly_within_a_pipeline_is_noticed_too() -> None:
+    with failed_over() as (client, primary):
         with client.pipeline(transaction=False) as pipeline:
             pipeline.time()
             pipeline.incr("number")
             assert pipeline.execute()[1] == 1
-        client.close()
-        admin.close()
+        assert primary.get("number") == b"1"
 
 
 def test_a_hook_that_calls_exit_ends_the_dispatcher_with_the_reason(
