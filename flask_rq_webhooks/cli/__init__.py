@@ -207,8 +207,8 @@ def reconcile_command() -> None:
     report = reconcile_now(get_state())
     if report is None:
         raise click.ClickException("A dispatcher is doing it at this moment; there is nothing left to do.")
-    click.echo(f"{report.looked_at} watches looked at, {sum(report.told.values())} endings told.")
-    for event_type, count in sorted(report.told.items()):
+    click.echo(f"{report.looked_at} watches looked at, {sum(report.reported.values())} endings told.")
+    for event_type, count in sorted(report.reported.items()):
         click.echo(f"  {event_type}: {count}")
 
 

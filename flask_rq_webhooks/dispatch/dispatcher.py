@@ -260,8 +260,8 @@ class Dispatcher:
         if not take_reconcile_lease(self._state.database, self.id, _lease_s(self._state)):
             return  # another dispatcher does it
         report = self._reconciler.run_once(should_stop)
-        if report.told:
-            logger.info("Reconcile told of endings that no callback reported: %s", dict(report.told))
+        if report.reported:
+            logger.info("Reconcile reported endings that no callback had: %s", dict(report.reported))
 
     def _prune(self, _should_stop: Callable[[], bool]) -> None:
         days = timedelta(days=self._state.settings.retention_days)

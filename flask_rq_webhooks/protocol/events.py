@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 JOB_SUCCESS = "job.success"
@@ -26,7 +26,12 @@ TERMINAL_TYPES = frozenset({JOB_SUCCESS, JOB_FAILURE, JOB_STOPPED, JOB_CANCELED,
 OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED})
 JOB_TYPES = TERMINAL_TYPES | OPTIONAL_TYPES
 
-#: Where the word comes from.
+#: How far apart the clocks of web hosts, workers and databases may be. A run may seem to begin this long
+#: before the registration that caused it. Worse: where only times can tell, which is for a job that does not
+#: carry our callbacks, a run that began just after registration may be taken for one before it.
+CLOCK_SKEW = timedelta(seconds=1)
+
+#: Who says so.
 SOURCE_CALLBACK = "callback"
 SOURCE_RECONCILED = "reconciled"
 SOURCE_APPLICATION = "application"

@@ -95,6 +95,12 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
     ]
 
 
+def any_exists(redis: Redis, job_ids: Sequence[str]) -> bool:
+    """Say whether any of the jobs has a hash: one command for all, a tenth of the cost of a probe."""
+    prefix = job_key("")
+    return bool(job_ids) and bool(redis.exists(*[prefix + job_id for job_id in job_ids]))
+
+
 def read_records(
     redis: Redis, job_ids: Sequence[str], *, child_prefix: str | None = None, results: bool = False
 ) -> dict[str, JobRecord]:

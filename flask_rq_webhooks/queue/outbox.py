@@ -13,7 +13,8 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 from redis import Redis
@@ -66,10 +67,11 @@ class OutboxEntry:
     :param job_id: RQ's id; empty for ``"confirm"``.
     :param run: identity of the run, see :func:`~flask_rq_webhooks.protocol.events.run_key`; empty for
         ``"confirm"``.
-    :param at: when the callback ran, unix seconds.
+    :param at: when Redis took the entry, unix seconds; its results are stamped by the same clock.
     :param retries_left: as the failing run left it; more than 0 means RQ will retry.
     :param error: ``{"type", "message", "traceback"}`` with kind ``"failure"``.
     :param jobs: job ids, only with ``"confirm"``.
+    :param seal: what a web process of ours encrypted, only with ``"confirm"``; see :func:`confirm_entry`.
     :param size: bytes of the JSON it was read from; 0 where it was not.
     """
 
@@ -89,12 +91,13 @@ class OutboxEntry:
     result_truncated: bool = False
     error: Mapping[str, str] | None = None
     jobs: tuple[str, ...] = ()
+    seal: str | None = None
     size: int = field(default=0, compare=False)
 
     def to_json(self) -> str:
         """Return the entry as :func:`parse_entry` reads it."""
         if self.kind == "confirm":
-            return _dumps(confirm_entry(self.endpoint, self.jobs))
+            return _dumps(confirm_entry(self.endpoint, self.jobs, seal=self.seal))
         fields = {name: getattr(self, name) for name in _JOB_FIELDS if name != "v"}
         return _dumps({"v": ENTRY_VERSION, **fields})
 
@@ -115,13 +118,16 @@ class Entry:
     raw: bytes = b""
 
 
-def confirm_entry(endpoint: str, jobs: Sequence[str]) -> dict[str, Any]:
+def confirm_entry(endpoint: str, jobs: Sequence[str], *, seal: str | None = None) -> dict[str, Any]:
     """Return the entry by which a web process that cannot write to SQL asks for its watches' confirmation.
 
     :param endpoint: endpoint id.
-    :param jobs: ids of the jobs the request enqueued.
+    :param jobs: ids of the jobs the request enqueued, as the web process saw them in Redis.
+    :param seal: the same once more, with the jobs' runs, encrypted: proof that it comes from a web process.
+        Without it the entry counts only for jobs that prove it themselves.
     """
-    return {"v": ENTRY_VERSION, "kind": "confirm", "endpoint": endpoint, "jobs": list(jobs)}
+    entry = {"v": ENTRY_VERSION, "kind": "confirm", "endpoint": endpoint, "jobs": list(jobs)}
+    return entry if seal is None else {**entry, "seal": seal}
 
 
 class Outbox:
@@ -284,7 +290,7 @@ class Outbox:
             )
         raw = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else bytes(raw)
         try:
-            entry = parse_entry(raw)
+            entry = replace(parse_entry(raw), at=int(entry_id.partition("-")[0]) / 1000)
             if not entry.endpoint.startswith(self._prefix):
                 raise OutboxEntryError(f"its endpoint {entry.endpoint!r} belongs to another database.")
         except OutboxEntryError as exc:
@@ -319,6 +325,28 @@ def age_of_oldest(redis: Redis, key: str) -> float | None:
         pipeline.time()
         oldest, (seconds, _microseconds) = pipeline.execute()
     return int(seconds) - int(_text(oldest[0][0]).partition("-")[0]) / 1000 if oldest else None
+
+
+def read_until(redis: Redis, key: str | None) -> datetime | None:
+    """Return when Redis took the oldest entry that is not done: every earlier one is stored in SQL by now.
+
+    Entries stay until then, whether nobody has read them yet or a reader died that had.
+
+    :param key: the stream's, :attr:`Outbox.key`.
+    :returns: ``None`` where the stream is empty.
+    """
+    oldest: Any = redis.xrange(key, count=1) if key is not None else []
+    if not oldest:
+        return None
+    milliseconds = int(_text(oldest[0][0]).partition("-")[0])
+    return datetime.fromtimestamp(milliseconds // 1000, UTC) + timedelta(milliseconds=milliseconds % 1000)
+
+
+def server_time(redis: Redis) -> datetime:
+    """Return the time on Redis' clock."""
+    answer: Any = redis.time()
+    seconds, microseconds = answer
+    return datetime.fromtimestamp(int(seconds), UTC) + timedelta(microseconds=int(microseconds))
 
 
 def _only_stream(answer: Any) -> Any:
@@ -398,11 +426,16 @@ def parse_entry(raw: bytes) -> OutboxEntry:
 
 
 def _parse_confirm(fields: dict[str, Any]) -> OutboxEntry:
+    seal = fields.pop("seal", None)
+    if seal is not None and not isinstance(seal, str):
+        raise OutboxEntryError("its seal is no text.")
     _check_names(fields, _CONFIRM_FIELDS)
     jobs = fields["jobs"]
     if not isinstance(jobs, list) or not 0 < len(jobs) <= MAX_JOBS:
         raise OutboxEntryError(f"its jobs are not a list of 1 to {MAX_JOBS} ids.")
-    return OutboxEntry(kind="confirm", endpoint=_endpoint(fields), jobs=tuple(_job_id(job) for job in jobs))
+    return OutboxEntry(
+        kind="confirm", endpoint=_endpoint(fields), jobs=tuple(_job_id(job) for job in jobs), seal=seal
+    )
 
 
 def _loads(raw: bytes) -> dict[str, Any]:

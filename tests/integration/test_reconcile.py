@@ -756,7 +756,7 @@ def test_more_watches_than_a_page(
     assert sorted(event.job_id for event in events(state)) == sorted(jobs)
     report = reconciler.run_once()
     assert report.looked_at == 20  # the settled ones
-    assert not report.told
+    assert not report.reported
 
 
 def test_a_pass_holds_no_more_told_runs_in_memory_than_rq_has(
