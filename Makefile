@@ -121,5 +121,5 @@ $(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	@echo "Installing into .venv-bench ..."
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-		--editable '.[demo,postgres,fast]' -r requirements/bench.txt
+		--editable '.[demo,postgres]' -r requirements/bench.txt
 	@touch $@

@@ -54,10 +54,8 @@ def ours(
 
     :param waiting_in: ``"outbox"``: the whole way from the callbacks' word, through ingest; ``"sql"``: due
         deliveries.
-    :param settings: of the dispatcher, such as ``transport="aiohttp"``.
+    :param settings: of the dispatcher.
     """
-    if settings.get("transport") == "requests":
-        del settings["transport"]  # the default
 
     def run(count: int) -> Run:
         installation.clear()

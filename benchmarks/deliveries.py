@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import contenders
 from .harness import Report, Size, alternately, median_rate, ratios, runs_data
-from .installation import KINDS, servers, transports
+from .installation import KINDS, servers
 from .receiver import receiver
 
 HOSTS = 40
@@ -16,15 +16,11 @@ def instant(size: Size) -> Report:
     with servers() as some, receiver(HOSTS) as target:
         urls, count = target.urls(), size["count"]
         candidates = {"limit": contenders.limit(target, urls, size["limit"])}
-        measured = transports(report)
         for kind, database in KINDS.items():
             installation = some.installation(kind)
-            for transport in measured:
-                candidates[f"{database}, {transport}"] = contenders.ours(
-                    target, urls, count, installation, transport=transport
-                )
-            candidates[f"{database}, requests, due in SQL"] = contenders.ours(
-                target, urls, count, installation, waiting_in="sql", transport="requests"
+            candidates[database] = contenders.ours(target, urls, count, installation)
+            candidates[f"{database}, due in SQL"] = contenders.ours(
+                target, urls, count, installation, waiting_in="sql"
             )
         runs = alternately(candidates, size["rounds"])
     report.data = runs_data(runs)
@@ -32,12 +28,9 @@ def instant(size: Size) -> Report:
     for name in list(runs)[1:]:
         report.add(f"ours, {name}", [run.rate for run in runs[name]], "/s")
     for database in KINDS.values():
-        for way in (f"{database}, requests", f"{database}, requests, due in SQL"):
+        for way in (database, f"{database}, due in SQL"):
             shares = ratios(runs[way], runs["limit"])
             report.add(f"{way}: of the limit", shares, "share", promise="limit", at_least=0.6)
-        if "aiohttp" in measured:
-            factors = ratios(runs[f"{database}, aiohttp"], runs[f"{database}, requests"])
-            report.add(f"{database}: aiohttp against requests", factors, "x", promise="fast", at_least=2)
     return report
 
 

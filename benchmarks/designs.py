@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import contenders
 from .harness import Contender, Report, Run, Size, alternately, median_rate, ratios, runs_data
-from .installation import Servers, servers, transports
+from .installation import Servers, servers
 from .receiver import RunningReceiver, receiver
 
 HOSTS = 40
@@ -18,11 +18,7 @@ def instant(size: Size) -> Report:
     with servers() as some, receiver(HOSTS) as target:
         urls = target.urls()
         sqlite = some.installation()
-        measured = transports(report)
-        candidates: dict[str, Contender] = {
-            f"ours, {transport}": contenders.ours(target, urls, size["count"], sqlite, transport=transport)
-            for transport in measured
-        }
+        candidates: dict[str, Contender] = {"ours": contenders.ours(target, urls, size["count"], sqlite)}
         others: dict[str, Contender | None] = {
             "job per attempt": contenders.job_per_attempt(target, urls, size["others"], some),
             "django-webhook, Celery prefork": contenders.django_webhook(
@@ -39,7 +35,7 @@ def instant(size: Size) -> Report:
             else:
                 candidates[name] = other
         runs = alternately(candidates, size["rounds"])
-    _compare(report, runs, measured)
+    _compare(report, runs)
     return report
 
 
@@ -49,19 +45,14 @@ def slow(size: Size) -> Report:
     with servers() as some, receiver(HOSTS) as target:
         urls, count = target.urls(delay_ms=50), size["count"]
         sqlite = some.installation()
-        candidates: dict[str, Contender] = {}
-        measured = transports(report)
-        for transport in measured:
-            candidates[f"ours, {transport}"] = contenders.ours(
-                target, urls, count, sqlite, transport=transport, concurrency=MANY
-            )
-            candidates[f"ours, {transport}, 64 in flight"] = contenders.ours(
-                target, urls, count, sqlite, transport=transport
-            )
+        candidates: dict[str, Contender] = {
+            "ours": contenders.ours(target, urls, count, sqlite, concurrency=MANY),
+            "ours, 64 in flight": contenders.ours(target, urls, count, sqlite),
+        }
         candidates |= _in_the_worker(target, urls, some, size["others"], size["others"])
         candidates["limit, 64 threads"] = contenders.limit(target, urls, count)
         runs = alternately(candidates, size["rounds"])
-    _compare(report, runs, measured)
+    _compare(report, runs)
     return report
 
 
@@ -78,16 +69,16 @@ def _in_the_worker(
     }
 
 
-#: Promises by the contender they are about, and what is promised with each transport.
+#: Promises by the contender they are about, and the factor that is promised.
 _TARGETS = {
-    "job per attempt": ("job-per-attempt", {"requests": 4, "aiohttp": 10}),
-    "django-webhook": ("django-webhook", {"requests": 4, "aiohttp": 8}),
-    "inline": ("naive", {"requests": 40, "aiohttp": 100}),
-    "rq.Webhook": ("naive", {"requests": 40, "aiohttp": 100}),
+    "job per attempt": ("job-per-attempt", 4),
+    "django-webhook": ("django-webhook", 4),
+    "inline": ("naive", 40),
+    "rq.Webhook": ("naive", 40),
 }
 
 
-def _compare(report: Report, runs: dict[str, list[Run]], measured: list[str]) -> None:
+def _compare(report: Report, runs: dict[str, list[Run]]) -> None:
     report.data = runs_data(runs)
     for name, some in runs.items():
         report.add(name, [run.rate for run in some], "/s")
@@ -95,14 +86,13 @@ def _compare(report: Report, runs: dict[str, list[Run]], measured: list[str]) ->
     for name in runs:
         if name.startswith(("ours", "limit")):
             continue
-        key, targets = next(each for start, each in _TARGETS.items() if name.startswith(start))
+        key, target = next(each for start, each in _TARGETS.items() if name.startswith(start))
         promised = key == promised_here or (not promised_here and key != "naive")
-        for transport in measured:
-            mine = runs[f"ours, {transport}"]
-            report.add(
-                f"{transport} {median_rate(mine):,.0f}/s against {name} {median_rate(runs[name]):,.0f}/s",
-                ratios(mine, runs[name]),
-                "x",
-                promise=key if promised else "",
-                at_least=targets[transport] if promised else None,
-            )
+        mine = runs["ours"]
+        report.add(
+            f"ours {median_rate(mine):,.0f}/s against {name} {median_rate(runs[name]):,.0f}/s",
+            ratios(mine, runs[name]),
+            "x",
+            promise=key if promised else "",
+            at_least=target if promised else None,
+        )

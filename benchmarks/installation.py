@@ -22,19 +22,14 @@ from typing import Any
 import redis
 from sqlalchemy import func, insert, select
 
-from flask_rq_webhooks.config import load_settings
-from flask_rq_webhooks.dispatch.http.choosing import open_transport
-from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.protocol.payloads import occurrence_to_json
-from flask_rq_webhooks.protocol.urls import UrlPolicy
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch, new_id
 from flask_rq_webhooks.storage.subscriptions import EndpointRow
 from tests.servers import PostgresHandle, Process, postgres_server, valkey_server, wait_until
 
 from .app import create_app
-from .harness import Report
 from .payload import RESULT, SECRET
 
 _CHUNK = 1000
@@ -240,29 +235,6 @@ class Servers:
         installation = Installation(redis_url, url, **settings)
         self._stack.callback(installation.close)
         return installation
-
-
-def fast_transport_missing() -> str:
-    """Return why the aiohttp transport cannot be measured; empty where it can."""
-    try:
-        settings = load_settings({"RQ_WEBHOOKS_TRANSPORT": "aiohttp"}, {})
-        open_transport(settings, UrlPolicy(), concurrency=1).close(wait=True)
-    except ConfigurationError as exc:
-        return f"the aiohttp transport: {exc}"
-    return ""
-
-
-def transports(report: Report, number: int = 2) -> list[str]:
-    """Return the transports to measure; *report* says why one is missing.
-
-    :param number: 1 for the default one alone.
-    """
-    if number == 1:
-        return ["requests"]
-    missing = fast_transport_missing()
-    if missing:
-        report.skip(missing)
-    return ["requests"] if missing else ["requests", "aiohttp"]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
 from tests.servers import rq_worker, wait_until
 
 from .harness import Report, Size, percentile
-from .installation import KINDS, Installation, servers, transports
+from .installation import KINDS, Installation, servers
 from .payload import SECRET
 from .receiver import RunningReceiver, receiver
 
@@ -35,27 +35,20 @@ def end_to_end(size: Size) -> Report:
     """Run 20 jobs a second, a stock forking worker and one dispatcher, and time each delivery."""
     report = Report(f"End of the job to received, {RATE} jobs a second, forking Worker")
     with servers() as some, receiver(1) as target:
-        ways = [(kind, transport) for transport in transports(report, size["transports"]) for kind in KINDS]
-        for kind, transport in ways:
-            if transport != "requests" and kind != "sqlite":
-                continue  # what a transport adds, it adds on any database
-            latencies = _latencies_ms(some.installation(kind), target, size["count"], transport)
+        for kind, name in KINDS.items():
+            latencies = _latencies_ms(some.installation(kind), target, size["count"])
             p50, p99 = percentile(latencies, 0.5), percentile(latencies, 0.99)
-            name = f"{KINDS[kind]}, {transport}"
             report.data[name] = {"p50": p50, "p95": percentile(latencies, 0.95), "p99": p99}
             report.add(f"{name}: p50", p50, "ms", promise="latency", at_most=25)
             report.add(f"{name}: p99", p99, "ms", promise="latency", at_most=150)
     return report
 
 
-def _latencies_ms(
-    installation: Installation, target: RunningReceiver, count: int, transport: str
-) -> list[float]:
+def _latencies_ms(installation: Installation, target: RunningReceiver, count: int) -> list[float]:
     callback = register_endpoint(installation, target.url(name="latency"))
     queue = rq.Queue("default", connection=installation.redis)
     target.ask("/reset")
-    settings = {} if transport == "requests" else {"transport": transport}
-    with installation.dispatcher(**settings) as dispatcher, rq_worker(installation.redis_url):
+    with installation.dispatcher() as dispatcher, rq_worker(installation.redis_url):
         dispatcher.wait_for_output("started")
         begin = time.monotonic() + 1
         for number in range(count):

@@ -10,9 +10,7 @@ from typing import Final
 
 #: Words by key, in the order of the table.
 PROMISES: Final[dict[str, str]] = {
-    "limit": "Deliveries/s, receivers that answer at once, one dispatcher, ``requests`` transport, as a "
-    "share of the *limit*",
-    "fast": "The same with the aiohttp transport, against the ``requests`` transport",
+    "limit": "Deliveries/s, receivers that answer at once, one dispatcher, as a share of the *limit*",
     "job-per-attempt": "Deliveries/s against *job per attempt*",
     "django-webhook": "Deliveries/s against *django-webhook + Celery*",
     "naive": "Deliveries/s, 40 receivers of 50 ms, against *inline* and *rq.Webhook*, one worker each",

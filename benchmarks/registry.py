@@ -12,7 +12,7 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         deliveries.instant,
         full={"rounds": 5, "count": 3000, "limit": 6000},
         quick={"rounds": 1, "count": 800, "limit": 2000},
-        promises=("limit", "fast"),
+        promises=("limit",),
     ),
     "designs": Benchmark(
         designs.instant,
@@ -50,14 +50,14 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "latency": Benchmark(
         latency.end_to_end,
-        full={"count": 500, "transports": 2},
-        quick={"count": 60, "transports": 1},
+        full={"count": 500},
+        quick={"count": 60},
         promises=("latency",),
     ),
     "hanging": Benchmark(
         hanging.hanging,
-        full={"rounds": 3, "each": 1000, "transports": 2},
-        quick={"rounds": 1, "each": 100, "transports": 1},
+        full={"rounds": 3, "each": 1000},
+        quick={"rounds": 1, "each": 100},
         promises=("hanging",),
     ),
     "growth": Benchmark(
@@ -68,8 +68,8 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "memory": Benchmark(
         scale.memory,
-        full={"due": 1_000_000, "sent": 200_000, "transports": 2},
-        quick={"due": 20_000, "sent": 2_000, "transports": 1},
+        full={"due": 1_000_000, "sent": 200_000},
+        quick={"due": 20_000, "sent": 2_000},
         promises=("memory",),
     ),
 }

@@ -17,7 +17,7 @@ from flask_rq_webhooks.storage.models import Attempt, Delivery, new_id
 
 from .claim_plan import fill, fill_history
 from .harness import Report, Size, blocks
-from .installation import KINDS, Installation, servers, transports
+from .installation import KINDS, Installation, servers
 from .receiver import receiver
 
 BATCH = 64
@@ -103,40 +103,38 @@ def memory(size: Size) -> Report:
     due, sent = size["due"], size["sent"]
     report = Report(f"Resident memory of a dispatcher, SQLite, {due:,} due, over {sent:,} deliveries")
     with servers() as some, receiver(40) as target:
-        for transport in transports(report, size["transports"]):
-            installation = some.installation()
-            endpoints = installation.endpoints(HOSTS, target.urls())
-            fill(installation.state.database, due, HOSTS, analyze=True, endpoints=endpoints)
-            target.ask("/reset")
-            settings = {} if transport == "requests" else {"transport": transport}
-            with installation.dispatcher(**settings) as dispatcher:
-                dispatcher.wait_for_output("started")
-                process = psutil.Process(dispatcher.pid)
-                samples: list[tuple[int, float]] = []
-                deadline = time.monotonic() + 1200
-                while not samples or samples[-1][0] < sent:
-                    time.sleep(0.5)
-                    assert dispatcher.popen.poll() is None, dispatcher.output
-                    assert time.monotonic() < deadline, samples[-1]
-                    samples.append((target.ask("/count"), process.memory_info().rss / 2**20))
-                assert dispatcher.stop() == 0, dispatcher.output
-            requests = target.ask("/count")
-            installation.wait_until_recorded(requests)
-            tell_memory(report, transport, samples, sent)
+        installation = some.installation()
+        endpoints = installation.endpoints(HOSTS, target.urls())
+        fill(installation.state.database, due, HOSTS, analyze=True, endpoints=endpoints)
+        target.ask("/reset")
+        with installation.dispatcher() as dispatcher:
+            dispatcher.wait_for_output("started")
+            process = psutil.Process(dispatcher.pid)
+            samples: list[tuple[int, float]] = []
+            deadline = time.monotonic() + 1200
+            while not samples or samples[-1][0] < sent:
+                time.sleep(0.5)
+                assert dispatcher.popen.poll() is None, dispatcher.output
+                assert time.monotonic() < deadline, samples[-1]
+                samples.append((target.ask("/count"), process.memory_info().rss / 2**20))
+            assert dispatcher.stop() == 0, dispatcher.output
+        requests = target.ask("/count")
+        installation.wait_until_recorded(requests)
+        tell_memory(report, samples, sent)
     return report
 
 
-def tell_memory(report: Report, transport: str, samples: list[tuple[int, float]], sent: int) -> None:
+def tell_memory(report: Report, samples: list[tuple[int, float]], sent: int) -> None:
     """Say how much memory it was at most, and how much more at the end than after the first tenth."""
     tenths = [
         statistics.median([rss for count, rss in samples if low <= count <= high] or [samples[-1][1]])
         for low, high in pairwise(sent * tenth / 10 for tenth in range(1, 11))
     ]
-    report.data[transport] = {
+    report.data["ours"] = {
         "second_to_last_tenth_mb": tenths,
         "samples": samples[:: max(1, len(samples) // 50)],
     }
-    words = f"{transport}, {sent:,} deliveries"
+    words = f"{sent:,} deliveries"
     most = max(rss for _count, rss in samples)
     report.add(f"{words}: most", most, "MB", promise="memory", at_most=150)
     report.add(

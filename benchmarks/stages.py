@@ -6,7 +6,6 @@ CPU time, not wall time: what the machine does meanwhile hardly shows.
 from __future__ import annotations
 
 import cProfile
-import dataclasses
 import statistics
 import time
 from collections import Counter
@@ -16,8 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, Transport
-from flask_rq_webhooks.dispatch.http.choosing import open_transport
+from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, open_transport
 from flask_rq_webhooks.dispatch.rate_limit import RateLimiter
 from flask_rq_webhooks.dispatch.recorder import judge
 from flask_rq_webhooks.dispatch.request_builder import build_request
@@ -28,7 +26,7 @@ from flask_rq_webhooks.storage.attempts import AttemptRecord, record_attempts
 from flask_rq_webhooks.storage.claims import ClaimedDelivery, claim_due
 
 from .harness import Report, Size
-from .installation import KINDS, Installation, servers, transports
+from .installation import KINDS, Installation, servers
 from .receiver import RunningReceiver, receiver
 
 STEPS = ("ingest", "claim", "rate limit", "sign", "send", "record")
@@ -40,19 +38,13 @@ def stages(size: Size) -> Report:
     """Take deliveries through every step, one step after the other."""
     report = Report(f"CPU of one delivery by step, one process, 40 hosts, batches of {BATCH}")
     with servers() as some, receiver(40) as target:
-        measured = transports(report)
         for kind, database in KINDS.items():
             installation = some.installation(kind)
-            rounds: dict[str, list[dict[str, float]]] = {transport: [] for transport in measured}
-            for _ in range(size["rounds"] + 1):
-                for transport in measured:
-                    rounds[transport].append(_measure(installation, target, size["count"], transport))
-            for transport, measures in rounds.items():
-                steps = {name: statistics.median(some[name] for some in measures[1:]) for name in STEPS}
-                name = f"{database}, {transport}"
-                report.data[name] = steps
-                parts = ", ".join(f"{step} {value:.3f}" for step, value in steps.items())
-                report.add(f"{name}: {parts}", sum(steps.values()), "ms")
+            rounds = [_measure(installation, target, size["count"]) for _ in range(size["rounds"] + 1)]
+            steps = {name: statistics.median(one[name] for one in rounds[1:]) for name in STEPS}
+            report.data[database] = steps
+            parts = ", ".join(f"{step} {value:.3f}" for step, value in steps.items())
+            report.add(f"{database}: {parts}", sum(steps.values()), "ms")
             report.data[f"{database}, profile of ingest"] = _profile_of_ingest(
                 installation, target, size["count"]
             )
@@ -112,12 +104,6 @@ def _entry_bytes(installation: Installation, target: RunningReceiver) -> float:
     return used / 1000
 
 
-def make_transport(state: State, name: str) -> Transport:
-    """Return the transport that a dispatcher makes."""
-    settings = dataclasses.replace(state.settings, transport=name)
-    return open_transport(settings, state.url_policy, concurrency=BATCH)
-
-
 class _Clock:
     """CPU of this process by step."""
 
@@ -131,7 +117,7 @@ class _Clock:
         self.spent[name] = self.spent.get(name, 0.0) + time.process_time() - began
 
 
-def _measure(installation: Installation, target: RunningReceiver, count: int, name: str) -> dict[str, float]:
+def _measure(installation: Installation, target: RunningReceiver, count: int) -> dict[str, float]:
     installation.clear()
     target.ask("/reset")
     installation.seed_outbox(count, target.urls())
@@ -143,7 +129,7 @@ def _measure(installation: Installation, target: RunningReceiver, count: int, na
     while left:
         with clock.step("ingest"):
             left -= ingest.run_once(block_ms=0)
-    transport = make_transport(state, name)
+    transport = open_transport(settings, state.url_policy, concurrency=BATCH)
     try:
         left = count
         while left:

@@ -186,17 +186,17 @@ class _Need:
 
     def rows(self) -> list[tuple[str, str, str] | None]:
         return [
-            self._dispatchers("requests"), self._dispatchers("aiohttp"), self._in_flight(), self._one_host(),
+            self._dispatchers(), self._in_flight(), self._one_host(),
             self._machine(), self._ingest(), self._stream(), self._routes(), self._workers(), self._disk(),
         ]  # fmt: skip
 
-    def _dispatchers(self, transport: str) -> tuple[str, str, str] | None:
-        rate = _median_rate(self._reports, "deliveries", f"PostgreSQL, {transport}")
-        cpu = _median_cpu(self._reports, "deliveries", f"PostgreSQL, {transport}")
+    def _dispatchers(self) -> tuple[str, str, str] | None:
+        rate = _median_rate(self._reports, "deliveries", "PostgreSQL")
+        cpu = _median_cpu(self._reports, "deliveries", "PostgreSQL")
         if rate is None or cpu is None:
             return None
         return (
-            f"Dispatchers, {transport}",
+            "Dispatchers",
             f"one delivers {rate:,.0f}/s at {cpu:.2f} ms of CPU each (PostgreSQL, receivers that answer at "
             "once)",
             f"{ceil(A_SECOND / rate)} by rate, busy to {A_SECOND / rate:.0%}; {A_SECOND * cpu / 1000:.2f} "
@@ -223,7 +223,7 @@ class _Need:
         )
 
     def _machine(self) -> tuple[str, str, str] | None:
-        runs = self._runs("deliveries", "PostgreSQL, requests")
+        runs = self._runs("deliveries", "PostgreSQL")
         if not runs or any(run["busy"] is None for run in runs):
             return None
         # CPU of everything on the machine for one delivery: busy processors over deliveries a second.
@@ -236,7 +236,7 @@ class _Need:
         )
 
     def _ingest(self) -> tuple[str, str, str] | None:
-        steps = self._data("stages").get("PostgreSQL, requests")
+        steps = self._data("stages").get("PostgreSQL")
         if steps is None:
             return None
         return (

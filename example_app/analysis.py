@@ -1,8 +1,8 @@
-"""A second, smaller service: one route, the ``task`` payload format, headers of its own name.
+"""A second, smaller service: one route, the ``task`` payload format, its own header names.
 
-Its clients bring no secret. They say ``"sign_payload": true`` and verify with the secret that this service
-shares with them (``ANALYSIS_SIGNING_SECRET``). Built by a factory, with the drop-in queue of
-flask_rq_webhooks instead of instrumented RQ queues.
+Its clients send no secret. They ask for ``"sign_payload": true`` and verify with the secret that this service
+shares with them (``ANALYSIS_SIGNING_SECRET``). A factory makes the app, and its
+queues are the drop-in :class:`flask_rq_webhooks.Queue` instead of instrumented RQ queues.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def create_app() -> Flask:
 
     @webhooks.authorize
     def may(permission: str, **what: Any) -> bool:
-        """Let everybody who knows a job's id ask how its webhook fares; nobody may do more."""
+        """Let everybody who knows a job's id see its webhook's status; nobody may do more."""
         return permission == "status"
 
     @app.post("/api/v1/analyze/async")

@@ -1,20 +1,23 @@
-"""The host: a watershed-modelling service as such apps are written.
+"""The host app: a watershed-modelling service.
 
-A module-level ``app`` that registers extensions through a method of its own, Flask-SQLAlchemy for its
-runs, a Redis connection per request, plain ``rq.Queue`` objects. Webhooks add three things: the extension
-object, one decorator per route that enqueues, and a function that says who may see what.
+It is written as many Flask apps are: a module-level ``app`` that registers extensions through a method of
+its own, Flask-SQLAlchemy for its runs, a Redis connection per request, plain ``rq.Queue`` objects. Webhooks
+add three things: the extension object, one decorator on each route that enqueues, and a function that says
+who may see what.
 
 Settings come from the environment:
 
-========================  ==================================================================
-``REDIS_URL``             default ``redis://localhost:6379/0``
-``EXAMPLE_DATABASE_URI``  default ``sqlite:///watershed.db`` in the instance folder
-``EXAMPLE_RUNS_DIR``      where runs keep their files, default ``instance/runs``
-``EXAMPLE_TOKEN``         bearer token of clients and operators, and what operators sign in with at
-                          ``/login``; without it nobody is let in
-``ALLOW_HTTP``            ``1`` lets webhooks go to ``http://`` receivers on this machine
-``SECRET_KEY``            encrypts webhook secrets at rest; every process needs the same
-========================  ==================================================================
+===========================  ==============================================================================
+``REDIS_URL``                default ``redis://localhost:6379/0``
+``EXAMPLE_DATABASE_URI``     default ``sqlite:///watershed.db`` in the instance folder
+``EXAMPLE_RUNS_DIR``         directory with one directory per run; default ``instance/runs``
+``EXAMPLE_TOKEN``            the operators' token: a bearer token, and the password of ``/login``; without it
+                             nobody is an operator
+``EXAMPLE_RECEIVER_URL``     receiver of the page at ``/``; ``make demo`` sets it
+``EXAMPLE_RECEIVER_SECRET``  the secret that receiver verifies with
+``ALLOW_HTTP``               ``1`` lets webhooks go to ``http://`` receivers on this machine
+``SECRET_KEY``               encrypts webhook secrets at rest; the same in every process
+===========================  ==============================================================================
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from flask_rq_webhooks import RQWebhooks
 
-from . import jobs
+from . import home, jobs
 
 
 class Extension(Protocol):
@@ -59,8 +62,8 @@ class Base(DeclarativeBase):
 
 
 db = SQLAlchemy(model_class=Base)
-# `instrument_rq` lets the plain `rq.Queue` of existing code carry webhooks inside decorated views; `redis`
-# gives webhooks the Redis of the queues, from whatever `jobs.connect` is then: tests replace it.
+# `instrument_rq` attaches webhooks to the plain `rq.Queue` of existing code inside decorated views.
+# `redis` is the Redis of the queues; a lambda, because tests replace `jobs.connect`.
 webhooks = RQWebhooks(db=db, redis=lambda: jobs.connect(), instrument_rq=True)
 
 
@@ -88,17 +91,23 @@ app.register_extension(webhooks)
 
 @webhooks.authorize
 def may(permission: str, **what: Any) -> bool:
-    """Let operators see and do everything, and nobody else anything.
+    """Let operators do everything, and visitors see the webhooks of the runs they submitted at ``/``.
 
-    They send the token, or have signed in with it. With Flask-Login or Flask-Security this is a line such as
-    ``return current_user.is_authenticated and current_user.has_role("operator")``.
+    With Flask-Login or Flask-Security the first line is ``if current_user.has_role("operator"):``.
     """
+    if is_operator():
+        return True
+    return permission == "status" and what.get("runid") in session.get("runs", [])
+
+
+def is_operator() -> bool:
+    """Return whether this request carries the operators' token, or a session that was opened with it."""
     token = os.environ.get("EXAMPLE_TOKEN")
     if not token:
         return False
     given = request.headers.get("Authorization", "").removeprefix("Bearer ")
     return secrets.compare_digest(given.encode(), token.encode()) or secrets.compare_digest(
-        session.get("operator", ""), _signed_in(token)
+        session.get("operator", ""), _session_proof(token)
     )
 
 
@@ -116,7 +125,7 @@ def build_landuse(runid: str, config: str) -> ResponseReturnValue:
 @app.post("/runs/<runid>/<config>/rq/api/build_soils")
 @webhooks.accepts_webhook
 def build_soils(runid: str, config: str) -> ResponseReturnValue:
-    """Compute how much water the soils can hold; ``depth_factor`` scales their depth."""
+    """Compute how much water each soil can hold; ``depth_factor`` scales the soils' depth."""
     _prepare(runid, config)
     payload = parse_request_payload()
     try:
@@ -142,7 +151,7 @@ def build_climate(runid: str, config: str) -> ResponseReturnValue:
 @app.post("/runs/<runid>/<config>/rq/api/run_wepp")
 @webhooks.accepts_webhook
 def run_wepp(runid: str, config: str) -> ResponseReturnValue:
-    """Run the water balance of every hillslope: a root job that enqueues the others."""
+    """Run the water balance of every hillslope: a root job that enqueues one job for each."""
     _prepare(runid, config)
     return _enqueue(jobs.run_wepp_rq, runid)
 
@@ -150,7 +159,7 @@ def run_wepp(runid: str, config: str) -> ResponseReturnValue:
 @app.post("/runs/<runid>/<config>/rq/api/hello_world")
 @webhooks.accepts_webhook
 def hello_world(runid: str, config: str) -> ResponseReturnValue:
-    """Say hello, by a job that has RQ callbacks of its own."""
+    """Say hello, with a job that has RQ callbacks of its own."""
     _prepare(runid, config)
     fail = bool(parse_request_payload().get("fail"))
     with jobs.connect() as connection:
@@ -170,20 +179,22 @@ def hello_world(runid: str, config: str) -> ResponseReturnValue:
 
 @app.route("/login", methods=["GET", "POST"])
 def login() -> ResponseReturnValue:
-    """Let an operator in who knows the token."""
+    """Sign in an operator who knows the token: by the form, or by the link that ``make demo`` prints."""
     token = os.environ.get("EXAMPLE_TOKEN")
-    if request.method == "GET":
+    given = request.values.get("token")
+    if given is None:
         return render_template("login.html", failed=False)
-    given = request.form.get("token", "")
     if not token or not secrets.compare_digest(given.encode(), token.encode()):
         return render_template("login.html", failed=True), 403
-    session["operator"] = _signed_in(token)
-    return redirect(url_for("rq_webhooks.page_overview"), code=303)
+    session["operator"] = _session_proof(token)
+    # From the link to the front page, from the form to the dashboard. Either way the token leaves the URL.
+    page = "home.form" if request.method == "GET" else "rq_webhooks.page_overview"
+    return redirect(url_for(page), code=303)
 
 
 @app.get("/rq/api/jobstatus/<job_id>")
 def job_status(job_id: str) -> ResponseReturnValue:
-    """Say what RQ says about a job."""
+    """Return what RQ knows of a job."""
     return _job_facts(job_id)
 
 
@@ -207,8 +218,8 @@ def parse_request_payload() -> dict[str, Any]:
     return fields
 
 
-def _signed_in(token: str) -> str:
-    # Not the token itself: the session's cookie is signed, but anybody who holds it can read it.
+def _session_proof(token: str) -> str:
+    # Not the token itself: a session cookie is signed, but its owner can read it.
     return hmac.digest(token.encode(), b"operator", "sha256").hex()
 
 
@@ -244,3 +255,12 @@ def _job_facts(job_id: str) -> dict[str, Any]:
             "ended_at": job.ended_at.isoformat() if job.ended_at else None,
             "children": {name: child for name, child in job.meta.items() if name.startswith("jobs:")},
         }
+
+
+@app.context_processor
+def operator_flag() -> dict[str, bool]:
+    """Let templates ask whether an operator is looking."""
+    return {"operator": is_operator()}
+
+
+app.register_blueprint(home.make_blueprint(webhooks, _prepare, _job_facts))

@@ -4,7 +4,7 @@ Starts an embedded Valkey, the example app on SQLite, a stock ``rq worker``, the
 then submits a job that succeeds, one that fails, and one whose receiver fails twice first, and prints what
 happens when. With a terminal attached everything keeps running until Ctrl-C.
 
-The processes end with this one, in whatever way it ends: see :class:`Guard`.
+The processes end when this one ends, even when it is killed: see :class:`Guard`.
 """
 
 from __future__ import annotations
@@ -211,24 +211,24 @@ class Timeline:
 
     def __init__(self) -> None:
         self._began = time.time()
-        self._told: set[tuple[str, str]] = set()
+        self._printed: set[tuple[str, str]] = set()
 
-    def tell(self, facts: Sequence[tuple[float, str, str]], *, older_than_s: float = 0.0) -> None:
-        """Print the facts (when, which job, what) that were not told before, oldest first.
+    def print_new(self, facts: Sequence[tuple[float, str, str]], *, older_than_s: float = 0.0) -> None:
+        """Print the facts (when, which job, what) that were not printed before, oldest first.
 
         :param older_than_s: leave younger ones for the next time: what happened in between may be known by
             then, from one of the other jobs.
         """
         until = time.time() - older_than_s
         for at, name, what in sorted(facts):
-            if at <= until and (name, what) not in self._told:
-                self._told.add((name, what))
+            if at <= until and (name, what) not in self._printed:
+                self._printed.add((name, what))
                 print(f"{max(0.0, at - self._began):7.2f} s  {name:8} {what}", flush=True)
 
 
 @dataclass
 class Submission:
-    """One job with a webhook, and what is to become of it."""
+    """One job with a webhook, and the expected outcome."""
 
     name: str
     path: str
@@ -242,7 +242,7 @@ class Submission:
     def facts(
         self, status: Mapping[str, Any], arrivals: Sequence[Mapping[str, Any]]
     ) -> list[tuple[float, str, str]]:
-        """Return what the status route and the receiver tell about this job."""
+        """Return what the status route and the receiver report about this job."""
         found = [(self.at, self.name, f"submitted: {self.path}, job {self.job_id}")]
         for event in status.get("events", []):
             if event.get("ended_at") or event.get("occurred_at"):
@@ -345,7 +345,7 @@ class Demo:
         return answer
 
     def run(self, check: Callable[[], None]) -> int:
-        """Submit the three jobs, tell what happens, return how many webhooks were delivered and verified.
+        """Submit the three jobs, print what happens, return how many webhooks were delivered and verified.
 
         :param check: called again and again; raises when it makes no sense to go on.
         """
@@ -359,7 +359,7 @@ class Demo:
             arrivals = self.arrivals()
             statuses = {submission.name: self.status(submission.job_id) for submission in submissions}
             facts = [fact for one in submissions for fact in one.facts(statuses[one.name], arrivals)]
-            timeline.tell(facts, older_than_s=0.5)
+            timeline.print_new(facts, older_than_s=0.5)
             done = [
                 submission
                 for submission in submissions
@@ -369,7 +369,7 @@ class Demo:
             if len(done) == len(submissions) or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        timeline.tell(facts)
+        timeline.print_new(facts)
         print("\nWhat the status route says about the last one:")
         print(json.dumps(statuses[submissions[-1].name], indent=2))
         return len(done)
@@ -408,8 +408,9 @@ def run(directory: Path, *, serve: bool) -> int:
             print("Starting Valkey, the app, the receiver, an RQ worker and the dispatcher ...", flush=True)
             parts.start("valkey", "example_app.valkey", str(directory / "valkey"), ready="serving on")
             url = r"serving on (http://\S+)"
-            app_url = parts.start("app", "example_app.serve", "example_app.app:app", ready=url)
             receiver_url = parts.start("receiver", "example_app.receiver", f"--secret={secret}", ready=url)
+            environment |= {"EXAMPLE_RECEIVER_URL": receiver_url, "EXAMPLE_RECEIVER_SECRET": secret}
+            app_url = parts.start("app", "example_app.serve", "example_app.app:app", ready=url)
             parts.start(
                 "worker",
                 "rq.cli",
@@ -435,9 +436,10 @@ def run(directory: Path, *, serve: bool) -> int:
         if serve:
             print(
                 f"\nStill running:\n"
+                f"  example app    {app_url}/login?token={token}\n"
+                f"                 submit a job, watch its webhook; this link signs you in to the dashboard\n"
+                f"  dashboard      {app_url}/webhooks/\n"
                 f"  receiver       {receiver_url}/\n"
-                f"  example app    {app_url}/\n"
-                f"  dashboard      {app_url}/login with the token {token}\n"
                 f"  status, JSON   curl -H 'Authorization: Bearer {token}' {app_url}/webhooks/jobs/<job id>\n"
                 f"Ctrl-C ends everything.\n"
             )
@@ -470,6 +472,9 @@ def _environment(directory: Path, token: str) -> dict[str, str]:
         "EXAMPLE_TOKEN": token,
         "SECRET_KEY": secrets.token_urlsafe(32),
         "ALLOW_HTTP": "1",
+        # Short, so that one can watch a receiver that hangs until the end.
+        "WEPPCLOUD_WEBHOOK_TIMEOUT": "5",
+        "WEPPCLOUD_WEBHOOK_RETRY_COUNT": "4",
     }
 
 

@@ -1,13 +1,13 @@
-"""What the RQ workers run.
+"""The functions that RQ workers run.
 
-Imports neither Flask nor SQLAlchemy: a worker needs this module, its input files and Redis. Nothing in
-here knows of webhooks.
+A worker needs this module, its input files and Redis; neither Flask nor SQL. Nothing here knows of webhooks.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from . import model
 #: Seconds a job may take. Real model runs take hours; RQ's own default of three minutes would end them.
 TIMEOUT = 216_000
 
-#: Where the callbacks of :func:`hello_world_rq` write down that they ran.
+#: Redis list in which the callbacks of :func:`hello_world_rq` record that they ran.
 GREETINGS_KEY = "example_app:greetings"
 
 
@@ -135,6 +135,11 @@ def hello_world_rq(runid: str, *, fail: bool = False) -> str:
     return f"hello {runid}"
 
 
+def be_killed_rq(runid: str) -> None:
+    """Kill this process, as the kernel does when memory runs out: no exception, no RQ callback."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def analyze_rq(flows: list[float]) -> dict[str, model.Number]:
     """Return the statistics of a series of flows."""
     return model.flow_statistics(flows)
@@ -144,14 +149,14 @@ def analyze_rq(flows: list[float]) -> dict[str, model.Number]:
 
 
 def note_success(job: Job, connection: Redis, result: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Write down that the job succeeded: the app's own RQ callback, untouched by any webhook."""
+    """Record that the job succeeded. This is the app's own RQ callback; webhooks do not touch it."""
     connection.rpush(GREETINGS_KEY, f"success {job.id} {result}")
 
 
 def note_failure(
     job: Job, connection: Redis, error: type[BaseException], *_args: Any, **_kwargs: Any
 ) -> None:
-    """Write down that the job failed."""
+    """Record that the job failed."""
     connection.rpush(GREETINGS_KEY, f"failure {job.id} {error.__name__}")
 
 

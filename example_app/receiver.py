@@ -1,10 +1,11 @@
 """A client's side: an HTTP server that verifies what arrives and shows it.
 
 ``python -m example_app.receiver --secret S`` prints its URL. Give clients ``<URL>/hooks/<any name>`` as
-``webhook_url``; with ``?fail=2`` the first two attempts of every event are answered with 503. The page at
-``/`` shows what arrived, ``/received.json`` gives the same to programs.
+``webhook_url``. With ``?fail=2`` the first two attempts of every event are answered with 503, with
+``?hang=1`` none is answered. The page at ``/`` shows what arrived, ``/received.json`` gives the same to
+programs.
 
-Standard library and :mod:`flask_rq_webhooks.receiver` only: what a client needs to copy is :func:`judge`.
+It uses the standard library and :mod:`flask_rq_webhooks.receiver` only. A client needs to copy :func:`judge`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,8 +29,11 @@ from flask_rq_webhooks.receiver import verify
 #: Names and values as they came; as pairs, because a header that comes twice is a reason to refuse.
 Headers = Sequence[tuple[str, str]]
 
-#: More than any sender of ours sends by default, and a bound for everybody else.
+#: More than our service sends by default, and a bound for everybody else.
 MAX_BODY_BYTES = 2**20
+
+#: Seconds after which a request that is never answered is let go; every sender gives up before.
+HANG_S = 120.0
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -60,7 +65,10 @@ ARTICLE = """<article>
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request that arrived, and what became of it."""
+    """One request that arrived, and its answer.
+
+    :param status: 0 for a request that is not answered.
+    """
 
     at: float
     path: str
@@ -75,7 +83,7 @@ class Arrival:
 
 
 def judge(body: bytes, headers: Headers, secrets: Sequence[str]) -> str | None:
-    """Return ``None`` for a request that a holder of one of *secrets* signed just now, else what is wrong."""
+    """Return what is wrong with a request; ``None`` when one of *secrets* signed it just now."""
     try:
         verify(body, headers, secrets)
     except SignatureError as exc:
@@ -107,16 +115,20 @@ class Receiver(ThreadingHTTPServer):
     def receive(self, path: str, headers: Headers, body: bytes) -> int:
         """Keep one request and return the status to answer with.
 
-        401 for a bad signature, 503 for as many attempts as ``?fail=`` asks for, else 204.
+        401 for a bad signature, 0 for no answer at all (``?hang=1``), 503 for as many attempts as ``?fail=``
+        asks for, else 204.
         """
         problem = judge(body, headers, self.secrets)
         webhook_id = _first(headers, "webhook-id")
         parts = urlsplit(path)
-        wanted = parse_qs(parts.query).get("fail", ["0"])[0]
+        query = parse_qs(parts.query)
+        wanted = query.get("fail", ["0"])[0]
         failures = int(wanted) if wanted.isascii() and wanted.isdigit() else 0
         with self._lock:
             if problem is not None:
                 status = 401
+            elif "hang" in query:
+                status = 0
             elif self._failed[webhook_id] < failures:
                 self._failed[webhook_id] += 1
                 status = 503
@@ -144,6 +156,7 @@ class Receiver(ThreadingHTTPServer):
             ARTICLE.format_map(
                 {name: html.escape(str(value)) for name, value in asdict(arrival).items()}
                 | {
+                    "status": arrival.status or "nothing",
                     "verdict": "verified"
                     if arrival.verified
                     else f"refused: {html.escape(arrival.problem or '')}",
@@ -166,7 +179,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(413, "text/plain", b"")
             return
         body = self.rfile.read(int(length))
-        self._answer(self.server.receive(self.path, self.headers.items(), body), "text/plain", b"")
+        status = self.server.receive(self.path, self.headers.items(), body)
+        if status:
+            self._answer(status, "text/plain", b"")
+        else:
+            self.close_connection = True
+            self.connection.settimeout(HANG_S)
+            with suppress(OSError):
+                self.connection.recv(1)  # returns when the sender has given up and closes the connection
 
     def do_GET(self) -> None:
         if self.path == "/":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import click
 from flask import Flask
 
-from .accept import decorator, enqueueing
+from .accept import decorator, register
 from .config import load_settings
 from .errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
 from .observe.publisher import Publisher
@@ -111,10 +111,11 @@ class RQWebhooks:
         # `flask rq-webhooks` finds its entry point first, even where the app cannot be loaded; this is for
         # what asks the app itself, as app.test_cli_runner() does.
         app.cli.add_command(_Commands("rq-webhooks"))
+        app.before_request(decorator.take_fields_before_parsers)
         app.register_error_handler(InvalidWebhookError, decorator.answer_invalid)
         app.register_error_handler(StorageUnavailableError, decorator.answer_unavailable)
         if settings.attach == "all":
-            job_callbacks.set_default_attachment(enqueueing.attachment_for_current_app)
+            job_callbacks.set_default_attachment(register.attachment_for_current_app)
         if self._instrument_rq:
             job_callbacks.instrument()
 
@@ -125,7 +126,15 @@ class RQWebhooks:
 
     @overload
     def accepts_webhook(
-        self, /, *, events: Sequence[str] | None = None, scope: str = "job", runid: str = "runid"
+        self,
+        /,
+        *,
+        events: Sequence[str] | None = None,
+        scope: str = "job",
+        runid: str = "runid",
+        jobs: decorator.Jobs | None = None,
+        fields: str = "all",
+        hide: str = "all",
     ) -> Callable[[View], View]: ...
 
     def accepts_webhook(
@@ -136,18 +145,30 @@ class RQWebhooks:
         events: Sequence[str] | None = None,
         scope: str = "job",
         runid: str = "runid",
+        jobs: decorator.Jobs | None = None,
+        fields: str = "all",
+        hide: str = "all",
     ) -> View | Callable[[View], View]:
         """Let the clients of a view ask for a webhook with the jobs it enqueues.
 
-        Goes directly above the function, below decorators that check who is calling.
+        Goes below decorators that check who is calling, and above those that parse the body.
 
         :param events: event types sent where the request names none; all terminal types by default.
         :param scope: ``"job"``, or ``"tree"`` for one event about all jobs of the request and their children.
         :param runid: name of the view argument that holds the host's run id.
+        :param jobs: the functions whose jobs are reported, as names (dotted, or the last part) or themselves;
+            or a function that is given a dotted name and returns whether. Every job by default.
+        :param fields: ``"headers"`` for a view that reads the body as a stream: the body is not touched, and
+            fields come by headers and the query string only.
+        :param hide: ``"parsed"`` leaves the raw bytes of the body as they are; by default our fields are
+            removed from them, too.
+        :raises ConfigurationError: for an unknown value of an option.
         """
 
         def decorate(function: View) -> View:
-            return decorator.accepts_webhook(function, events=events, scope=scope, runid=runid)
+            return decorator.accepts_webhook(
+                function, events=events, scope=scope, runid=runid, jobs=jobs, fields=fields, hide=hide
+            )
 
         return decorate if view is None else decorate(view)
 
@@ -158,6 +179,7 @@ class RQWebhooks:
         args: Sequence[Any] = (),
         *,
         timeout: int | str | None = None,
+        job_timeout: int | str | None = None,
         runid: str | None = None,
         payload: Mapping[str, Any] | None = None,
         **enqueue_options: Any,
@@ -166,36 +188,58 @@ class RQWebhooks:
 
         :param queue: any RQ queue; it need not be ours nor instrumented.
         :param payload: mapping with the webhook fields; without it, those of the decorated request.
+        :param timeout: of the job, as ``rq.Queue.enqueue_call`` takes it.
+        :param job_timeout: the same, by the name ``rq.Queue.enqueue`` has for it.
         :param enqueue_options: further arguments of ``rq.Queue.enqueue_call``.
         :raises InvalidWebhookError: for bad fields in *payload*; nothing is enqueued.
         :raises StorageUnavailableError: when the webhook cannot be registered; nothing is enqueued.
         """
-        return enqueueing.enqueue_with_webhook(
-            get_state(), queue, func, args, runid=runid, payload=payload, timeout=timeout, **enqueue_options
+        return register.enqueue_with_webhook(
+            get_state(),
+            queue,
+            func,
+            args,
+            runid=runid,
+            payload=payload,
+            timeout=timeout if job_timeout is None else job_timeout,
+            **enqueue_options,
         )
+
+    def validate(self, fields: Mapping[str, Any]) -> bool:
+        """Check webhook fields, for a view that wants to answer 400 before it enqueues anything.
+
+        :param fields: a mapping such as ``request.get_json()``; other names in it are ignored.
+        :returns: whether it asks for a webhook (and webhooks are enabled).
+        :raises InvalidWebhookError: with every reason; unless handled, the app answers 400.
+        """
+        return register.load(get_state(), fields) is not None
 
     def watch(
         self,
         job: Job,
-        url: str,
+        url: str | None = None,
         *,
         secret: str | None = None,
         headers: Mapping[str, str] | None = None,
         runid: str | None = None,
         **fields: Any,
-    ) -> str:
-        """Report a job made elsewhere: by ``Job.create``, cron, or another service.
+    ) -> str | None:
+        """Report a job made elsewhere: by ``Job.create``, in a thread, by cron or another service.
+
+        Without *url*, the webhook of the current request is meant: of the decorated view that runs, or has
+        run. Where that request asks for none, and outside of such requests, nothing happens. A job that
+        carries the webhook already is reported once all the same.
 
         Such a job carries no callback of ours, so reconcile reports it, within ``RECONCILE_INTERVAL`` and a
         little. The run that waits or runs now counts, and every later one.
 
         :param fields: further request fields without their prefix: ``events``, ``format``, ``reference``,
             ``timeout``, ``retry_count``; and ``sign_payload``.
-        :returns: the endpoint's id.
+        :returns: the endpoint's id; ``None`` where no webhook is asked for, or webhooks are disabled.
         :raises InvalidWebhookError: when a value is not acceptable.
         :raises StorageUnavailableError: when the promise cannot be stored.
         """
-        return enqueueing.watch(
+        return register.watch(
             get_state(), job, {"url": url, "secret": secret, "headers": headers, **fields}, runid=runid
         )
 
@@ -226,7 +270,7 @@ class RQWebhooks:
             type=event_type,
             occurred_at=datetime.now(UTC),
             source=SOURCE_APPLICATION,
-            runid=runid,
+            runid=register.runid_text(runid),
             data=to_json_safe(dict(data)),
         )
         (event,) = Publisher(get_state()).publish([IngestItem(occurrence)])
@@ -255,13 +299,13 @@ class RQWebhooks:
         :raises ConfigurationError: when *name* is one of ours or already taken.
         """
 
-        def register(function: Function) -> Function:
+        def add(function: Function) -> Function:
             if name in self.formats:
                 raise ConfigurationError(f"The payload format {name!r} exists already; choose another name.")
             self.formats[name] = custom_format(function)
             return function
 
-        return register
+        return add
 
     def error_envelope(self, function: Function) -> Function:
         """Register a function ``(code, message, details, status)`` that renders the body of a 400 or 503.

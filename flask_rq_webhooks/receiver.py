@@ -1,7 +1,7 @@
-"""For those who receive: is this webhook from who shares my secret, and is it fresh?
+"""Verify received webhooks: sent by who shares my secret, and fresh?
 
-Standard library only; the decorator imports Flask where it is used. Knows nothing of how webhooks are
-made, stored and sent. ``docs/receivers`` has the same in one file each for Python, Node and the shell.
+Standard library only; the decorator imports Flask where it is used, and a public key (``whpk_…``) needs
+``cryptography``. ``docs/receivers`` has the same in one file each for Python, Node and the shell.
 
 ::
 
@@ -11,19 +11,21 @@ made, stored and sent. ``docs/receivers`` has the same in one file each for Pyth
     if not already_seen(webhook.id):
         handle(webhook.json)
 
-What is accepted:
+Accepted:
 
-* ``webhook-signature`` (Standard Webhooks, ``v1``). Where this header is present it decides: one of its
-  entries must be right for one of the secrets. Other entries, malformed ones included, are passed over,
-  as a sender rotating its secret sends several. ``webhook-id`` and ``webhook-timestamp`` are required.
-* ``X-Webhook-Signature: sha256=<lower-case hex>``, only where ``webhook-signature`` is absent. It covers
-  the body alone: who has seen one such request can send it again at any later time. So nothing but the
-  body is taken from the request (``id`` and ``timestamp`` are ``None``), and a timestamp header is checked
-  where there is one. ``schemes=("v1",)`` refuses such requests; do so where the sender always sends both.
+* ``webhook-signature`` (Standard Webhooks). Where this header is present it decides: one of its entries
+  must be right, a ``v1`` entry for one of the secrets or a ``v1a`` entry for one of the public keys. Other
+  entries, malformed ones included, are skipped, because a sender that rotates its secret sends several.
+  ``webhook-id`` and ``webhook-timestamp`` are required.
+* ``X-Webhook-Signature: sha256=<lower-case hex>``, only where ``webhook-signature`` is absent **and**
+  ``schemes`` names ``"sha256"``. It covers the body alone, so whoever has seen one such request can send it
+  again at any later time, and a text a client chose may have been signed with a shared secret. Nothing but
+  the body is taken from the request (``id`` and ``timestamp`` are ``None``); a timestamp header is checked
+  where there is one.
 
-What is refused: a header that decides anything and comes twice, characters other than printable ASCII,
-timestamps other than plain digits without leading zeros, base64 and hex other than the one canonical
-spelling. Signatures are compared in constant time.
+Refused: a deciding header that comes twice, characters other than printable ASCII, timestamps other than
+plain digits without leading zeros, base64 and hex other than the one canonical spelling. Signatures are
+compared in constant time. A public key is never used as a shared secret.
 """
 
 from __future__ import annotations
@@ -39,12 +41,23 @@ from hmac import compare_digest
 from typing import Any, Literal, ParamSpec
 
 from .errors import SignatureError
-from .protocol.signatures import body_signature, standard_signature
+from .protocol.signatures import (
+    PRIVATE_KEY,
+    PUBLIC_KEY,
+    body_signature,
+    is_signed_by,
+    public_key,
+    standard_signature,
+)
 
 Secrets = str | bytes | Iterable[str | bytes]
 Headers = Mapping[Any, Any] | Iterable[tuple[Any, Any]]
 Body = bytes | bytearray | memoryview | str
-Scheme = Literal["v1", "sha256"]
+Scheme = Literal["v1", "v1a", "sha256"]
+
+#: Signatures that cover a time. ``"sha256"`` does not and has to be asked for.
+TIMED_SCHEMES: tuple[Scheme, ...] = ("v1", "v1a")
+ALL_SCHEMES: tuple[Scheme, ...] = (*TIMED_SCHEMES, "sha256")
 
 P = ParamSpec("P")
 
@@ -58,6 +71,8 @@ _ISO_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?
 # No full stop: it separates the id from the timestamp in what is signed.
 _EVENT_ID = re.compile(r"[!-\-/-~]{1,256}")
 
+_MOST_ENTRIES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class VerifiedWebhook:
@@ -67,7 +82,7 @@ class VerifiedWebhook:
         ``sha256``, which does not cover it; the ``job`` payload has it as ``id``, too.
     :param timestamp: aware time of this attempt; ``None`` under ``sha256``.
     :param body: the bytes that were signed.
-    :param scheme: ``"v1"`` or ``"sha256"``: which signature was right.
+    :param scheme: ``"v1"``, ``"v1a"`` or ``"sha256"``: which signature was right.
     """
 
     id: str | None
@@ -92,21 +107,31 @@ def verify(
     tolerance: float = 300,
     now: datetime | float | None = None,
     header_prefix: str = "X-Webhook",
-    schemes: Collection[str] = ("v1", "sha256"),
+    schemes: Collection[str] = TIMED_SCHEMES,
+    signature_header: str | None = None,
+    timestamp_header: str | None = None,
 ) -> VerifiedWebhook:
     """Verify a received webhook.
 
     :param body: the bytes as they came, before any parsing; a text is taken as its UTF-8 bytes.
     :param headers: any mapping or pairs; names in any case, names and values ``str`` or ASCII ``bytes``.
-    :param secrets: the secret, or several of which one must fit; empty ones are passed over.
+    :param secrets: the secret, or several of which one must fit; empty ones are skipped. A sender's public
+        key, ``whpk_…`` (from its ``/webhooks/keys``), verifies ``v1a``.
     :param tolerance: seconds a timestamp may be off, in both directions, the limit included.
     :param now: the time to compare with: aware (a naive one is taken as UTC), or unix seconds.
     :param header_prefix: first part of the sender's ``X-Webhook-*`` headers.
-    :param schemes: signatures accepted; one that is not named is treated as absent.
+    :param schemes: signatures accepted; one that is not named is treated as absent. Add ``"sha256"`` to
+        accept messages whose only signature covers no time.
+    :param signature_header: whole name of the ``sha256=`` header, where it does not begin with the prefix.
+    :param timestamp_header: likewise, of the header with that signature's time.
     :raises SignatureError: whatever is wrong, arguments of a wrong type included. Nothing else is raised.
     """
     try:
-        return _verify(body, headers, secrets, tolerance, now, header_prefix, schemes)
+        names = (
+            signature_header or header_prefix + "-Signature",
+            timestamp_header or header_prefix + "-Timestamp",
+        )
+        return _verify(body, headers, secrets, tolerance, now, names, schemes)
     except SignatureError:
         raise
     except Exception as exc:
@@ -119,7 +144,9 @@ def verified_webhook(
     *,
     tolerance: float = 300,
     header_prefix: str = "X-Webhook",
-    schemes: Collection[str] = ("v1", "sha256"),
+    schemes: Collection[str] = TIMED_SCHEMES,
+    signature_header: str | None = None,
+    timestamp_header: str | None = None,
 ) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
     """Let a Flask view run only for webhooks that verify; it finds the webhook in ``flask.g.webhook``.
 
@@ -138,6 +165,8 @@ def verified_webhook(
     :param tolerance: as for :func:`verify`.
     :param header_prefix: as for :func:`verify`.
     :param schemes: as for :func:`verify`.
+    :param signature_header: as for :func:`verify`.
+    :param timestamp_header: as for :func:`verify`.
     """
     # Once here: an iterator would be empty at the second request.
     kept: Any = secrets if callable(secrets) or isinstance(secrets, str | bytes) else tuple(secrets)
@@ -153,6 +182,8 @@ def verified_webhook(
                 tolerance=tolerance,
                 header_prefix=header_prefix,
                 schemes=schemes,
+                signature_header=signature_header,
+                timestamp_header=timestamp_header,
             )
         except SignatureError as exc:
             error = {"code": "invalid_signature", "message": str(exc), "details": {}}
@@ -185,31 +216,42 @@ def _verify(
     secrets: Secrets,
     tolerance: float,
     now: datetime | float | None,
-    header_prefix: str,
+    plain_names: tuple[str, str],
     schemes: Collection[str],
 ) -> VerifiedWebhook:
     content = body.encode() if isinstance(body, str) else _bytes(body)
     keys = _usable(secrets)
-    prefix = header_prefix.lower()
-    found = _headers(headers, {_ID, _TIMESTAMP, _SIGNATURE, f"{prefix}-signature", f"{prefix}-timestamp"})
+    plain, plain_timestamp = (name.lower() for name in plain_names)
+    found = _headers(headers, {_ID, _TIMESTAMP, _SIGNATURE, plain, plain_timestamp})
     current = _unix_time(now)
 
-    if _SIGNATURE in found and "v1" in schemes:
-        return _verify_standard(content, found, keys, tolerance, current)
-    if f"{prefix}-signature" not in found or "sha256" not in schemes:
-        accepted = {"v1": _SIGNATURE, "sha256": f"{header_prefix}-Signature"}
-        names = " and no ".join(name for scheme, name in accepted.items() if scheme in schemes)
-        raise SignatureError(f"The webhook has no {names} header.")
-    for name in (_TIMESTAMP, f"{prefix}-timestamp"):
+    if _SIGNATURE in found and not {"v1", "v1a"}.isdisjoint(schemes):
+        return _verify_standard(content, found, keys, tolerance, current, schemes)
+    if "sha256" not in schemes:
+        if plain in found:
+            raise SignatureError(
+                f"The webhook's only signature, {plain_names[0]}, covers no time, so an old request could be "
+                'sent again. Pass schemes=("v1", "sha256") to accept it.'
+            )
+        raise SignatureError(f"The webhook has no {_SIGNATURE} header.")
+    if plain not in found:
+        also = f"{_SIGNATURE} and no " if not {"v1", "v1a"}.isdisjoint(schemes) else ""
+        raise SignatureError(f"The webhook has no {also}{plain_names[0]} header.")
+    for name in (_TIMESTAMP, plain_timestamp):
         if name in found:
             _check_age(_seconds_of(name, found[name], iso=name != _TIMESTAMP), tolerance, current)
-    given = found[f"{prefix}-signature"].encode("ascii")
-    _require_match([given], (body_signature(key, content) for key in keys))
+    shared = [key for key in keys if not _is_public(key)]
+    _require_match([found[plain].encode("ascii")], [body_signature(key, content) for key in shared])
     return VerifiedWebhook(None, None, content, "sha256")
 
 
 def _verify_standard(
-    content: bytes, found: Mapping[str, str], keys: Iterable[str | bytes], tolerance: float, current: float
+    content: bytes,
+    found: Mapping[str, str],
+    keys: Iterable[str | bytes],
+    tolerance: float,
+    current: float,
+    schemes: Collection[str],
 ) -> VerifiedWebhook:
     for name in (_ID, _TIMESTAMP):
         if name not in found:
@@ -219,9 +261,40 @@ def _verify_standard(
         raise SignatureError("The webhook-id header is malformed.")
     timestamp = int(_seconds_of(_TIMESTAMP, found[_TIMESTAMP], iso=False))
     _check_age(timestamp, tolerance, current)
-    entries = [entry.encode("ascii") for entry in found[_SIGNATURE].split(" ")]
-    _require_match(entries, (standard_signature(key, event_id, timestamp, content) for key in keys))
-    return VerifiedWebhook(event_id, datetime.fromtimestamp(timestamp, UTC), content, "v1")
+    entries = found[_SIGNATURE].split(" ")
+    scheme: Scheme = "v1a"
+    if "v1a" not in schemes or not _is_signed_by_any(keys, entries, event_id, timestamp, content):
+        scheme = "v1"
+        expected = [
+            standard_signature(key, event_id, timestamp, content)
+            for key in keys
+            if "v1" in schemes and not _is_public(key)
+        ]
+        _require_match([entry.encode("ascii") for entry in entries], expected)
+    return VerifiedWebhook(event_id, datetime.fromtimestamp(timestamp, UTC), content, scheme)
+
+
+def _is_signed_by_any(
+    keys: Iterable[str | bytes], entries: Iterable[str], event_id: str, timestamp: int, content: bytes
+) -> bool:
+    try:
+        public = [public_key(_text(key)) for key in keys if _is_public(key)]
+    except ValueError as exc:
+        raise SignatureError(f"A public key is malformed: {exc}.") from exc
+    except ImportError as exc:
+        raise SignatureError("Public keys need the package cryptography: pip install cryptography.") from exc
+    # Each try costs an elliptic-curve operation; honest senders make one entry for each of a few keys.
+    tried = [entry for entry in entries if entry.startswith("v1a,")][:_MOST_ENTRIES]
+    return any(is_signed_by(key, entry, event_id, timestamp, content) for key in public for entry in tried)
+
+
+def _is_public(key: str | bytes) -> bool:
+    # A public key is known to everybody: as a shared secret it would let anybody sign.
+    return _text(key).startswith(PUBLIC_KEY)
+
+
+def _text(key: str | bytes) -> str:
+    return key if isinstance(key, str) else key.decode("latin-1")
 
 
 def _require_match(given: Iterable[bytes], expected: Iterable[str]) -> None:
@@ -250,6 +323,8 @@ def _usable(secrets: Any) -> list[str | bytes]:
     for secret in listed:
         if not isinstance(secret, str | bytes):
             raise SignatureError(f"A secret is {type(secret).__name__}; secrets are str or bytes.")
+        if _text(secret).startswith(PRIVATE_KEY):
+            raise SignatureError("A secret is a private key, whsk_; verify with the public key, whpk_.")
     usable = [secret for secret in listed if secret]
     if isinstance(secrets, Mapping) or not usable:
         raise SignatureError("There is no secret to verify the webhook with.")

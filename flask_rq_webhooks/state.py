@@ -18,7 +18,7 @@ from redis.retry import Retry
 
 from .config import Settings
 from .errors import ConfigurationError
-from .protocol.payloads import PayloadFormat, RenderContext
+from .protocol.payloads import PayloadFormat, RenderContext, Rendered
 from .protocol.retry import RetryPolicy
 from .protocol.urls import UrlPolicy
 from .queue.outbox import Outbox
@@ -155,8 +155,8 @@ class State:
             ),
         )
 
-    def render(self, endpoint: Endpoint | Any, event_id: str, occurrence: Occurrence) -> bytes:
-        """Return the bytes that tell *endpoint* of *occurrence*: signed and sent as they are.
+    def render(self, endpoint: Endpoint | Any, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
+        """Return the body for *endpoint* and its media type: stored, signed and sent as they are.
 
         :param endpoint: a row with ``format``, ``runid`` and ``reference``.
         :raises ConfigurationError: when the endpoint's format is not registered in this process.

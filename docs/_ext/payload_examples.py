@@ -15,7 +15,7 @@ from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
 
 from flask_rq_webhooks.protocol.events import Occurrence
-from flask_rq_webhooks.protocol.payloads import FORMATS, RenderContext
+from flask_rq_webhooks.protocol.payloads import FORMATS, RenderContext, as_rendered
 
 ENDED_AT = datetime(2024, 1, 1, 0, 0, 0, tzinfo=UTC)
 
@@ -89,7 +89,7 @@ class PayloadExample(Directive):
     required_arguments = 2
 
     def run(self) -> list[nodes.Node]:
-        body = FORMATS[self.arguments[0]](ENDINGS[self.arguments[1]], CONTEXT)
+        body, _content_type = as_rendered(FORMATS[self.arguments[0]](ENDINGS[self.arguments[1]], CONTEXT))
         text = json.dumps(json.loads(body), indent=2)
         block = nodes.literal_block(text, text)
         block["language"] = "json"

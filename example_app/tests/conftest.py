@@ -40,6 +40,7 @@ def imported_app(redis_in_memory: Redis) -> Iterator[Flask]:
     """Give the app of the module, which reads its settings where it is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXAMPLE_DATABASE_URI", "sqlite://")
+        patch.setenv("ALLOW_HTTP", "1")
         from example_app.app import app, db
     with app.app_context():
         db.create_all()

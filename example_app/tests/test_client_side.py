@@ -1,4 +1,4 @@
-"""A client of the service: the receiving route of its own Flask app, tested with what is really sent."""
+"""A client of the service: the receiving route of its own Flask app, tested with real deliveries."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_what_the_service_sends_is_accepted_and_taken_once(
     # The client takes it, and its answer is lost on the way: so it is sent again.
     lost_once = InMemoryReceiver(lambda webhook: "reset" if receiving(webhook) == 204 else 500, receiving)
     assert len(deliver_all(app, lost_once)) == 2
-    (told,) = handled.values()
-    assert told["event"] == "job.success"
+    (payload,) = handled.values()
+    assert payload["event"] == "job.success"
 
 
 @pytest.mark.parametrize(

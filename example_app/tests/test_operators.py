@@ -1,4 +1,4 @@
-"""What operators of the service see and do: commands, pages, and who is let in."""
+"""What operators of the service see and do: commands, pages, and who is allowed in."""
 
 from __future__ import annotations
 

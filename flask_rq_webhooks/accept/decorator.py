@@ -1,8 +1,8 @@
 """``accepts_webhook``: what surrounds a view whose clients may ask for a webhook.
 
 Owns the order of things in one request (read, register, view, confirm) and the answers when it cannot go on.
-Knows nothing of how fields are found (:mod:`.fields`), checked (:mod:`.schemas`) and kept
-(:mod:`.registering`).
+Knows nothing of how fields are found (:mod:`.request_fields`), checked (:mod:`.request_schema`) and kept
+(:mod:`.register`).
 """
 
 from __future__ import annotations
@@ -10,35 +10,53 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
-from contextvars import Token
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from flask import Request, Response, after_this_request, current_app, has_request_context, request
+from flask import Response, current_app, request
 
 from ..errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
 from ..protocol.events import JOB_TYPES
-from ..queue.job_callbacks import Attachment, current_attachment
-from ..state import State, get_state
-from .register import DestinationBusyError, confirm_webhook, mark_response, register_webhook
-from .request_fields import take_fields
-from .request_schema import WebhookRequest, load_webhook
+from ..queue.job_callbacks import current_attachment, name_of
+from ..state import get_state
+from .register import DestinationBusyError, asked_in_request, load, promise, register
 
 logger = logging.getLogger(__name__)
 
 View = TypeVar("View", bound=Callable[..., Any])
+Jobs = Sequence[str | Callable[..., Any]] | Callable[[str], bool]
 
 #: Seconds after which a client may try again.
 RETRY_UNAVAILABLE_S, RETRY_BUSY_S = 5, 60
 
-_ATTRIBUTE = "_rq_webhooks_asked"
+#: Packages whose decorators parse the body. Above ours they would meet our fields, and most refuse what they
+#: do not know; so where one stands there, the fields are taken before the view is called.
+PARSERS = frozenset({"apiflask", "flask_openapi3", "flask_pydantic", "flask_smorest", "webargs"})
+
 _MARK = "_rq_webhooks_accepts"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    events: tuple[str, ...] | None
+    scope: str
+    runid: str
+    chosen: Callable[[str], bool] | None
+    body: bool
+    hide: str
+
+
 def accepts_webhook(
-    view: View, *, events: Sequence[str] | None = None, scope: str = "job", runid: str = "runid"
+    view: View,
+    *,
+    events: Sequence[str] | None = None,
+    scope: str = "job",
+    runid: str = "runid",
+    jobs: Jobs | None = None,
+    fields: str = "all",
+    hide: str = "all",
 ) -> View:
     """Let the clients of *view* ask for a webhook with the jobs it enqueues.
 
@@ -48,10 +66,22 @@ def accepts_webhook(
     :param events: event types sent where the request names none; ``None`` for all terminal ones.
     :param scope: ``"job"``, or ``"tree"`` for one event about all jobs of the request and their children.
     :param runid: name of the view argument that holds the host's run id.
-    :raises ConfigurationError: for unknown *events* or *scope*.
+    :param jobs: the functions whose jobs are reported, as names (dotted, or the last part) or themselves; or
+        a function that is given a dotted name. ``None`` for every job.
+    :param fields: where they may be: ``"all"``, or ``"headers"`` (and the query string) for a view that reads
+        the body as a stream: it is not touched then.
+    :param hide: ``"all"``, or ``"parsed"`` to leave the raw bytes of the body as they are.
+    :raises ConfigurationError: for an unknown value of an option.
     """
-    options = _Options(events=_checked_events(events), scope=_checked_scope(scope), runid=runid)
-
+    options = _Options(
+        events=_checked_events(events),
+        scope=_checked("scope", scope, ("job", "tree")),
+        runid=runid,
+        chosen=_chooser(jobs),
+        body=_checked("fields", fields, ("all", "headers")) == "all",
+        hide=_checked("hide", hide, ("all", "parsed")),
+    )
+    wrapper: Any
     if inspect.iscoroutinefunction(view):
 
         @functools.wraps(view)
@@ -64,20 +94,21 @@ def accepts_webhook(
             with begun:
                 return await view(*args, **kwargs)
 
-        setattr(async_wrapper, _MARK, True)
-        return cast(View, async_wrapper)
+        wrapper = async_wrapper
+    else:
 
-    @functools.wraps(view)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        begun = _begin(options, kwargs)
-        if begun is None:
-            return view(*args, **kwargs)
-        if isinstance(begun, Response):
-            return begun
-        with begun:
-            return view(*args, **kwargs)
+        @functools.wraps(view)
+        def sync_wrapper(*args: Any, **kwargs: Any) -> Any:
+            begun = _begin(options, kwargs)
+            if begun is None:
+                return view(*args, **kwargs)
+            if isinstance(begun, Response):
+                return begun
+            with begun:
+                return view(*args, **kwargs)
 
-    setattr(wrapper, _MARK, True)
+        wrapper = sync_wrapper
+    setattr(wrapper, _MARK, options)
     return cast(View, wrapper)
 
 
@@ -88,7 +119,8 @@ def accepts_webhooks(function: Callable[..., Any]) -> bool:
 
 def has_read_fields() -> bool:
     """Say whether a decorated function has run in the current request."""
-    return has_request_context() and hasattr(request, _ATTRIBUTE)
+    asked = asked_in_request()
+    return asked is not None and asked.decorated
 
 
 def answer_invalid(exc: InvalidWebhookError) -> Response:
@@ -121,104 +153,80 @@ def _error(code: str, message: str, details: dict[str, list[str]], status: int) 
     return response
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    events: tuple[str, ...] | None
-    scope: str
-    runid: str
-
-
-class _Asked:
-    """What one request asks for, and what became of it."""
-
-    def __init__(self) -> None:
-        #: ``None`` where nothing will be registered: webhooks are off, or the fields are bad.
-        self.wanted: WebhookRequest | None = None
-        self.registered = False
-
-    def mark(self, response: Response) -> Response:
-        return mark_response(response, registered=self.registered)
-
-
-class _Promise:
-    """The time in which jobs are attached: entered before the view, left when it is over in whatever way."""
-
-    def __init__(self, state: State, asked: _Asked, attachment: Attachment) -> None:
-        self._state = state
-        self._asked = asked
-        self._attachment = attachment
-        self._token: Token[Attachment | None] | None = None
-
-    def __enter__(self) -> None:
-        self._token = current_attachment.set(self._attachment)
-
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _exception: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
-        assert self._token is not None  # noqa: S101  (entered before)
-        current_attachment.reset(self._token)
-        if confirm_webhook(self._state, self._attachment):
-            self._asked.registered = True
-
-
-def _begin(options: _Options, view_arguments: dict[str, Any]) -> _Promise | Response | None:
+def _begin(
+    options: _Options, view_arguments: dict[str, Any]
+) -> AbstractContextManager[None] | Response | None:
     """Read the request's webhook fields and register its webhook.
 
-    :returns: ``None`` where the view is to run as if undecorated, an answer where it is not to run at all.
+    :returns: what is to surround the view; ``None`` where it is to run as if undecorated, an answer where it
+        is not to run at all.
     """
-    if not has_request_context() or current_attachment.get() is not None:
+    if current_attachment.get() is not None:
         return None
-    # The request itself: what its proxy is told does not last.
-    this_request = cast(Request, request._get_current_object())  # type: ignore[attr-defined]
+    asked = asked_in_request()
+    if asked is None:
+        return None
+    asked.decorated = True
     try:
-        asked = _read(this_request)
-        if asked is None or asked.wanted is None:
+        fields = asked.fields(body=options.body, hide=options.hide)
+        if fields is None:
             return None
         state = get_state()
-        runid = view_arguments.get(options.runid, (this_request.view_args or {}).get(options.runid))
-        attachment = register_webhook(
+        wanted = load(state, fields)
+        if wanted is None:
+            return None
+        asked.attachment = register(
             state,
-            asked.wanted,
+            wanted,
             events=options.events,
             scope=options.scope,
-            runid=None if runid is None else str(runid).replace("\0", "\ufffd"),
+            runid=view_arguments.get(options.runid, (request.view_args or {}).get(options.runid)),
+            chosen=options.chosen,
         )
     except InvalidWebhookError as exc:
         return answer_invalid(exc)
     except StorageUnavailableError as exc:
         return answer_unavailable(exc)
-    return _Promise(state, asked, attachment)
+    return promise(state, asked.attachment, asked)
 
 
-def _read(this_request: Request) -> _Asked | None:
-    """Return what the request asks for; read once, also where several decorated functions run in turn."""
-    try:
-        return cast("_Asked | None", getattr(this_request, _ATTRIBUTE))
-    except AttributeError:
-        pass
-    invalid = None
-    try:
-        fields = take_fields(this_request)
-    except InvalidWebhookError as exc:
-        fields, invalid = {}, exc
-    if fields is None:
-        setattr(this_request, _ATTRIBUTE, None)
-        return None
-    asked = _Asked()
-    setattr(this_request, _ATTRIBUTE, asked)
-    after_this_request(asked.mark)
-    state = get_state()
-    if not state.settings.enabled:
-        return asked
-    if invalid is not None:
-        raise invalid
-    asked.wanted = load_webhook(
-        fields, settings=state.settings, url_policy=state.url_policy, formats=state.formats.keys()
-    )
-    return asked
+# -- parsers above ------------------------------------------------------------------------------------------
+
+
+def take_fields_before_parsers() -> None:
+    """Take the webhook fields from a request whose view has a parser above ``accepts_webhook``.
+
+    Called before every request of the app; most end with two look-ups.
+    """
+    view = current_app.view_functions.get(request.endpoint or "")
+    options = None if view is None else _options_below_parser(view, request.method)
+    if options is not None:
+        asked = asked_in_request()
+        assert asked is not None  # noqa: S101  (in a request)
+        asked.take(body=options.body, hide=options.hide)
+
+
+@functools.lru_cache(maxsize=4096)
+def _options_below_parser(view: Callable[..., Any], method: str) -> _Options | None:
+    parsed = False
+    for layer in _layers(view, method):
+        names = getattr(layer, "__globals__", {})
+        if names is globals():
+            return cast(_Options, getattr(layer, _MARK)) if parsed else None
+        parsed = parsed or str(names.get("__name__")).partition(".")[0] in PARSERS
+    return None
+
+
+def _layers(view: Any, method: str) -> Iterator[Any]:
+    """Give a view and what it wraps; with a view class, the method behind it, too."""
+    cls = getattr(view, "view_class", None)
+    for function in (view, getattr(cls, method.lower(), None)):
+        while function is not None:
+            yield function
+            function = getattr(function, "__wrapped__", None)
+
+
+# -- options ------------------------------------------------------------------------------------------------
 
 
 def _checked_events(events: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -231,7 +239,21 @@ def _checked_events(events: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(events))
 
 
-def _checked_scope(scope: str) -> str:
-    if scope not in ("job", "tree"):
-        raise ConfigurationError(f"accepts_webhook(scope={scope!r}): expected 'job' or 'tree'.")
-    return scope
+def _checked(option: str, value: str, known: tuple[str, str]) -> str:
+    if value not in known:
+        raise ConfigurationError(
+            f"accepts_webhook({option}={value!r}): expected {known[0]!r} or {known[1]!r}."
+        )
+    return value
+
+
+def _chooser(jobs: Jobs | None) -> Callable[[str], bool] | None:
+    if jobs is None or callable(jobs):
+        return jobs
+    if isinstance(jobs, str) or not jobs or not all(isinstance(job, str) or callable(job) for job in jobs):
+        raise ConfigurationError(
+            f"accepts_webhook(jobs={jobs!r}): expected a list of functions or their names, or a function "
+            "that is given a dotted name and returns whether its jobs are reported."
+        )
+    names = frozenset(name_of(job) for job in jobs)
+    return lambda name: name in names or name.rpartition(".")[2] in names

@@ -1,77 +1,231 @@
-"""Keeping the promise around a view: register before it, confirm after it.
+"""Keep the promise of a webhook: register before the job is enqueued, confirm afterwards.
 
-Shared by the decorator and by :meth:`~flask_rq_webhooks.RQWebhooks.enqueue_with_webhook`. No SQL of ours
-happens in between: it would wait for a transaction the host holds open, or share its pooled connection.
+The one way in for the decorator, ``enqueue_with_webhook`` and ``watch``, and the one place that knows what
+the response says of it. No SQL of ours happens while a view runs: it would wait for a transaction that the
+host holds open, or share its pooled connection.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, cast
 
-from flask import Response
+from flask import (
+    Request,
+    Response,
+    after_this_request,
+    current_app,
+    has_app_context,
+    has_request_context,
+    request,
+)
 from redis.exceptions import RedisError
+from rq import Queue
+from rq.job import Job
 from sqlalchemy.exc import SQLAlchemyError
 
 from .._steps import reached
 from ..errors import InvalidWebhookError, StorageUnavailableError
-from ..protocol.events import format_time
-from ..queue.job_callbacks import Attachment, SameDatabase, look_at_jobs, make_token
+from ..protocol.events import format_time, parse_time, run_of
+from ..queue.job_callbacks import (
+    Attachment,
+    SameDatabase,
+    attached,
+    current_attachment,
+    is_instrumented,
+    look_at_jobs,
+    make_token,
+    was_handed_over,
+)
 from ..queue.outbox import confirm_entry
-from ..state import State
+from ..state import EXTENSION_NAME, State, get_state
+from ..storage import endpoints
 from ..storage.dispatchers import dispatcher_alive
-from ..storage.endpoints import NewEndpoint, confirm, register, waiting_for_host
-from .request_schema import WebhookRequest
+from .request_fields import FIELDS, URL, take_fields
+from .request_schema import WebhookRequest, load_webhook
 
 logger = logging.getLogger(__name__)
 
+#: Says whether the jobs of a request will be reported, and which they are (the first 20).
+REGISTERED_HEADER, JOB_ID_HEADER, MAX_JOB_IDS = "Webhook-Registered", "Webhook-Job-Id", 20
 #: Seconds that the confirmation waits for another SQLite writer, who may be the host itself, in a
-#: transaction that ends only after we answer. The outbox takes the word then.
+#: transaction that ends only after we answer. The outbox takes the confirmation then.
 CONFIRM_BUSY_TIMEOUT_S = 0.05
 #: Seconds between two looks for a living dispatcher, and between two warnings that there is none.
 LOOK_EVERY_S, WARN_EVERY_S = 60.0, 300.0
 
-
-#: Says whether the jobs of a request will be reported.
-REGISTERED_HEADER = "Webhook-Registered"
+_NOTHING_SEEN = (
+    "it enqueued no job through {queue}. A job made by Job.create, in a thread, after the view, or earlier "
+    "(a deduplicated one) is reported when the view calls webhooks.watch(job)"
+)
 
 
 class DestinationBusyError(InvalidWebhookError):
     """Too many deliveries wait for the host of this webhook already."""
 
 
-def register_webhook(
+# -- what one request asks for ------------------------------------------------------------------------------
+
+
+class Asked:
+    """What one request asks for, and what its response says of it.
+
+    :ivar decorated: whether a decorated function has run.
+    :ivar attachment: of the request's own webhook, once it is registered.
+    """
+
+    def __init__(self, asking: Request) -> None:
+        self._request = asking
+        self._taken: dict[str, Any] | InvalidWebhookError | None = None
+        self._is_taken = False
+        self._response: Response | None = None
+        self._job_ids: dict[str, None] = {}
+        self._registered = False
+        self._why_not: str | None = None
+        self._is_marked = False
+        self.decorated = False
+        self.attachment: Attachment | None = None
+
+    def fields(self, *, body: bool, hide: str) -> Mapping[str, Any] | None:
+        """Return the request's webhook fields, taken from it at the first call; ``None``: it has none.
+
+        :raises InvalidWebhookError: at every call, for fields that cannot be taken.
+        """
+        if not self._is_taken:
+            self.take(body=body, hide=hide)
+        if isinstance(self._taken, InvalidWebhookError):
+            raise self._taken
+        return self._taken
+
+    def take(self, *, body: bool, hide: str) -> None:
+        """Take the fields from the request; see :func:`.request_fields.take_fields`."""
+        self._is_taken = True
+        try:
+            self._taken = take_fields(self._request, body=body, hide=hide)
+        except InvalidWebhookError as exc:
+            self._taken = exc
+        if self._taken is not None:
+            self.mark_response()
+
+    def mark_response(self) -> None:
+        """Let the response say whether a webhook was registered."""
+        if not self._is_marked:
+            self._is_marked = True
+            after_this_request(self._mark)
+
+    def note(self, job_ids: Sequence[str], why_not: str | None = None) -> None:
+        """Note which jobs will be reported, or why none will be.
+
+        :param why_not: for the log; ``None`` where the log says it already.
+        """
+        self._job_ids.update(dict.fromkeys(job_ids))
+        self._registered = self._registered or bool(job_ids)
+        self._why_not = why_not or self._why_not
+        if self._response is not None:  # after_request functions of the app come later than ours
+            self._write(self._response)
+
+    def _mark(self, response: Response) -> Response:
+        self._response = response
+        self._write(response)
+        if self._why_not and not self._registered and response.status_code < 400:
+            logger.warning(
+                "A webhook was asked for, and nothing will be reported: view %r of %s: %s.",
+                self._request.endpoint, self._request.url_rule, self._why_not,
+            )  # fmt: skip
+        return response
+
+    def _write(self, response: Response) -> None:
+        response.headers[REGISTERED_HEADER] = "true" if self._registered else "false"
+        # Ids that would not survive in a header are left out.
+        ids = [job_id for job_id in self._job_ids if job_id.isascii() and job_id.isprintable()]
+        ids = [job_id for job_id in ids if "," not in job_id][:MAX_JOB_IDS]
+        if ids:
+            response.headers[JOB_ID_HEADER] = ", ".join(ids)
+
+
+def asked_in_request() -> Asked | None:
+    """Return what the current request asks for; ``None`` outside of a request."""
+    if not has_request_context():
+        return None
+    # The request itself: what its proxy is told does not last.
+    this_request = cast(Request, request._get_current_object())  # type: ignore[attr-defined]
+    asked = this_request.__dict__.get("_rq_webhooks_asked")
+    if asked is None:
+        asked = this_request.__dict__["_rq_webhooks_asked"] = Asked(this_request)
+    return cast(Asked, asked)
+
+
+# -- the promise --------------------------------------------------------------------------------------------
+
+
+def load(state: State, fields: Mapping[str, Any] | None) -> WebhookRequest | None:
+    """Check webhook fields.
+
+    :returns: ``None`` where no webhook is asked for, or webhooks are switched off.
+    :raises InvalidWebhookError: with every reason of every field.
+    """
+    if not state.settings.enabled or fields is None or fields.get(URL) is None:
+        return None
+    return load_webhook(
+        fields, settings=state.settings, url_policy=state.url_policy, formats=state.formats.keys()
+    )
+
+
+def register(
     state: State,
     wanted: WebhookRequest,
     *,
     events: Sequence[str] | None = None,
     scope: str = "job",
-    runid: str | None = None,
+    runid: Any = None,
+    chosen: Callable[[str], bool] | None = None,
+    watched: Job | None = None,
 ) -> Attachment:
-    """Store where to report, and reserve the id of the first job, before anything is enqueued.
+    """Store where to report, and the watch of the first job, in one transaction.
 
     :param events: types sent where the request names none; ``None`` for all terminal ones.
     :param scope: ``"job"`` or ``"tree"``.
     :param runid: what the host calls the run.
+    :param chosen: see :class:`~flask_rq_webhooks.queue.job_callbacks.Attachment`.
+    :param watched: a job that exists; without it, the id of the next one is reserved.
     :raises DestinationBusyError: when ``MAX_WAITING_PER_HOST`` is reached.
     :raises StorageUnavailableError: when it cannot be stored.
     """
     limit = state.settings.max_waiting_per_host
-    if limit and waiting_for_host(state.database, wanted.host, at_most=limit) >= limit:
+    if limit and endpoints.waiting_for_host(state.database, wanted.host, at_most=limit) >= limit:
         raise DestinationBusyError(
             details={"webhook_url": ["Too many deliveries wait for this host already; try again later."]}
         )
-    reserved_job_id = str(uuid.uuid4())
-    endpoint_id = register(
+    reserved_job_id = str(uuid.uuid4()) if watched is None else None
+    endpoint_id = endpoints.register(
         state.database,
         state.cipher,
-        new_endpoint(wanted, events=events, scope=scope, runid=runid),
+        endpoints.NewEndpoint(
+            url=wanted.url,
+            host=wanted.host,
+            headers=wanted.headers,
+            secret=wanted.secret,
+            events=wanted.events or (None if events is None else tuple(events)),
+            scope=scope,
+            format=wanted.format,
+            sign_payload=wanted.sign_payload,
+            reference=wanted.reference,
+            runid=runid_text(runid),
+            timeout_s=wanted.timeout_s,
+            max_attempts=wanted.max_attempts,
+        ),
         namespace=state.namespace,
         reserved_job_id=reserved_job_id,
+        watched_job_id=None if watched is None else watched.id,
+        counts_from=None if watched is None else _began(watched),
     )
     reached("registered")
     _warn_if_nobody_delivers(state)
@@ -80,31 +234,121 @@ def register_webhook(
         token=make_token(endpoint_id, state.settings.outbox_maxlen),
         reserved_job_id=reserved_job_id,
         same_database=same_database(state),
+        chosen=chosen,
     )
 
 
-def new_endpoint(
-    wanted: WebhookRequest,
+@contextmanager
+def promise(state: State, attachment: Attachment, asked: Asked | None) -> Iterator[None]:
+    """Attach the jobs that are created inside, and confirm them at the end, however it comes.
+
+    :param asked: takes note of them; ``None`` outside of requests.
+    """
+    token = current_attachment.set(attachment)
+    try:
+        yield
+    finally:
+        current_attachment.reset(token)
+        reached("enqueued")
+        attachment.closed = True
+        reported = _confirm(state, attachment, attachment.jobs)
+        reached("confirmed")
+        if asked is not None:
+            asked.note(reported, None if reported else _why_nothing(attachment))
+
+
+def enqueue_with_webhook(
+    state: State,
+    queue: Queue,
+    func: Any,
+    args: Sequence[Any] = (),
     *,
-    events: Sequence[str] | None = None,
-    scope: str = "job",
-    runid: str | None = None,
-) -> NewEndpoint:
-    """Return the job-bound endpoint that a request's fields describe."""
-    return NewEndpoint(
-        url=wanted.url,
-        host=wanted.host,
-        headers=wanted.headers,
-        secret=wanted.secret,
-        events=wanted.events or (None if events is None else tuple(events)),
-        scope=scope,
-        format=wanted.format,
-        sign_payload=wanted.sign_payload,
-        reference=wanted.reference,
-        runid=runid,
-        timeout_s=wanted.timeout_s,
-        max_attempts=wanted.max_attempts,
+    runid: Any = None,
+    payload: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Job:
+    """Enqueue one job through any queue, with the webhook that *payload* or the request asks for.
+
+    :param func: a function or its dotted name.
+    :param runid: goes into ``job.meta["runid"]``, where callbacks find it, and to the endpoint.
+    :param options: further arguments of ``rq.Queue.enqueue_call``.
+    :raises InvalidWebhookError: for bad fields in *payload*.
+    :raises StorageUnavailableError: when the webhook cannot be registered.
+    """
+    if runid is not None:
+        options["meta"] = {"runid": runid, **(options.get("meta") or {})}
+    enqueue = attached(queue).enqueue_call
+    fields = {name: value for name, value in (payload or {}).items() if name in FIELDS}
+    asked = asked_in_request() if fields.get(URL) is not None else None
+    if asked is not None:
+        asked.mark_response()
+    wanted = load(state, fields)
+    if wanted is None:
+        return enqueue(func, tuple(args), **options)
+    with promise(state, register(state, wanted, runid=runid), asked):
+        return enqueue(func, tuple(args), **options)
+
+
+def watch(state: State, job: Job, values: Mapping[str, Any], *, runid: Any = None) -> str | None:
+    """Promise to report *job*, which was made elsewhere.
+
+    :param values: request fields without the prefix ``webhook_``; without ``url``, the webhook of the
+        current request is meant.
+    :returns: the endpoint's id; ``None`` where no webhook is asked for.
+    :raises InvalidWebhookError: for an unknown field or a bad value.
+    :raises StorageUnavailableError: when the promise cannot be stored.
+    """
+    fields = {name if name == "sign_payload" else f"webhook_{name}": value for name, value in values.items()}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    unknown = sorted(fields.keys() - FIELDS)
+    if unknown:
+        raise InvalidWebhookError(details={name: ["There is no such field."] for name in unknown})
+    asked = asked_in_request()
+    if URL not in fields:
+        if fields:
+            raise InvalidWebhookError(details={URL: ["Missing; without it, the request's own fields count."]})
+        return _watch_for_request(state, job, asked)
+    wanted = load(state, fields)
+    if wanted is None:
+        return None
+    endpoint_id = register(state, wanted, runid=runid, watched=job).endpoint_id
+    if asked is not None:
+        asked.mark_response()
+        asked.note([job.id])
+    return endpoint_id
+
+
+def _watch_for_request(state: State, job: Job, asked: Asked | None) -> str | None:
+    attachment = current_attachment.get() or (None if asked is None else asked.attachment)
+    if attachment is None:
+        return None
+    attachment.watched.add(job.id)
+    if all(known.id != job.id for known in attachment.jobs):
+        attachment.jobs.append(job)
+    if attachment.closed:  # the view is over: from a thread, or an after_request function
+        reported = _confirm(state, attachment, [job])
+        if asked is not None:
+            asked.note(reported)
+    return attachment.endpoint_id
+
+
+def attachment_for_current_app() -> Attachment | None:
+    """Return what every job of an app with ``RQ_WEBHOOKS_ATTACH="all"`` is attached to: no endpoint."""
+    if not has_app_context() or EXTENSION_NAME not in current_app.extensions:
+        return None
+    state = get_state()
+    if state.settings.attach != "all" or not state.settings.enabled:
+        return None
+    return Attachment(
+        endpoint_id=None,
+        token=make_token(f"ep{state.namespace}_all", state.settings.outbox_maxlen),
+        same_database=same_database(state),
     )
+
+
+def runid_text(runid: Any) -> str | None:
+    """Return what the host calls a run as text that every database can hold."""
+    return None if runid is None else str(runid).replace("\0", "\ufffd")
 
 
 _same_databases: weakref.WeakKeyDictionary[State, SameDatabase] = weakref.WeakKeyDictionary()
@@ -118,58 +362,82 @@ def same_database(state: State) -> SameDatabase:
         return _same_databases.setdefault(state, SameDatabase(state.redis))
 
 
-def confirm_webhook(state: State, attachment: Attachment) -> bool:
-    """Note which jobs were enqueued, and say whether their endings will be reported.
+# -- confirmation -------------------------------------------------------------------------------------------
+
+
+def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[str]:
+    """Note which jobs were enqueued, and return the ids of those that will be reported.
 
     Never raises for want of SQL or Redis: this runs after the view, whose jobs are enqueued by now. What
     cannot be noted is repaired by the callbacks and by reconcile.
     """
-    assert attachment.endpoint_id is not None  # noqa: S101  (made by register_webhook)
-    reached("enqueued")
-    job_ids = [job.id for job in attachment.jobs]
-    existing: Sequence[str] = ()
-    unseen: Sequence[str] = job_ids
-    registered = False
+    assert attachment.endpoint_id is not None  # noqa: S101  (made by register)
+    job_ids = list(dict.fromkeys(job.id for job in jobs))
+    handed_over = [job.id for job in jobs if job.id in attachment.watched or was_handed_over(job)]
+    existing: list[str] = []
+    unseen: list[str] = []
     if job_ids:
         try:
-            existing, unseen, registered = look_at_jobs(state.redis, attachment.endpoint_id, attachment.jobs)
+            existing, unseen = look_at_jobs(state.redis, attachment, jobs)
         except RedisError as exc:
+            # RQ took them, so they are promised: if Redis comes back without them, they are reported lost.
             logger.error("Redis cannot say whether the jobs %r were enqueued: %s", job_ids, exc)
-    elif not attachment.refused:
-        logger.warning(
-            "A webhook was asked for, and nothing was enqueued through an attached queue. Use "
-            "flask_rq_webhooks.Queue, or RQWebhooks(instrument_rq=True)."
-        )
+            existing, unseen = handed_over, [job_id for job_id in job_ids if job_id not in handed_over]
+    runs = {job.id: run_of(job.enqueued_at, job.created_at) for job in jobs if job.id in handed_over}
+    on_their_way = [job_id for job_id in unseen if job_id in handed_over]
     try:
-        confirm(
+        endpoints.confirm(
             state.database,
             attachment.endpoint_id,
             existing=existing,
             unseen=unseen,
-            reserved_job_id=attachment.reserved_job_id,
-            runs={job.id: format_time(job.enqueued_at) for job in attachment.jobs if job.enqueued_at},
+            reserved_job_id=attachment.reserved_job_id if jobs is attachment.jobs else None,
+            runs=runs,
+            counts_from={
+                job.id: began for job in jobs if job.id in attachment.watched and (began := _began(job))
+            },
             busy_timeout_s=CONFIRM_BUSY_TIMEOUT_S,
         )
     except (StorageUnavailableError, SQLAlchemyError) as exc:
         logger.info("Jobs %r are confirmed through the outbox: %s", job_ids, exc)
-        _confirm_later(state, attachment.endpoint_id, existing)
-    reached("confirmed")
-    return registered
+        _confirm_later(state, attachment.endpoint_id, existing, on_their_way, runs)
+    return [job_id for job_id in job_ids if job_id in existing or job_id in on_their_way]
 
 
-def mark_response(response: Response, *, registered: bool) -> Response:
-    """Tell the client whether its jobs will be reported."""
-    response.headers[REGISTERED_HEADER] = "true" if registered else "false"
-    return response
-
-
-def _confirm_later(state: State, endpoint_id: str, job_ids: Sequence[str]) -> None:
+def _confirm_later(
+    state: State, endpoint_id: str, existing: Sequence[str], unseen: Sequence[str], runs: Mapping[str, str]
+) -> None:
+    job_ids = [*existing, *unseen]
     if not job_ids:
         return  # reconcile closes the reserved watch
+    # What this process saw is the only proof that a job existed which is gone when the entry is read.
+    known = {job_id: runs.get(job_id) for job_id in job_ids}
+    seal = state.cipher.encrypt(json.dumps([endpoint_id, known, list(unseen)]))
     try:
-        state.outbox.append(confirm_entry(endpoint_id, job_ids))
+        state.outbox.append(confirm_entry(endpoint_id, job_ids, seal=seal))
     except RedisError as exc:
         logger.error("Jobs %r could not be confirmed, reconcile will find them: %s", job_ids, exc)
+
+
+def _began(job: Job) -> datetime | None:
+    """Return when the current run of a job began to wait, or the job was created."""
+    began = job.enqueued_at or job.created_at
+    return None if began is None else parse_time(format_time(began))
+
+
+def _why_nothing(attachment: Attachment) -> str | None:
+    if attachment.refused:
+        return None  # logged as an error, with both databases
+    if attachment.jobs:
+        ids = ", ".join(job.id for job in attachment.jobs[:MAX_JOB_IDS])
+        return f"it made jobs ({ids}) that RQ did not enqueue, such as duplicates"
+    if attachment.passed_over:
+        names = ", ".join(dict.fromkeys(attachment.passed_over))
+        return f"accepts_webhook(jobs=...) chooses none of the jobs it enqueued ({names})"
+    queue = "any queue" if is_instrumented() else (
+        "flask_rq_webhooks.Queue, the only one that carries webhooks without RQWebhooks(instrument_rq=True)"
+    )  # fmt: skip
+    return _NOTHING_SEEN.format(queue=queue)
 
 
 class _Pulse:

@@ -13,7 +13,7 @@ from datetime import datetime
 import click
 
 from ..errors import SignatureError
-from ..receiver import verify
+from ..receiver import ALL_SCHEMES, verify
 
 #: Bytes of a body that are read.
 MAX_BODY_BYTES = 16 * 2**20
@@ -94,7 +94,9 @@ def describe(
     ]
     if secrets:
         try:
-            verified = verify(body, dict(headers), list(secrets), header_prefix=header_prefix)
+            verified = verify(
+                body, dict(headers), list(secrets), header_prefix=header_prefix, schemes=ALL_SCHEMES
+            )
             lines.append(f"  verified ({verified.scheme})")
         except SignatureError as exc:
             lines.append(f"  NOT VERIFIED: {_shown(str(exc))}")

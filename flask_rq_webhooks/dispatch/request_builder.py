@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
-from ..protocol.payloads import RenderContext
+from ..protocol.payloads import RenderContext, as_rendered
 from ..protocol.signatures import signature_headers
 from ..storage.models import new_id
 from .http import AttemptRequest, AttemptResult, Transport
@@ -37,6 +37,7 @@ class Message:
     delivery_id: str
     number: int
     body: bytes = field(repr=False)
+    content_type: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     secrets: Sequence[str] = field(default=(), repr=False)
     iso_timestamp: bool = False
@@ -59,6 +60,7 @@ def build_request(claimed: ClaimedDelivery, *, state: State, now: datetime) -> A
         delivery_id=claimed.id,
         number=claimed.number,
         body=claimed.body,
+        content_type=claimed.content_type,
         headers=own,
         secrets=_live_secrets(claimed, state),
         iso_timestamp=claimed.format == "task",
@@ -77,7 +79,7 @@ def request_headers(message: Message, *, state: State, now: datetime) -> dict[st
     prefix = settings.header_prefix
     timestamp = int(now.timestamp())
     ours = {
-        "Content-Type": "application/json",
+        "Content-Type": message.content_type,
         "User-Agent": settings.user_agent,
         "webhook-id": message.event_id,
         "webhook-timestamp": str(timestamp),
@@ -132,7 +134,7 @@ def send_ping(
         raise ConfigurationError(f"There is no payload format {name!r}; known are {sorted(state.formats)}.")
     event_id = new_id("evt")
     occurrence = Occurrence(type=WEBHOOK_PING, occurred_at=now, source=SOURCE_APPLICATION)
-    body = state.formats[name](
+    made = state.formats[name](
         occurrence,
         RenderContext(
             event_id=event_id,
@@ -143,20 +145,22 @@ def send_ping(
             max_bytes=settings.max_payload_bytes,
         ),
     )
+    rendered = as_rendered(made)
     chosen = secret or settings.signing_secret
     message = Message(
         event_id=event_id,
         event_type=WEBHOOK_PING,
         delivery_id=new_id("dlv"),
         number=1,
-        body=body,
+        body=rendered.body,
+        content_type=rendered.content_type,
         secrets=(chosen,) if chosen is not None else (),
         iso_timestamp=name == "task",
     )
     request = AttemptRequest(
         url=url,
         headers=request_headers(message, state=state, now=now),
-        body=body,
+        body=rendered.body,
         **_deadlines(state, None),
     )
     return Ping(request=request, result=transport.submit(request).result())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..protocol.events import Occurrence
 from ..protocol.json_safe import safe_text, to_json_safe
-from ..protocol.payloads import FORMATS, RenderContext
+from ..protocol.payloads import FORMATS, RenderContext, Rendered
 
 if TYPE_CHECKING:
     from ..state import State
@@ -56,14 +56,14 @@ def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | Non
     return scrubbed
 
 
-def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes]:
+def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes | Rendered]:
     """Return :meth:`State.render`, which then never raises.
 
     Where the host's format fails or is not registered here, the event is rendered in the format ``job``
     without result and error.
     """
 
-    def render(endpoint: EndpointRow, event_id: str, occurrence: Occurrence) -> bytes:
+    def render(endpoint: EndpointRow, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
         try:
             return state.render(endpoint, event_id, occurrence)
         except Exception:

@@ -302,35 +302,36 @@ class Ingest:
         those count whose own hash names the endpoint.
         """
         entry = waiting.entry
-        runs = self._sealed_runs(entry)
-        existing: Sequence[str]
-        if runs is None:
+        sealed = self._unsealed(entry)
+        if sealed is None:
             states = read_jobs(self._state.redis, entry.jobs)
             existing = [job_id for job_id in entry.jobs if entry.endpoint in states[job_id].tokens]
-            runs = {}
+            runs: dict[str, str | None] = {}
+            unseen: list[str] = []
             if len(existing) < len(entry.jobs):
-                logger.warning("Outbox entry %s confirms jobs that do not exist; ignored.", waiting.id)
+                logger.warning("Outbox entry %s confirms jobs that nothing proves; ignored.", waiting.id)
         else:
-            existing = list(runs)
+            runs, unseen = sealed
+            existing = [job_id for job_id in entry.jobs if job_id not in unseen]
         confirm(
             self._state.database,
             entry.endpoint,
             existing=existing,
-            unseen=[],
+            unseen=unseen,
             reserved_job_id=None,
             runs={job_id: run for job_id, run in runs.items() if run is not None},
         )
         self._finish([waiting])
 
-    def _sealed_runs(self, entry: OutboxEntry) -> dict[str, str | None] | None:
-        """Return the run of each job, as the web process sealed them; ``None`` without a valid seal."""
+    def _unsealed(self, entry: OutboxEntry) -> tuple[dict[str, str | None], list[str]] | None:
+        """Return the run of each job, and which ones were not in Redis yet; ``None`` without a valid seal."""
         if entry.seal is None:
             return None
         try:
-            endpoint, runs = json.loads(self._state.cipher.decrypt(entry.seal))
+            endpoint, runs, unseen = json.loads(self._state.cipher.decrypt(entry.seal))
         except DecryptionError:
             return None
-        return runs if endpoint == entry.endpoint and set(runs) == set(entry.jobs) else None
+        return (runs, unseen) if endpoint == entry.endpoint and set(runs) == set(entry.jobs) else None
 
     # -- storing --------------------------------------------------------------------------------------
 

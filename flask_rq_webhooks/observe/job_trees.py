@@ -42,7 +42,8 @@ from ..storage.events import IngestItem
 from ..storage.models import RESERVED
 from ..storage.tree_members import TreeRow
 from ..storage.watches import reported_endings
-from .outcomes import RESERVED_GRACE, TYPE_OF_STATUS, is_blocked
+from .conclusions import RESERVED_GRACE, is_blocked
+from .outcomes import TYPE_OF_STATUS
 
 #: Jobs of one tree that are looked at.
 MAX_JOBS = 10_000

@@ -21,11 +21,8 @@ from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.models import RESERVED
 from ..storage.watches import Reported, WatchProbe, WatchRow, WatchUpdates
-from .occurrences import OccurrenceReader, occurrence_of_loss, occurrence_of_report
-from .outcomes import (
-    TYPE_OF_STATUS,
+from .conclusions import (
     OutboxRead,
-    Outcome,
     WatchAction,
     WatchFacts,
     conclude,
@@ -33,6 +30,8 @@ from .outcomes import (
     is_blocked,
     outcome_of_loss,
 )
+from .occurrences import OccurrenceReader, occurrence_of_loss, occurrence_of_report
+from .outcomes import TYPE_OF_STATUS, Outcome
 from .pending_events import PendingEvents, Publish, ReconcileReport
 
 logger = logging.getLogger(__name__)

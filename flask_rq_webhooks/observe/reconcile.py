@@ -26,10 +26,10 @@ from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.models import OPEN, RESERVED
 from ..storage.watches import WatchProbe
+from .conclusions import OutboxRead
 from .job_trees import TreeReporter
 from .occurrences import OccurrenceReader
 from .open_watches import OpenWatches
-from .outcomes import OutboxRead
 from .pending_events import Publish, ReconcileReport
 from .settled_watches import SettledWatches
 

@@ -17,8 +17,9 @@ from ..queue.job_details import any_exists, probe_jobs
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.watches import SettledProbe, WatchUpdates
+from .conclusions import OutboxRead
 from .open_watches import OpenWatches
-from .outcomes import CORRECTIONS_FOR, TYPE_OF_STATUS, OutboxRead
+from .outcomes import CORRECTIONS_FOR, TYPE_OF_STATUS
 from .pending_events import ReconcileReport
 
 #: A settled watch counts as kept for at least this long: a lost job may come back.

@@ -70,6 +70,11 @@ def parse_time(text: str) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
+def run_of(enqueued_at: datetime | None, created_at: datetime) -> str:
+    """Return the identity of a job's run, as callbacks report it and RQ's hash shows it."""
+    return f"created:{format_time(created_at)}" if enqueued_at is None else format_time(enqueued_at)
+
+
 def run_key(job_id: str, run: str, event_type: str, *, correction: bool = False) -> str:
     """Return the key that makes an event of one run unique in SQL.
 

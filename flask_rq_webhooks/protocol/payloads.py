@@ -10,11 +10,13 @@ A body is serialised once, ASCII and compact; whoever stores it sends the same b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from .events import (
     JOB_BLOCKED,
@@ -52,7 +54,24 @@ class RenderContext:
     max_bytes: int
 
 
-PayloadFormat = Callable[[Occurrence, RenderContext], bytes]
+JSON = "application/json"
+
+
+class Rendered(NamedTuple):
+    """The body of a delivery and its media type: stored, signed and sent as they are."""
+
+    body: bytes
+    content_type: str = JSON
+
+
+#: Bytes stand for JSON.
+PayloadFormat = Callable[[Occurrence, RenderContext], bytes | Rendered]
+
+#: RFC 9110, "Media Type", printable and on one line.
+_MEDIA_TYPE = re.compile(
+    r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(?:; ?[\w!#$&^.+-]+=(?:[\w!#$&^.+-]+|\"[ !#-\[\]-~]*\"))*", re.ASCII
+)
+MAX_CONTENT_TYPE_CHARS = 128
 
 #: ``task`` format: event type → (event_type, status). The states are those of Celery.
 _TASK_WORDS = MappingProxyType(
@@ -123,31 +142,68 @@ def render_standard(occurrence: Occurrence, context: RenderContext) -> bytes:
     return fit(_standard, occurrence, context)[1]
 
 
+def render_cloudevents(occurrence: Occurrence, context: RenderContext) -> Rendered:
+    """Return the body of ``format="cloudevents"``: one event in the structured JSON mode.
+
+    ``id`` is the event's id, ``type`` and ``time`` are those of the occurrence, ``subject`` is the job's id,
+    ``source`` names the queue. ``data`` is that of ``format="standard"``.
+
+    Source: CloudEvents 1.0.2, "Required Attributes"; JSON Event Format 1.0.2, "Envelope".
+    """
+    return Rendered(fit(_cloudevent, occurrence, context)[1], "application/cloudevents+json")
+
+
 #: The formats that come with the package, by name.
 FORMATS: Mapping[str, PayloadFormat] = MappingProxyType(
-    {"job": render_job, "task": render_task, "standard": render_standard}
+    {
+        "job": render_job,
+        "task": render_task,
+        "standard": render_standard,
+        "cloudevents": render_cloudevents,
+    }
 )
 
 
-def custom_format(function: Callable[[dict[str, Any]], Mapping[str, Any] | bytes]) -> PayloadFormat:
+def as_rendered(made: bytes | Rendered) -> Rendered:
+    """Return what a format made, as body and media type."""
+    return made if isinstance(made, Rendered) else Rendered(made)
+
+
+CustomFormat = Callable[[dict[str, Any]], Mapping[str, Any] | bytes | tuple[bytes, str]]
+
+
+def custom_format(function: CustomFormat) -> PayloadFormat:
     """Return a format that hands the ``job`` payload to *function* and sends what it returns.
 
-    :param function: takes the payload as a dict of its own; returns a dict, sent as compact JSON, or the
-        bytes of the body. Its exceptions reach the caller; the size of what it returns is its own affair.
+    :param function: takes the payload as a dict of its own; returns a dict, sent as compact JSON, the bytes
+        of a JSON body, or ``(bytes, content type)``. Its exceptions reach the caller; the size of what it
+        returns is not limited here.
     """
+    name = getattr(function, "__name__", function)
 
-    def render(occurrence: Occurrence, context: RenderContext) -> bytes:
-        body = function(job_payload(occurrence, context))
-        if isinstance(body, bytes):
-            return body
-        if isinstance(body, Mapping):
-            return _serialise(dict(body))
+    def render(occurrence: Occurrence, context: RenderContext) -> Rendered:
+        made = function(job_payload(occurrence, context))
+        if isinstance(made, Mapping):
+            return Rendered(_serialise(dict(made)))
+        if isinstance(made, bytes):
+            return Rendered(made)
+        if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], bytes):
+            return Rendered(made[0], _checked_content_type(made[1], name))
         raise TypeError(
-            f"The payload format {getattr(function, '__name__', function)!r} returned "
-            f"{type(body).__name__}; return a dict or bytes."
+            f"The payload format {name!r} returned {type(made).__name__}; "
+            "return a dict, bytes or (bytes, content type)."
         )
 
     return render
+
+
+def _checked_content_type(value: Any, name: Any) -> str:
+    if isinstance(value, str) and len(value) <= MAX_CONTENT_TYPE_CHARS and _MEDIA_TYPE.fullmatch(value):
+        return value
+    raise ValueError(
+        f"The payload format {name!r} returned the content type {value!r}; return one such as "
+        f"'application/xml; charset=utf-8', at most {MAX_CONTENT_TYPE_CHARS} characters."
+    )
 
 
 def fit(
@@ -256,6 +312,25 @@ def _standard(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
     else:
         data = dict(occurrence.data)
     return {"type": occurrence.type, "timestamp": format_time(occurrence.occurred_at), "data": data}
+
+
+def _cloudevent(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
+    standard = _standard(occurrence, context)
+    source = "application"
+    if occurrence.queue:
+        source = "queue:" + quote(occurrence.queue, safe="", errors="replace")
+    payload = {
+        "specversion": "1.0",
+        "id": context.event_id,
+        "source": f"urn:rq-webhooks:{source}",
+        "type": standard["type"],
+        "time": standard["timestamp"],
+        "datacontenttype": JSON,
+        "data": standard["data"],
+    }
+    if occurrence.job_id:
+        payload["subject"] = occurrence.job_id
+    return payload
 
 
 def _task(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""What a signed webhook carries.
+"""Signatures of a webhook, and how a secret becomes a key.
 
-Two families over the same bytes: the Standard Webhooks one (``webhook-signature``, over id, timestamp
-and body) and the plain one many receivers know (``X-Webhook-Signature: sha256=…``, over the body alone).
-Owns how a secret becomes a key. Knows nothing of where secrets are kept or which are live. Standard
-library only: the receiver helper imports it.
+Two families over the same bytes: Standard Webhooks (``webhook-signature``, over id, timestamp and body;
+``v1`` with a shared secret, ``v1a`` with an Ed25519 key of the server) and the plain one many receivers know
+(``X-Webhook-Signature: sha256=…``, over the body alone). Where secrets are kept and which are live is decided
+elsewhere. The receiver imports this module, so it needs the standard library only, and ``cryptography`` where
+an Ed25519 key is used.
 
-Source: Standard Webhooks, "Signature scheme" (symmetric, ``v1``).
+Source: Standard Webhooks, "Signature scheme" (symmetric ``v1``, asymmetric ``v1a``).
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ import hmac
 import re
 import secrets as random_secrets
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 #: Header of the Standard Webhooks family; the others are named after the configured prefix.
 STANDARD_SIGNATURE_HEADER = "webhook-signature"
 
-_WHSEC = "whsec_"
+#: Prefixes of Standard Webhooks: a shared secret, an Ed25519 private key, an Ed25519 public key.
+_WHSEC, PRIVATE_KEY, PUBLIC_KEY = "whsec_", "whsk_", "whpk_"
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*")
 
 
@@ -56,14 +64,95 @@ def body_key(secret: str | bytes) -> bytes:
     return key
 
 
+@dataclass(frozen=True)
+class SigningKey:
+    """An Ed25519 key of the server: ``whsk_`` and base64 of its seed (32 bytes), or seed and public key (64).
+
+    :param text: the key as it is configured.
+    :raises ValueError: when *text* is no such key, or its public half belongs to another seed.
+    """
+
+    text: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        raw = _decoded(self.text.removeprefix(PRIVATE_KEY).encode()) if self.text.isascii() else None
+        if not self.text.startswith(PRIVATE_KEY) or raw is None or len(raw) not in (32, 64):
+            raise ValueError("expected whsk_ and the base64 of an Ed25519 seed of 32 bytes")
+        if len(raw) == 64 and self._public_bytes != raw[32:]:
+            raise ValueError("the public half of the key does not belong to its private half")
+
+    @classmethod
+    def generate(cls) -> SigningKey:
+        """Return a new key, as 64 bytes: what the official libraries read."""
+        seed_only = cls(PRIVATE_KEY + base64.b64encode(random_secrets.token_bytes(32)).decode("ascii"))
+        return cls(PRIVATE_KEY + base64.b64encode(seed_only._seed + seed_only._public_bytes).decode("ascii"))
+
+    @property
+    def public(self) -> str:
+        """Return the public key, ``whpk_…``: what receivers verify with."""
+        return PUBLIC_KEY + base64.b64encode(self._public_bytes).decode("ascii")
+
+    def signature(self, event_id: str, timestamp: int, body: bytes) -> str:
+        """Return the ``v1a,<base64>`` entry over the same text as ``v1``."""
+        signed = self._private.sign(_signed_content(event_id, timestamp, body))
+        return "v1a," + base64.b64encode(signed).decode("ascii")
+
+    @property
+    def _seed(self) -> bytes:
+        return base64.b64decode(self.text.removeprefix(PRIVATE_KEY) + "==")[:32]
+
+    @cached_property
+    def _private(self) -> Ed25519PrivateKey:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+        return Ed25519PrivateKey.from_private_bytes(self._seed)
+
+    @cached_property
+    def _public_bytes(self) -> bytes:
+        return self._private.public_key().public_bytes_raw()
+
+
+def public_key(text: str) -> Ed25519PublicKey:
+    """Return the Ed25519 key that ``whpk_…`` stands for.
+
+    :raises ValueError: when *text* is no such key.
+    :raises ImportError: when ``cryptography`` is not installed.
+    """
+    raw = _decoded(text.removeprefix(PUBLIC_KEY).encode()) if text.isascii() else None
+    if not text.startswith(PUBLIC_KEY) or raw is None or len(raw) != 32:
+        raise ValueError("expected whpk_ and the base64 of 32 bytes")
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    return Ed25519PublicKey.from_public_bytes(raw)
+
+
+def is_signed_by(key: Ed25519PublicKey, entry: str, event_id: str, timestamp: int, body: bytes) -> bool:
+    """Say whether *entry* of ``webhook-signature`` is a ``v1a`` signature made by the owner of *key*."""
+    from cryptography.exceptions import InvalidSignature
+
+    version, _, given = entry.partition(",")
+    raw = _decoded(given.encode()) if version == "v1a" and given.isascii() else None
+    if raw is None or len(raw) != 64 or base64.b64encode(raw).decode("ascii") != given:
+        return False
+    try:
+        key.verify(raw, _signed_content(event_id, timestamp, body))
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _signed_content(event_id: str, timestamp: int, body: bytes) -> bytes:
+    return f"{event_id}.{timestamp}.".encode() + body
+
+
 def standard_signature(secret: str | bytes, event_id: str, timestamp: int, body: bytes) -> str:
     """Return the ``v1,<base64>`` entry of one secret.
 
     :param timestamp: unix seconds, as ``webhook-timestamp`` says them.
     :raises ValueError: when the secret cannot sign, see :func:`standard_key`.
     """
-    signed = f"{event_id}.{timestamp}.".encode() + body
-    digest = hmac.new(standard_key(secret), signed, hashlib.sha256).digest()
+    content = _signed_content(event_id, timestamp, body)
+    digest = hmac.new(standard_key(secret), content, hashlib.sha256).digest()
     return "v1," + base64.b64encode(digest).decode("ascii")
 
 
@@ -83,28 +172,34 @@ def signature_headers(
     body: bytes,
     header_prefix: str,
     iso_timestamp: bool,
+    signature_header: str | None = None,
+    timestamp_header: str | None = None,
+    signing_keys: Sequence[SigningKey] = (),
 ) -> dict[str, str]:
-    """Return the headers that prove one attempt; none where there is no secret.
+    """Return the headers that prove one attempt; none where there is neither a secret nor a key.
 
-    ``webhook-signature`` has one entry per secret, so that receivers can change over at any time during a
-    rotation. ``<prefix>-Signature`` has room for one and uses the newest.
+    ``webhook-signature`` has one ``v1`` entry per secret, so that receivers can change over at any time
+    during a rotation, and one ``v1a`` entry of the newest server key. The plain signature has room for one
+    and uses the newest secret.
 
     :param secrets: live secrets, newest first.
     :param timestamp: unix seconds of this attempt; the same as ``webhook-timestamp``.
-    :param iso_timestamp: write ``<prefix>-Timestamp`` as ISO 8601 instead of unix seconds.
+    :param iso_timestamp: write the plain signature's time as ISO 8601 instead of unix seconds.
+    :param signature_header: whole name of the plain signature's header; ``<prefix>-Signature`` otherwise.
+    :param timestamp_header: whole name of its time's header; ``<prefix>-Timestamp`` otherwise.
+    :param signing_keys: the server's keys, newest first.
     :raises ValueError: when a secret cannot sign. There is no unsigned fallback.
     """
-    if not secrets:
-        return {}
     entries = [standard_signature(secret, event_id, timestamp, body) for secret in secrets]
-    sent = str(timestamp)
-    if iso_timestamp:
-        sent = datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {
-        STANDARD_SIGNATURE_HEADER: " ".join(entries),
-        f"{header_prefix}-Signature": body_signature(secrets[0], body),
-        f"{header_prefix}-Timestamp": sent,
-    }
+    entries += [key.signature(event_id, timestamp, body) for key in signing_keys[:1]]
+    headers = {STANDARD_SIGNATURE_HEADER: " ".join(entries)} if entries else {}
+    if secrets:
+        sent = str(timestamp)
+        if iso_timestamp:
+            sent = datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        headers[signature_header or f"{header_prefix}-Signature"] = body_signature(secrets[0], body)
+        headers[timestamp_header or f"{header_prefix}-Timestamp"] = sent
+    return headers
 
 
 def _decoded(text: bytes) -> bytes | None:

@@ -49,16 +49,24 @@ class Attachment:
     :param reserved_job_id: id for the first job that is made without one.
     :param same_database: says whether a queue's connection leads to the configured database;
         :class:`SameDatabase` does.
+    :param chosen: says by the dotted name of its function whether a job is to be reported; ``None``: all.
     :param jobs: the jobs attached, in the order they were made. A job made is not yet a job enqueued.
+    :param watched: ids of jobs that are reported although they do not carry our callbacks.
+    :param passed_over: functions of the jobs that were not *chosen*.
     :param refused: whether a job could not be attached because its queue is on another database.
+    :param closed: whether the view is over, so that nobody will look at *jobs* any more.
     """
 
     endpoint_id: str | None
     token: str
     reserved_job_id: str | None = None
     same_database: Callable[[Redis], bool] = lambda connection: True
+    chosen: Callable[[str], bool] | None = None
     jobs: list[Job] = field(default_factory=list)
+    watched: set[str] = field(default_factory=set)
+    passed_over: list[str] = field(default_factory=list)
     refused: bool = False
+    closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _reserved_taken: bool = field(default=False, repr=False)
 
@@ -192,6 +200,11 @@ def _create_job(
     original: Callable[..., Job], queue: rq.Queue, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Job:
     requested = current_attachment.get()
+    if requested is not None and requested.chosen is not None:
+        name = name_of(args[0] if args else kwargs.get("func"))
+        if not requested.chosen(name):
+            requested.passed_over.append(name)
+            requested = None
     attachment = requested if requested is not None else _default()
     if (
         attachment is None
@@ -218,6 +231,14 @@ def _create_job(
     if requested is not None:
         requested.jobs.append(job)
     return job
+
+
+def name_of(func: Any) -> str:
+    """Return the dotted name of a job's function, as it is given to a queue."""
+    if isinstance(func, str):
+        return func
+    name = getattr(func, "__qualname__", type(func).__qualname__)
+    return f"{getattr(func, '__module__', None) or 'builtins'}.{name}"
 
 
 def _default() -> Attachment | None:
@@ -327,33 +348,34 @@ def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:
 _HANDED_OVER = ("deferred", "scheduled", "ready_to_enqueue", "rate_limited")
 
 
-def look_at_jobs(redis: Redis, endpoint_id: str, jobs: Iterable[Job]) -> tuple[list[str], list[str], bool]:
+def look_at_jobs(redis: Redis, attachment: Attachment, jobs: Iterable[Job]) -> tuple[list[str], list[str]]:
     """Say which of the jobs made under an attachment are really there, in one round trip.
 
     A job that was made may never have been enqueued: RQ refuses a duplicate (``unique=True``) only
-    afterwards, and a pipeline may not have been executed yet.
+    afterwards, and a pipeline may not have been executed yet. A hash without our endpoint belongs to an
+    earlier job of the same id and counts for nothing, unless that job is watched.
 
-    :param jobs: :attr:`Attachment.jobs`.
-    :returns: ids of the jobs whose hash is there and reports to *endpoint_id*; ids of those without a hash;
-        and whether the request enqueued anything: a job is there, or its object shows that it was handed to
-        RQ (``enqueued_at`` is set before RQ sends anything, a status other than ``queued`` while it does)
-        and it is on its way or gone already. A hash without our endpoint belongs to an earlier job of the
-        same id and counts for nothing.
+    :param jobs: some of :attr:`Attachment.jobs`.
+    :returns: ids of the jobs that are there and will be reported, and ids of those without a hash.
     :raises redis.RedisError: when Redis cannot be asked.
     """
     unique = {job.id: job for job in jobs}
     names = job_reader.read_callback_names(redis, [_text(job.key) for job in unique.values()])
-    existing, unseen, registered = [], [], False
-    for (job_id, job), endpoints in zip(unique.items(), names, strict=True):
+    existing, unseen = [], []
+    for job_id, endpoints in zip(unique, names, strict=True):
         if endpoints is None:
             unseen.append(job_id)
-            registered = (
-                registered or job.enqueued_at is not None or job.get_status(refresh=False) in _HANDED_OVER
-            )
-        elif endpoint_id in endpoints:
+        elif attachment.endpoint_id in endpoints or job_id in attachment.watched:
             existing.append(job_id)
-            registered = True
-    return existing, unseen, registered
+    return existing, unseen
+
+
+def was_handed_over(job: Job) -> bool:
+    """Say whether a job object shows that its job was enqueued, so that it is on its way, or gone already.
+
+    ``enqueued_at`` is set before RQ sends anything, a status other than ``queued`` while it does.
+    """
+    return job.enqueued_at is not None or job.get_status(refresh=False) in _HANDED_OVER
 
 
 def _text(key: str | bytes) -> str:

@@ -273,10 +273,16 @@ def _make_missing(
             occurrence: Occurrence = occurrence_from_json(event.payload)
             if occurrence.scope != endpoint.scope:
                 continue
-            body = render(endpoint, event.id, occurrence)
+            rendered = render(endpoint, event.id, occurrence)
             rows.append(
                 delivery_values(
-                    event.id, event.type, endpoint, body, max_attempts=max_attempts, now=now, trigger=MANUAL
+                    event.id,
+                    event.type,
+                    endpoint,
+                    rendered,
+                    max_attempts=max_attempts,
+                    now=now,
+                    trigger=MANUAL,
                 )
             )
         made = store_deliveries(database, connection, rows)

@@ -39,6 +39,7 @@ from sqlalchemy import (
     update,
 )
 
+from ..protocol.payloads import JSON
 from .database import Database
 from .models import (
     CANCELED,
@@ -72,6 +73,7 @@ class ClaimedDelivery:
     trigger: str
     max_attempts: int
     body: bytes = field(repr=False)
+    content_type: str
     host: str
     event_id: str
     event_type: str
@@ -231,6 +233,7 @@ def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
             trigger=row.trigger,
             max_attempts=row.max_attempts,
             body=row.body,
+            content_type=row.content_type or JSON,
             host=row.host,
             event_id=row.event_id,
             event_type=row.event_type,
@@ -355,8 +358,8 @@ claimed AS (
     WHERE delivery.id = picked.id AND delivery.status = 'pending'
     RETURNING delivery.*, picked.wrapped, picked.turn
 )
-SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.host, c.event_id, c.event_type, c.endpoint_id,
-       c.wrapped, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
+SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
+       c.endpoint_id, c.wrapped, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
        e.kind, e.url, e.headers, e.sign_payload, e.format, e.timeout_s, s.secret
 FROM claimed c
 CROSS JOIN LATERAL (
@@ -446,8 +449,8 @@ RETURNING host
 
 _LOAD_SQLITE = (
     text("""
-SELECT d.id, d.trigger, d.attempts, d.max_attempts, d.body, d.host, d.event_id, d.event_type, d.endpoint_id,
-       v.job_id, coalesce(e.runid, v.runid) AS runid,
+SELECT d.id, d.trigger, d.attempts, d.max_attempts, d.body, d.content_type, d.host, d.event_id, d.event_type,
+       d.endpoint_id, v.job_id, coalesce(e.runid, v.runid) AS runid,
        e.kind, e.url, e.headers, e.sign_payload, e.format, e.timeout_s, s.secret
 FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_lease
 CROSS JOIN rq_webhooks_event v ON v.id = d.event_id

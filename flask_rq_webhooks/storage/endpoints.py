@@ -21,10 +21,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from ..errors import StorageUnavailableError
-from .bulk_insert import insert_or_ignore
 from .crypto import Cipher
 from .database import Database, is_disconnected
-from .models import ALPHABET, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
+from .models import ALPHABET, OPEN, RESERVED, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +65,20 @@ def register(
     endpoint: NewEndpoint,
     *,
     namespace: str,
-    reserved_job_id: str | None,
+    reserved_job_id: str | None = None,
+    watched_job_id: str | None = None,
+    counts_from: datetime | None = None,
     endpoint_id: str | None = None,
     now: datetime | None = None,
 ) -> str:
-    """Store an endpoint, its secret, and the watch that reserves a job's id, in one short transaction.
+    """Store an endpoint, its secret, and the watch of its first job, in one short transaction.
 
     :param namespace: see :func:`~.dispatchers.shared_namespace`; becomes part of the id.
     :param reserved_job_id: id that the first job of the view will get; ``None`` where no job is expected,
         as for a standing endpoint.
+    :param watched_job_id: instead, id of a job that exists already; reconcile reports it.
+    :param counts_from: when the current run of that job began to wait, or the job was created: that run
+        counts, even if it has ended by now. Without it, only runs from now on count.
     :param endpoint_id: a new one by default.
     :returns: the endpoint's id.
     :raises StorageUnavailableError: when the database cannot be reached or stays locked.
@@ -85,14 +89,15 @@ def register(
     rows = {Endpoint.__tablename__: _endpoint_values(cipher, endpoint, endpoint_id, now)}
     if endpoint.secret is not None:
         rows[Secret.__tablename__] = _secret_values(cipher, endpoint.secret, endpoint_id, now)
-    if reserved_job_id is not None:
+    if reserved_job_id is not None or watched_job_id is not None:
         rows[Watch.__tablename__] = {
             "id": new_id("wat"),
             "endpoint_id": endpoint_id,
-            "job_id": reserved_job_id,
-            "status": "reserved",
+            "job_id": reserved_job_id or watched_job_id,
+            "status": RESERVED if reserved_job_id else OPEN,
             "missing_passes": 0,
-            "created_at": now,
+            "created_at": min(now, counts_from or now),
+            "confirmed_at": None if reserved_job_id else now,
         }
     if database.is_sqlite:
         _execute(database, [(_insert(table), row) for table, row in rows.items()])
@@ -116,6 +121,7 @@ def confirm(
     unseen: Sequence[str],
     reserved_job_id: str | None,
     runs: Mapping[str, str] | None = None,
+    counts_from: Mapping[str, datetime] | None = None,
     busy_timeout_s: float | None = None,
 ) -> None:
     """Note which jobs the view really enqueued. May be repeated; no watch ever goes backwards.
@@ -124,31 +130,33 @@ def confirm(
     :param unseen: ids of jobs created but not in Redis, such as those of a pipeline not yet executed:
         ``reserved``, until reconcile meets them.
     :param reserved_job_id: the id given to :func:`register`. Used by no job, its watch is ``closed``.
-    :param runs: the run each existing job is in, where it is known; a job that is lost is then told of under
-        it, and a callback's late word is not another ending.
+    :param runs: the run each job was enqueued for, where it is known: it was handed to RQ. A job that is lost
+        is then reported under it, and a callback's late report corrects that.
+    :param counts_from: since when the runs of a job count, where that is before now: see :func:`register`.
     :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
         itself, in a transaction that ends only after we answer.
     :raises StorageUnavailableError: when the database cannot be written now; the caller then leaves the
         word in the outbox.
     """
-    now = datetime.now(UTC)
+    now, since = datetime.now(UTC), counts_from or {}
     existing = list(dict.fromkeys(existing))
     unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
     statements: list[tuple[Executable, Any]] = []
     if existing:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
-             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": now, "confirmed_at": now}
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": since.get(job_id, now),
+             "confirmed_at": now}
             for job_id in existing
         ]  # fmt: skip
         statements.append((_INSERT_OPEN[database.is_sqlite], rows[0] if len(rows) == 1 else rows))
     if unseen:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
-             "missing_passes": 0, "created_at": now}
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": since.get(job_id, now)}
             for job_id in unseen
         ]  # fmt: skip
-        statements.append((insert_or_ignore(database, Watch), rows))
+        statements.append((_INSERT_RESERVED[database.is_sqlite], rows))
     if reserved_job_id is not None and reserved_job_id not in existing and reserved_job_id not in unseen:
         close = (
             update(Watch)
@@ -465,6 +473,20 @@ def _insert_open(statement: Any) -> Executable:
     return insert
 
 
+def _insert_reserved(statement: Any) -> Executable:
+    insert: Executable = statement.on_conflict_do_update(
+        index_elements=["job_id", "endpoint_id"],
+        set_={"run": statement.excluded.run},
+        where=(Watch.status == "reserved") & Watch.run.is_(None),
+    )
+    return insert
+
+
+#: Whether on SQLite → the statement that reserves a watch, or notes the run on a reserved one.
+_INSERT_RESERVED = {
+    True: _insert_reserved(sqlite.insert(_WATCHES)),
+    False: _insert_reserved(postgresql.insert(_WATCHES)),
+}
 #: Whether on SQLite → the statement that opens a watch, reserved or not.
 _INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(postgresql.insert(_WATCHES))}
 

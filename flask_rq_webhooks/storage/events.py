@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, Occurrence
-from ..protocol.payloads import occurrence_from_json, occurrence_to_json
+from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from .bulk_insert import chunks_of, insert_new
 from .database import Database
 from .feed import first_position
@@ -31,7 +31,7 @@ from .subscriptions import (
     store_deliveries,
 )
 
-Render = Callable[[EndpointRow, str, Occurrence], bytes]
+Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
@@ -127,10 +127,15 @@ def ingest(
                 event, watches.get(event.occurrence.job_id or "", []), endpoints, standing
             )
             for endpoint in receivers:
-                body = render(endpoint, event.id, event.occurrence)
+                rendered = render(endpoint, event.id, event.occurrence)
                 rows.append(
                     delivery_values(
-                        event.id, event.occurrence.type, endpoint, body, max_attempts=max_attempts, now=now
+                        event.id,
+                        event.occurrence.type,
+                        endpoint,
+                        rendered,
+                        max_attempts=max_attempts,
+                        now=now,
                     )
                 )
         made = store_deliveries(database, connection, rows)

@@ -41,6 +41,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from ..protocol.payloads import MAX_CONTENT_TYPE_CHARS
+
 #: Crockford base 32, lower case: no letter that reads as another.
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
@@ -239,9 +241,10 @@ class Delivery(Base):
     """An event on its way to an endpoint.
 
     ``status``: ``pending``, ``sending``, ``succeeded``, ``exhausted``, ``canceled``. ``body`` is what is
-    signed and sent, on every attempt. ``host`` and ``event_type`` are copies that lists and claims are
-    indexed by. ``attempts`` counts recorded attempts; ``lease_id`` names the claim
-    that holds a ``sending`` row until ``lease_until``. ``trigger`` says why the next attempt is made.
+    signed and sent, on every attempt; ``content_type`` is null for JSON. ``host`` and ``event_type`` are
+    copies that lists and claims are indexed by. ``attempts`` counts recorded attempts; ``lease_id`` names
+    the claim that holds a ``sending`` row until ``lease_until``. ``trigger`` says why the next
+    attempt is made.
     """
 
     __tablename__ = "rq_webhooks_delivery"
@@ -254,6 +257,7 @@ class Delivery(Base):
     status: Mapped[str] = mapped_column(String(10))
     trigger: Mapped[str] = mapped_column(String(10), default="scheduled")
     body: Mapped[bytes] = mapped_column(LargeBinary)
+    content_type: Mapped[str | None] = mapped_column(String(MAX_CONTENT_TYPE_CHARS))
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     max_attempts: Mapped[int] = mapped_column(Integer)
     next_attempt_at: Mapped[datetime | None]

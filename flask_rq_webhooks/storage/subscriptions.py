@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, select
 
 from ..protocol.events import CLOCK_SKEW, TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
+from ..protocol.payloads import JSON, Rendered, as_rendered
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
 from .models import CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
@@ -176,13 +177,14 @@ def delivery_values(
     event_id: str,
     event_type: str,
     endpoint: EndpointRow,
-    body: bytes,
+    made: bytes | Rendered,
     *,
     max_attempts: int,
     now: datetime,
     trigger: str = SCHEDULED,
 ) -> dict[str, Any]:
     """Return the row of a new delivery, due at once."""
+    body, content_type = as_rendered(made)
     return {
         "id": new_id("dlv"),
         "event_id": event_id,
@@ -192,6 +194,7 @@ def delivery_values(
         "status": PENDING,
         "trigger": trigger,
         "body": body,
+        "content_type": None if content_type == JSON else content_type,
         "attempts": 0,
         "max_attempts": endpoint.max_attempts or max_attempts,
         "next_attempt_at": now,

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Executable, and_, bindparam, insert, or_, select, text, update
+from sqlalchemy import Connection, Executable, and_, bindparam, or_, select, text, update
 
 from ..protocol.events import TERMINAL_TYPES
 from .bulk_insert import chunks_of, one_of
-from .crypto import Cipher
 from .database import Database
-from .endpoints import NewEndpoint, register
-from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch, new_id
+from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch
 from .subscriptions import EVERY_TYPE
 
 
@@ -285,41 +283,6 @@ def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | 
         settled = this.where(Watch.status == SETTLED)
         _each(connection, settled.values(recheck_at=now), updates.kept)
         _each(connection, settled.values(recheck_at=None), updates.forgotten)
-
-
-def watch_job(
-    database: Database,
-    cipher: Cipher,
-    endpoint: NewEndpoint,
-    *,
-    namespace: str,
-    job_id: str,
-    counts_from: datetime | None = None,
-    now: datetime | None = None,
-) -> str:
-    """Promise to report a job that was enqueued elsewhere; reconcile reports its runs.
-
-    :param endpoint: validated, of kind ``"job"``.
-    :param counts_from: when the job's current run began to wait, or the job was created: that run counts,
-        even if it has ended by now. Without it, only runs from now on count.
-    :returns: the endpoint's id.
-    :raises StorageUnavailableError: when the database cannot be written.
-    """
-    now = now or datetime.now(UTC)
-    endpoint_id = register(database, cipher, endpoint, namespace=namespace, reserved_job_id=None, now=now)
-    with database.write(single_statement=True) as connection:
-        connection.execute(
-            insert(Watch).values(
-                id=new_id("wat"),
-                endpoint_id=endpoint_id,
-                job_id=job_id,
-                status=OPEN,
-                missing_passes=0,
-                created_at=min(now, counts_from or now),
-                confirmed_at=now,
-            )
-        )
-    return endpoint_id
 
 
 # -- parts ------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from sqlalchemy.pool import QueuePool
 from flask_rq_webhooks import ConfigurationError, Queue
 from flask_rq_webhooks.queue.job_callbacks import current_attachment
 from flask_rq_webhooks.storage.dispatchers import heartbeat
+from flask_rq_webhooks.testing import deliver_all
 from tests.acceptance import tasks
 from tests.integration.hosts import FIELDS, URL, Host
 from tests.servers import valkey_server
@@ -337,7 +338,45 @@ def test_nothing_enqueued_is_said_and_logged(host: Host, caplog: pytest.LogCaptu
     assert response.headers["Webhook-Registered"] == "false"
     assert [status for _, status in host.watches()] == ["closed"]
     assert [record.levelname for record in caplog.records if record.name == MODULE] == ["WARNING"]
-    assert "nothing was enqueued" in caplog.text
+    assert "view 'build' of /job" in caplog.text
+    assert "instrument_rq=True" in caplog.text
+
+
+@pytest.mark.parametrize("answer", [400, 403, 409, 500])
+def test_view_that_refuses_is_not_warned_of(
+    host: Host, caplog: pytest.LogCaptureFixture, answer: int
+) -> None:
+    def build() -> Any:
+        return {"error": "no"}, answer
+
+    host.route(build)
+    response = host.post()
+
+    assert response.headers["Webhook-Registered"] == "false"
+    assert [record for record in caplog.records if record.name == MODULE] == []
+
+
+def made_by_hand(host: Host) -> rq.job.Job:
+    job = rq.job.Job.create(tasks.add, (1, 2), connection=host.redis, origin="default")
+    return host.queue.enqueue_job(job)
+
+
+def test_real_cause_is_named_where_queues_are_instrumented(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build() -> Any:
+        return {"job_id": made_by_hand(host).id}
+
+    host.route(build)
+    host.webhooks.instrument_rq()
+    try:
+        response = host.post()
+    finally:
+        host.webhooks.uninstrument_rq()
+
+    assert response.headers["Webhook-Registered"] == "false"
+    assert "webhooks.watch(job)" in caplog.text
+    assert "instrument_rq" not in caplog.text
 
 
 def test_duplicate_unique_job_is_not_registered(host: Host) -> None:
@@ -580,11 +619,12 @@ def test_tables_missing_is_503_that_the_log_explains(
     assert "init-db" in caplog.text
 
 
-def test_redis_gone_after_enqueuing_is_not_promised(
-    sqlite_url: str, caplog: pytest.LogCaptureFixture
+def test_redis_gone_after_enqueuing_keeps_the_promise(
+    database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """RQ took the job, so its ending is reported: as lost, where Redis comes back without it."""
     with valkey_server() as server:
-        host = Host(sqlite_url, server.url)
+        host = Host(database_url, server.url)
 
         def build() -> Any:
             job_id = host.enqueue()
@@ -593,14 +633,22 @@ def test_redis_gone_after_enqueuing_is_not_promised(
 
         host.route(build)
         response = host.post()
-        host.close()
+        watches = host.watches()
         server.start()
+        delivered: list[Any] = []
+        for _ in range(4):
+            delivered += deliver_all(host.app)
+        host.close()
 
+    job_id = response.get_json()["job_id"]
     assert response.status_code == 200
-    assert response.headers["Webhook-Registered"] == "false"
-    assert host.watches() == [(response.get_json()["job_id"], "reserved")]
+    assert response.headers["Webhook-Registered"] == "true"
+    assert response.headers["Webhook-Job-Id"] == job_id
+    assert watches == [(job_id, "open")]
     assert "cannot say whether" in caplog.text
-    host.close()
+    assert [(webhook.json["event"], webhook.json["job_id"]) for webhook in delivered] == [
+        ("job.lost", job_id)
+    ]
 
 
 # Limits and warnings

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from flask_rq_webhooks.queue.job_callbacks import (
     SameDatabase,
     current_attachment,
     look_at_jobs,
+    was_handed_over,
 )
 from flask_rq_webhooks.queue.job_reader import database_name, redis_identity
 from flask_rq_webhooks.queue.outbox import Outbox
@@ -100,6 +102,16 @@ def many_with_dependency(queue: rq.Queue) -> list[Job]:
     ]
 
 
+def look(
+    redis_client: redis.Redis, attachment: Attachment, endpoint_id: str | None = None
+) -> tuple[list[str], list[str], bool]:
+    """Give the jobs that are there, those that are not, and whether any is there or on its way."""
+    asked = replace(attachment, endpoint_id=endpoint_id or attachment.endpoint_id)
+    existing, unseen = look_at_jobs(redis_client, asked, attachment.jobs)
+    on_their_way = [job for job in attachment.jobs if job.id in unseen and was_handed_over(job)]
+    return existing, unseen, bool(existing or on_their_way)
+
+
 WAYS: dict[str, Callable[[rq.Queue], Any]] = {
     "enqueue": lambda queue: queue.enqueue(jobs.add, 1, 2),
     "enqueue with args": lambda queue: queue.enqueue("tests.jobs.add", args=(1, 2), kwargs={}),
@@ -134,7 +146,7 @@ def test_ways_to_enqueue(
     assert sorted(job.id for job in attachment.jobs) == sorted(job.id for job in made)
     assert "reserved" in {job.id for job in made}
     assert [stored_names(redis_client, job.id) for job in made] == [ours()] * len(made)
-    existing, unseen, registered = look_at_jobs(redis_client, ENDPOINT, attachment.jobs)
+    existing, unseen, registered = look(redis_client, attachment)
     assert (sorted(existing), unseen, registered) == (sorted(job.id for job in made), [], True)
 
 
@@ -161,7 +173,7 @@ def test_jobs_made_beside_the_queue_are_not_reached(redis_client: redis.Redis) -
         Queue("default", connection=redis_client).enqueue_job(job)
 
     assert stored_names(redis_client, job.id) == ["", "", ""]
-    assert look_at_jobs(redis_client, ENDPOINT, attachment.jobs) == ([], [], False)
+    assert look(redis_client, attachment) == ([], [], False)
 
 
 def test_users_callbacks_are_stored_in_the_name(redis_client: redis.Redis) -> None:
@@ -244,8 +256,8 @@ def test_duplicate_is_neither_existing_nor_unseen(redis_client: redis.Redis) -> 
         queue.enqueue(jobs.add, 1, 2, job_id="nightly", unique=True)
 
     assert [job.id for job in attachment.jobs] == ["nightly"]
-    assert look_at_jobs(redis_client, ENDPOINT, attachment.jobs) == ([], [], False)
-    assert look_at_jobs(redis_client, "epnnnnnnnn_earlier", attachment.jobs) == (["nightly"], [], True)
+    assert look(redis_client, attachment) == ([], [], False)
+    assert look(redis_client, attachment, "epnnnnnnnn_earlier") == (["nightly"], [], True)
 
 
 def test_same_id_enqueued_again_belongs_to_the_later_request(redis_client: redis.Redis) -> None:
@@ -256,8 +268,8 @@ def test_same_id_enqueued_again_belongs_to_the_later_request(redis_client: redis
         queue.enqueue(jobs.add, 1, 2, job_id="nightly")
         queue.enqueue(jobs.add, 1, 2, job_id="nightly")
 
-    assert look_at_jobs(redis_client, ENDPOINT, later.jobs) == (["nightly"], [], True)
-    assert look_at_jobs(redis_client, "epnnnnnnnn_earlier", earlier.jobs) == ([], [], False)
+    assert look(redis_client, later) == (["nightly"], [], True)
+    assert look(redis_client, earlier) == ([], [], False)
 
 
 @pytest.mark.parametrize(
@@ -275,24 +287,24 @@ def test_pipeline_that_is_executed_later(
 ) -> None:
     with attached(reserved_job_id="reserved") as attachment, redis_client.pipeline() as pipe:
         way(Queue("default", connection=redis_client), pipe)
-        before = look_at_jobs(redis_client, ENDPOINT, attachment.jobs)
+        before = look(redis_client, attachment)
         pipe.execute()
 
     assert before == ([], ["reserved"], True)
-    assert look_at_jobs(redis_client, ENDPOINT, attachment.jobs) == (["reserved"], [], True)
+    assert look(redis_client, attachment) == (["reserved"], [], True)
 
 
 def test_job_that_was_only_made(redis_client: redis.Redis) -> None:
     with attached() as attachment:
         job = Queue("default", connection=redis_client).create_job(jobs.add, (1, 2))
 
-    assert look_at_jobs(redis_client, ENDPOINT, attachment.jobs) == ([], [job.id], False)
+    assert look(redis_client, attachment) == ([], [job.id], False)
 
 
 def test_nothing_was_made(redis_client: redis.Redis) -> None:
     with attached() as attachment:
         pass
-    assert look_at_jobs(redis_client, ENDPOINT, attachment.jobs) == ([], [], False)
+    assert look(redis_client, attachment) == ([], [], False)
 
 
 @pytest.mark.filterwarnings("ignore:.*(push|pop)_connection.*:DeprecationWarning")
@@ -301,7 +313,7 @@ def test_synchronous_queue(result_ttl: int | None, redis_client: redis.Redis) ->
     with attached() as attachment:
         queue = Queue("default", connection=redis_client, is_async=False)
         job = queue.enqueue(jobs.run, "basin-7", result_ttl=result_ttl)
-        existing, unseen, registered = look_at_jobs(redis_client, ENDPOINT, attachment.jobs)
+        existing, unseen, registered = look(redis_client, attachment)
 
     gone = result_ttl == 0
     assert (existing, unseen, registered) == ([] if gone else [job.id], [job.id] if gone else [], True)
@@ -329,7 +341,7 @@ def test_many_jobs_are_looked_at_in_few_round_trips(redis_client: redis.Redis) -
         queue.enqueue_many([Queue.prepare_data(jobs.add, (1, 2))] * 700)
         ghosts = [queue.create_job(jobs.add, (1, 2)) for _number in range(5)]
 
-    existing, unseen, registered = look_at_jobs(redis_client, ENDPOINT, attachment.jobs)
+    existing, unseen, registered = look(redis_client, attachment)
     assert (len(existing), unseen, registered) == (700, [job.id for job in ghosts], True)
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import rq
 import sqlalchemy as sa
-from flask import Flask
+from flask import Flask, copy_current_request_context, request
 from redis import Redis
+from rq.job import Job
 
 from flask_rq_webhooks import InvalidWebhookError, Queue, RQWebhooks
 from flask_rq_webhooks.state import State, get_state
-from flask_rq_webhooks.storage.models import Endpoint, Watch
+from flask_rq_webhooks.storage.models import Endpoint, Event, Watch
+from flask_rq_webhooks.testing import InMemoryReceiver, deliver_all
 from tests.acceptance import tasks
+from tests.storage_rows import statements_of
 
 URL = "https://hooks.example.com/in"
 ASKED = {"webhook_url": URL, "webhook_secret": "s3cret", "other": 1}
@@ -173,3 +177,246 @@ def test_watch_refuses_what_it_cannot_promise(make_state: Any, redis_client: Red
 
     with state.database.read() as connection:
         assert connection.execute(sa.select(Watch.id)).all() == []
+
+
+def made_by_hand(redis_client: Redis) -> Job:
+    job = Job.create(tasks.add, (1, 2), connection=redis_client, origin="default")
+    return rq.Queue("default", connection=redis_client).enqueue_job(job)
+
+
+def work(redis_client: Redis) -> None:
+    rq.SimpleWorker(["default"], connection=redis_client).work(burst=True, with_scheduler=False)
+
+
+def test_watch_takes_one_transaction(make_state: Any, redis_client: Redis) -> None:
+    webhooks, state = make_state()
+    job = rq.Queue(connection=redis_client).enqueue(tasks.add, 1, 2)
+
+    with state.app.app_context():
+        webhooks.watch(job, URL)  # the first one asks more
+        with statements_of(state.database) as said:
+            webhooks.watch(job, URL, secret="s3cret")
+
+    assert [statement.split()[0] for statement in said] == ["BEGIN", "INSERT", "INSERT", "INSERT"]
+
+
+def test_watch_keeps_the_rules_of_all_promises(
+    make_state: Any, redis_client: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = rq.Queue(connection=redis_client).enqueue(tasks.add, 1, 2)
+    webhooks, state = make_state(RQ_WEBHOOKS_ENABLED=False)
+    with state.app.app_context():
+        assert webhooks.watch(job, URL) is None
+        assert webhooks.watch(job) is None
+    with state.database.read() as connection:
+        assert connection.execute(sa.select(Endpoint.id)).all() == []
+
+    webhooks, state = make_state(RQ_WEBHOOKS_MAX_WAITING_PER_HOST=1)
+    with state.app.app_context():
+        endpoint_id = webhooks.watch(job, URL)
+        assert "no dispatcher is alive" in caplog.text
+        work(redis_client)
+        answers_later = InMemoryReceiver(503)
+        for _ in range(2):
+            deliver_all(state.app, answers_later, retries=False)
+        with pytest.raises(InvalidWebhookError, match="Too many") as caught:
+            webhooks.watch(job, URL)
+    assert endpoint_id is not None
+    assert list(caught.value.details) == ["webhook_url"]
+
+
+@pytest.mark.parametrize("beside", ["made by hand", "made earlier", "attached too"])
+def test_watch_without_url_is_the_requests_webhook(make_state: Any, redis_client: Redis, beside: str) -> None:
+    webhooks, state = make_state()
+    earlier = rq.Queue(connection=redis_client).enqueue(tasks.add, 1, 2)
+    ids: list[Any] = []
+
+    @state.app.post("/job")
+    @webhooks.accepts_webhook
+    def view() -> Any:
+        if beside == "made by hand":
+            job = made_by_hand(redis_client)
+        elif beside == "made earlier":
+            job = earlier
+        else:
+            job = Queue(connection=redis_client).enqueue(tasks.add, 1, 2)
+        ids.append(webhooks.watch(job))
+        return {"job_id": job.id}
+
+    asked = state.app.test_client().post("/job", json=ASKED)
+    unasked = state.app.test_client().post("/job", json={})
+    job_id = asked.get_json()["job_id"]
+    work(redis_client)
+    delivered = [webhook for _ in range(3) for webhook in deliver_all(state.app)]
+
+    assert asked.headers["Webhook-Registered"] == "true"
+    assert asked.headers["Webhook-Job-Id"] == job_id
+    assert "Webhook-Registered" not in unasked.headers
+    assert ids[0].startswith("ep")
+    assert ids[1] is None
+    assert [(webhook.json["event"], webhook.json["job_id"]) for webhook in delivered] == [
+        ("job.success", job_id)
+    ]
+    delivered[0].verify("s3cret")
+
+
+@pytest.mark.parametrize("where", ["thread", "after_request"])
+def test_watch_from_a_thread_and_after_the_view(make_state: Any, redis_client: Redis, where: str) -> None:
+    webhooks, state = make_state()
+
+    @state.app.post("/job")
+    @webhooks.accepts_webhook
+    def view() -> Any:
+        if where == "thread":
+            with ThreadPoolExecutor(1) as pool:
+                job = pool.submit(made_by_hand, redis_client).result()
+                pool.submit(copy_current_request_context(webhooks.watch), job).result()
+        return {}
+
+    @state.app.after_request
+    def enqueue_afterwards(response: Any) -> Any:
+        if where == "after_request":
+            webhooks.watch(made_by_hand(redis_client))
+        return response
+
+    answer = state.app.test_client().post("/job", json=ASKED)
+    work(redis_client)
+    delivered = [webhook for _ in range(2) for webhook in deliver_all(state.app)]
+
+    assert answer.headers["Webhook-Registered"] == "true"
+    assert [webhook.json["job_id"] for webhook in delivered] == [answer.headers["Webhook-Job-Id"]]
+
+
+def test_create_job_and_enqueue_job_carry_the_webhook(make_state: Any, redis_client: Redis) -> None:
+    webhooks, state = make_state()
+
+    @state.app.post("/job")
+    @webhooks.accepts_webhook
+    def view() -> Any:
+        queue = Queue(connection=redis_client)
+        return {"job_id": queue.enqueue_job(queue.create_job(tasks.add, (1, 2))).id}
+
+    answer = state.app.test_client().post("/job", json=ASKED)
+
+    assert answer.headers["Webhook-Registered"] == "true"
+    assert success_callback(redis_client, answer.get_json()["job_id"]) != ""
+
+
+def test_fields_are_validated_before_anything_is_enqueued(make_state: Any, redis_client: Redis) -> None:
+    webhooks, state = make_state()
+    queue = rq.Queue(connection=redis_client)
+
+    @state.app.post("/job")
+    def view() -> Any:
+        asked = webhooks.validate(request.get_json())
+        job = queue.enqueue(tasks.add, 1, 2)
+        if asked:
+            webhooks.watch(
+                job, request.get_json()["webhook_url"], secret=request.get_json()["webhook_secret"]
+            )
+        return {"job_id": job.id, "asked": asked}
+
+    client = state.app.test_client()
+    bad = client.post("/job", json={"webhook_url": "http://10.0.0.1/", "webhook_secret": ""})
+    count = queue.count
+    good, plain = client.post("/job", json=ASKED), client.post("/job", json={"webhook_secret": ""})
+
+    assert (bad.status_code, count) == (400, 0)
+    assert set(bad.get_json()["error"]["details"]) == {"webhook_url", "webhook_secret"}
+    assert (good.get_json()["asked"], plain.get_json()["asked"]) == (True, False)
+    assert good.headers["Webhook-Registered"] == "true"
+    assert good.headers["Webhook-Job-Id"] == good.get_json()["job_id"]
+
+
+def test_job_timeout_and_run_ids_that_are_numbers(make_state: Any, redis_client: Redis) -> None:
+    webhooks, state = make_state()
+    queue = rq.Queue(connection=redis_client)
+
+    with state.app.app_context():
+        job = webhooks.enqueue_with_webhook(queue, tasks.add, (1, 2), job_timeout=77, runid=42, payload=ASKED)
+        webhooks.watch(queue.enqueue(tasks.add, 1, 2), URL, runid=43)
+        webhooks.send("model.published", {}, runid=44)
+
+    assert Job.fetch(job.id, connection=redis_client).timeout == 77
+    with state.database.read() as connection:
+        assert sorted(connection.execute(sa.select(Endpoint.runid)).scalars()) == ["42", "43"]
+        assert connection.execute(sa.select(Event.runid)).scalar_one() == "44"
+
+
+def test_answer_to_the_helper_names_the_job(make_state: Any, redis_client: Redis) -> None:
+    webhooks, state = make_state()
+
+    @state.app.post("/job")
+    def view() -> Any:
+        queue = rq.Queue(connection=redis_client)
+        job = webhooks.enqueue_with_webhook(queue, tasks.add, (1, 2), payload=request.get_json())
+        return {"job_id": job.id}
+
+    client = state.app.test_client()
+    asked, plain = client.post("/job", json=ASKED), client.post("/job", json={"a": 1})
+
+    assert asked.headers["Webhook-Registered"] == "true"
+    assert asked.headers["Webhook-Job-Id"] == asked.get_json()["job_id"]
+    assert "Webhook-Registered" not in plain.headers
+
+
+# Which jobs
+
+
+def side_job(address: str) -> str:
+    return address
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [["add"], [tasks.add], ["tests.acceptance.tasks.add", "other"], lambda name: name.endswith(".add")],
+    ids=["last part", "function", "dotted", "predicate"],
+)
+def test_only_chosen_jobs_are_reported(make_state: Any, redis_client: Redis, chosen: Any) -> None:
+    webhooks, state = make_state()
+
+    @state.app.post("/job")
+    @webhooks.accepts_webhook(jobs=chosen)
+    def view() -> Any:
+        queue = Queue(connection=redis_client)
+        mail = queue.enqueue(side_job, "someone@example.com")
+        job = queue.enqueue("tests.acceptance.tasks.add", 1, 2)
+        return {"job_id": job.id, "mail": mail.id}
+
+    answer = state.app.test_client().post("/job", json=ASKED)
+
+    assert answer.headers["Webhook-Registered"] == "true"
+    assert answer.headers["Webhook-Job-Id"] == answer.get_json()["job_id"]
+    assert success_callback(redis_client, answer.get_json()["mail"]) == ""
+    assert success_callback(redis_client, answer.get_json()["job_id"]) != ""
+
+
+def test_none_of_the_chosen_jobs_is_said_in_the_log(
+    make_state: Any, redis_client: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    webhooks, state = make_state()
+
+    @state.app.post("/job")
+    @webhooks.accepts_webhook(jobs=["build"])
+    def view() -> Any:
+        Queue(connection=redis_client).enqueue(tasks.add, 1, 2)
+        return {}
+
+    answer = state.app.test_client().post("/job", json=ASKED)
+
+    assert answer.headers["Webhook-Registered"] == "false"
+    assert "chooses none of the jobs it enqueued (tests.acceptance.tasks.add)" in caplog.text
+
+
+def test_twenty_jobs_at_most_are_named(make_state: Any, redis_client: Redis) -> None:
+    webhooks, state = make_state()
+
+    @state.app.post("/job")
+    @webhooks.accepts_webhook
+    def view() -> Any:
+        queue = Queue(connection=redis_client)
+        return {"ids": [queue.enqueue(tasks.add, 1, 2).id for _ in range(25)]}
+
+    answer = state.app.test_client().post("/job", json=ASKED)
+
+    assert answer.headers["Webhook-Job-Id"].split(", ") == answer.get_json()["ids"][:20]

@@ -23,8 +23,7 @@ from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_standing, register
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Event, Watch
-from flask_rq_webhooks.storage.settling import park_evidence
-from flask_rq_webhooks.storage.watches import watch_job
+from flask_rq_webhooks.storage.settling import ParkedReport, park_reports
 from tests.jobs import Callbacks
 from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
 
@@ -258,7 +257,7 @@ def test_late_word_on_a_lost_job_no_pass_had_seen_is_no_second_ending(
         reconciler.run_once()
 
     entry = OutboxEntry(kind="success", endpoint=endpoint_id, job_id=job.id, run=run, at=time.time())
-    park_evidence(state.database, [(endpoint_id, job.id, entry.to_json())])
+    park_reports(state.database, [ParkedReport(endpoint_id, job.id, entry.to_json())])
     reconciler.run_once()
 
     assert [event.run_key for event in events(state)] == [f"{job.id}|{run}|end"]
@@ -518,7 +517,7 @@ def word(state: State, job: Job, kind: str = "success", **values: Any) -> Outbox
         enqueued_at=run,
         **values,
     )
-    park_evidence(state.database, [(entry.endpoint, job.id, entry.to_json())])
+    park_reports(state.database, [ParkedReport(entry.endpoint, job.id, entry.to_json())])
     return entry
 
 
@@ -664,12 +663,12 @@ def test_clean_abandoned_lets_rq_end_it(database_url: str, redis_url: str, clock
 
 def watch(state: State, job: Job, **options: Any) -> str:
     checked = state.url_policy.check_url(URL)
-    return watch_job(
+    return register(
         state.database,
         state.cipher,
         NewEndpoint(url=checked.url, host=checked.host_key, secret=SECRET),
         namespace=state.namespace,
-        job_id=job.id,
+        watched_job_id=job.id,
         **options,
     )
 
@@ -803,7 +802,7 @@ def test_pass_that_dies_before_noting_repeats_without_harm(
         raise redis.ConnectionError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flask_rq_webhooks.storage.watches.write_notes", die)
+        patch.setattr("flask_rq_webhooks.storage.watches.write_updates", die)
         with pytest.raises(redis.ConnectionError):
             reconciler.run_once()
     reconciler.run_once()

@@ -14,34 +14,26 @@ from typing import Any
 
 import pytest
 
-from flask_rq_webhooks.dispatch.http import BODY_CAP, AttemptRequest, RequestsTransport, keeping
+from flask_rq_webhooks.dispatch.http import BODY_CAP, AttemptRequest, RequestsTransport, pool
 from flask_rq_webhooks.dispatch.http.pool import PinnedHTTPConnection
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, read_request, silence
 from tests.security.test_connections import unanswering
 from tests.servers import ROOT, Receiver, wait_until
-from tests.transports import CLASSES, AnyTransport
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
-Make = Callable[[int], AnyTransport]
-
-
-@pytest.fixture(params=list(CLASSES))
-def kind(request: pytest.FixtureRequest) -> str:
-    """Every kind of transport has its turn."""
-    name: str = request.param
-    return name
+Make = Callable[[int], RequestsTransport]
 
 
 @pytest.fixture
-def make(kind: str) -> Make:
+def make() -> Make:
     """Give a function that makes a transport for so many requests at once."""
-    return lambda concurrency: CLASSES[kind](UrlPolicy(allow_http=True), concurrency=concurrency)
+    return lambda concurrency: RequestsTransport(UrlPolicy(allow_http=True), concurrency=concurrency)
 
 
 @pytest.fixture
-def transport(make: Make) -> Iterator[AnyTransport]:
+def transport(make: Make) -> Iterator[RequestsTransport]:
     with make(4) as made:
         yield made
 
@@ -69,7 +61,7 @@ def keep_alive(answer: bytes = OK, requests: int = 1000) -> Callable[[socket.soc
     return script
 
 
-def test_the_bytes_on_the_wire(transport: AnyTransport) -> None:
+def test_the_bytes_on_the_wire(transport: RequestsTransport) -> None:
     got: list[bytes] = []
 
     def script(connection: socket.socket) -> None:
@@ -113,7 +105,7 @@ def server_port(request: AttemptRequest) -> int:
     return int(match[1])
 
 
-def test_the_result_of_an_answer(transport: AnyTransport) -> None:
+def test_the_result_of_an_answer(transport: RequestsTransport) -> None:
     before = datetime.now(UTC)
     headers = {
         "Content-Type": "text/plain",
@@ -134,7 +126,7 @@ def test_the_result_of_an_answer(transport: AnyTransport) -> None:
     assert 0 < result.duration_ms < 5000
 
 
-def test_header_values_are_made_fit_for_the_database(transport: AnyTransport) -> None:
+def test_header_values_are_made_fit_for_the_database(transport: RequestsTransport) -> None:
     answer = b"HTTP/1.1 200 OK\r\nServer: a\x00b\x1b[31mc\x85d\r\nContent-Length: 0\r\n\r\n"
     with Attacker(after_request(answer)) as server:
         result = transport.submit(request_to(server.url)).result(10)
@@ -142,7 +134,7 @@ def test_header_values_are_made_fit_for_the_database(transport: AnyTransport) ->
 
 
 @pytest.mark.parametrize("size", [0, 1, BODY_CAP - 1, BODY_CAP, BODY_CAP + 1, 10 * BODY_CAP])
-def test_a_connection_is_kept_if_the_body_was_read_whole(transport: AnyTransport, size: int) -> None:
+def test_a_connection_is_kept_if_the_body_was_read_whole(transport: RequestsTransport, size: int) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
     with Attacker(keep_alive(answer)) as server:
         for _ in range(3):
@@ -165,7 +157,7 @@ def test_a_connection_is_kept_if_the_body_was_read_whole(transport: AnyTransport
     ],
     ids=["204", "chunked", "500", "close", "http-1.0", "redirect"],
 )
-def test_when_connections_are_kept(transport: AnyTransport, answer: bytes, connections: int) -> None:
+def test_when_connections_are_kept(transport: RequestsTransport, answer: bytes, connections: int) -> None:
     with Attacker(keep_alive(answer)) as server:
         for _ in range(3):
             transport.submit(request_to(server.url)).result(10)
@@ -173,7 +165,7 @@ def test_when_connections_are_kept(transport: AnyTransport, answer: bytes, conne
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.03], ids=["together", "later"])
-def test_an_answer_nobody_asked_for_is_not_believed(transport: AnyTransport, pause_s: float) -> None:
+def test_an_answer_nobody_asked_for_is_not_believed(transport: RequestsTransport, pause_s: float) -> None:
     def script(connection: socket.socket) -> None:
         while read_request(connection):
             connection.sendall(OK)
@@ -187,7 +179,7 @@ def test_an_answer_nobody_asked_for_is_not_believed(transport: AnyTransport, pau
             time.sleep(0.1)
 
 
-def test_a_connection_closed_while_idle_costs_no_attempt(transport: AnyTransport) -> None:
+def test_a_connection_closed_while_idle_costs_no_attempt(transport: RequestsTransport) -> None:
     with Attacker(keep_alive(requests=1)) as server:
         for _ in range(3):
             assert transport.submit(request_to(server.url)).result(10).status_code == 200
@@ -217,7 +209,7 @@ class ClosesOnSecondRequest:
             connection.sendall(OK)
 
 
-def test_a_connection_closed_as_we_write_is_replaced_once(transport: AnyTransport) -> None:
+def test_a_connection_closed_as_we_write_is_replaced_once(transport: RequestsTransport) -> None:
     script = ClosesOnSecondRequest()
     with Attacker(script) as server:
         assert transport.submit(request_to(server.url)).result(10).status_code == 200
@@ -225,7 +217,7 @@ def test_a_connection_closed_as_we_write_is_replaced_once(transport: AnyTranspor
     assert (script.connections, script.requests) == (2, 3)
 
 
-def test_once_an_answer_has_begun_nothing_is_repeated(transport: AnyTransport) -> None:
+def test_once_an_answer_has_begun_nothing_is_repeated(transport: RequestsTransport) -> None:
     script = ClosesOnSecondRequest(b"HTTP/1.1 200")
     with Attacker(script) as server:
         assert transport.submit(request_to(server.url)).result(10).status_code == 200
@@ -233,13 +225,13 @@ def test_once_an_answer_has_begun_nothing_is_repeated(transport: AnyTransport) -
     assert (script.connections, script.requests) == (1, 2)
 
 
-def test_a_new_connection_that_is_closed_is_not_tried_again(transport: AnyTransport) -> None:
+def test_a_new_connection_that_is_closed_is_not_tried_again(transport: RequestsTransport) -> None:
     with Attacker(lambda connection: None) as server:
         assert transport.submit(request_to(server.url)).result(10).error_code == "reset"
         assert server.connections == 1
 
 
-def test_a_kept_connection_still_has_a_deadline(transport: AnyTransport) -> None:
+def test_a_kept_connection_still_has_a_deadline(transport: RequestsTransport) -> None:
     def script(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(OK)
@@ -255,7 +247,7 @@ def test_a_kept_connection_still_has_a_deadline(transport: AnyTransport) -> None
 
 @pytest.mark.parametrize("limit", ["MAX_IDLE_S", "MAX_AGE_S"])
 def test_old_connections_are_not_used(make: Make, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    monkeypatch.setattr(keeping, limit, 0.05)
+    monkeypatch.setattr(pool, limit, 0.05)
     with make(4) as transport, Attacker(keep_alive()) as server:
         for _ in range(3):
             assert transport.submit(request_to(server.url)).result(10).status_code == 200
@@ -266,7 +258,7 @@ def test_old_connections_are_not_used(make: Make, monkeypatch: pytest.MonkeyPatc
 def test_idle_connections_are_closed_without_another_request(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeping, "MAX_IDLE_S", 0.1)
+    monkeypatch.setattr(pool, "MAX_IDLE_S", 0.1)
     ended = threading.Event()
 
     def script(connection: socket.socket) -> None:
@@ -283,7 +275,7 @@ def test_idle_connections_are_closed_without_another_request(
         assert ended.wait(5)
 
 
-def test_hosts_do_not_share_connections(transport: AnyTransport) -> None:
+def test_hosts_do_not_share_connections(transport: RequestsTransport) -> None:
     with Attacker(keep_alive()) as server:
         for host in ("127.0.0.1", "localhost", "127.0.0.1"):
             assert transport.submit(request_to(f"http://{host}:{server.port}/")).result(10).status_code == 200
@@ -314,7 +306,7 @@ def test_no_more_requests_travel_at_once_than_allowed(make: Make) -> None:
 
 
 def test_a_fault_of_ours_is_a_result_and_is_logged(
-    transport: AnyTransport, caplog: pytest.LogCaptureFixture, receiver: Receiver
+    transport: RequestsTransport, caplog: pytest.LogCaptureFixture, receiver: Receiver
 ) -> None:
     result = transport.submit(
         request_to(receiver.url + "?token=hunter2", headers={"X-Bad": object()})
@@ -327,7 +319,7 @@ def test_a_fault_of_ours_is_a_result_and_is_logged(
 
 @pytest.mark.parametrize("headers", [{"X-A": "✓"}, {"X-A": "a\r\nb: c"}, {"X-A\n": "b"}])
 def test_headers_that_slipped_through_are_not_sent(
-    transport: AnyTransport, receiver: Receiver, headers: dict[str, str]
+    transport: RequestsTransport, receiver: Receiver, headers: dict[str, str]
 ) -> None:
     result = transport.submit(request_to(receiver.url, headers=headers)).result(10)
     assert result.error_code == "internal"
@@ -366,7 +358,7 @@ class TestClosing:
             assert time.monotonic() - started < 2
             assert [future.result(0).error_code for future in futures] == ["internal"] * 4
 
-    def test_so_are_look_ups(self, kind: str) -> None:
+    def test_so_are_look_ups(self) -> None:
         """Those that wait for an answer, and those that wait for a thread."""
         asked = threading.Semaphore(0)
         release = threading.Event()
@@ -376,7 +368,7 @@ class TestClosing:
             release.wait(30)
             return []
 
-        transport = CLASSES[kind](UrlPolicy(), concurrency=4, resolver=resolver)
+        transport = RequestsTransport(UrlPolicy(), concurrency=4, resolver=resolver)
         requests = [
             request_to(f"https://{name}.example.com/", timeout_s=30, connect_timeout_s=30) for name in "abcd"
         ]
@@ -410,22 +402,20 @@ class TestClosing:
         with pytest.raises(RuntimeError, match="closed"):
             transport.submit(request_to("https://example.com/"))
 
-    def test_a_stalled_look_up_does_not_keep_the_process(self, kind: str) -> None:
+    def test_a_stalled_look_up_does_not_keep_the_process(self) -> None:
         """The interpreter must be able to exit while getaddrinfo hangs."""
         program = """
-import sys, time
-from flask_rq_webhooks.dispatch.http import AttemptRequest
+import time
+from flask_rq_webhooks.dispatch.http import AttemptRequest, RequestsTransport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
-from tests.transports import CLASSES
-made = CLASSES[sys.argv[1]]
-transport = made(UrlPolicy(), concurrency=1, resolver=lambda host, port: time.sleep(60))
+transport = RequestsTransport(UrlPolicy(), concurrency=1, resolver=lambda host, port: time.sleep(60))
 request = AttemptRequest(
     url="https://example.com/", headers={}, body=b"", timeout_s=0.2, connect_timeout_s=0.2
 )
 print(transport.submit(request).result().error_code)
 """
         done = subprocess.run(
-            [sys.executable, "-c", program, kind],
+            [sys.executable, "-c", program],
             capture_output=True,
             text=True,
             timeout=15,
@@ -454,3 +444,10 @@ def test_urllib3s_own_pools_are_not_changed() -> None:
     RequestsTransport(UrlPolicy(), concurrency=1).close(wait=True)
     assert poolmanager.pool_classes_by_scheme["https"] is poolmanager.HTTPSConnectionPool
     assert poolmanager.pool_classes_by_scheme["http"] is poolmanager.HTTPConnectionPool
+
+
+def test_a_transport_that_cannot_be_made_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(Exception, match=r".+"):
+        RequestsTransport(UrlPolicy(), concurrency=1, proxy_url="http://[::1")
+    assert set(threading.enumerate()) <= before

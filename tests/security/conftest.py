@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, Transport
+from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, RequestsTransport, Transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.integration.hosts import Host
-from tests.transports import CLASSES
 
 Send = Callable[..., AttemptResult]
 MakeHost = Callable[..., Host]
@@ -32,14 +31,14 @@ def make_host(sqlite_url: str, redis_url: str) -> Iterator[MakeHost]:
         host.close()
 
 
-@pytest.fixture(params=list(CLASSES))
-def make_transport(request: pytest.FixtureRequest) -> Iterator[Callable[..., Transport]]:
-    """Give a function that makes transports of one kind, all closed at the end; every kind has its turn."""
+@pytest.fixture
+def make_transport() -> Iterator[Callable[..., Transport]]:
+    """Give a function that makes transports; all are closed at the end."""
     made: list[Transport] = []
 
     def make(policy: UrlPolicy | None = None, **options: Any) -> Transport:
         options.setdefault("concurrency", 4)
-        made.append(CLASSES[request.param](policy or UrlPolicy(allow_http=True), **options))
+        made.append(RequestsTransport(policy or UrlPolicy(allow_http=True), **options))
         return made[-1]
 
     yield make

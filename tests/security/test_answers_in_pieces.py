@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from flask_rq_webhooks.dispatch.http.answers import MAX_HEADER_BYTES
+from flask_rq_webhooks.dispatch.http import MAX_HEADER_BYTES
 from tests.security.attackers import Attacker, after_request
 from tests.security.conftest import Send
 

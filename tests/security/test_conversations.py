@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 
-from flask_rq_webhooks.dispatch.http import Transport, opening
+from flask_rq_webhooks.dispatch.http import Transport, address_guard
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, Script, after_request, read_request, then
 from tests.security.conftest import Send, request_to, sender
@@ -210,7 +210,7 @@ def test_a_shortage_of_descriptors_is_not_the_receivers_fault(
 
     assert sender(make_transport(resolver=fail))("https://example.com/").error_code == "internal"
     send = sender(make_transport())
-    monkeypatch.setattr(opening, "_socket_for", fail)
+    monkeypatch.setattr(address_guard, "_socket_for", fail)
     result = send("http://127.0.0.1:9/")
     assert result.error_code == "internal"
     assert "descriptors" in (result.error_detail or "")

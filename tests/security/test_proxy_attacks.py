@@ -10,10 +10,9 @@ import pytest
 
 from flask_rq_webhooks.dispatch.http import Transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
-from tests.security.attackers import Attacker, elapsed, silence
+from tests.security.attackers import Attacker, elapsed
 from tests.security.conftest import sender
 from tests.security.test_connections import unanswering
-from tests.transports import CLASSES
 
 MakeTransport = Callable[..., Transport]
 REFUSAL = b"HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\n\r\n"
@@ -50,19 +49,6 @@ def test_the_password_of_a_proxy_is_told_to_nobody(
     for secret in ("hunter2", "robert"):
         assert secret not in repr(result)
         assert secret not in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["aiohttp", "aiohttp-on-asyncio"])
-def test_a_proxy_that_opens_no_tunnel_takes_no_more_than_the_time_to_connect(kind: str) -> None:
-    """With the other transport it takes the time of the whole attempt."""
-    with (
-        Attacker(silence) as front,
-        CLASSES[kind](UrlPolicy(), concurrency=1, proxy_url=f"http://127.0.0.1:{front.port}") as transport,
-        elapsed() as seconds,
-    ):
-        send = sender(transport)
-        result = send("https://hooks.example.com/hook", timeout_s=20, connect_timeout_s=0.5)
-        assert (result.error_code, seconds() < 10) == ("connect", True)
 
 
 def test_an_address_of_a_proxy_that_does_not_answer_leaves_time_for_the_next(

@@ -20,14 +20,12 @@ from tests.servers import Receiver
 OpenState = Callable[..., State]
 
 
-@pytest.fixture(params=["requests", "aiohttp"])
-def open_(request: pytest.FixtureRequest, sqlite_url: str, redis_url: str) -> Iterator[OpenState]:
+@pytest.fixture
+def open_(sqlite_url: str, redis_url: str) -> Iterator[OpenState]:
     from contextlib import ExitStack
 
     with ExitStack() as stack:
-        yield lambda **settings: stack.enter_context(
-            open_state(sqlite_url, redis_url, **settings, transport=request.param)
-        )
+        yield lambda **settings: stack.enter_context(open_state(sqlite_url, redis_url, **settings))
 
 
 def tell(state: State, url: str, **options: Any) -> str:

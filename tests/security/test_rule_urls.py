@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import update
 
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
+from flask_rq_webhooks.dispatch.http import RequestsTransport
 from flask_rq_webhooks.errors import InvalidWebhookError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from flask_rq_webhooks.storage.models import Endpoint
@@ -16,7 +17,6 @@ from tests.integration.hosts import Host
 from tests.pipeline import work
 from tests.security.conftest import MakeHost
 from tests.servers import Receiver
-from tests.transports import CLASSES
 
 Deliver = Callable[..., None]
 
@@ -31,14 +31,14 @@ def submit(host: Host, url: str) -> str:
     return str(response.get_json()["job_id"])
 
 
-@pytest.fixture(params=list(CLASSES))
-def deliver(request: pytest.FixtureRequest) -> Deliver:
-    """Give a function that runs what is queued, and delivers, through real sockets of every transport."""
+@pytest.fixture
+def deliver() -> Deliver:
+    """Give a function that runs what is queued, and delivers, through real sockets."""
 
     def run(host: Host, policy: UrlPolicy | None = None, **options: Any) -> None:
         work(host.redis)
         chosen = policy or host.state.url_policy
-        with CLASSES[request.param](chosen, concurrency=4, **options) as transport:
+        with RequestsTransport(chosen, concurrency=4, **options) as transport:
             Dispatcher(host.state, transport=transport).run(burst=True)
 
     return run

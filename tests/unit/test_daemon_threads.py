@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from flask_rq_webhooks.dispatch.http.threads import DaemonThreads
+from flask_rq_webhooks.dispatch.http.client import DaemonThreads
 
 
 @pytest.mark.parametrize("limit", [1, 4, 16])

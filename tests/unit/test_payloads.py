@@ -15,6 +15,8 @@ from flask_rq_webhooks.protocol.events import JOB_TYPES, Occurrence
 from flask_rq_webhooks.protocol.payloads import (
     FORMATS,
     RenderContext,
+    Rendered,
+    as_rendered,
     custom_format,
     job_payload,
     occurrence_from_json,
@@ -67,7 +69,7 @@ def of_type(event_type: str) -> Occurrence:
 
 
 def render(name: str, occurrence: Occurrence, **context: Any) -> str:
-    return FORMATS[name](occurrence, replace(CONTEXT, **context)).decode("ascii")
+    return as_rendered(FORMATS[name](occurrence, replace(CONTEXT, **context))).body.decode("ascii")
 
 
 def test_job_success() -> None:
@@ -336,7 +338,7 @@ def test_payloads_always_fit(message: str, traceback: str, runid: str, max_bytes
         queue=traceback,
         error={"type": message, "message": message * 9, "traceback": traceback * 9},
     )
-    body = FORMATS[name](occurrence, replace(CONTEXT, max_bytes=max_bytes))
+    body = as_rendered(FORMATS[name](occurrence, replace(CONTEXT, max_bytes=max_bytes))).body
     assert len(body) <= max_bytes
     assert json.loads(body)
 
@@ -359,16 +361,18 @@ def test_custom_formats() -> None:
         assert list(payload)[:4] == ["event", "job_id", "runid", "timestamp"]
         return {"ok": payload["event"] == "job.success", "ü": 1}
 
-    assert custom_format(minimal)(SUCCESS, CONTEXT) == b'{"ok":true,"\\u00fc":1}'
-    assert custom_format(lambda payload: b"<xml/>")(SUCCESS, CONTEXT) == b"<xml/>"
+    assert custom_format(minimal)(SUCCESS, CONTEXT) == Rendered(b'{"ok":true,"\\u00fc":1}')
+    assert custom_format(lambda payload: b"{}")(SUCCESS, CONTEXT) == Rendered(b"{}", "application/json")
 
 
-@pytest.mark.parametrize("returned", [None, "text", ["a"], 5])
+@pytest.mark.parametrize(
+    "returned", [None, "text", ["a"], 5, (b"",), ("text", "text/plain"), (b"", "a/b", "c"), [b"", "a/b"]]
+)
 def test_custom_formats_that_return_something_else(returned: Any) -> None:
     def wrong(payload: dict[str, Any]) -> Any:
         return returned
 
-    with pytest.raises(TypeError, match="'wrong' returned .*; return a dict or bytes"):
+    with pytest.raises(TypeError, match="'wrong' returned .*; return a dict, bytes or"):
         custom_format(wrong)(SUCCESS, CONTEXT)
 
 
@@ -437,3 +441,71 @@ def test_stored_forms_of_other_versions() -> None:
 def test_what_is_no_stored_form(text: str) -> None:
     with pytest.raises(ValueError):
         occurrence_from_json(text)
+
+
+# -- cloudevents ------------------------------------------------------------------------------------------
+
+
+def cloudevent(occurrence: Occurrence, context: RenderContext = CONTEXT) -> dict[str, Any]:
+    rendered = as_rendered(FORMATS["cloudevents"](occurrence, context))
+    assert rendered.content_type == "application/cloudevents+json"
+    event = json.loads(rendered.body)
+    assert isinstance(event, dict)
+    return event
+
+
+def test_cloudevents() -> None:
+    event = cloudevent(SUCCESS)
+    standard = json.loads(as_rendered(FORMATS["standard"](SUCCESS, CONTEXT)).body)
+    assert event == {
+        "specversion": "1.0",
+        "id": "evt_1",
+        "source": "urn:rq-webhooks:queue:default",
+        "type": "job.success",
+        "time": "2024-01-01T00:00:00.000000Z",
+        "datacontenttype": "application/json",
+        "data": standard["data"],
+        "subject": "j1",
+    }
+    assert cloudevent(replace(SUCCESS, queue="a b/ü"))["source"] == "urn:rq-webhooks:queue:a%20b%2F%C3%BC"
+    application = cloudevent(APPLICATION)
+    assert (application["source"], application["data"]) == ("urn:rq-webhooks:application", {"size": 3})
+    assert "subject" not in application  # empty strings are not allowed there
+
+
+def test_cloudevents_are_cut_like_the_others() -> None:
+    context = replace(CONTEXT, max_bytes=4096)
+    event = cloudevent(replace(SUCCESS, result="x" * 5000), context)
+    assert (event["data"]["result"], event["data"]["result_truncated"]) == (None, True)
+
+
+# -- content types ----------------------------------------------------------------------------------------
+
+
+def test_a_format_may_say_what_its_bytes_are() -> None:
+    render = custom_format(
+        lambda payload: (f"<{payload['event']}/>".encode(), "application/xml; charset=utf-8")
+    )
+    assert render(SUCCESS, CONTEXT) == Rendered(b"<job.success/>", "application/xml; charset=utf-8")
+    assert as_rendered(b"{}") == Rendered(b"{}", "application/json")
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "",
+        "xml",
+        "a/b\r\nX: y",
+        "a/b\n",
+        "a/b; charset",
+        "text/\u00e9",
+        "a/b" + "c" * 126,
+        5,
+        None,
+        b"a/b",
+        "a /b",
+    ],
+)
+def test_a_content_type_that_is_none(content_type: Any) -> None:
+    with pytest.raises(ValueError, match="content type"):
+        custom_format(lambda payload: (b"", content_type))(SUCCESS, CONTEXT)

@@ -22,7 +22,12 @@ from hypothesis import strategies as st
 from werkzeug.datastructures import Headers
 
 from flask_rq_webhooks.errors import SignatureError
-from flask_rq_webhooks.protocol.signatures import body_signature, signature_headers, standard_signature
+from flask_rq_webhooks.protocol.signatures import (
+    SigningKey,
+    body_signature,
+    signature_headers,
+    standard_signature,
+)
 from flask_rq_webhooks.receiver import VerifiedWebhook, verified_webhook, verify
 
 # The vector published with Standard Webhooks and by Svix.
@@ -43,7 +48,7 @@ def shown(value: object) -> str:
 
 
 def check(headers: Any, body: Any = BODY, secrets: Any = SECRET, **options: Any) -> VerifiedWebhook:
-    return verify(body, headers, secrets, **{"now": T, **options})
+    return verify(body, headers, secrets, **{"now": T, "schemes": ("v1", "sha256"), **options})
 
 
 def refuse(headers: Any, body: Any = BODY, secrets: Any = SECRET, **options: Any) -> str:
@@ -289,6 +294,70 @@ def test_a_wrong_webhook_signature_is_not_saved_by_a_right_sha256() -> None:
     refuse({**STANDARD, **PLAIN}, now=T + 301)
 
 
+def test_by_default_a_signature_must_cover_a_time() -> None:
+    with pytest.raises(SignatureError, match="covers no time.*schemes="):
+        verify(BODY, PLAIN, SECRET, now=T)
+    assert verify(BODY, STANDARD | PLAIN, SECRET, now=T).scheme == "v1"
+    assert verify(BODY, PLAIN, SECRET, now=T, schemes=("sha256",)).scheme == "sha256"
+
+
+def test_whole_header_names() -> None:
+    headers = {"Guard-Sig": SHA, "Guard-Time": str(T)}
+    options = {"signature_header": "guard-sig", "timestamp_header": "Guard-Time"}
+    assert check(headers, **options).scheme == "sha256"
+    assert "too old" in refuse(headers, **options, now=T + 301)
+    assert "no Guard-Sig header" in refuse(PLAIN, schemes=("sha256",), signature_header="Guard-Sig")
+
+
+# -- v1a --------------------------------------------------------------------------------------------------
+
+# The pair of keys that Svix's documentation and libraries use in their tests.
+PRIVATE = "whsk_6Xb/dCcHpPea21PS1N9VY/NZW723CEc77N4rJCubMbfVKIDij2HKpMKkioLlX0dRqSKJp4AJ6p9lMicMFs6Kvg=="
+PUBLIC = "whpk_1SiA4o9hyqTCpIqC5V9HUakiiaeACeqfZTInDBbOir4="
+
+
+def by_key(text: str = PRIVATE, **changed: str) -> dict[str, str]:
+    entry = SigningKey(text).signature(ID, T, BODY)
+    return {"webhook-id": ID, "webhook-timestamp": str(T), "webhook-signature": entry, **changed}
+
+
+def test_a_public_key_verifies_what_the_private_one_signed() -> None:
+    webhook = verify(BODY, by_key(), PUBLIC, now=T)
+    assert (webhook.id, webhook.scheme) == (ID, "v1a")
+    both = by_key(**{"webhook-signature": f"{V1} {by_key()['webhook-signature']}"})
+    assert verify(BODY, both, [SigningKey.generate().public, PUBLIC], now=T).scheme == "v1a"
+    assert verify(BODY, both, SECRET, now=T).scheme == "v1"
+    assert verify(BODY, both, [PUBLIC], now=T, schemes=("v1a",)).scheme == "v1a"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        by_key(**{"webhook-id": "msg_other"}),
+        by_key(**{"webhook-timestamp": str(T + 1)}),
+        by_key(**{"webhook-signature": by_key()["webhook-signature"].rstrip("=")}),
+        by_key(**{"webhook-signature": by_key()["webhook-signature"].replace("v1a,", "v1,")}),
+        by_key(**{"webhook-signature": "v1a,"}),
+        by_key(**{"webhook-signature": "v1a,\xe9"}),
+        by_key(SigningKey.generate().text),
+        by_key(**{"webhook-signature": " ".join(["v1a,AAAA"] * 9 + [by_key()["webhook-signature"]])}),
+    ],
+    ids=["id", "time", "padding", "scheme", "empty", "not ascii", "another key", "tenth entry"],
+)
+def test_a_v1a_signature_that_is_not_right(headers: dict[str, str]) -> None:
+    with pytest.raises(SignatureError):
+        verify(BODY, headers, PUBLIC, now=T)
+
+
+def test_a_public_key_is_no_shared_secret() -> None:
+    # Everybody knows it: whoever signs with it proves nothing.
+    forged = {**STANDARD, "webhook-signature": standard_signature(PUBLIC, ID, T, BODY)}
+    assert "No signature" in refuse(forged, secrets=PUBLIC)
+    assert "No signature" in refuse({"X-Webhook-Signature": body_signature(PUBLIC, BODY)}, secrets=PUBLIC)
+    assert "public key is malformed" in refuse(by_key(), secrets="whpk_AAAA", schemes=("v1a",))
+    assert "verify with the public key" in refuse(by_key(), secrets=PRIVATE, schemes=("v1a",))
+
+
 def test_a_wrong_sha256_does_not_spoil_a_right_webhook_signature() -> None:
     # During a rotation it is made with the newest secret, which this receiver may not know yet.
     assert check({**STANDARD, "X-Webhook-Signature": body_signature("newer", BODY)}).scheme == "v1"
@@ -296,7 +365,8 @@ def test_a_wrong_sha256_does_not_spoil_a_right_webhook_signature() -> None:
 
 def test_schemes() -> None:
     assert check(STANDARD, schemes=("v1",)).scheme == "v1"
-    assert refuse(PLAIN, schemes=("v1",)) == "The webhook has no webhook-signature header."
+    assert "covers no time" in refuse(PLAIN, schemes=("v1",))
+    assert refuse({}, schemes=("v1",)) == "The webhook has no webhook-signature header."
     assert check({**STANDARD, **PLAIN}, schemes=("sha256",)).scheme == "sha256"
     assert refuse(STANDARD, schemes=("sha256",)) == "The webhook has no X-Webhook-Signature header."
     assert refuse({}) == "The webhook has no webhook-signature and no X-Webhook-Signature header."

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import standardwebhooks
 import svix.webhooks
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_rq_webhooks.protocol.signatures import (
+    SigningKey,
     body_key,
     body_signature,
     generate_secret,
@@ -153,3 +155,73 @@ def test_official_libraries_accept_what_we_sign(secret: str, text: str) -> None:
     svix.webhooks.Webhook(official).verify(body, headers)
     with pytest.raises(svix.webhooks.WebhookVerificationError):
         svix.webhooks.Webhook(official).verify(body + b" ", headers)
+
+
+# -- Ed25519 ----------------------------------------------------------------------------------------------
+
+# The pair of keys that Svix's documentation and libraries use in their tests.
+PRIVATE = "whsk_6Xb/dCcHpPea21PS1N9VY/NZW723CEc77N4rJCubMbfVKIDij2HKpMKkioLlX0dRqSKJp4AJ6p9lMicMFs6Kvg=="
+PUBLIC = "whpk_1SiA4o9hyqTCpIqC5V9HUakiiaeACeqfZTInDBbOir4="
+
+
+def test_the_published_pair_of_keys() -> None:
+    key = SigningKey(PRIVATE)
+    assert key.public == PUBLIC
+    # Ed25519 is deterministic, so a signature is a known answer: RFC 8032 by another implementation.
+    seed = base64.b64decode(PRIVATE.removeprefix("whsk_"))[:32]
+    signed = Ed25519PrivateKey.from_private_bytes(seed).sign(f"{EVENT_ID}.{TIMESTAMP}.".encode() + BODY)
+    assert key.signature(EVENT_ID, TIMESTAMP, BODY) == "v1a," + base64.b64encode(signed).decode()
+    assert SigningKey("whsk_" + base64.b64encode(seed).decode()).public == PUBLIC
+    assert "6Xb" not in repr(key)
+
+
+def test_a_generated_key_has_its_public_half() -> None:
+    key = SigningKey.generate()
+    assert SigningKey(key.text).public == key.public
+    assert key.public.startswith("whpk_")
+    assert key.text != SigningKey.generate().text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "whsk_",
+        "whsk_AAAA",
+        PUBLIC,
+        PRIVATE[5:],
+        "whsec_" + PRIVATE[5:],
+        PRIVATE[:-4] + "AA==",
+        "whsk_\u2713",
+    ],
+)
+def test_what_is_no_private_key(text: str) -> None:
+    with pytest.raises(ValueError, match="whsk_|public half"):
+        SigningKey(text)
+
+
+def test_a_server_key_signs_with_and_without_a_secret() -> None:
+    key, old = SigningKey(PRIVATE), SigningKey.generate()
+    common: dict[str, Any] = {
+        "event_id": EVENT_ID, "timestamp": TIMESTAMP, "body": BODY, "iso_timestamp": False,
+        "header_prefix": "X-Webhook", "signing_keys": [key, old],
+    }  # fmt: skip
+    entry = key.signature(EVENT_ID, TIMESTAMP, BODY)
+    assert signature_headers([], **common) == {"webhook-signature": entry}
+    headers = signature_headers(
+        [SECRET], **common, signature_header="Guard-Sig", timestamp_header="Guard-Time"
+    )
+    assert headers == {
+        "webhook-signature": f"{SIGNATURE} {entry}",
+        "Guard-Sig": body_signature(SECRET, BODY),
+        "Guard-Time": str(TIMESTAMP),
+    }
+    # The official libraries skip entries they do not know.
+    sent = {"webhook-id": EVENT_ID, "webhook-timestamp": str(TIMESTAMP), **headers}
+    webhook = standardwebhooks.Webhook(SECRET)
+    assert any(
+        hmac.compare_digest(
+            one, webhook.sign(EVENT_ID, datetime.fromtimestamp(TIMESTAMP, UTC), BODY.decode())
+        )
+        for one in sent["webhook-signature"].split(" ")
+    )

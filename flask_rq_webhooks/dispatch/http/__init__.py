@@ -1,41 +1,30 @@
-"""How the bytes of one attempt travel, and what may come back.
+"""Send one HTTP request to a receiver that may stall, flood, lie or redirect.
 
-Owns look-ups, connections, deadlines and caps. The receiver is a stranger who may stall, flood, lie or
-redirect: every attempt ends within its deadline, keeps a few kilobytes, and reaches only addresses the
-policy has seen. Knows nothing of events, retries, SQL or Redis.
+Owns look-ups, connections, deadlines and size limits: every attempt ends within its deadline, keeps a few
+kilobytes, and reaches only addresses that the policy accepted. Knows nothing of events, SQL or Redis.
 
-A :class:`Transport` is an object handed to the dispatcher; tests hand in another one. Where to find what:
+A :class:`Transport` is an object handed to the dispatcher; tests hand in another one. The modules:
 
-===================== ======================================================================================
-``contract``          what the dispatcher sees: request, result, the protocol of a transport
-``choosing``          which transport the settings ask for
-``through_requests``  the default transport: threads and :mod:`requests` adapters
-``through_aiohttp``   the transport of the extra ``fast``: one event loop
-``loop``              its thread
-``outgoing``          which headers are the connection's, whatever the request says
-``answers``           what may come back: caps, kept headers, cleaning
-``failures``          why there is no answer: the coarse codes
-``destinations``      which URL and which address may be used: the policy, asked at every step
-``lookups``           names to addresses, under a deadline
-``tls``               whom to believe
-``keeping``           how long a connection is kept
-``attempt``           (threads) one attempt's deadlines, and the grip by which it is ended
-``watchdog``          (threads) who ends it
-``threads``           (threads) who makes it
-``opening``           a connection to a judged address
-``pinned``            (threads) connections, pools and adapter
-``heads``             (threads) bounded status lines and headers
-===================== ======================================================================================
+==================== ===========================================================================
+``contract``         what the dispatcher sees: request, result, the protocol of a transport
+``client``           the transport: threads, and the :mod:`requests` adapter
+``pool``             connections, kept ones included; TLS verification settings
+``request_encoding`` the bytes of a request
+``response_parser``  what is read of a response, and what of it is kept
+``address_guard``    which URL and which address may be used; opens connections
+``dns``              names to addresses, under a deadline
+``deadline``         the total deadline of an attempt, and the watchdog that enforces it
+``transport_errors`` why there is no response: the coarse error codes
+==================== ===========================================================================
 """
 
 from __future__ import annotations
 
-from .answers import BODY_CAP, KEPT_HEADERS, MAX_HEADER_BYTES
-from .choosing import open_transport
-from .client import RequestsTransport
+from .client import RequestsTransport, open_transport
 from .contract import AttemptRequest, AttemptResult, Transport
 from .dns import MAX_ADDRESSES, Resolver, system_resolver
-from .tls import default_ssl_context
+from .pool import default_ssl_context
+from .response_parser import BODY_CAP, KEPT_HEADERS, MAX_HEADER_BYTES
 
 __all__ = [
     "BODY_CAP",

@@ -1,31 +1,39 @@
-"""Which URL and which address an attempt may use: the policy, asked at every step of the way.
+"""Which URL and which address an attempt may use, and the only place where a connection is opened.
 
-Both transports ask here, so that there is one place where a request may be refused.
+The policy is asked at every step: the URL before anything else, every address of a name before the first
+packet, and the peer after connecting (SECURITY 3).
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from ...errors import BlockedURLError
 from ...protocol.urls import CheckedURL, UrlPolicy
-from .transport_errors import Failure
+from .deadline import RunningAttempt, SocketHandle
+from .dns import MAX_ADDRESSES, Lookups, alternate
+from .transport_errors import Failure, descriptor_shortage
 
-#: Addresses of one name at most. An answer may hold thousands, and judging them would hold up others.
+#: Addresses of one name at most. An answer may hold thousands, and judging them would delay other attempts.
 _MAX_JUDGED = 256
 
 
-class Destinations:
-    """The policy, in the words of an attempt.
+class AddressGuard:
+    """Apply the URL policy to attempts, and open their connections.
 
     :param policy: what may be reached.
+    :param lookups: resolves names.
     """
 
-    def __init__(self, policy: UrlPolicy) -> None:
+    def __init__(self, policy: UrlPolicy, lookups: Lookups) -> None:
         self._policy = policy
-        # The policy never changes, so neither does its answer; the same few endpoints are sent to all day.
+        self._lookups = lookups
+        # The policy never changes, so neither does its answer; the same few endpoints are used all day.
         self._check_url = lru_cache(maxsize=256)(policy.check_url)
 
     def check_url(self, url: str) -> CheckedURL:
@@ -38,10 +46,32 @@ class Destinations:
         except BlockedURLError as exc:
             raise Failure("blocked", f"{exc.code}: {exc}") from exc
 
-    def check_addresses(self, checked: CheckedURL, addresses: Sequence[str]) -> None:
-        """Judge every address the host of *checked* has, before the first packet to any of them.
+    def connect(
+        self, attempt: RunningAttempt, host: str, port: int, *, through_proxy: bool
+    ) -> tuple[socket.socket, SocketHandle]:
+        """Open a connection for *attempt* to an address that was judged before the first packet.
 
-        :raises Failure: ``blocked``, when one of them is refused; ``dns``, when they are too many.
+        :param through_proxy: *host* is the operator's own proxy, which decides about addresses itself.
+        :returns: the socket, and the handle that aborts it.
+        :raises Failure: when no address may be used or none answers.
+        """
+        checked = attempt.checked
+        if not through_proxy and (host, port) != (checked.host, checked.port):
+            raise Failure("blocked", "the connection's host is not the one that was checked")
+        if is_literal(host):
+            addresses = [host]
+        else:
+            addresses = self._lookups.look_up(host, port, attempt.connect_deadline)
+        if not addresses:
+            raise Failure("dns", f"{host} has no address")
+        if not through_proxy:
+            self._check_addresses(checked, addresses)
+        return _open_for(attempt, alternate(addresses)[:MAX_ADDRESSES], port)
+
+    def _check_addresses(self, checked: CheckedURL, addresses: Sequence[str]) -> None:
+        """Judge every address of a host.
+
+        :raises Failure: ``blocked``, when one of them is refused; ``dns``, when there are too many.
         """
         if len(addresses) > _MAX_JUDGED:
             raise Failure("dns", f"{checked.host} has {len(addresses)} addresses")
@@ -52,7 +82,87 @@ class Destinations:
                 raise Failure("blocked", f"{exc.code}: {checked.host} has the address {address}") from exc
 
 
-def check_peer(peer: str, address: str) -> None:
+def is_literal(host: str) -> bool:
+    """Say whether *host* is an address, which needs no look-up."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def open_one(
+    addresses: Sequence[str], port: int, deadline: float, begun: Callable[[socket.socket], None]
+) -> socket.socket:
+    """Return a socket connected to the first of *addresses* that answers.
+
+    :param deadline: on :func:`time.monotonic`'s clock.
+    :param begun: called with every socket before it connects, so that others can shut it down.
+    :raises Failure: ``connect``, when none answers.
+    """
+    reasons: list[str] = []
+    for address, share_s in _in_turn(addresses, deadline, reasons):
+        try:
+            return _open(address, port, share_s, begun)
+        except OSError as exc:
+            reasons.append(_refusal(address, exc))
+    raise Failure("connect", "; ".join(reasons))
+
+
+def _open_for(attempt: RunningAttempt, addresses: list[str], port: int) -> tuple[socket.socket, SocketHandle]:
+    handles: list[SocketHandle] = []
+
+    def begun(sock: socket.socket) -> None:
+        handles.append(SocketHandle(sock))
+        attempt.attach(handles[-1], reused=False)
+
+    try:
+        sock = open_one(addresses, port, attempt.connect_deadline, begun)
+    except BaseException as exc:
+        attempt.detach()
+        for handle in handles:
+            handle.close()
+        failure = attempt.aborted_by
+        if failure is None or not isinstance(exc, Failure) or exc.code == "blocked":
+            raise
+        if failure.code == "timeout":
+            failure = Failure("connect", "no connection in time")
+        raise failure from None
+    for handle in handles[:-1]:
+        handle.close()
+    return sock, handles[-1]
+
+
+def _in_turn(addresses: Sequence[str], deadline: float, reasons: list[str]) -> Iterator[tuple[str, float]]:
+    """Yield each address with its share of the time: the first may not use up what the others need."""
+    for tried, address in enumerate(addresses):
+        share_s = (deadline - time.monotonic()) / (len(addresses) - tried)
+        if share_s <= 0:
+            reasons.append("no time left")
+            return
+        yield address, share_s
+
+
+def _open(address: str, port: int, timeout_s: float, begun: Callable[[socket.socket], None]) -> socket.socket:
+    sock = _socket_for(address)
+    try:
+        begun(sock)
+        sock.settimeout(timeout_s)
+        sock.connect((address, port))
+        _check_peer(sock.getpeername()[0], address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _socket_for(address: str) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _check_peer(peer: str, address: str) -> None:
     """Make sure that a connection leads to the address it was opened to.
 
     :raises Failure: ``blocked``, when it does not.
@@ -61,10 +171,9 @@ def check_peer(peer: str, address: str) -> None:
         raise Failure("blocked", f"connected to {peer} instead of {address}")
 
 
-def is_literal(host: str) -> bool:
-    """Say whether *host* is an address, which needs no look-up."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+def _refusal(address: str, exc: OSError) -> str:
+    if (shortage := descriptor_shortage(exc)) is not None:
+        raise shortage from exc
+    if isinstance(exc, TimeoutError):
+        return f"{address}: timed out"
+    return f"{address}: {os.strerror(exc.errno) if exc.errno else exc}"

@@ -1,42 +1,53 @@
-"""The transport of :mod:`requests` adapters, on a bounded pool of threads. Needs nothing installed beside.
+"""The transport: :mod:`requests` adapters on a bounded pool of daemon threads.
 
-Pools and connections are the adapter's and urllib3's, with what TLS and proxies need; answers are read by
-:mod:`http.client`. What requests and urllib3 build around one exchange (prepared request, retry plan, two
-response objects, cookies) carries no promise of ours and costs twice as much as the exchange, so the request
-goes from :mod:`.outgoing` straight to the connection.
+Requests go through :meth:`requests.adapters.HTTPAdapter.send`, so that whatever intercepts it (such as the
+package ``responses``) sees every delivery. Where the adapter would call urllib3's ``urlopen``, it calls
+:class:`_Exchange`: judged addresses, a total deadline, strict parsing, and half the CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import logging
+import queue
 import ssl
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from urllib3 import exceptions as urllib3_errors
+from requests import PreparedRequest, Response
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPResponse
 
+from ...config import Settings
 from ...protocol.urls import UrlPolicy, redact_url
-from . import keeping
-from .address_guard import Destinations
-from .answers import BODY_CAP, broken, failed, head_of
-from .attempt import Attempt
+from . import pool
+from .address_guard import AddressGuard
 from .contract import AttemptRequest, AttemptResult
-from .deadline import Watchdog
+from .deadline import RunningAttempt, Watchdog
 from .dns import Lookups, Resolver, system_resolver
-from .pool import PinnedAdapter, PinnedConnection, ProxyFailure
-from .request_encoding import request_bytes
-from .response_parser import Answer
-from .threads import DaemonThreads
-from .tls import verifying_context
-from .transport_errors import Failure, innermost
+from .pool import ConnectionPool, PinnedConnection, verifying_context
+from .request_encoding import request_bytes, wire_headers
+from .response_parser import BODY_CAP, BoundedResponse, clean, head_of
+from .transport_errors import NETWORK_ERRORS, Failure, failure_of
 
 logger = logging.getLogger(__name__)
+
+#: Characters of an error that are kept.
+_MAX_DETAIL = 300
+
+
+def open_transport(settings: Settings, policy: UrlPolicy, *, concurrency: int) -> RequestsTransport:
+    """Return a transport as *settings* ask for, to be closed by the caller.
+
+    :param concurrency: requests in flight at most.
+    """
+    return RequestsTransport(policy, concurrency=concurrency, proxy_url=settings.proxy_url)
 
 
 class RequestsTransport:
@@ -50,6 +61,7 @@ class RequestsTransport:
     :param ssl_context: instead of :func:`.default_ssl_context`; has to verify names.
     :param ca_file: PEM bundle for :func:`.default_ssl_context`.
     :param body_cap: bytes of a response body that are kept.
+    :raises ValueError: for a context that does not verify certificates and names.
     """
 
     def __init__(
@@ -63,12 +75,14 @@ class RequestsTransport:
         ca_file: str | None = None,
         body_cap: int = BODY_CAP,
     ) -> None:
-        self._body_cap = body_cap
-        self._destinations = Destinations(policy)
         context = verifying_context(ssl_context, ca_file)
-        self._adapter = PinnedAdapter(keeping.most_kept(concurrency), context, proxy_url)
         self._lookups = Lookups(resolver, limit=max(8, 2 * concurrency))
-        self._watchdog = Watchdog(on_idle=self._adapter.close_idle)
+        self._guard = AddressGuard(policy, self._lookups)
+        self._pool = ConnectionPool(
+            self._guard, concurrency=concurrency, ssl_context=context, proxy_url=proxy_url
+        )
+        self._adapter = WebhookAdapter(self._pool, body_cap)
+        self._watchdog = Watchdog(on_idle=self._pool.close_idle, idle_s=pool.MAX_IDLE_S)
         self._threads = DaemonThreads("rq-webhooks-send", concurrency)
         self._closed = False
         self._close_lock = threading.Lock()
@@ -89,8 +103,8 @@ class RequestsTransport:
     def close(self, *, wait: bool) -> None:
         """Take no more requests, end the threads and close the connections.
 
-        :param wait: let requests under way end by themselves, which their deadlines bound. Otherwise they
-            are broken off and end as ``internal``.
+        :param wait: let requests in flight finish, which their deadlines bound. Otherwise they are aborted
+            and end as ``internal``.
         """
         with self._close_lock:
             already, self._closed = self._closed, True
@@ -102,6 +116,7 @@ class RequestsTransport:
         self._threads.join()
         if not already:
             self._watchdog.end()
+            self._pool.close()
             self._adapter.close()
 
     def __enter__(self) -> RequestsTransport:
@@ -118,78 +133,232 @@ class RequestsTransport:
         try:
             outcome = self._attempt(request, started)
         except Failure as failure:
-            outcome = failed(failure)
+            outcome = {"error_code": failure.code, "error_detail": clean(failure.detail, _MAX_DETAIL)}
         except Exception:  # the future's promise: a fault of ours is a result too, and is logged
-            logger.exception("Sending to %s failed in an unforeseen way.", redact_url(request.url))
-            outcome = broken()
+            logger.exception("Sending to %s failed with an unexpected error.", redact_url(request.url))
+            outcome = {"error_code": "internal", "error_detail": "an error of the sender; see its log"}
         duration_ms = (time.monotonic() - started) * 1000
         future.set_result(AttemptResult(started_at=started_at, duration_ms=duration_ms, **outcome))
 
     def _attempt(self, request: AttemptRequest, started: float) -> dict[str, Any]:
-        checked = self._destinations.check_url(request.url)
-        attempt = Attempt(
-            checked=checked,
-            destinations=self._destinations,
-            lookups=self._lookups,
+        attempt = RunningAttempt(
+            self._guard.check_url(request.url),
             deadline=started + request.timeout_s,
             connect_deadline=started + min(request.connect_timeout_s, request.timeout_s),
         )
         self._watchdog.watch(attempt)
         try:
-            attempt.raise_if_fired()
-            try:
-                return self._exchange(attempt, request)
-            except Failure as failure:
-                if not attempt.may_repeat(failure):
-                    raise
-            return self._exchange(attempt, request)
+            attempt.raise_if_aborted()
+            response = self._adapter.send(_OutgoingRequest(attempt, request))
+        except NETWORK_ERRORS as exc:  # only from what stands in for the adapter in tests
+            raise failure_of(exc) from exc
         finally:
             self._watchdog.forget(attempt)
+        return cast(_IncomingResponse, response).outcome
 
-    def _exchange(self, attempt: Attempt, request: AttemptRequest) -> dict[str, Any]:
-        """Make the request once; translate everything that can go wrong on the way."""
+
+class _OutgoingRequest(PreparedRequest):
+    """One attempt as :mod:`requests` sees it, without the cost of preparing it.
+
+    :raises Failure: ``internal``, when a header must not be sent.
+    """
+
+    def __init__(self, attempt: RunningAttempt, request: AttemptRequest) -> None:
+        super().__init__()
+        self.method = "POST"
+        self.url = attempt.checked.url
+        self.headers = wire_headers(request)
+        self.body = request.body
+        self.attempt = attempt
+
+
+class _IncomingResponse(Response):
+    """One response as :mod:`requests` sees it.
+
+    :param outcome: the fields of :class:`.AttemptResult` that it fills.
+    """
+
+    def __init__(self, request: PreparedRequest, outcome: dict[str, Any]) -> None:
+        super().__init__()
+        self.request = request
+        self.url = cast(str, request.url)
+        self.status_code = outcome["status_code"]
+        self.headers.update(outcome["response_headers"])
+        self._content = outcome.get("response_body", b"")
+        self.outcome = outcome
+
+
+class WebhookAdapter(HTTPAdapter):
+    """A :mod:`requests` adapter whose requests travel over the connections of a :class:`.ConnectionPool`.
+
+    :meth:`send` itself is not overridden: it is what ``responses`` replaces.
+
+    :param body_cap: bytes of a response body that are kept.
+    """
+
+    def __init__(self, connections: ConnectionPool, body_cap: int) -> None:
+        super().__init__(pool_connections=1, pool_maxsize=1)
+        self._connections = connections
+        self._body_cap = body_cap
+
+    def get_connection_with_tls_context(self, request: PreparedRequest, *_args: Any, **_options: Any) -> Any:
+        """Return what :meth:`send` calls ``urlopen`` on."""
+        return _Exchange(cast(_OutgoingRequest, request), self._connections, self._body_cap)
+
+    def cert_verify(self, *_args: Any, **_options: Any) -> None:
+        """Change nothing: the pool's TLS context verifies certificates and names."""
+
+    def request_url(self, *_args: Any, **_options: Any) -> str:
+        """Return nothing of use: the exchange writes the request line itself."""
+        return ""
+
+    def build_response(self, req: PreparedRequest, resp: Any) -> Response:
+        """Return the response to *req*.
+
+        :param resp: what :class:`_Exchange` returned, or a urllib3 response of a package that intercepts
+            requests.
+        """
+        if isinstance(resp, HTTPResponse):
+            outcome = head_of(resp.status, resp.headers.items())
+            outcome["response_body"] = resp.read(decode_content=False)[: self._body_cap]
+        else:
+            outcome = resp
+        return _IncomingResponse(req, outcome)
+
+
+class _Exchange:
+    """One request and its response over one connection; in rare cases over a second one.
+
+    :param body_cap: bytes of a response body that are kept.
+    """
+
+    def __init__(self, request: _OutgoingRequest, connections: ConnectionPool, body_cap: int) -> None:
+        self._request = request
+        self._attempt = request.attempt
+        self._connections = connections
+        self._body_cap = body_cap
+
+    def urlopen(self, **_options: Any) -> dict[str, Any]:
+        """Make the exchange; the options are those of :class:`_OutgoingRequest` once more.
+
+        :returns: fields of :class:`.AttemptResult`.
+        :raises Failure: when there is no response.
+        """
         try:
-            connection = self._adapter.take(attempt)
+            return self._make()
+        except Failure as failure:
+            if not self._attempt.may_repeat(failure):
+                raise
+        return self._make()
+
+    def _make(self) -> dict[str, Any]:
+        """Make the exchange once; translate everything that can go wrong on the way."""
+        try:
+            connection = self._connections.take(self._attempt)
             keep = False
             try:
-                outcome, keep = self._converse(attempt, request, connection)
+                outcome, keep = self._converse(connection)
             finally:
-                self._adapter.give_back(connection, attempt, keep=keep)
-        except Failure:
-            raise
-        except (ProxyFailure, urllib3_errors.HTTPError, http.client.HTTPException, OSError) as exc:
-            attempt.raise_if_fired(exc)
-            raise _failure(exc) from exc
+                self._connections.give_back(connection, self._attempt, keep=keep)
+        except NETWORK_ERRORS as exc:
+            self._attempt.raise_if_aborted(exc)
+            raise failure_of(exc) from exc
         # A socket shut down in mid-headers or mid-body can look like a short, valid response.
-        attempt.raise_if_fired()
+        self._attempt.raise_if_aborted()
         return outcome
 
-    def _converse(
-        self, attempt: Attempt, request: AttemptRequest, connection: PinnedConnection
-    ) -> tuple[dict[str, Any], bool]:
-        """Write the request and read the answer; return it, and whether the connection may be kept."""
-        proxy_headers = self._adapter.forwarding_headers if connection.proxy_is_forwarding else None
+    def _converse(self, connection: PinnedConnection) -> tuple[dict[str, Any], bool]:
+        """Write the request and read the response; return it, and whether the connection may be kept."""
+        proxy_headers = self._connections.forwarding_headers if connection.proxy_is_forwarding else None
+        data = request_bytes(
+            self._attempt.checked, self._request.headers, cast(bytes, self._request.body), proxy_headers
+        )
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before
-            connection.sock.sendall(request_bytes(attempt.checked, request, proxy_headers))
-        with Answer(connection.sock, attempt) as answer:
-            answer.begin()
-            raw_headers = ((n.encode("latin-1"), v.encode("latin-1")) for n, v in answer.headers.items())
-            outcome = head_of(answer.status, raw_headers)
+            connection.sock.sendall(data)
+        with BoundedResponse(connection.sock, self._attempt) as response:
+            response.begin()
+            outcome = head_of(response.status, response.headers.items())
             if "error_code" in outcome:
                 return outcome, False
             # One byte more than is kept, so that a body of just that size is seen to have ended.
-            body = answer.read_body(self._body_cap + 1)
+            body = response.read_body(self._body_cap + 1)
             outcome["response_body"] = body[: self._body_cap]
-            return outcome, answer.may_be_followed
+            return outcome, response.may_be_followed
 
 
-def _failure(exc: BaseException) -> Failure:
-    """Return the coarse code for an error of urllib3, http.client or the socket."""
-    detail = innermost(exc)
-    if isinstance(exc, ssl.SSLError | urllib3_errors.SSLError):
-        return Failure("tls", detail)
-    if isinstance(exc, ProxyFailure):
-        return Failure("connect", f"proxy: {detail}")
-    if isinstance(exc, TimeoutError):
-        return Failure("timeout", detail)
-    return Failure("reset", detail)
+class DaemonThreads:
+    """Run tasks in at most *limit* daemon threads, started as needed.
+
+    The standard library's pool is not used: the interpreter waits for its threads at exit, and a look-up
+    can hang for half a minute.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._name = name
+        self._limit = limit
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._waiting = 0
+        self._called = False
+        self._ended = False
+        self._threads: list[threading.Thread] = []
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Run *task* in a thread; tasks begin in the order in which they were given."""
+        with self._lock:
+            self._tasks.append(task)
+            self._call()
+
+    def end(self) -> None:
+        """Let every thread end once the tasks given so far are done."""
+        with self._lock:
+            self._ended = True
+            for _ in range(self._waiting):
+                self._calls.put(None)
+            self._waiting = 0
+
+    def join(self) -> None:
+        """Wait until all threads have ended."""
+        for thread in self._threads:
+            thread.join()
+
+    def _call(self) -> None:
+        """Wake one thread for the next task; the lock is held.
+
+        One at a time: a thread that takes a task wakes the next one before it begins. So short tasks are run
+        by the few threads that are awake, without waking a thread for each, which costs more than such a
+        task. With long tasks, all threads are soon awake.
+        """
+        if self._called or not self._tasks:
+            return
+        if self._waiting:
+            self._waiting -= 1
+            self._calls.put(None)
+        elif len(self._threads) < self._limit:
+            name = f"{self._name}-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._serve, name=name, daemon=True))
+            self._threads[-1].start()
+        else:
+            return  # all are busy; the first one free takes it
+        self._called = True
+
+    def _serve(self) -> None:
+        was_called = True
+        while True:
+            task = None
+            with self._lock:
+                if was_called:
+                    self._called = was_called = False
+                if self._tasks:
+                    task = self._tasks.popleft()
+                    self._call()
+                elif self._ended:
+                    return
+                else:
+                    self._waiting += 1
+            if task is not None:
+                task()
+            else:
+                self._calls.get()
+                was_called = True

@@ -16,7 +16,7 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
-from .transport_errors import Failure, own_shortage, transport_closed
+from .transport_errors import Failure, descriptor_shortage, transport_closed
 
 #: Addresses of one name that are tried.
 MAX_ADDRESSES = 4
@@ -146,7 +146,7 @@ def _settle(future: Future[list[str]], outcome: list[str] | Exception) -> None:
 
 def look_up_failure(host: str, exc: BaseException) -> Failure:
     """Return what to say of a look-up that raised :exc:`OSError` or did not answer in time."""
-    if isinstance(exc, OSError) and (shortage := own_shortage(exc)) is not None:
+    if isinstance(exc, OSError) and (shortage := descriptor_shortage(exc)) is not None:
         return shortage
     if isinstance(exc, FutureTimeoutError) and not exc.args:
         return Failure("dns", f"{host}: no answer in time")

@@ -1,64 +1,81 @@
-"""A :mod:`requests` adapter whose connections are opened by the attempts that need them.
+"""Connections to judged addresses, kept for the next request, and the TLS verification settings.
 
-So every one of them leads to an address that was judged, knows its deadline, and is not kept too long. Those
-that are kept are counted together, whatever host they lead to: urllib3's pools would count per host.
+Every connection is opened through :class:`.AddressGuard`, knows the deadline of its attempt, and is not kept
+too long. Kept connections are counted together, whatever host they lead to: urllib3's pools count per host.
 """
 
 from __future__ import annotations
 
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any, cast
 
 from requests.adapters import HTTPAdapter
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.poolmanager import PoolManager, ProxyManager, proxy_from_url
+from urllib3.poolmanager import PoolManager, proxy_from_url
 
-from . import keeping
-from .attempt import Attempt, Grip
-from .transport_errors import Failure
+from .address_guard import AddressGuard
+from .deadline import RunningAttempt, SocketHandle
+from .transport_errors import Failure, ProxyFailure
 
-#: What connections have to have in common to stand in for each other: scheme, host, port.
+if sys.platform != "win32":
+    import resource
+
+#: A kept connection is closed after so many seconds without use, and after so many in any case: an address
+#: that was judged once is not used without end.
+MAX_IDLE_S = 30.0
+MAX_AGE_S = 300.0
+#: Connections kept, of all hosts together, for each request in flight: many hosts that receive in turn find
+#: theirs open. Opening one costs more than a request, with TLS many times as much.
+KEPT_EACH = 4
+#: One connection for so many files that this process may open; but at least :data:`MIN_KEPT`.
+FILES_EACH = 8
+MIN_KEPT = 32
+
+#: Connections with the same scheme, host and port are interchangeable.
 _Key = tuple[str, str, int]
 
 
 class _Pinned:
-    """What both kinds of connection do beside urllib3: ask the attempt for a socket, and give it a grip."""
+    """What both kinds of connection add: the guard opens the socket, and the watchdog can abort it."""
 
-    attempt: Attempt | None = None
-    grip: Grip | None = None
+    guard: AddressGuard | None = None
+    attempt: RunningAttempt | None = None
+    handle: SocketHandle | None = None
     key: _Key = ("", "", 0)
     opened_at = 0.0
     released_at = 0.0
 
     def _new_conn(self) -> socket.socket:
-        if self.attempt is None:
+        if self.guard is None or self.attempt is None:
             raise RuntimeError("A connection of this transport was used outside of it; nothing is checked.")
         connection = cast(HTTPConnection, self)
         self.opened_at = time.monotonic()
-        sock, self.grip = self.attempt.connect(
-            connection._dns_host, connection.port, through_proxy=connection.proxy is not None
+        sock, self.handle = self.guard.connect(
+            self.attempt, connection._dns_host, connection.port, through_proxy=connection.proxy is not None
         )
         sock.settimeout(self.attempt.left_s())
         return sock
 
     def close(self) -> None:
         """Close the connection, if it is open."""
-        self._drop_grip()
+        self._drop_handle()
         super().close()  # type: ignore[misc]
 
     def is_old(self, now: float) -> bool:
-        """Say whether it was kept for too long to be used again."""
-        return keeping.is_old(opened_at=self.opened_at, released_at=self.released_at, now=now)
+        """Say whether it is too old to be used again."""
+        return now - self.released_at > MAX_IDLE_S or now - self.opened_at > MAX_AGE_S
 
-    def _drop_grip(self) -> None:
-        if self.grip is not None:
-            self.grip.close()
-            self.grip = None
+    def _drop_handle(self) -> None:
+        if self.handle is not None:
+            self.handle.close()
+            self.handle = None
 
 
 class PinnedHTTPConnection(_Pinned, HTTPConnection):
@@ -76,20 +93,20 @@ PinnedConnection = PinnedHTTPConnection | PinnedHTTPSConnection
 
 
 class KeptConnections:
-    """Connections that are kept for the next request, of all hosts together.
+    """Idle connections to all hosts, kept for the next request.
 
-    :param limit: so many at most; of more, the one that waited longest is closed.
+    :param limit: how many at most; beyond it, the one idle for longest is closed.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        #: All of them, and those of one key, in the order in which they were put here.
+        #: All of them, and those of one key, oldest first.
         self._all: dict[PinnedConnection, None] = {}
         self._by_key: dict[_Key, list[PinnedConnection]] = {}
 
     def take(self, key: _Key) -> PinnedConnection | None:
-        """Return the one that was used last, if it is as it was then; it belongs to the caller."""
+        """Return the most recently used one that is still open and unused; it belongs to the caller."""
         while True:
             with self._lock:
                 if key not in self._by_key:
@@ -102,7 +119,7 @@ class KeptConnections:
                 return connection
 
     def put(self, connection: PinnedConnection) -> None:
-        """Keep *connection*, which nobody may use from here on."""
+        """Keep *connection*; the caller must not use it any more."""
         dropped = None
         with self._lock:
             self._all[connection] = None
@@ -114,7 +131,7 @@ class KeptConnections:
             dropped.close()
 
     def close_old(self) -> None:
-        """Close those nobody has used for long."""
+        """Close those that have been idle for too long."""
         now = time.monotonic()
         self._close([connection for connection in self._listed() if connection.is_old(now)])
 
@@ -129,7 +146,7 @@ class KeptConnections:
     def _close(self, connections: list[PinnedConnection]) -> None:
         for connection in connections:
             with self._lock:
-                if connection not in self._all:  # somebody was faster
+                if connection not in self._all:  # another thread was faster
                     continue
                 self._remove(connection)
             connection.close()
@@ -145,66 +162,55 @@ class KeptConnections:
             del self._by_key[connection.key]
 
 
-class ProxyFailure(Exception):  # noqa: N818  (never leaves this package)
-    """The operator's own proxy could not be reached, or would not open a tunnel; the cause says why."""
-
-
 class PinnedHTTPPool(HTTPConnectionPool):
-    """What makes plain connections to one host."""
+    """Makes plain connections to one host."""
 
     ConnectionCls = PinnedHTTPConnection
 
 
 class PinnedHTTPSPool(HTTPSConnectionPool):
-    """What makes connections over TLS to one host."""
+    """Makes connections over TLS to one host."""
 
     ConnectionCls = PinnedHTTPSConnection
 
 
-class PinnedAdapter(HTTPAdapter):
-    """An adapter all of whose pools and connections are ours.
+class ConnectionPool:
+    """Open connections for attempts, and keep those that may carry another request.
 
-    Requests do not go through :meth:`send`, which would build and parse far more than is needed, but from
-    :meth:`take` straight to the connection. The pools know how to make connections, and keep none.
+    urllib3's pools only know how to make connections; they keep none.
 
-    :param keep: connections that are kept at most, of all hosts together.
-    :param proxy_url: what every connection goes through.
+    :param guard: opens every socket.
+    :param concurrency: requests in flight at most; decides how many connections are kept.
+    :param ssl_context: TLS verification settings, to receivers and to the proxy.
+    :param proxy_url: proxy that every connection goes through.
     """
 
-    def __init__(self, keep: int, ssl_context: ssl.SSLContext, proxy_url: str | None) -> None:
-        self._ssl_context = ssl_context
-        self._kept = KeptConnections(keep)
-        super().__init__(pool_connections=_POOLS, pool_maxsize=1)
-        self._manager = cast(
-            PoolManager, self.proxy_manager_for(proxy_url) if proxy_url else self.poolmanager
-        )
-        #: What the proxy is told with a request that it has to pass on.
-        self.forwarding_headers: Mapping[str, str] = (
-            self._manager.proxy_headers if isinstance(self._manager, ProxyManager) else {}
-        )
-
-    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: Any) -> None:
-        super().init_poolmanager(connections, maxsize, block, ssl_context=self._ssl_context, **options)
-        _pin(cast(PoolManager, self.poolmanager))
-
-    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        if proxy not in self.proxy_manager:
-            manager = proxy_from_url(
-                proxy,
+    def __init__(
+        self, guard: AddressGuard, *, concurrency: int, ssl_context: ssl.SSLContext, proxy_url: str | None
+    ) -> None:
+        self._guard = guard
+        self._kept = KeptConnections(most_kept(concurrency))
+        #: Headers for the proxy, sent with a request that it has to forward.
+        self.forwarding_headers: Mapping[str, str] = {}
+        if proxy_url is None:
+            self._manager = PoolManager(num_pools=_POOLS, maxsize=1, ssl_context=ssl_context)
+        else:
+            self.forwarding_headers = HTTPAdapter().proxy_headers(proxy_url)
+            self._manager = proxy_from_url(
+                proxy_url,
                 num_pools=_POOLS,
-                proxy_headers=self.proxy_headers(proxy),
-                ssl_context=self._ssl_context,
-                proxy_ssl_context=self._ssl_context,
-                **options,
+                maxsize=1,
+                proxy_headers=self.forwarding_headers,
+                ssl_context=ssl_context,
+                proxy_ssl_context=ssl_context,
             )
-            _pin(manager)
-            self.proxy_manager[proxy] = manager
-        return self.proxy_manager[proxy]
+        # Replaced, not changed: urllib3 shares the original mapping among all managers of the process.
+        self._manager.pool_classes_by_scheme = {"http": PinnedHTTPPool, "https": PinnedHTTPSPool}
 
-    def take(self, attempt: Attempt) -> PinnedConnection:
-        """Return a connection for *attempt*, connected; to be given back.
+    def take(self, attempt: RunningAttempt) -> PinnedConnection:
+        """Return an open connection for *attempt*, to be given back.
 
-        :raises Failure: when there is none to be had, for one of many reasons.
+        :raises Failure: when none could be opened, and why.
         """
         checked = attempt.checked
         key = (checked.scheme, checked.host, checked.port)
@@ -213,6 +219,7 @@ class PinnedAdapter(HTTPAdapter):
         pool = self._manager.connection_from_host(checked.host, checked.port, checked.scheme)
         connection = cast(PinnedConnection, pool._new_conn())
         connection.key = key
+        connection.guard = self._guard
         connection.attempt = attempt
         try:
             if pool.proxy is not None and checked.scheme == "https":
@@ -227,12 +234,12 @@ class PinnedAdapter(HTTPAdapter):
             raise
         return connection
 
-    def give_back(self, connection: PinnedConnection, attempt: Attempt, *, keep: bool) -> None:
-        """Take back what :meth:`take` gave.
+    def give_back(self, connection: PinnedConnection, attempt: RunningAttempt, *, keep: bool) -> None:
+        """Take back what :meth:`take` returned.
 
-        :param keep: the answer was read to its end, so that another request may follow.
+        :param keep: the response was read to its end, so that another request may follow.
         """
-        attempt.let_go()
+        attempt.detach()
         connection.attempt = None
         connection.released_at = time.monotonic()
         if keep:
@@ -241,18 +248,18 @@ class PinnedAdapter(HTTPAdapter):
             connection.close()
 
     def close_idle(self) -> None:
-        """Close kept connections that nobody has used for long."""
+        """Close kept connections that have been idle for too long."""
         self._kept.close_old()
 
     def close(self) -> None:
         """Close every kept connection now."""
         self._kept.close()
-        super().close()
+        self._manager.clear()
 
-    def _reuse(self, connection: PinnedConnection, attempt: Attempt) -> PinnedConnection:
+    def _reuse(self, connection: PinnedConnection, attempt: RunningAttempt) -> PinnedConnection:
         connection.attempt = attempt
         try:
-            attempt.hold(cast(Grip, connection.grip), reused=True)
+            attempt.attach(cast(SocketHandle, connection.handle), reused=True)
             connection.sock.settimeout(attempt.left_s())
         except BaseException:
             self.give_back(connection, attempt, keep=False)
@@ -260,6 +267,38 @@ class PinnedAdapter(HTTPAdapter):
         return connection
 
 
-def _pin(manager: PoolManager) -> None:
-    # Replaced, not changed: urllib3 shares the original mapping among all managers of the process.
-    manager.pool_classes_by_scheme = {"http": PinnedHTTPPool, "https": PinnedHTTPSPool}
+def most_kept(concurrency: int) -> int:
+    """Return how many connections are kept at most, of all hosts together."""
+    return max(MIN_KEPT, min(KEPT_EACH * concurrency, _file_limit() // FILES_EACH))
+
+
+def _file_limit() -> int:
+    """Return how many files this process may have open."""
+    if sys.platform == "win32":
+        return 512  # of the C library
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def default_ssl_context(ca_file: str | None = None) -> ssl.SSLContext:
+    """Return a context that verifies certificate and name, whatever the environment says.
+
+    :param ca_file: PEM bundle instead of certifi's. ``ssl.create_default_context`` is not used because it
+        obeys ``SSLKEYLOGFILE``, nor the system's store because it obeys ``SSL_CERT_FILE``.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(cafile=ca_file or DEFAULT_CA_BUNDLE_PATH)
+    return context
+
+
+def verifying_context(context: ssl.SSLContext | None, ca_file: str | None) -> ssl.SSLContext:
+    """Return *context*, or :func:`default_ssl_context` if there is none.
+
+    :raises ValueError: for a context that does not verify certificates and names.
+    """
+    if context is None:
+        return default_ssl_context(ca_file)
+    if not context.check_hostname or context.verify_mode != ssl.CERT_REQUIRED:
+        raise ValueError("The TLS context has to verify certificates and names.")
+    return context

@@ -1,4 +1,8 @@
-"""Answers: heads as :mod:`http.client` reads them, with bounds and without its surprises; bodies strictly."""
+"""Read responses from strangers: bounded heads, strict bodies, and what of them is kept.
+
+Heads are read by :mod:`http.client`, within bounds and without its surprises. Bodies are read strictly by RFC
+9112, never decoded, and only up to the cap (SECURITY 8).
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,34 @@ import http.client
 import re
 import socket
 import ssl
+from collections.abc import Iterable
 from typing import Any, cast
 
 from urllib3.util.ssltransport import SSLTransport
 
-from .answers import MAX_HEADER_BYTES
-from .attempt import Attempt
+from .deadline import RunningAttempt
 
+#: Bytes of a response body that are kept.
+BODY_CAP = 16 * 1024
+#: Bytes of a response's status lines and headers, those of interim responses (100, 103) included.
+MAX_HEADER_BYTES = 64 * 1024
+
+#: Response headers worth keeping; everything else a receiver sends is dropped.
+KEPT_HEADERS = (
+    "content-type",
+    "content-length",
+    "content-encoding",
+    "date",
+    "server",
+    "retry-after",
+    "location",
+    "allow",
+    "www-authenticate",
+    "x-request-id",
+    "x-correlation-id",
+)
+_KEPT = frozenset(KEPT_HEADERS)
+_MAX_KEPT_VALUE = 256
 _LENGTH = re.compile(r"[ \t]*[0-9]{1,18}[ \t]*")
 #: RFC 9112, 7.1. Python's own ``int`` would have ``-1`` as well, which http.client reads without end.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r\n")
@@ -21,25 +46,25 @@ _READ_BYTES = 16 * 1024
 
 
 class _Stream:
-    """What comes over a connection, in lines and pieces; knows what of it nobody has read.
+    """Read a connection in lines and blocks, and know what has not been read yet.
 
     :param sock: the connection.
-    :param attempt: is told when something came.
+    :param attempt: marked as answered at the first byte.
     """
 
-    def __init__(self, sock: socket.socket, attempt: Attempt) -> None:
+    def __init__(self, sock: socket.socket, attempt: RunningAttempt) -> None:
         self._sock = sock
         self._attempt = attempt
         self._data = bytearray()
-        #: Bytes of lines that may still come.
+        #: Bytes of lines that may still be read.
         self.left = MAX_HEADER_BYTES
 
     def makefile(self, _mode: str) -> _Stream:
-        """Return what http.client reads from."""
+        """Return this stream, which http.client reads from."""
         return self
 
     def readline(self, _limit: int = -1) -> bytes:
-        """Return the next line; empty if the connection ended before the first byte of all."""
+        """Return the next line; empty if the connection ended before its first byte."""
         looked_at = 0
         while not (end := self._data.find(b"\n", looked_at) + 1):
             looked_at = len(self._data)
@@ -72,7 +97,7 @@ class _Stream:
 
     @property
     def has_more(self) -> bool:
-        """Say whether more came than was read, here or in the layers of TLS."""
+        """Say whether more arrived than was read, here or in the layers of TLS."""
         if self._data:
             return True
         sock: Any = self._sock
@@ -102,14 +127,14 @@ class _Stream:
         return data
 
 
-class Answer(http.client.HTTPResponse):
-    """An answer whose headers are bounded, and which skips every interim response.
+class BoundedResponse(http.client.HTTPResponse):
+    """A response with bounded headers that skips every interim response.
 
     :param sock: the connection.
-    :param attempt: is told when something came.
+    :param attempt: marked as answered at the first byte.
     """
 
-    def __init__(self, sock: socket.socket, attempt: Attempt) -> None:
+    def __init__(self, sock: socket.socket, attempt: RunningAttempt) -> None:
         self._stream = _Stream(sock, attempt)
         super().__init__(cast(socket.socket, self._stream), method="POST")
         self._is_doubtful = False
@@ -119,17 +144,17 @@ class Answer(http.client.HTTPResponse):
         """Read status line and headers."""
         super().begin()
         while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
-            self.headers = cast(Any, None)  # http.client skips 100 by itself, but takes 103 for the answer
+            self.headers = cast(Any, None)  # http.client skips 100, but takes 103 for the final response
             super().begin()
         self._judge_framing()
         if self.status < 200 or self.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED):
             self.chunked, self.length = False, 0  # whatever the headers say
 
     def read_body(self, limit: int) -> bytes:
-        """Return the body as it came, or its first *limit* bytes; nothing if its end is in doubt.
+        """Return the body undecoded, at most its first *limit* bytes; nothing if its end is in doubt.
 
-        :raises http.client.HTTPException: when the connection ended before the body did, and for chunks that
-            are none.
+        :raises http.client.HTTPException: when the connection ended before the body did, and for malformed
+            chunks.
         """
         if self._is_doubtful:
             return b""
@@ -146,7 +171,7 @@ class Answer(http.client.HTTPResponse):
         return self._was_read and not self.will_close and not self._stream.has_more
 
     def _judge_framing(self) -> None:
-        """Believe only the status where others may see the body's end elsewhere (RFC 9112, 6.3)."""
+        """Keep only the status where other parsers may see the end of the body elsewhere (RFC 9112, 6.3)."""
         lengths = self.headers.get_all("content-length", [])
         codings = [coding.strip().lower() for coding in self.headers.get_all("transfer-encoding", [])]
         self.chunked = codings == ["chunked"]
@@ -177,3 +202,38 @@ class Answer(http.client.HTTPResponse):
             if len(body) < limit and self._stream.read_exactly(2) != b"\r\n":
                 raise http.client.HTTPException("a chunk does not end where it should")
         return bytes(body)
+
+
+def head_of(status: int, raw_headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return the fields of :class:`.AttemptResult` that come from status line and headers.
+
+    With the ``error_code`` ``redirect``, the body must not be read.
+
+    :param raw_headers: names and values as they came; values of one name are joined.
+    """
+    headers: dict[str, str] = {}
+    for raw_name, value in raw_headers:
+        name = raw_name.lower()
+        if name in _KEPT:
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    for name, value in headers.items():
+        headers[name] = clean(value, _MAX_KEPT_VALUE)
+    if "location" in headers:
+        headers["location"] = headers["location"].partition("?")[0]
+    outcome: dict[str, Any] = {
+        "status_code": status,
+        "response_headers": headers,
+        "retry_after": headers.get("retry-after"),
+    }
+    if 300 <= status < 400:
+        outcome["error_code"] = "redirect"
+        outcome["error_detail"] = f"redirects are not followed ({status})"
+    return outcome
+
+
+def clean(text: str, limit: int) -> str:
+    """Return untrusted text cut to *limit* and without characters that databases and pages cannot show."""
+    text = text[:limit]
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

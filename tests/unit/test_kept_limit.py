@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from flask_rq_webhooks.dispatch.http.keeping import most_kept
+from flask_rq_webhooks.dispatch.http.pool import most_kept
 
 
 @pytest.mark.parametrize(
