@@ -366,25 +366,27 @@ class Ingest:
             self._reject(items[0][0], f"{type(exc).__name__}: {exc}", exc)
             return
         reached("event stored")
-        unproven = [
-            waiting for (waiting, _item), event in zip(items, events, strict=True) if not event.event_id
-        ]
-        ids = {waiting.id for waiting in unproven}
+        answered = zip(items, events, strict=True)
+        unproven = [pair for pair, event in answered if not event.event_id]
+        ids = {waiting.id for waiting, _item in unproven}
         self._finish(waiting for waiting, _item in items if waiting.id not in ids)
         if unproven:
             self._demand_proof(unproven)
 
-    def _demand_proof(self, unproven: Sequence[_Waiting]) -> None:
+    def _demand_proof(self, unproven: Sequence[tuple[_Waiting, IngestItem]]) -> None:
         """Believe reports without a watch only if the job's own hash names the endpoint.
 
         The confirmation that makes the watch may be behind them in the stream.
         """
-        self._prove(unproven)
-        for waiting in unproven:
-            if waiting.proven or self._is_patient(waiting):
-                waiting.look_at = self._clock() + (0 if waiting.proven else LONGEST_LOOK_S)
-            else:
+        self._prove([waiting for waiting, _item in unproven])
+        for waiting, _item in unproven:
+            if not waiting.proven and self._is_patient(waiting):
+                waiting.look_at = self._clock() + LONGEST_LOOK_S
+            elif not waiting.proven:
                 self._reject(waiting, "neither a watch nor the job's own callbacks name its endpoint")
+        proven = [(waiting, replace(item, needs_watch=False)) for waiting, item in unproven if waiting.proven]
+        if proven:
+            self._store_items(proven)
 
     def _prove(self, some: Sequence[_Waiting]) -> None:
         states = read_jobs(self._state.redis, list({waiting.entry.job_id for waiting in some}))

@@ -262,20 +262,36 @@ def own_result(job: Job) -> JobResult | None:
 
 
 def unreported_outcomes(
-    run: str | None, job: JobRecord, reported: Sequence[Reported], *, since: datetime, run_is_reported: bool
+    run: str | None,
+    job: JobRecord,
+    reported: Sequence[Reported],
+    *,
+    since: datetime,
+    run_is_reported: bool,
+    taken: Sequence[JobResult] = (),
 ) -> list[Outcome]:
     """Return how runs before the job's current one ended, as far as RQ knows and no event says.
 
     :param run: the run that was noted last, ``None`` where none was.
     :param since: when the first run that counts began.
     :param run_is_reported: whether an event says how *run* ended.
+    :param taken: results that belong to a report at hand.
     """
     own = own_result(job)
-    results = [result for result in job.results if result is not own and result.type != "retried"]
+    results = [
+        result
+        for result in job.results
+        if result is not own
+        and result.type != "retried"
+        and result not in taken
+        and (result.ended_at is None or result.ended_at != job.ended_at)
+    ]
     left = _unclaimed(results, reported)
-    if run is not None:
+    if run is None:
+        found = [result for result in left if (result.started_at or result.at) >= since]
+    else:
         since = max(since, parse_time(run))
-    found = [result for result in left if result.at >= since - CLOCK_SKEW]
+        found = [result for result in left if result.at >= since - CLOCK_SKEW]
     open_run = None if run_is_reported else run
     if not found and left and open_run is not None and not may_have_been_retried(job):
         # It has ended, or the job could not be in a newer run: the clocks differ.
