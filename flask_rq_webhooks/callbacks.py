@@ -171,7 +171,7 @@ def _log(kind: str, job: Job, exc: BaseException) -> None:
 
 def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...]) -> str:
     """Return the entry as JSON."""
-    func, args = _call_of(kind, job, outcome)
+    func, argument = _call_of(kind, job, outcome)
     created_at, enqueued_at = _time(job, "created_at"), _time(job, "enqueued_at")
     retries_left = _get(job, "retries_left")
     result, truncated = _result(outcome[0]) if kind == "success" else (None, False)
@@ -187,7 +187,7 @@ def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...]) -> str:
         "created_at": created_at,
         "enqueued_at": enqueued_at,
         "started_at": _time(job, "started_at"),
-        "runid": _runid(job, args),
+        "runid": _runid(job, argument),
         "retries_left": retries_left if isinstance(retries_left, int) else None,
         "result": result,
         "result_truncated": truncated,
@@ -197,16 +197,16 @@ def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...]) -> str:
 
 
 def _call_of(kind: str, job: Job, outcome: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Return the job's function name and positional arguments, as far as they may be looked at.
+    """Return the job's function name and its first positional argument, as far as they may be looked at.
 
     A stopped or abandoned job did not run in this process: it is a worker that must not import the user's
     modules, so there the job's data is read only as far as plain values go.
     """
     if kind == "success" or (kind == "failure" and isinstance(outcome[-1], TracebackType)):
-        return _get(job, "func_name"), _get(job, "args")
-    from .protocol.worker_errors import plain_call
+        return _get(job, "func_name"), _item(_get(job, "args"), 0)
+    from .queue.safe_pickle import plain_call
 
-    return plain_call(job)
+    return plain_call(_get(job, "data") or b"", _get(job, "description"))
 
 
 def _error(outcome: tuple[Any, ...]) -> dict[str, str]:
@@ -260,11 +260,11 @@ def _is_plain(value: Any) -> bool:
     return False
 
 
-def _runid(job: Job, args: Any) -> str | None:
+def _runid(job: Job, argument: Any) -> str | None:
     runid = _item(_get(job, "meta"), "runid")
     if isinstance(runid, int) and not isinstance(runid, bool):
         runid = str(runid)
-    return _name(runid if isinstance(runid, str) else _item(args, 0))
+    return _name(runid if isinstance(runid, str) else argument)
 
 
 def _time(job: Job, name: str) -> str | None:

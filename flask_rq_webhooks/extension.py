@@ -25,7 +25,7 @@ from .queue import job_callbacks
 from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, get_state
 from .storage.events import IngestItem
 from .storage.models import copy_tables
-from .web import api, host_pages, pages
+from .web import api, endpoint_pages, host_pages, pages
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -107,6 +107,7 @@ class RQWebhooks:
         host_pages.add_to(blueprint)
         if settings.dashboard:
             pages.add_pages(blueprint, state)
+            endpoint_pages.add_pages(blueprint, state)
         app.register_blueprint(blueprint)
         # `flask rq-webhooks` finds its entry point first, even where the app cannot be loaded; this is for
         # what asks the app itself, as app.test_cli_runner() does.

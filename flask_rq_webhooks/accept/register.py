@@ -45,7 +45,7 @@ from ..queue.job_callbacks import (
     make_token,
     was_handed_over,
 )
-from ..queue.outbox import confirm_entry
+from ..queue.outbox_entry import confirm_entry
 from ..state import EXTENSION_NAME, State, get_state
 from ..storage import endpoints
 from ..storage.dispatchers import dispatcher_alive

@@ -1,55 +1,63 @@
 """``flask rq-webhooks …``: everything an operator does from a shell.
 
-Owns words for people: options, progress, exit codes. What is done is in the layers below.
+Owns options, output and exit codes. What is done is in the layers below.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
-from flask.cli import AppGroup
-from redis import RedisError
+from flask.cli import AppGroup, ScriptInfo
 
 from ..dispatch.dispatcher import Dispatcher, reconcile_now
 from ..dispatch.http import open_transport
 from ..dispatch.request_builder import send_ping
-from ..errors import RQWebhooksError
-from ..observe.host_hooks import safe_render
-from ..state import get_state
-from ..storage import dispatchers
-from ..storage.bulk import cancel, recover
+from ..state import EXTENSION_NAME, State, get_state
 from ..storage.crypto import rekey
-from ..storage.filters import DeliveryFilter
-from ..storage.retention import prune, resend
+from ..storage.models import SENDING
+from ..storage.retention import prune
 from ..storage.schema import upgrade_schema
+from ..web import operations
+from ..web.api_schemas import ManyInput
+from ..web.operations import InvalidInputError
 from .doctor import examine
 from .endpoint_commands import endpoints
+from .failures import EXPLAINED, explain
 from .listen import listen
 from .options import MOMENT, as_json, echo_json, progress_to_stderr
 from .route_commands import routes
 
 
 class _Commands(AppGroup):
-    """A group that turns our errors into one line instead of a traceback."""
+    """A group that turns errors of input, SQL and Redis into one sentence instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except RQWebhooksError as exc:
-            raise click.ClickException(str(exc)) from exc
-        except RedisError as exc:
-            raise click.ClickException(f"Redis cannot be used: {type(exc).__name__}: {exc}") from exc
+        except InvalidInputError as exc:
+            raise click.UsageError(str(exc)) from exc
+        except EXPLAINED as exc:
+            raise click.ClickException(explain(exc, _state(ctx))) from exc
+
+
+def _state(ctx: click.Context) -> State | None:
+    """Return the app's state after a command has ended, and its app context with it."""
+    found, info = None, ctx.find_object(ScriptInfo)
+    with suppress(Exception):  # an app that cannot be loaded has none
+        found = None if info is None else info.load_app().extensions.get(EXTENSION_NAME)
+    return found
 
 
 @click.group(name="rq-webhooks", cls=_Commands)
 def cli() -> None:
-    """Deliver webhooks for RQ jobs, and look after them."""
+    """Deliver webhooks for RQ jobs, and operate them."""
 
 
 cli.add_command(endpoints)
@@ -58,19 +66,19 @@ cli.add_command(routes)
 
 
 @cli.command()
-@click.option("--burst", is_flag=True, help="Stop as soon as nothing is left to deliver now.")
+@click.option("--burst", is_flag=True, help="Stop as soon as nothing is due.")
 @click.option("--concurrency", type=click.IntRange(1, 1000), help="Requests in flight at once.")
 def worker(burst: bool, concurrency: int | None) -> None:
     """Deliver webhooks until stopped (a dispatcher).
 
-    SIGTERM and Ctrl-C finish what is in flight; a second one does not wait for it. Run as many as you
-    like, on as many machines as you like.
+    SIGTERM and Ctrl-C finish the requests in flight; a second one does not wait for them. Run as many
+    workers as you like, on as many machines as you like.
     """
     _log_to_stderr()
     state = get_state()
     dispatcher = Dispatcher(state, concurrency=concurrency)
-    # What was loaded so far lives as long as this process; the garbage collector need not look at it again
-    # and again: several per cent of the CPU of a busy dispatcher.
+    # What was loaded so far lives as long as this process; the garbage collector need not visit it again:
+    # several per cent of the CPU of a busy dispatcher.
     gc.collect()
     gc.freeze()
     dispatcher.run(burst=burst)
@@ -88,7 +96,7 @@ def init_db() -> None:
 @cli.command()
 @as_json
 def doctor(json_wanted: bool) -> None:
-    """Check everything a webhook depends on, say what to do about it; exit 1 if something is wrong."""
+    """Check everything webhooks depend on and say how to fix it; exit 1 if something is wrong."""
     found = []
     for finding in examine(get_state()):
         found.append(finding)
@@ -102,10 +110,10 @@ def doctor(json_wanted: bool) -> None:
 
 @cli.command()
 @click.argument("url")
-@click.option("--secret", help="Signs the ping; the server-wide secret, if there is one, otherwise.")
-@click.option("--format", "payload_format", help="Payload format; the app's default otherwise.")
+@click.option("--secret", help="Signing secret; the server-wide secret, if any, by default.")
+@click.option("--format", "payload_format", help="Payload format; the app's by default.")
 def trigger(url: str, secret: str | None, payload_format: str | None) -> None:
-    """Send one webhook.ping to URL, under the same policy as every delivery, and say what came back."""
+    """Send one webhook.ping to URL, under the policy of every delivery, and print the response."""
     state = get_state()
     transport = open_transport(state.settings, state.url_policy, concurrency=1)
     try:
@@ -125,99 +133,90 @@ def trigger(url: str, secret: str | None, payload_format: str | None) -> None:
         raise SystemExit(1)
 
 
-@cli.command("resend")
+@cli.command()
 @click.argument("delivery_id", metavar="ID")
-def resend_command(delivery_id: str) -> None:
-    """Make the delivery ID due now, whatever became of it before: same event id, same bytes."""
-    status = resend(get_state().database, delivery_id)
-    if status is None:
-        raise click.ClickException(f"There is no delivery {delivery_id!r}.")
-    click.echo("An attempt is under way." if status == "sending" else "Due now.")
+def resend(delivery_id: str) -> None:
+    """Make the delivery ID due now, whatever its status: same event id, same bytes."""
+    status = operations.resend(get_state(), delivery_id)
+    click.echo("An attempt is in progress." if status == SENDING else "Due now.")
 
 
 def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option(
-            "--since", type=MOMENT, help="Made at this time or later: ISO 8601, or an age such as 24h."
-        ),
-        click.option("--until", type=MOMENT, help="Made before this time."),
-        click.option("--endpoint", "endpoint_id", help="Of this endpoint."),
-        click.option("--status", "statuses", multiple=True, help="With this status; may be repeated."),
+        click.option("--since", type=MOMENT, help="Created at this time or later: ISO 8601, or an age: 24h."),
+        click.option("--until", type=MOMENT, help="Created before this time."),
+        click.option("--endpoint", "endpoint_id", help="To this endpoint."),
+        click.option("--status", multiple=True, help="With this status; may be repeated."),
         click.option("--host", help="To this host."),
-        click.option("--event-type", help="Of this event type."),
+        click.option("--event-type", "event", help="Of this event type."),
         click.option("--job", "job_id", help="Of this job."),
         click.option("--runid", help="Of this run."),
-        click.option("--all", "everything", is_flag=True, help="Needed where no other option is given."),
+        click.option("--all", "all", is_flag=True, help="All deliveries, where no other option is given."),
     ):
         command = option(command)
     return command
 
 
-def _filter(everything: bool, statuses: tuple[str, ...], **options: Any) -> DeliveryFilter:
-    known = {"pending", "sending", "succeeded", "exhausted", "canceled"}
-    if unknown := sorted(set(statuses) - known):
-        raise click.UsageError(f"Unknown status {unknown[0]!r}; known are {', '.join(sorted(known))}.")
-    if not everything and not statuses and not any(value is not None for value in options.values()):
-        raise click.UsageError("Say which deliveries are meant, or --all.")
-    return DeliveryFilter(statuses=statuses or None, **options)
+def _change_many(action: Callable[..., operations.Progress], options: Mapping[str, Any]) -> int:
+    """Do all parts of a change of many deliveries; return how many were changed."""
+    raw = {name: value for name, value in options.items() if value}
+    for name in ("since", "until"):
+        if name in raw:
+            raw[name] = raw[name].isoformat()
+    state, where = get_state(), operations.delivery_filter(operations.checked(ManyInput(), raw))
+    did = action(state, where)
+    done = did.done
+    while did.cursor is not None:
+        progress_to_stderr(done)
+        did = action(state, where, did.cursor)
+        done += did.done
+    return done
 
 
-@cli.command("recover")
+@cli.command()
 @_filter_options
-def recover_command(everything: bool, statuses: tuple[str, ...], **options: Any) -> None:
+def recover(**options: Any) -> None:
     """Make deliveries due again: exhausted and canceled ones, unless --status says otherwise."""
-    state = get_state()
-    done = recover(
-        state.database,
-        _filter(everything, statuses, **options),
-        render=safe_render(state),
-        max_attempts=state.settings.max_attempts,
-        progress=progress_to_stderr,
-    )
-    click.echo(f"{done} deliveries are due now.")
+    click.echo(f"{_change_many(operations.recover, options)} deliveries are due now.")
 
 
-@cli.command("cancel")
+@cli.command()
 @_filter_options
-def cancel_command(everything: bool, statuses: tuple[str, ...], **options: Any) -> None:
+def cancel(**options: Any) -> None:
     """Cancel deliveries that are not finished."""
-    chosen = _filter(everything, statuses, **options)
-    done = cancel(get_state().database, chosen, progress=progress_to_stderr)
-    click.echo(f"{done} deliveries canceled.")
+    click.echo(f"{_change_many(operations.cancel, options)} deliveries canceled.")
 
 
 @cli.command()
 def pause() -> None:
     """Stop all sending, on every dispatcher. Jobs are still watched, webhooks still accepted."""
-    dispatchers.pause(get_state().database)
-    click.echo("Paused. What is claimed already is sent; `flask rq-webhooks resume` goes on.")
+    operations.pause(get_state())
+    click.echo("Paused. Requests in flight finish. `flask rq-webhooks resume` resumes sending.")
 
 
 @cli.command()
 def resume() -> None:
-    """Go on sending."""
-    dispatchers.resume(get_state().database)
-    click.echo("Sending goes on.")
+    """Resume sending."""
+    operations.resume(get_state())
+    click.echo("Sending is resumed.")
 
 
 @cli.command("reconcile")
 def reconcile_command() -> None:
-    """Look once for endings that no callback reported, and tell of them."""
+    """Look once for jobs that ended without a callback report, and store their events."""
     _log_to_stderr()
     report = reconcile_now(get_state())
     if report is None:
-        raise click.ClickException("A dispatcher is doing it at this moment; there is nothing left to do.")
-    click.echo(f"{report.looked_at} watches looked at, {sum(report.reported.values())} endings told.")
+        raise click.ClickException("A dispatcher is reconciling at this moment; there is nothing left to do.")
+    click.echo(f"{report.looked_at} watches read, {sum(report.reported.values())} events stored.")
     for event_type, count in sorted(report.reported.items()):
         click.echo(f"  {event_type}: {count}")
 
 
 @cli.command("prune")
-@click.option(
-    "--days", type=click.IntRange(1), help="Keep what ended within so many days; RETENTION_DAYS otherwise."
-)
+@click.option("--days", type=click.IntRange(1), help="Days to keep; RETENTION_DAYS by default.")
 def prune_command(days: int | None) -> None:
-    """Delete what ended long ago. Dispatchers do it every hour."""
+    """Delete what finished long ago. Dispatchers do it every hour."""
     state = get_state()
     older_than = datetime.now(UTC) - timedelta(days=days or state.settings.retention_days)
     pruned = prune(state.database, older_than, progress=progress_to_stderr)
@@ -229,14 +228,14 @@ def prune_command(days: int | None) -> None:
 
 @cli.command("rekey")
 def rekey_command() -> None:
-    """Encrypt all secrets and headers anew with the first key; then older keys may go."""
+    """Encrypt all secrets and headers again with the first key, so that older keys can be removed."""
     state = get_state()
     done = rekey(state.database, state.cipher, progress=progress_to_stderr)
     click.echo(f"{done} values are encrypted with the first key.")
 
 
 def _log_to_stderr() -> None:
-    """Show our log where nobody has configured logging."""
+    """Show our log where the app has not configured logging."""
     package = logging.getLogger("flask_rq_webhooks")
     if not package.hasHandlers():
         handler = logging.StreamHandler()

@@ -16,7 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ..errors import RQWebhooksError, StorageUnavailableError
-from ..queue.job_reader import database_name
+from ..queue.redis_database import database_name
 from ..storage.dispatchers import ALIVE_S, dispatcher_alive, paused_since
 from ..storage.models import Endpoint, Secret
 from ..storage.schema import missing_schema

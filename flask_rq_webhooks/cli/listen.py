@@ -1,6 +1,6 @@
-"""``flask rq-webhooks listen``: a receiver for development that prints and verifies what arrives.
+"""``flask rq-webhooks listen``: a receiver for development that prints and verifies webhooks.
 
-Standard library and our own receiver helper; needs no app and no database.
+Uses the standard library and our own receiver helper; needs no app and no database.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import click
 
 from ..errors import SignatureError
 from ..receiver import ALL_SCHEMES, verify
+from .failures import of_port
+from .options import cleaned
 
 #: Bytes of a body that are read.
 MAX_BODY_BYTES = 16 * 2**20
@@ -22,18 +24,20 @@ MAX_BODY_BYTES = 16 * 2**20
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", default=8900, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."
+    "--port", default=8900, show_default=True, type=click.IntRange(0, 65535), help="0 for any free port."
 )
 @click.option("--secret", "secrets", multiple=True, help="Verify with this secret; may be repeated.")
 @click.option("--header-prefix", default="X-Webhook", show_default=True, help="HEADER_PREFIX of the sender.")
 @click.option(
-    "--status", default=200, show_default=True, type=click.IntRange(200, 599), help="Answer with it."
+    "--status", default=200, show_default=True, type=click.IntRange(200, 599), help="Status of the answers."
 )
 def listen(host: str, port: int, secrets: tuple[str, ...], header_prefix: str, status: int) -> None:
-    """Print and verify webhooks that arrive here (for development)."""
-    server = http.server.ThreadingHTTPServer(
-        (host, port), _handler(secrets, header_prefix=header_prefix, status=status)
-    )
+    """Receive webhooks, print and verify them (for development)."""
+    handler = _handler(secrets, header_prefix=header_prefix, status=status)
+    try:
+        server = http.server.ThreadingHTTPServer((host, port), handler)
+    except OSError as exc:
+        raise click.ClickException(of_port(exc, host, port)) from exc
     with server:
         shown_host = f"[{host}]" if ":" in host else host
         click.echo(f"Listening on http://{shown_host}:{server.server_address[1]}/ (Ctrl-C ends)")
@@ -68,7 +72,7 @@ def _handler(
             self.close_connection = True
 
         def log_message(self, *_args: object) -> None:
-            """Keep quiet: what arrives is printed already."""
+            """Log nothing: requests are printed already."""
 
     return Handler
 
@@ -82,13 +86,13 @@ def describe(
     header_prefix: str = "X-Webhook",
     now: datetime | None = None,
 ) -> list[str]:
-    """Return the lines that tell a developer of one request. Untrusted text is escaped."""
+    """Return the lines printed for one request. Untrusted text is escaped."""
     by_name = {name.lower(): value for name, value in headers}
     now = now or datetime.now().astimezone()
     event = by_name.get(f"{header_prefix.lower()}-event", "no event header")
-    lines = [f"{now:%H:%M:%S} POST {_shown(path)}  {_shown(event)}  {len(body)} bytes"]
+    lines = [f"{now:%H:%M:%S} POST {cleaned(path)}  {cleaned(event)}  {len(body)} bytes"]
     lines += [
-        f"  {_shown(name)}: {_shown(value)}"
+        f"  {cleaned(name)}: {cleaned(value)}"
         for name, value in headers
         if name.lower().startswith(("webhook-", header_prefix.lower() + "-"))
     ]
@@ -99,7 +103,7 @@ def describe(
             )
             lines.append(f"  verified ({verified.scheme})")
         except SignatureError as exc:
-            lines.append(f"  NOT VERIFIED: {_shown(str(exc))}")
+            lines.append(f"  NOT VERIFIED: {cleaned(str(exc))}")
     elif any(name in by_name for name in ("webhook-signature", f"{header_prefix.lower()}-signature")):
         lines.append("  signed; give --secret to verify")
     else:
@@ -107,11 +111,6 @@ def describe(
     try:
         text = json.dumps(json.loads(body), indent=2)
     except ValueError:
-        text = _shown(body.decode("utf-8", "backslashreplace"))
+        text = cleaned(body.decode("utf-8", "backslashreplace"))
     lines += [f"  {line}" for line in text.splitlines()]
     return lines
-
-
-def _shown(text: str) -> str:
-    """Return *text* without what could steer a terminal."""
-    return text if text.isprintable() else ascii(text)[1:-1]

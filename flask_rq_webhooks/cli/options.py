@@ -41,8 +41,18 @@ class Moment(_MomentType):
 MOMENT = Moment()
 
 
+def cleaned(value: object) -> str:
+    """Return text as one line that cannot steer a terminal: control characters are written as escapes."""
+    text = str(value)
+    return (
+        text
+        if text.isprintable()
+        else "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    )
+
+
 def progress_to_stderr(done: int) -> None:
-    """Show how far long work has come, where somebody looks."""
+    """Show the progress of long work on a terminal."""
     if sys.stderr.isatty():
         click.echo(f"\r{done} …", nl=False, err=True)
 

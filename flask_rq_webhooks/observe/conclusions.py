@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from ..protocol.events import CLOCK_SKEW, JOB_LOST, JOB_RETRYING, JOB_SUCCESS, format_time
-from ..queue.job_details import JobRecord
-from ..queue.outbox import OutboxEntry
+from ..queue.job_reader import JobRecord
+from ..queue.outbox_entry import OutboxEntry
 from ..storage.watches import Reported
 from .outcomes import (
     Outcome,

@@ -20,7 +20,7 @@ from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError
 from .._steps import reached
 from ..errors import DecryptionError, StorageUnavailableError
 from ..protocol.events import JOB_LOST, TERMINAL_TYPES, Occurrence
-from ..queue.job_reader import JobState, read_endings, read_jobs
+from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
 from ..storage.endpoints import confirm
 from ..storage.events import IngestItem
 from ..storage.settling import ParkedReport, park_reports
@@ -31,7 +31,8 @@ from .outcomes import Outcome, Undecided, news, outcome_of
 from .publisher import Publisher
 
 if TYPE_CHECKING:
-    from ..queue.outbox import Entry, OutboxEntry
+    from ..queue.outbox import Entry
+    from ..queue.outbox_entry import OutboxEntry
     from ..state import State
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class Ingest:
         undecided: list[_Waiting] = []
         close: list[_Waiting] = []
         for waiting in reports:
-            job = _existing(jobs[waiting.entry.job_id])
+            job = _existing(jobs, waiting.entry.job_id)
             outcome = self._outcome_of(waiting, job, following)
             if job is None or outcome is Undecided.NEEDS_RESULTS:
                 close.append(waiting)
@@ -205,7 +206,7 @@ class Ingest:
         for waiting in close:
             entry = waiting.entry
             known = reported.get(entry.job_id, [])
-            job = _existing(jobs[entry.job_id])
+            job = _existing(jobs, entry.job_id)
             if job is None and entry.retries_left and self._caught_up_at < waiting.since:
                 undecided.append(waiting)  # the report of a later run, which shows the retry, may come
                 continue
@@ -227,7 +228,7 @@ class Ingest:
     def _outcome_of(
         self,
         waiting: _Waiting,
-        job: JobState | None,
+        job: JobRecord | None,
         following: Mapping[str, OutboxEntry],
         reported: Sequence[Reported] = (),
     ) -> Outcome | Undecided:
@@ -304,8 +305,8 @@ class Ingest:
         entry = waiting.entry
         sealed = self._unsealed(entry)
         if sealed is None:
-            states = read_jobs(self._state.redis, entry.jobs)
-            existing = [job_id for job_id in entry.jobs if entry.endpoint in states[job_id].tokens]
+            jobs = read_jobs(self._state.redis, entry.jobs)
+            existing = [job_id for job_id in entry.jobs if _carries(jobs, job_id, entry.endpoint)]
             runs: dict[str, str | None] = {}
             unseen: list[str] = []
             if len(existing) < len(entry.jobs):
@@ -389,9 +390,9 @@ class Ingest:
             self._store_items(proven)
 
     def _prove(self, some: Sequence[_Waiting]) -> None:
-        states = read_jobs(self._state.redis, list({waiting.entry.job_id for waiting in some}))
+        jobs = read_jobs(self._state.redis, {waiting.entry.job_id for waiting in some})
         for waiting in some:
-            waiting.proven = waiting.entry.endpoint in states[waiting.entry.job_id].tokens
+            waiting.proven = _carries(jobs, waiting.entry.job_id, waiting.entry.endpoint)
 
     def _reject(self, waiting: _Waiting, why: str, exc: Exception | None = None) -> None:
         logger.error(
@@ -402,9 +403,14 @@ class Ingest:
         self._waiting.pop(waiting.id, None)
 
 
-def _existing(job: JobState) -> JobState | None:
-    """Return the job, or ``None``: a heartbeat that came late leaves a hash with nothing else in it."""
-    return job if job.exists and job.status is not None else None
+def _existing(jobs: Jobs, job_id: str) -> JobRecord | None:
+    """Return the job, or ``None``: a write that came late leaves a hash without a status."""
+    job = jobs.get(job_id)
+    return job if job is not None and job.status is not None else None
+
+
+def _carries(jobs: Jobs, job_id: str, endpoint: str) -> bool:
+    return job_id in jobs and endpoint in jobs[job_id].tokens
 
 
 def _needs_watch(waiting: _Waiting) -> bool:

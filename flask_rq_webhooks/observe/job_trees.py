@@ -34,8 +34,15 @@ from ..protocol.events import (
 )
 from ..protocol.json_safe import dumps_capped
 from ..protocol.tracebacks import error_from_text
-from ..queue.job_details import JobRecord, read_dependents, read_records, read_statuses
-from ..queue.job_reader import UNKNOWN, read_result_value, read_results
+from ..queue.job_reader import (
+    JobRecord,
+    read_dependents,
+    read_jobs,
+    read_result_value,
+    read_results,
+    read_statuses,
+)
+from ..queue.safe_pickle import UNKNOWN
 from ..storage import tree_members as storage
 from ..storage.database import Database
 from ..storage.events import IngestItem
@@ -199,7 +206,7 @@ class TreeReporter:
         while level and len(looked_for) < MAX_JOBS:
             level = level[: MAX_JOBS - len(looked_for)]
             looked_for.update(level)
-            found = read_records(self._redis, level, child_prefix=self._settings.child_meta_prefix)
+            found = read_jobs(self._redis, level, child_prefix=self._settings.child_meta_prefix)
             jobs |= found
             dependents = read_dependents(self._redis, list(found))
             below = [id_ for job in found.values() for id_ in (*job.children, *dependents[job.job_id])]

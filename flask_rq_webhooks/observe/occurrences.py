@@ -25,9 +25,9 @@ from ..protocol.events import (
 )
 from ..protocol.json_safe import dumps_capped
 from ..protocol.tracebacks import error_from_text
-from ..queue.job_details import JobRecord
-from ..queue.job_reader import UNKNOWN, read_result_value
-from ..queue.outbox import OutboxEntry
+from ..queue.job_reader import JobRecord, read_result_value
+from ..queue.outbox_entry import OutboxEntry
+from ..queue.safe_pickle import UNKNOWN
 from .outcomes import Outcome, reported_at
 
 
@@ -120,7 +120,7 @@ class OccurrenceReader:
         if report is not None and report.kind == "success":
             return _reported_result(report, self.settings.max_payload_bytes)
         # RQ keeps one return value of a job: the newest success's.
-        newest = next((result for result in reversed(job.results) if result.type == "success"), None)
+        newest = next((result for result in reversed(job.results or ()) if result.type == "success"), None)
         if not is_current and outcome.supersedes is None and newest is not outcome.result:
             return None, True
         value = read_result_value(self._redis, job.job_id)

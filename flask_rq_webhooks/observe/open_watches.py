@@ -15,8 +15,8 @@ from redis import Redis
 
 from ..errors import OutboxEntryError
 from ..protocol.events import JOB_BLOCKED, Occurrence
-from ..queue.job_details import JobRecord, probe_jobs, read_records, read_statuses
-from ..queue.outbox import OutboxEntry, parse_entry
+from ..queue.job_reader import JobRecord, probe_jobs, read_jobs, read_statuses
+from ..queue.outbox_entry import OutboxEntry, parse_entry
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.models import RESERVED
@@ -100,13 +100,15 @@ class OpenWatches:
         if not rows:
             return
         job_ids = list({row.job_id for row in rows})
-        jobs = read_records(self._redis, job_ids, results=True)
+        jobs = read_jobs(self._redis, job_ids, results=True)
         # After Redis: what ingest stores meanwhile is seen, and not taken for unreported.
         reported = storage.reported_endings(self._database, job_ids)
         events, updates = PendingEvents(self._database), WatchUpdates()
         blocked: list[tuple[WatchRow, JobRecord]] = []
         # Those that know the run first: the others of the same job then report the same one.
         for row in sorted(rows, key=lambda row: row.run is None):
+            if row.job_id in jobs.unreadable:
+                continue  # a broken hash is no evidence of anything
             job = jobs.get(row.job_id)
             self._judge(row, job, reported.get(row.job_id, ()), events, updates, now=now, outbox=outbox)
             if job is not None and job.status == "deferred" and row.id in (wants_blocked or ()):

@@ -32,13 +32,9 @@ from ..protocol.events import (
     format_time,
     parse_time,
 )
-from ..queue.job_details import JobRecord
-from ..queue.job_reader import JobResult, JobState
-from ..queue.outbox import OutboxEntry
+from ..queue.job_reader import JobRecord, JobResult
+from ..queue.outbox_entry import OutboxEntry
 from ..storage.watches import Reported
-
-#: One look at a job.
-Job = JobState | JobRecord
 
 #: How long RQ may change its mind about a run, such as when an orphaned work-horse finishes after all.
 #: Worse: the change is not reported.
@@ -110,7 +106,7 @@ class Outcome:
 
 def outcome_of(
     run: str,
-    job: Job | None,
+    job: JobRecord | None,
     *,
     report: OutboxEntry | None = None,
     following: OutboxEntry | None = None,
@@ -140,7 +136,7 @@ def outcome_of(
 
 def _of_current_run(
     run: str,
-    job: Job,
+    job: JobRecord,
     report: OutboxEntry | None,
     following: OutboxEntry | None,
     reported: Sequence[Reported],
@@ -169,7 +165,7 @@ def _of_current_run(
 
 
 def _of_superseded_run(
-    job: Job, report: OutboxEntry, following: OutboxEntry | None, reported: Sequence[Reported]
+    job: JobRecord, report: OutboxEntry, following: OutboxEntry | None, reported: Sequence[Reported]
 ) -> Outcome | Undecided:
     retrying = Outcome(type=JOB_RETRYING, run=report.run)
     if _was_retried(report, following):
@@ -207,7 +203,7 @@ def _expects_retry(report: OutboxEntry) -> bool:
     return report.kind == "failure" and bool(report.retries_left)
 
 
-def _was_retried(report: OutboxEntry, later: Job | OutboxEntry | None) -> bool:
+def _was_retried(report: OutboxEntry, later: JobRecord | OutboxEntry | None) -> bool:
     """Say whether RQ began the reported run again: every retry takes one from what is left."""
     return (
         later is not None
@@ -217,7 +213,7 @@ def _was_retried(report: OutboxEntry, later: Job | OutboxEntry | None) -> bool:
     )
 
 
-def _result_after(report: OutboxEntry, following: OutboxEntry | None, job: Job) -> JobResult | None:
+def _result_after(report: OutboxEntry, following: OutboxEntry | None, job: JobRecord) -> JobResult | None:
     """Return the reported run's own result: the first one after the report, unless it is a later run's.
 
     The execution of a run begins before its ``started_at``, on the same machine's clock.
@@ -247,7 +243,7 @@ def _began_before(run: str, other: str) -> bool:
 # -- RQ's results -----------------------------------------------------------------------------------------
 
 
-def own_result(job: Job) -> JobResult | None:
+def own_result(job: JobRecord) -> JobResult | None:
     """Return the result of the job's current run: the newest one, if it says what the hash says."""
     if not job.results:
         return None
@@ -280,7 +276,7 @@ def unreported_outcomes(
     own = own_result(job)
     results = [
         result
-        for result in job.results
+        for result in job.results or ()
         if result is not own
         and result.type != "retried"
         and result not in taken
@@ -304,7 +300,7 @@ def unreported_outcomes(
     return outcomes
 
 
-def may_have_been_retried(job: Job) -> bool:
+def may_have_been_retried(job: JobRecord) -> bool:
     """Say whether RQ may have begun a run of the job again that it did not commit."""
     return job.retries_left is not None or any(result.type == "retried" for result in job.results or ())
 
@@ -339,7 +335,7 @@ def _type_of(result: JobResult) -> str:
     return _TYPE_OF_KIND[result.type]
 
 
-def _ended_at(job: Job, result: JobResult | None) -> datetime | None:
+def _ended_at(job: JobRecord, result: JobResult | None) -> datetime | None:
     ended_at = job.ended_at
     if ended_at is not None and (job.enqueued_at is None or ended_at >= job.enqueued_at - LARGE_CLOCK_SKEW):
         return ended_at

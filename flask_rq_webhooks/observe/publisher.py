@@ -38,9 +38,10 @@ class Publisher:
         self._render = safe_render(state)
         self._scrub = safe_scrub(state)
 
-    def publish(self, items: Sequence[IngestItem]) -> list[IngestedEvent]:
+    def publish(self, items: Sequence[IngestItem], *, max_attempts: int | None = None) -> list[IngestedEvent]:
         """Store *items* in one transaction, then emit ``event_recorded`` for those that are new.
 
+        :param max_attempts: of a delivery to an endpoint that sets none; ``MAX_ATTEMPTS`` by default.
         :raises StorageUnavailableError: when SQL cannot be reached; nothing of *items* is stored.
         """
         state = self._state
@@ -49,7 +50,7 @@ class Publisher:
                 state.database,
                 items,
                 render=self._render,
-                max_attempts=state.settings.max_attempts,
+                max_attempts=max_attempts or state.settings.max_attempts,
                 scrub=self._scrub,
             )
             if any(event.deliveries for event in events):

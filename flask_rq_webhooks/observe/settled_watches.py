@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from redis import Redis
 
 from ..protocol.events import JOB_LOST
-from ..queue.job_details import any_exists, probe_jobs
+from ..queue.job_reader import any_exists, probe_jobs
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.watches import SettledProbe, WatchUpdates

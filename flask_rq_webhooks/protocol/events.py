@@ -64,9 +64,11 @@ def format_time(moment: datetime) -> str:
 def parse_time(text: str) -> datetime:
     """Return the aware UTC time that :func:`format_time` or RQ wrote.
 
-    :raises ValueError: when *text* is not such a time.
+    :raises ValueError: when *text* is not such a time, or one so far away that adding days to it overflows.
     """
     moment = datetime.fromisoformat(text)
+    if not 1 < moment.year < 9999:
+        raise ValueError(f"The year {moment.year} of {text!r} is out of range.")
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 

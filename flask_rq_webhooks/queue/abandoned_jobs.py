@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 from redis import Redis
 from rq.registry import StartedJobRegistry
 from rq.serializers import DefaultSerializer, JSONSerializer
 
-from .job_details import uses_pickle
+from .job_reader import inflated, job_key
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
         return 0
     cleaned = 0
     for queue in sorted(queues):
-        serializer = DefaultSerializer if uses_pickle(redis, queue) else JSONSerializer
+        serializer = DefaultSerializer if _uses_pickle(redis, queue) else JSONSerializer
         registry = StartedJobRegistry(queue, connection=redis, serializer=serializer)
         if not registry.get_expired_job_ids():
             continue
@@ -42,3 +43,20 @@ def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
         else:
             cleaned += 1
     return cleaned
+
+
+def _uses_pickle(redis: Redis, queue: str) -> bool:
+    """Say whether the started jobs of *queue* were written by RQ's default serializer.
+
+    Judged by one of them; ``True`` where there is none.
+    """
+    # Entries are "<job id>", from RQ 2 on "<job id>:<execution id>".
+    entries: Any = redis.zrange(StartedJobRegistry(queue, connection=redis).key, 0, 0)
+    for entry in entries:
+        text = entry.decode("utf-8", "replace") if isinstance(entry, bytes) else entry
+        for job_id in (text, text.rpartition(":")[0]):
+            command = ("HGET", job_key(job_id), "data")
+            data: Any = redis.execute_command(*command, NEVER_DECODE=True) if job_id else None  # type: ignore[no-untyped-call]
+            if data:
+                return inflated(data, 1) in (b"\x80", b"")
+    return True

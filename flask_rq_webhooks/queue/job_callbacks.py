@@ -28,7 +28,8 @@ from rq.job import Job
 
 from ..callbacks import DEFAULT_MAXLEN
 from ..errors import RQWebhooksError
-from . import job_reader
+from .job_reader import read_callback_names
+from .redis_database import database_name, redis_identity, redis_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ class SameDatabase:
     @property
     def configured_name(self) -> str:
         """Return the configured database's name for people."""
-        return job_reader.database_name(self._configured)
+        return database_name(self._configured)
 
     def __call__(self, connection: Redis) -> bool:
         """Return whether *connection* leads there.
@@ -306,13 +307,13 @@ class SameDatabase:
         """
         if connection.connection_pool is self._configured.connection_pool:
             return True
-        parameters = job_reader.redis_parameters(connection)
-        if parameters in self._known or parameters == job_reader.redis_parameters(self._configured):
+        parameters = redis_parameters(connection)
+        if parameters in self._known or parameters == redis_parameters(self._configured):
             return True
-        identity = job_reader.redis_identity(connection)
+        identity = redis_identity(connection)
         try:
             # Not cached: a restarted server has a new run id.
-            same = identity is not None and identity == job_reader.redis_identity(self._configured)
+            same = identity is not None and identity == redis_identity(self._configured)
         except RedisError:
             # The queue's server answers and the configured one does not: not the same address, at any rate.
             same = False
@@ -331,7 +332,7 @@ def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:
     except RedisError:
         return True  # enqueuing is about to fail in its own words
     attachment.refused = True
-    name = job_reader.database_name(connection)
+    name = database_name(connection)
     if name not in _refused_databases:
         _refused_databases.add(name)
         logger.error(
@@ -360,7 +361,7 @@ def look_at_jobs(redis: Redis, attachment: Attachment, jobs: Iterable[Job]) -> t
     :raises redis.RedisError: when Redis cannot be asked.
     """
     unique = {job.id: job for job in jobs}
-    names = job_reader.read_callback_names(redis, [_text(job.key) for job in unique.values()])
+    names = read_callback_names(redis, [_text(job.key) for job in unique.values()])
     existing, unseen = [], []
     for job_id, endpoints in zip(unique, names, strict=True):
         if endpoints is None:

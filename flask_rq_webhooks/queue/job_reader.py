@@ -1,87 +1,58 @@
-"""What RQ has committed: the only reader of RQ's keys.
+"""What RQ has committed: the only reader of RQ's hashes and results.
 
 Reads fields of job hashes and entries of result streams, many jobs in one round trip, on every supported RQ
-version. Never unpickles what is not plain data, never changes anything, and never uses RQ's registries,
-whose reading methods clean them. Works with clients that decode and with those that do not.
+version. Works with clients that decode and with those that do not. Changes nothing, and never uses RQ's
+registries, whose reading methods clean them. ``Job.fetch`` would import and call whatever a Redis writer
+names; calls, meta and return values are read by :mod:`~flask_rq_webhooks.queue.safe_pickle` instead.
+
+One broken job never stops the others: a key of another type, or a hash that RQ cannot have written, is
+logged once and reported in :attr:`Jobs.unreadable`.
 """
 
 from __future__ import annotations
 
 import functools
-import io
-import json
-import pickle
+import logging
 import re
 import zlib
 from base64 import b64decode
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, time, timedelta, timezone
-from decimal import Decimal
-from enum import Enum
-from typing import Any, Final
-from uuid import UUID
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from redis import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
 from rq.job import Job
 from rq.results import Result
 
 from ..protocol.events import format_time, parse_time
-from ..protocol.worker_errors import CALL
+from ..protocol.json_safe import safe_text
+from .safe_pickle import MAX_BYTES, UNKNOWN, load_plain, plain_call
 
-#: Jobs per pipeline: keeps one round trip, and its answer, of a reasonable size.
+logger = logging.getLogger(__name__)
+
+#: Jobs per pipeline: keeps one round trip of a reasonable size.
 _CHUNK = 500
 #: Jobs per transaction: the server answers nobody else meanwhile.
 _TRANSACTION = 100
 #: RQ keeps the last ten results of a job.
 _RESULTS = 10
-#: Bytes of a traceback text, and of a pickled result, that are looked at.
-_MAX_EXC_BYTES, _MAX_VALUE_BYTES = 2**20, 8 * 2**20
+#: Bytes of a traceback text that are looked at.
+_MAX_EXC_BYTES = 2**20
+#: Characters of a function's, a queue's and a run's name.
+MAX_NAME = 512
+#: Unreadable jobs that are remembered, so that each is logged once.
+_MAX_LOGGED = 10_000
 
-_FIELDS = (
-    "status", "created_at", "enqueued_at", "started_at", "ended_at", "origin", "description", "retries_left",
-    "success_callback_name", "failure_callback_name", "stopped_callback_name", "exc_info",
-)  # fmt: skip
-#: Those that say how a run ended.
+_PROBE_FIELDS = ("status", "enqueued_at", "created_at", "origin")
+#: Fields that say how a run ended.
 _ENDING_FIELDS = ("status", "created_at", "enqueued_at", "ended_at", "retries_left", "exc_info")
 _CALLBACK_FIELDS = ("success_callback_name", "failure_callback_name", "stopped_callback_name")
+_FIELDS = (
+    *_ENDING_FIELDS, *_CALLBACK_FIELDS, "started_at", "origin", "description", "repeat_intervals",
+    "dependency_ids", "dependency_id", "allow_dependency_failures", "data", "meta",
+)  # fmt: skip
 _TOKEN = re.compile(r"flask_rq_webhooks\.callbacks\.(?:success|failure|stopped)\.(ep[0-9a-z]+_[0-9a-z]+)")
-_CALL = re.compile(CALL)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobState:
-    """One job's hash. Times are aware UTC.
-
-    :param exists: whether there is a hash at all.
-    :param status: RQ's word: ``"queued"``, ``"started"``, ``"finished"``, ``"failed"``, ``"stopped"``,
-        ``"canceled"``, ``"deferred"``, ``"scheduled"``, ``"created"``, from RQ 3 also
-        ``"ready_to_enqueue"`` and ``"rate_limited"``.
-    :param run: identity of the current run, as the callbacks write it.
-    :param func: dotted name of the function, where RQ's own description shows it.
-    :param retries_left: ``None`` where the job was enqueued without ``Retry``.
-    :param tokens: ids of the endpoints its callbacks report to.
-    :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
-    :param results: RQ's results of the job at the same moment, oldest first; ``None`` where they were not
-        asked for.
-    """
-
-    job_id: str
-    exists: bool
-    status: str | None = None
-    run: str | None = None
-    created_at: datetime | None = None
-    enqueued_at: datetime | None = None
-    started_at: datetime | None = None
-    ended_at: datetime | None = None
-    queue: str | None = None
-    func: str | None = None
-    retries_left: int | None = None
-    tokens: frozenset[str] = frozenset()
-    exc: str | None = None
-    results: tuple[JobResult, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,56 +73,117 @@ class JobResult:
     ended_at: datetime | None = None
 
 
-class _Unknown(Enum):
-    UNKNOWN = "unknown"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """One existing job's hash. Times are aware UTC.
 
-    def __repr__(self) -> str:
-        return "UNKNOWN"
+    :param status: RQ's word: ``"queued"``, ``"started"``, ``"finished"``, ``"failed"``, ``"stopped"``,
+        ``"canceled"``, ``"deferred"``, ``"scheduled"``, ``"created"``, from RQ 3 also
+        ``"ready_to_enqueue"`` and ``"rate_limited"``.
+    :param run: identity of the current run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.
+    :param func: dotted name of the function, where the call or RQ's own description shows it.
+    :param runid: what a callback would call the run: ``meta["runid"]``, else the first argument if a text.
+    :param retries_left: ``None`` where the job was enqueued without ``Retry``.
+    :param repeats: whether the job was enqueued with ``Repeat``.
+    :param tokens: ids of the endpoints its callbacks report to.
+    :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
+    :param children: ids in meta under the prefix asked for.
+    :param results: RQ's results of the job at the same moment, oldest first; ``None`` where not asked for.
+    """
+
+    job_id: str
+    status: str | None
+    run: str
+    created_at: datetime
+    enqueued_at: datetime | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    queue: str | None = None
+    func: str | None = None
+    runid: str | None = None
+    retries_left: int | None = None
+    repeats: bool = False
+    dependency_ids: tuple[str, ...] = ()
+    allow_dependency_failures: bool = False
+    exc: str | None = None
+    tokens: frozenset[str] = frozenset()
+    children: tuple[str, ...] = ()
+    results: tuple[JobResult, ...] | None = None
 
 
-#: A return value that is not kept any more, or that only its own program could read.
-UNKNOWN: Final = _Unknown.UNKNOWN
+class Jobs(dict[str, JobRecord]):
+    """The jobs that exist, by id.
+
+    :ivar unreadable: job id → why its key cannot be read; such a job is not among the others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unreadable: dict[str, str] = {}
+
 
 #: RQ's ``Result.Type``: 4 and 5 are of RQ 2; 5 is a job that returned ``Retry`` too often.
 _RESULT_TYPES = {"1": "success", "2": "failure", "3": "stopped", "4": "retried", "5": "failure"}
 
 
-def read_jobs(redis: Redis, job_ids: Sequence[str], *, results: bool = False) -> dict[str, JobState]:
-    """Return the state of each job, in one pipelined round trip (per 500 jobs).
+def read_jobs(
+    redis: Redis, job_ids: Iterable[str], *, results: bool = False, child_prefix: str | None = None
+) -> Jobs:
+    """Return the jobs that exist, in one pipelined round trip (per 500 jobs).
 
     :param results: also read each job's results, in one transaction with its hash. What is judged together
         has to be of one moment: between two reads a retry may begin and end.
+    :param child_prefix: also read the children named in meta under keys that begin so.
     :raises redis.RedisError: when Redis cannot be asked.
     """
-    return _read_states(redis, job_ids, _FIELDS, results=results)
+    return _read(redis, job_ids, _FIELDS, results=results, child_prefix=child_prefix)
 
 
-def read_endings(redis: Redis, job_ids: Sequence[str], *, results: bool = False) -> dict[str, JobState]:
-    """Return of each job's state what says how its run ended; the rest is as if it were not there.
+def read_endings(redis: Redis, job_ids: Iterable[str], *, results: bool = False) -> Jobs:
+    """Return the jobs that exist, with the fields that say how the run ended and no others.
 
-    For those who look at very many jobs: half of the work of :func:`read_jobs`.
+    For ingest, which reads very many jobs: half of the work of :func:`read_jobs`.
 
     :param results: see :func:`read_jobs`.
     :raises redis.RedisError: when Redis cannot be asked.
     """
-    return _read_states(redis, job_ids, _ENDING_FIELDS, results=results)
+    return _read(redis, job_ids, _ENDING_FIELDS, results=results)
 
 
-def _read_states(
-    redis: Redis, job_ids: Sequence[str], fields: Sequence[str], *, results: bool
-) -> dict[str, JobState]:
-    # Encoded here, once, and not by the client for every job.
-    names = [name.encode() for name in fields]
-    states = {}
-    if results:
-        for job_id, values, entries in _read_moments(redis, job_ids, names):
-            state = _state(job_id, dict(zip(fields, values, strict=True)))
-            states[job_id] = replace(state, results=tuple(_results(entries)))
-        return states
-    for chunk, answers in _pipelined(redis, job_ids, lambda job_id: ("HMGET", Job.key_for(job_id), *names)):
-        for job_id, values in zip(chunk, answers, strict=True):
-            states[job_id] = _state(job_id, dict(zip(fields, values, strict=True)))
-    return states
+def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes, bytes] | None]:
+    """Return status, run and queue of many jobs, undecoded and as cheaply as can be; ``None`` if absent.
+
+    The run is ``enqueued_at``, or empty for a job that was not enqueued yet.
+
+    :raises redis.RedisError: when Redis cannot be asked.
+    """
+    if not job_ids:
+        return []
+    prefix = job_key("")
+    with redis.pipeline(transaction=False) as pipeline:
+        for job_id in job_ids:
+            pipeline.execute_command("HMGET", prefix + job_id, *_PROBE_FIELDS)  # type: ignore[no-untyped-call]
+        answers = _executed(pipeline)
+    return [
+        # A heartbeat that came late leaves a hash without `created_at`; an error is met again by `read_jobs`.
+        None
+        if isinstance(answer, Exception) or answer[2] is None
+        else (_bytes(answer[0]), _bytes(answer[1]), _bytes(answer[3]))
+        for answer in answers
+    ]
+
+
+def any_exists(redis: Redis, job_ids: Sequence[str]) -> bool:
+    """Say whether any of the jobs has a hash: one command for all, a tenth of the cost of a probe."""
+    prefix = job_key("")
+    return bool(job_ids) and bool(redis.exists(*[prefix + job_id for job_id in job_ids]))
+
+
+def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]:
+    """Return the status of each job, ``None`` for absent ones, in one round trip."""
+    ids = list(dict.fromkeys(job_ids))
+    probes = zip(ids, probe_jobs(redis, ids), strict=True)
+    return {job_id: probe and probe[0].decode("utf-8", "replace") for job_id, probe in probes}
 
 
 def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResult]]:
@@ -162,32 +194,30 @@ def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResu
     results = {}
     for chunk, answers in _pipelined(redis, job_ids, _last_results):
         for job_id, entries in zip(chunk, answers, strict=True):
-            results[job_id] = _results(entries)
+            results[job_id] = _results(job_id, entries)
     return results
 
 
 def read_result_value(redis: Redis, job_id: str) -> Any:
-    """Return the return value of a job's latest success, or :data:`UNKNOWN`.
+    """Return the return value of a job's latest success, or :data:`~.safe_pickle.UNKNOWN`.
 
-    Only plain values are read: texts, numbers, containers, dates, ``Decimal``, ``UUID``, paths. A pickle
-    that names any other class would run code of the job's program, chosen by whoever writes to Redis.
+    Only plain values are read: texts, numbers, containers, dates, ``Decimal``, ``UUID``, paths as texts.
 
     :raises redis.RedisError: when Redis cannot be asked.
     """
     ((_chunk, (entries,)),) = _pipelined(redis, [job_id], _last_results)
-    for _entry_id, raw in entries or []:  # newest first
+    for _entry_id, raw in [] if isinstance(entries, Exception) else entries or []:  # newest first
         fields = _fields(raw)
-        if _text(fields.get("type")) != "1":
-            continue
-        if "return_value" not in fields:  # RQ leaves None out
-            return None
-        return _value(fields["return_value"])
+        if _text(fields.get("type")) == "1":
+            if "return_value" not in fields:  # RQ leaves None out
+                return None
+            data = _from_base64(fields["return_value"])
+            return UNKNOWN if data is None else load_plain(data, whole=True)
     return UNKNOWN
 
 
 def read_callback_names(redis: Redis, keys: Sequence[str]) -> list[frozenset[str] | None]:
-    """Return, for each key of a job's hash, which endpoints its callbacks report to; ``None`` where there
-    is no hash.
+    """Return for each key of a job's hash which endpoints its callbacks report to; ``None`` for no hash.
 
     :raises redis.RedisError: when Redis cannot be asked.
     """
@@ -195,157 +225,221 @@ def read_callback_names(redis: Redis, keys: Sequence[str]) -> list[frozenset[str
     found: list[frozenset[str] | None] = []
     for _chunk, answers in _pipelined(redis, keys, lambda key: ("HMGET", key, *fields)):
         for values in answers:
-            exists = any(value is not None for value in values)
+            exists = not isinstance(values, Exception) and any(value is not None for value in values)
             found.append(_tokens(values[:-1]) if exists else None)
     return found
 
 
-# -- databases ----------------------------------------------------------------------------------------------
+def read_dependents(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[str]]:
+    """Return the ids of the jobs that wait for each job, in one round trip."""
+    if not job_ids:
+        return {}
+    with redis.pipeline(transaction=False) as pipeline:
+        for job_id in job_ids:
+            pipeline.smembers(Job.dependents_key_for(job_id))
+        answers = _executed(pipeline)
+    return {
+        job_id: [] if isinstance(members, Exception) else sorted(_text(member) or "" for member in members)
+        for job_id, members in zip(job_ids, answers, strict=True)
+    }
 
 
-def redis_identity(connection: Redis) -> str | None:
-    """Return what tells one Redis database from all others: the server's run id and the database number.
-
-    A restarted server has a new one, so it is good for comparing, not for keeping.
-
-    :returns: ``None`` where the server does not tell (an ACL or a proxy forbids ``INFO``, fakeredis).
-    :raises redis.RedisError: when Redis cannot be reached.
-    """
-    try:
-        run_id = connection.info("server").get("run_id")
-    except RedisConnectionError:
-        raise
-    except (ResponseError, NotImplementedError):
-        return None
-    return f"{run_id}/{_database_number(connection)}" if run_id else None
-
-
-def redis_parameters(connection: Redis) -> tuple[Any, ...]:
-    """Return what *connection* was told to connect to; equal for two clients of one database.
-
-    Unequal ones may still lead to one database, by another name.
-    """
-    pool = connection.connection_pool
-    kwargs = pool.connection_kwargs
-    database = _database_number(connection)
-    if kwargs.get("server") is not None:  # fakeredis: the object that holds the data
-        return ("fake", id(kwargs["server"]), database)
-    manager = getattr(pool, "sentinel_manager", None)
-    if manager is not None:
-        sentinels = sorted(redis_parameters(sentinel) for sentinel in manager.sentinels)
-        return ("sentinel", getattr(pool, "service_name", None), tuple(sentinels), database)
-    if kwargs.get("path"):
-        return ("unix", kwargs["path"], database)
-    host = str(kwargs.get("host") or "localhost").lower()
-    if host in ("127.0.0.1", "::1"):
-        host = "localhost"
-    return ("tcp", host, int(kwargs.get("port") or 6379), database)
-
-
-def database_name(connection: Redis) -> str:
-    """Return a name of the database for people, without user name and password."""
-    kind, where, *more = redis_parameters(connection)
-    database = more[-1]
-    if kind == "tcp":
-        return f"redis://{where}:{more[0]}/{database}"
-    if kind == "fake":
-        return f"fakeredis server {where:#x}, database {database}"
-    return f"{kind} {where}, database {database}"
-
-
-def _database_number(connection: Redis) -> int:
-    return int(connection.connection_pool.connection_kwargs.get("db") or 0)
+def job_key(job_id: str) -> str:
+    """Return the key of a job's hash, under RQ's own prefix."""
+    return _text(Job.key_for(job_id)) or ""
 
 
 # -- reading ------------------------------------------------------------------------------------------------
 
 
-def _pipelined(redis: Redis, items: Sequence[str], command: Any) -> Iterable[tuple[Sequence[str], list[Any]]]:
+def _read(
+    redis: Redis,
+    job_ids: Iterable[str],
+    fields: Sequence[str],
+    *,
+    results: bool,
+    child_prefix: str | None = None,
+) -> Jobs:
+    jobs = Jobs()
+    # Encoded here, once, and not by the client for every job.
+    names = [name.encode() for name in fields]
+    for job_id, values, entries in _answers(redis, list(dict.fromkeys(job_ids)), names, results=results):
+        try:
+            if isinstance(values, Exception):
+                raise values
+            found = tuple(_results(job_id, entries)) if results else None
+            record = _record(job_id, dict(zip(fields, values, strict=True)), found, child_prefix)
+        except Exception as exc:
+            jobs.unreadable[job_id] = f"{type(exc).__name__}: {safe_text(exc, 200)}"
+            _log_once(job_id, f"its hash cannot be read ({jobs.unreadable[job_id]})")
+        else:
+            if record is not None:
+                jobs[job_id] = record
+    return jobs
+
+
+def _answers(
+    redis: Redis, job_ids: Sequence[str], names: Sequence[bytes], *, results: bool
+) -> Iterable[tuple[str, Any, Any]]:
+    """Give the fields of each job, and its last results of the same moment."""
+    if not results:
+        for chunk, answers in _pipelined(redis, job_ids, lambda job_id: ("HMGET", job_key(job_id), *names)):
+            yield from ((job_id, values, None) for job_id, values in zip(chunk, answers, strict=True))
+        return
+    for start in range(0, len(job_ids), _TRANSACTION):
+        chunk = job_ids[start : start + _TRANSACTION]
+        with redis.pipeline(transaction=True) as pipeline:
+            for job_id in chunk:
+                pipeline.execute_command("HMGET", job_key(job_id), *names)  # type: ignore[no-untyped-call]
+                pipeline.execute_command(*_last_results(job_id))  # type: ignore[no-untyped-call]
+            # The answers of a transaction come as one: undecoded all together, or not at all.
+            undecoded = functools.partial(pipeline.parse_response, NEVER_DECODE=True)
+            pipeline.parse_response = undecoded  # type: ignore[method-assign]
+            answers = _executed(pipeline)
+        yield from zip(chunk, answers[::2], answers[1::2], strict=True)
+
+
+def _pipelined(
+    redis: Redis, items: Sequence[str], command: Callable[[str], tuple[Any, ...]]
+) -> Iterable[tuple[Sequence[str], list[Any]]]:
     for start in range(0, len(items), _CHUNK):
         chunk = items[start : start + _CHUNK]
         with redis.pipeline(transaction=False) as pipeline:
             for item in chunk:
                 # Undecoded even where the client decodes: a compressed traceback is no text.
                 pipeline.execute_command(*command(item), NEVER_DECODE=True)  # type: ignore[no-untyped-call]
-            yield chunk, pipeline.execute()
+            yield chunk, _executed(pipeline)
 
 
-def _read_moments(
-    redis: Redis, job_ids: Sequence[str], names: Sequence[bytes]
-) -> Iterable[tuple[str, list[Any], Any]]:
-    """Give the fields and the last results of each job, both of one moment."""
-    for start in range(0, len(job_ids), _TRANSACTION):
-        chunk = job_ids[start : start + _TRANSACTION]
-        with redis.pipeline(transaction=True) as pipeline:
-            for job_id in chunk:
-                pipeline.execute_command("HMGET", Job.key_for(job_id), *names)  # type: ignore[no-untyped-call]
-                pipeline.execute_command(*_last_results(job_id))  # type: ignore[no-untyped-call]
-            # The answers of a transaction come as one: undecoded all together, or not at all.
-            undecoded = functools.partial(pipeline.parse_response, NEVER_DECODE=True)
-            pipeline.parse_response = undecoded  # type: ignore[method-assign]
-            answers = pipeline.execute()
-        yield from zip(chunk, answers[::2], answers[1::2], strict=True)
+def _executed(pipeline: Any) -> list[Any]:
+    """Return the answers, with the error in place of each that is about its own key."""
+    answers: list[Any] = pipeline.execute(raise_on_error=False)
+    for answer in answers:
+        if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
+            raise answer
+    return answers
 
 
-def _last_results(job_id: str) -> tuple[Any, ...]:
-    return ("XREVRANGE", _results_key(job_id), "+", "-", "COUNT", _RESULTS)
+_logged: dict[str, None] = {}
 
 
-def _results_key(job_id: str) -> Any:
-    return Result.get_key(job_id)  # type: ignore[no-untyped-call]
+def _log_once(job_id: str, why: str) -> None:
+    if job_id not in _logged:
+        if len(_logged) >= _MAX_LOGGED:
+            _logged.clear()
+        _logged[job_id] = None
+        logger.error("Job %r is set aside: %s. The other jobs are not affected.", job_id[:512], why)
 
 
-def _state(job_id: str, fields: dict[str, Any]) -> JobState:
-    if all(value is None for value in fields.values()):
-        return JobState(job_id=job_id, exists=False)
+def _record(
+    job_id: str, fields: dict[str, Any], results: tuple[JobResult, ...] | None, child_prefix: str | None
+) -> JobRecord | None:
+    if fields["created_at"] is None:  # a heartbeat that came late leaves a hash without it
+        return None
     created_at, enqueued_at = _moment(fields["created_at"]), _moment(fields["enqueued_at"])
-    description = _CALL.match(_text(fields.get("description")) or "")
-    return JobState(
+    if created_at is None:
+        raise ValueError(f"created_at is {_text(fields['created_at'])!r:.80}, not a time as RQ writes it")
+    func, runid, children = _call(fields, child_prefix) if "data" in fields else (None, None, ())
+    return JobRecord(
         job_id=job_id,
-        exists=True,
         status=_text(fields["status"]) or None,
-        run=_run(created_at, enqueued_at),
+        run=format_time(enqueued_at) if enqueued_at is not None else f"created:{format_time(created_at)}",
         created_at=created_at,
         enqueued_at=enqueued_at,
         started_at=_moment(fields.get("started_at")),
         ended_at=_moment(fields["ended_at"]),
-        queue=_text(fields.get("origin")) or None,
-        func=description[0] if description else None,
+        queue=_name(_text(fields.get("origin"))),
+        func=func,
+        runid=runid,
         retries_left=_count(fields["retries_left"]),
-        tokens=_tokens([fields.get(name) for name in _CALLBACK_FIELDS]),
-        exc=_inflated(fields["exc_info"]),
+        repeats=fields.get("repeat_intervals") is not None,
+        dependency_ids=_dependencies(fields),
+        allow_dependency_failures=fields.get("allow_dependency_failures") == b"1",
+        exc=_inflated_text(fields["exc_info"]),
+        tokens=_tokens(fields.get(name) for name in _CALLBACK_FIELDS),
+        children=children,
+        results=results,
     )
 
 
-def _run(created_at: datetime | None, enqueued_at: datetime | None) -> str | None:
-    if enqueued_at is not None:
-        return format_time(enqueued_at)
-    return f"created:{format_time(created_at)}" if created_at is not None else None
+def _call(fields: dict[str, Any], child_prefix: str | None) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Return the function's name, what the job calls its run, and its children."""
+    data = inflated(fields["data"]) if fields["data"] else None
+    func, argument = plain_call(data or b"", (_text(fields["description"]) or "")[:1000])
+    meta = load_plain(fields["meta"]) if fields["meta"] else None
+    if not isinstance(meta, dict):
+        return _name(func), _name(argument), ()
+    runid = meta.get("runid")
+    children = _children(meta, child_prefix) if child_prefix is not None else ()
+    return _name(func), _name(runid if isinstance(runid, str) else argument), children
+
+
+def _name(text: Any) -> str | None:
+    """Return *text* as callbacks report it: one that SQL can hold, and an index of PostgreSQL too."""
+    return safe_text(text.replace("\0", ""), MAX_NAME) or None if isinstance(text, str) else None
 
 
 def _tokens(names: Iterable[Any]) -> frozenset[str]:
     return frozenset(token for name in names for token in _TOKEN.findall(_text(name) or ""))
 
 
-def _results(entries: Any) -> list[JobResult]:
+def _dependencies(fields: dict[str, Any]) -> tuple[str, ...]:
+    if fields.get("dependency_ids"):
+        ids = load_plain(fields["dependency_ids"])
+        if isinstance(ids, list):
+            return tuple(item for item in ids if _is_job_id(item))
+    dependency_id = _text(fields.get("dependency_id"))
+    return (dependency_id,) if dependency_id else ()
+
+
+def _is_job_id(item: Any) -> bool:
+    """Say whether *item* can be a job's id: one that Redis and SQL can be asked for."""
+    return isinstance(item, str) and 0 < len(item) <= MAX_NAME and _name(item) == item
+
+
+def _children(meta: dict[Any, Any], prefix: str) -> tuple[str, ...]:
+    children: list[str] = []
+    for key, value in meta.items():
+        if isinstance(key, str) and key.startswith(prefix):
+            ids = value if isinstance(value, list | tuple | set) else [value]
+            children += [item for item in ids if _is_job_id(item)]
+    return tuple(dict.fromkeys(children))
+
+
+def _last_results(job_id: str) -> tuple[Any, ...]:
+    key = Result.get_key(job_id)  # type: ignore[no-untyped-call]
+    return ("XREVRANGE", key, "+", "-", "COUNT", _RESULTS)
+
+
+def _results(job_id: str, entries: Any) -> list[JobResult]:
     """Return the results in the answer to :func:`_last_results`, oldest first."""
-    found = (_result(entry_id, _fields(fields)) for entry_id, fields in reversed(entries or []))
+    if isinstance(entries, Exception):
+        _log_once(job_id, f"its results cannot be read ({entries})")
+        return []
+    found = (_result(job_id, entry) for entry in reversed(entries or []))
     return [result for result in found if result is not None]
 
 
-def _result(entry_id: Any, fields: dict[str, Any]) -> JobResult | None:
-    kind = _RESULT_TYPES.get(_text(fields.get("type")) or "")
-    if kind is None:
+def _result(job_id: str, entry: Any) -> JobResult | None:
+    try:
+        entry_id, raw = entry
+        fields = _fields(raw)
+        kind = _RESULT_TYPES.get(_text(fields.get("type")) or "")
+        if kind is None:
+            return None
+        milliseconds = int((_text(entry_id) or "").partition("-")[0])
+        committed = datetime.fromtimestamp(milliseconds // 1000, UTC)
+        encoded = fields.get("exc_string")
+        return JobResult(
+            type=kind,
+            at=committed + timedelta(milliseconds=milliseconds % 1000),
+            exc=_inflated_text(_from_base64(encoded)) if encoded else None,
+            started_at=_unix_moment(fields.get("execution_started_at")),
+            ended_at=_unix_moment(fields.get("execution_ended_at")),
+        )
+    except (ValueError, OverflowError, OSError, TypeError) as exc:
+        _log_once(job_id, f"one of its results cannot be read ({exc})")
         return None
-    milliseconds = int((_text(entry_id) or "").partition("-")[0])
-    encoded = fields.get("exc_string")
-    return JobResult(
-        type=kind,
-        at=datetime.fromtimestamp(milliseconds // 1000, UTC) + timedelta(milliseconds=milliseconds % 1000),
-        exc=_inflated(_from_base64(encoded)) if encoded else None,
-        started_at=_unix_moment(fields.get("execution_started_at")),
-        ended_at=_unix_moment(fields.get("execution_ended_at")),
-    )
 
 
 def _fields(raw: Any) -> dict[str, Any]:
@@ -353,8 +447,15 @@ def _fields(raw: Any) -> dict[str, Any]:
     return {_text(name) or "": value for name, value in pairs}
 
 
+# -- values -------------------------------------------------------------------------------------------------
+
+
 def _text(value: Any) -> str | None:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _bytes(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else value or b""
 
 
 def _moment(value: Any) -> datetime | None:
@@ -379,60 +480,26 @@ def _count(value: Any) -> int | None:
 
 
 def _from_base64(value: Any) -> bytes | None:
+    """Return what *value* encodes; ``None`` where it is no base64, or too much of it."""
+    if len(value) > 2 * MAX_BYTES:
+        return None
     try:
         return b64decode(value, validate=True)
     except ValueError:
         return None
 
 
-def _inflated(value: Any) -> str | None:
-    """Return a traceback as RQ compressed it, or as old releases wrote it."""
-    if not value:
-        return None
-    data = value.encode() if isinstance(value, str) else value
+def inflated(value: bytes, limit: int = MAX_BYTES) -> bytes:
+    """Return *value* decompressed, or as it is where RQ did not compress it.
+
+    :param limit: bytes; a few compressed ones may stand for gigabytes, so more than this is cut off.
+    """
     try:
-        # Bounded: a few bytes may inflate to gigabytes.
-        data = zlib.decompressobj().decompress(data, _MAX_EXC_BYTES)
+        return zlib.decompressobj().decompress(value, limit)
     except zlib.error:
-        data = data[:_MAX_EXC_BYTES]
-    return str(data.decode("utf-8", "replace"))
+        return value[:limit]
 
 
-# -- return values ------------------------------------------------------------------------------------------
-
-_PLAIN: dict[tuple[str, str], Any] = {
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "bytearray"): bytearray,
-    ("builtins", "complex"): complex,
-    ("datetime", "datetime"): datetime,
-    ("datetime", "date"): date,
-    ("datetime", "time"): time,
-    ("datetime", "timedelta"): timedelta,
-    ("datetime", "timezone"): timezone,
-    ("decimal", "Decimal"): Decimal,
-    ("uuid", "UUID"): UUID,
-    # As their texts: nothing but the text is wanted.
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts).replace("//", "/", 1),
-    ("pathlib", "PurePosixPath"): lambda *parts: "/".join(parts).replace("//", "/", 1),
-}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _PLAIN[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is not a plain value") from None
-
-
-def _value(encoded: Any) -> Any:
-    data = _from_base64(encoded)
-    if data is None or len(data) > _MAX_VALUE_BYTES:
-        return UNKNOWN
-    try:
-        if data[:1] == b"\x80":  # a pickle of any protocol RQ uses
-            return _PlainUnpickler(io.BytesIO(data)).load()
-        return json.loads(data)  # rq.serializers.JSONSerializer
-    except Exception:  # noqa: BLE001  pickle documents that anything may be raised
-        return UNKNOWN
+def _inflated_text(value: Any) -> str | None:
+    """Return a traceback as RQ compressed it, or as old releases wrote it."""
+    return inflated(_bytes(value), _MAX_EXC_BYTES).decode("utf-8", "replace") if value else None

@@ -1,8 +1,8 @@
 """The shapes of the API's inputs and answers, as marshmallow schemas.
 
-What an answer may contain is decided here and nowhere else: URLs are redacted, headers that were sent are
-masked, secrets have no field. What begins with ``Status`` is for clients and therefore coarse;
-the rest is for callers with the permission ``read``.
+Decides what an answer may contain: URLs are redacted, headers that were sent are masked, secrets have no
+field. Names that begin with ``Status`` are for clients and therefore coarse; the rest is for callers with the
+permission ``read``. Every field of an answer is always there, but those a schema lists in ``sometimes``.
 """
 
 from __future__ import annotations
@@ -99,6 +99,39 @@ class EventSchema(Schema):
     created_at = fields.DateTime()
 
 
+class EventWithPayloadSchema(EventSchema):
+    """An event with its payload, as the payload format ``job`` renders it."""
+
+    payload = fields.Dict(keys=fields.String())
+
+
+class FeedSchema(Schema):
+    """A part of the feed of events; the next request continues at its cursor."""
+
+    items = fields.List(fields.Nested(EventWithPayloadSchema))
+    cursor = fields.String(allow_none=True)
+
+
+class StatusDeliveryWithAttemptsSchema(StatusDeliverySchema):
+    """A delivery with its attempts, for the client who asked for the webhook."""
+
+    attempts = fields.List(fields.Nested(StatusAttemptSchema))
+
+
+class StatusSchema(Schema):
+    """The state of a job's webhook; only the first two fields where none is known."""
+
+    sometimes = frozenset({"url", "delivery_status", "job_status", "events", "deliveries"})
+
+    job_id = fields.String()
+    webhook_configured = fields.Boolean()
+    url = RedactedURL()
+    delivery_status = fields.String()
+    job_status = fields.String(allow_none=True)
+    events = fields.List(fields.Nested(EventSchema))
+    deliveries = fields.List(fields.Nested(StatusDeliveryWithAttemptsSchema))
+
+
 class DeliverySchema(Schema):
     """A delivery in a list."""
 
@@ -141,7 +174,10 @@ class AttemptSchema(Schema):
 
 
 class EndpointSchema(Schema):
-    """An endpoint. Of its secrets, how many are live. Headers are opened and masked by whoever shows it."""
+    """An endpoint; header values are masked, and all of it null where no key opens them.
+
+    ``secrets`` is the number of secrets that sign now.
+    """
 
     id = fields.String()
     kind = fields.String()
@@ -164,6 +200,15 @@ class EndpointSchema(Schema):
     created_at = fields.DateTime()
     updated_at = fields.DateTime()
     secrets = fields.Integer()
+    headers = fields.Dict(keys=fields.String(), values=fields.String(), allow_none=True)
+
+
+class NewEndpointSchema(EndpointSchema):
+    """A new endpoint. Its secret is in this answer and in no other; absent in an answer that is repeated."""
+
+    sometimes = frozenset({"secret"})
+
+    secret = fields.String(allow_none=True)
 
 
 class HourSchema(Schema):
@@ -201,7 +246,116 @@ class StatisticsSchema(Schema):
     paused_since = fields.DateTime(allow_none=True)
 
 
+class DeliveryDetailSchema(Schema):
+    """One delivery with its attempts, event, endpoint and body."""
+
+    delivery = fields.Nested(DeliverySchema)
+    attempts = fields.List(fields.Nested(AttemptSchema))
+    event = fields.Nested(EventSchema)
+    endpoint = fields.Nested(EndpointSchema)
+    body = BodyText()
+
+
+class DeliveriesSchema(Schema):
+    """A page of deliveries."""
+
+    items = fields.List(fields.Nested(DeliverySchema))
+    cursor = fields.String(allow_none=True)
+
+
+class EndpointsSchema(Schema):
+    """A page of endpoints."""
+
+    items = fields.List(fields.Nested(EndpointSchema))
+    cursor = fields.String(allow_none=True)
+
+
+class ResentSchema(Schema):
+    """A delivery that is due now, or being sent."""
+
+    id = fields.String()
+    status = fields.String()
+
+
+class _LeftSchema(Schema):
+    """What a change of many deliveries leaves for the next request.
+
+    ``cursor`` is sent with it, and null when everything is done. ``remaining`` is counted up to 10,001, and
+    null where it is not known, because the deliveries are still to be made.
+    """
+
+    remaining = fields.Integer(allow_none=True)
+    cursor = fields.String(allow_none=True)
+
+
+class RecoveredSchema(_LeftSchema):
+    """How many deliveries are due now."""
+
+    recovered = fields.Integer(attribute="done")
+
+
+class CanceledSchema(_LeftSchema):
+    """How many deliveries were canceled."""
+
+    canceled = fields.Integer(attribute="done")
+
+
+class PausedSchema(Schema):
+    """Whether all sending is paused."""
+
+    paused = fields.Boolean()
+
+
+class RotatedSchema(Schema):
+    """The new secret, in this answer and in no other."""
+
+    id = fields.String()
+    secret = fields.String()
+    grace_s = fields.Float()
+
+
+class PingedSchema(Schema):
+    """The event of the test message."""
+
+    event_id = fields.String()
+    deliveries = fields.Integer()
+
+
+class HealthSchema(Schema):
+    """Whether a dispatcher is alive."""
+
+    ok = fields.Boolean()
+
+
+class CSRFSchema(Schema):
+    """The token that callers known by cookie send with every change, as ``X-CSRFToken``."""
+
+    csrf_token = fields.String()
+
+
+class _ReasonsSchema(Schema):
+    """Why a request was refused."""
+
+    code = fields.String()
+    message = fields.String()
+    details = fields.Dict(keys=fields.String())
+
+
+class ErrorSchema(Schema):
+    """The body of every refusal."""
+
+    error = fields.Nested(_ReasonsSchema)
+
+
 # Inputs
+
+#: Characters of a text that a filter compares with; no stored one is longer.
+MAX_FILTER_TEXT = 512
+#: Seconds for which a rotated secret may sign beside its successor.
+MAX_GRACE_S = 30 * 86400
+
+
+_SHORT = validate.Length(max=MAX_FILTER_TEXT)
 
 
 class _Input(Schema):
@@ -210,7 +364,7 @@ class _Input(Schema):
 
 
 class NoInput(_Input):
-    """Nothing: the route says it all."""
+    """No input."""
 
 
 class PageInput(_Input):
@@ -225,13 +379,18 @@ class FilterInput(_Input):
 
     since = fields.AwareDateTime()
     until = fields.AwareDateTime()
-    endpoint_id = Text()
-    status = TextList(validate=[validate.Length(min=1), validate.ContainsOnly(STATUSES)])
-    host = Text()
-    event = Text()
-    event_id = Text()
-    job_id = Text()
-    runid = Text()
+    endpoint_id = Text(validate=_SHORT)
+    status = TextList(
+        validate=[
+            validate.Length(min=1),
+            validate.ContainsOnly(STATUSES, error="Unknown status; known are {choices}."),
+        ]
+    )
+    host = Text(validate=_SHORT)
+    event = Text(validate=_SHORT)
+    event_id = Text(validate=_SHORT)
+    job_id = Text(validate=_SHORT)
+    runid = Text(validate=_SHORT)
 
 
 class DeliveriesInput(PageInput, FilterInput):
@@ -239,9 +398,9 @@ class DeliveriesInput(PageInput, FilterInput):
 
 
 class ManyInput(FilterInput):
-    """Which deliveries to change. All of them only where that is said.
+    """Which deliveries to change. All of them only with ``all``.
 
-    ``cursor`` goes on where the answer to the same request, without it, stopped.
+    ``cursor`` continues where the answer to the request before stopped.
     """
 
     all = fields.Boolean()
@@ -275,10 +434,14 @@ class StatsInput(_Input):
 
 
 class RotateInput(_Input):
-    """The new secret, made here unless given, and how long the old one goes on signing."""
+    """The new secret, generated if omitted, and how long the old one signs beside it."""
 
     secret = SecretText()
-    grace_s = fields.Float(validate=validate.Range(min=0, max=30 * 86400))
+    grace_s = fields.Float(
+        validate=validate.Range(
+            min=0, max=MAX_GRACE_S, error="The old secret can sign for 0 s to 30 days (720 hours, 2592000 s)."
+        )
+    )
 
 
 @lru_cache(maxsize=32)

@@ -1,32 +1,33 @@
-"""The filter above the list of deliveries: from form fields to a filter, and back into links.
+"""HTML forms: from form fields to the API's shape, and back into links.
 
-Knows nothing of storage beyond the filter it fills.
+What is acceptable is decided by the API's schemas. Knows nothing of storage beyond the filter it fills.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from werkzeug.datastructures import MultiDict
 
+from ..protocol.events import JOB_TYPES
+from ..state import State
 from ..storage.filters import DeliveryFilter
-from .api_schemas import STATUSES
+from .api_schemas import FilterInput
+from .operations import InvalidInputError, checked, delivery_filter, endpoint_schema
 
-#: Form field → attribute of the filter; also the order on the page.
-TEXTS = {
-    "event": "event_type",
-    "host": "host",
-    "job_id": "job_id",
-    "runid": "runid",
-    "endpoint_id": "endpoint_id",
-    "event_id": "event_id",
-}
+#: Fields of the filter that hold one line of text, in the order of the page.
+TEXTS = ("event", "host", "job_id", "runid", "endpoint_id", "event_id")
 TIMES = ("since", "until")
 
-_MAX_TEXT = 512
+#: Fields of the endpoint's form that hold one line of text.
+_ENDPOINT_TEXTS = ("url", "description", "reference", "timeout_s", "max_attempts")
+
+
+# -- the filter above the list of deliveries --------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,32 +62,103 @@ class FilterForm:
 
 
 def read_filter(sent: MultiDict[str, str]) -> FilterForm:
-    """Return the filter that a query string or a form describes; unknown fields are passed over."""
-    values: dict[str, Any] = {}
+    """Return the filter that a query string or a form describes; unknown fields are ignored."""
     fields: dict[str, Any] = {}
-    errors: dict[str, str] = {}
     statuses = [status for status in dict.fromkeys(sent.getlist("status")) if status]
-    unknown = [status for status in statuses if status not in STATUSES]
-    if unknown:
-        errors["status"] = f"There is no status {unknown[0][:40]!r}."
-    elif statuses:
-        values["statuses"] = tuple(statuses)
+    if statuses:
         fields["status"] = statuses
-    for name, attribute in TEXTS.items():
+    for name in (*TEXTS, *TIMES):
         text = sent.get(name, "").strip()
-        if "\0" in text or len(text) > _MAX_TEXT:
-            errors[name] = f"Expected at most {_MAX_TEXT} characters, without NUL."
-        elif text:
-            values[attribute] = fields[name] = text
-    for name in TIMES:
-        text = sent.get(name, "").strip()
-        if not text:
-            continue
-        try:
-            found = datetime.fromisoformat(text)
-            values[name] = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-        except (ValueError, OverflowError):
-            errors[name] = "Expected a time such as 2025-01-31T14:30."
-        else:
+        if text:
             fields[name] = text
-    return FilterForm(DeliveryFilter(**values), fields, errors)
+    errors: dict[str, str] = {}
+    try:
+        where = _where(fields)
+    except InvalidInputError as exc:
+        errors = {name: " ".join(why) for name, why in exc.details.items()}
+        fields = {name: value for name, value in fields.items() if name not in errors}
+        where = _where(fields)
+    return FilterForm(where, fields, errors)
+
+
+def _where(fields: Mapping[str, Any]) -> DeliveryFilter:
+    raw = {name: _in_utc(value) if name in TIMES else value for name, value in fields.items()}
+    return delivery_filter(checked(FilterInput(), raw))
+
+
+def _in_utc(text: str) -> str:
+    """Return a time of the form, which is UTC unless it says otherwise, with its offset."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return f"{found.isoformat()}+00:00" if found.tzinfo is None else found.isoformat()
+
+
+# -- the form of an endpoint ------------------------------------------------------------------------------
+
+
+def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) -> dict[str, Any]:
+    """Return what a form says of an endpoint, checked.
+
+    :param creating: a new endpoint; otherwise blank URL and headers mean that they stay as they are.
+    :raises InvalidInputError: with every reason.
+    """
+    raw: dict[str, Any] = {}
+    for name in _ENDPOINT_TEXTS:
+        text = form.get(name, "").strip()
+        if text:
+            raw[name] = text
+        elif not creating and name != "url":
+            raw[name] = None
+    raw["events"] = _events(form)
+    raw["sign_payload"] = "sign_payload" in form
+    if form.get("format"):
+        raw["format"] = form["format"]
+    if creating:
+        raw["scope"] = form.get("scope") or "job"
+        if "unsigned" in form:
+            raw["secret"] = None
+        elif form.get("secret"):
+            raw["secret"] = form["secret"]
+    errors: dict[str, list[str]] = {}
+    lines = form.get("headers", "").strip()
+    if lines:
+        try:
+            raw["headers"] = header_pairs(lines.splitlines())
+        except ValueError as exc:
+            errors["headers"] = [str(exc)]
+    elif "no_headers" in form:
+        raw["headers"] = {}
+    try:
+        values = checked(endpoint_schema(state), raw, partial=not creating)
+    except InvalidInputError as exc:
+        raise InvalidInputError({**exc.details, **errors}) from None
+    if errors:
+        raise InvalidInputError(errors)
+    return values
+
+
+def _events(form: MultiDict[str, str]) -> list[str] | None:
+    """Return the chosen types: boxes for ours, a line for the application's own; ``None`` for the default."""
+    chosen = [name for name in form.getlist("events") if name in JOB_TYPES or name == "*"]
+    chosen += [name for name in re.split(r"[,\s]+", form.get("other_events", "")) if name]
+    return list(dict.fromkeys(chosen)) or None
+
+
+def header_pairs(lines: Iterable[str]) -> dict[str, str]:
+    """Return headers, each written as ``Name: value``.
+
+    :raises ValueError: naming what is wrong, without a value, which may be a secret.
+    """
+    found: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not line.strip():
+            continue
+        if not colon:
+            raise ValueError("One of them is not a header; write each as Name: value.")
+        if name.strip() in found:
+            raise ValueError(f"{name.strip()[:80]!r} is given more than once.")
+        found[name.strip()] = value.strip()
+    return found

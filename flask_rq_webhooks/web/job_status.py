@@ -15,11 +15,11 @@ from flask import Response, jsonify, request
 from redis.exceptions import RedisError
 
 from ..protocol.urls import redact_url
-from ..queue.job_reader import read_jobs
+from ..queue.job_reader import read_statuses
 from ..state import State
 from ..storage.models import PENDING, SENDING
 from ..storage.queries import JobWebhook, job_webhook
-from .api_responses import ApiError, is_possible_id
+from .api_contract import ApiError, is_possible_id
 from .api_schemas import EventSchema, StatusAttemptSchema, StatusDeliverySchema
 from .permissions import is_allowed
 
@@ -80,7 +80,7 @@ def status_body(found: JobWebhook, job_status: str | None) -> dict[str, Any]:
 
 def _job_status(state: State, job_id: str) -> str | None:
     try:
-        return read_jobs(state.redis, [job_id])[job_id].status
+        return read_statuses(state.redis, [job_id])[job_id]
     except RedisError as exc:
         logger.warning("The status of job %r is not known: %s", job_id, exc)
         return None

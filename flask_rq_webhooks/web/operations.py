@@ -1,117 +1,347 @@
-"""Standing endpoints as people handle them: from input to what storage takes, own headers, the test ping.
+"""What operators do: one function per action, and the bounds of its input.
 
-Knows nothing of how answers look.
+The API, the pages and the commands translate what they are sent into the API's shape, have it checked by
+:func:`checked`, and call one of these functions. Knows nothing of how an answer looks.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from marshmallow import ValidationError
-from werkzeug.datastructures import MultiDict
+from marshmallow import Schema, ValidationError
 
 from ..accept.request_schema import flat_details
-from ..errors import DecryptionError
+from ..errors import DecryptionError, RQWebhooksError
 from ..observe.host_hooks import safe_render
-from ..protocol.events import JOB_TYPES, SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from ..observe.publisher import Publisher
+from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from ..protocol.signatures import generate_secret
 from ..state import State
-from ..storage.events import IngestedEvent, IngestItem, ingest
+from ..storage import bulk, dispatchers, endpoints, queries, retention
+from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
+from ..storage.events import IngestedEvent, IngestItem
+from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView
 from .api_schemas import endpoint_input
 
-#: Fields of the form that hold one line of text.
-TEXT_FIELDS = ("url", "description", "reference", "runid", "timeout_s", "max_attempts")
+#: Deliveries that one call changes at most, and how many in one transaction.
+AT_MOST, PER_PART = 1000, 500
+#: Seconds after which a call begins no further transaction.
+ENOUGH_S = 2.0
+
+#: Attempts of a ping where the endpoint sets none: the operator who waits for it sees the first answer.
+PING_ATTEMPTS = 1
 
 
-class EndpointFormError(Exception):
-    """The form is not acceptable.
+class UnknownItemError(RQWebhooksError):
+    """There is no item of this kind with this id.
 
-    :param errors: field → reasons.
+    :param what: ``"delivery"`` or ``"standing endpoint"``.
     """
 
-    def __init__(self, errors: Mapping[str, list[str]]) -> None:
-        super().__init__("The form is not acceptable.")
-        self.errors = dict(errors)
+    def __init__(self, what: str, item_id: str) -> None:
+        super().__init__(f"There is no {what} {item_id!r}.")
+        self.what = what
 
 
-def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) -> dict[str, Any]:
-    """Return what a form says of an endpoint, as storage takes it.
+class InvalidInputError(RQWebhooksError):
+    """The input of an action is not acceptable; nothing was changed.
 
-    :param creating: a new endpoint; otherwise a blank URL, and blank headers, stay what they are.
-    :raises EndpointFormError: with every reason.
+    :param details: field → reasons, none of which repeats a secret.
     """
-    raw: dict[str, Any] = {}
-    for name in TEXT_FIELDS:
-        text = form.get(name, "").strip()
-        if text:
-            raw[name] = text
-        elif not creating and name != "url":
-            raw[name] = None
-    raw["events"] = _events(form)
-    raw["sign_payload"] = "sign_payload" in form
-    if form.get("format"):
-        raw["format"] = form["format"]
-    if creating:
-        raw["scope"] = form.get("scope") or "job"
-    errors: dict[str, list[str]] = {}
-    lines = form.get("headers", "").strip()
-    if lines:
-        try:
-            raw["headers"] = header_pairs(lines.splitlines())
-        except ValueError as exc:
-            errors["headers"] = [str(exc)]
-    elif "no_headers" in form:
-        raw["headers"] = {}
-    secret = form.get("secret", "")
-    if creating and secret:
-        raw["secret"] = secret
+
+    def __init__(self, details: Mapping[str, list[str]]) -> None:
+        reasons = [f"{name}: {' '.join(why)}" for name, why in details.items()]
+        super().__init__("\n".join(reasons) or "The input is not acceptable.")
+        self.details = dict(details)
+
+
+class ReusedKeyError(RQWebhooksError):
+    """This Idempotency-Key was used for another endpoint; choose a new key."""
+
+
+def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = None) -> dict[str, Any]:
+    """Return *raw* as the schema reads it.
+
+    :param raw: in the API's shape.
+    :param partial: whether required fields may be missing.
+    :raises InvalidInputError: with every reason.
+    """
     try:
-        values = checked_values(state, raw, creating=creating)
-    except EndpointFormError as exc:
-        raise EndpointFormError({**exc.errors, **errors}) from None
-    if errors:
-        raise EndpointFormError(errors)
+        values: dict[str, Any] = schema.load(raw, partial=partial)
+    except ValidationError as exc:
+        # Without the cause: it holds the values, and one may be a secret.
+        raise InvalidInputError(flat_details(exc)) from None
     return values
 
 
-def checked_values(state: State, raw: Mapping[str, Any], *, creating: bool) -> dict[str, Any]:
-    """Return what somebody wants of an endpoint, checked by the API's schema, as storage takes it.
+# -- deliveries -------------------------------------------------------------------------------------------
 
-    :param raw: as the API takes it.
-    :param creating: a new endpoint; otherwise only what *raw* holds.
-    :raises EndpointFormError: with every reason.
+
+def delivery_filter(values: Mapping[str, Any]) -> DeliveryFilter:
+    """Return the filter that checked values of a :class:`~.api_schemas.FilterInput` describe."""
+    status = values.get("status")
+    names = ("since", "until", "endpoint_id", "host", "event_id", "job_id", "runid")
+    return DeliveryFilter(
+        statuses=tuple(status) if status else None,
+        event_type=values.get("event"),
+        **{name: values[name] for name in names if name in values},
+    )
+
+
+def resend(state: State, delivery_id: str) -> str:
+    """Make one delivery due now, whatever its status: same event id, same bytes.
+
+    :returns: its status: ``"pending"``, or ``"sending"`` where an attempt is under way.
+    :raises UnknownItemError: when there is no such delivery.
     """
-    schema = endpoint_input(state.settings, state.url_policy, frozenset(state.formats))
-    try:
-        values: dict[str, Any] = schema.load(raw, partial=not creating)
-    except ValidationError as exc:
-        # Without the cause: it holds the values, the secret among them.
-        raise EndpointFormError(flat_details(exc)) from None
-    return stored_values(state, values, creating=creating)
+    status = retention.resend(state.database, delivery_id)
+    if status is None:
+        raise UnknownItemError("delivery", delivery_id)
+    return status
 
 
-def stored_values(state: State, values: Mapping[str, Any], *, creating: bool) -> dict[str, Any]:
-    """Return what the schema accepted, as storage takes it.
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one call of :func:`recover` or :func:`cancel` did.
 
-    :param creating: a new endpoint, which gets the configured format where none is named.
+    :param done: deliveries.
+    :param cursor: where the next call continues; ``None`` when everything is done.
+    :param remaining: deliveries that are left, counted up to ``COUNT_CAP`` and one more; ``None`` where it is
+        not known, because they are still to be made.
     """
-    found = dict(values)
-    if "url" in found:
-        checked = found["url"]
-        found["url"], found["host"] = checked.url, checked.host_key
-    if found.get("events") is not None:
-        found["events"] = tuple(found["events"])
-    if creating:
-        found.setdefault("format", state.settings.format)
+
+    done: int
+    cursor: str | None = None
+    remaining: int | None = 0
+
+
+def recover(state: State, where: DeliveryFilter, cursor: str | None = None) -> Progress:
+    """Make deliveries due now, as many as :data:`AT_MOST` and :data:`ENOUGH_S` allow.
+
+    See :func:`~flask_rq_webhooks.storage.bulk.recover_part` for which.
+
+    :param cursor: of the call before.
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    render = safe_render(state)
+
+    def step(*, cursor: str | None, at_most: int) -> bulk.Part:
+        return bulk.recover_part(
+            state.database,
+            where,
+            render=render,
+            max_attempts=state.settings.max_attempts,
+            cursor=cursor,
+            at_most=at_most,
+        )
+
+    return _some(step, cursor, lambda after: bulk.left_to_recover(state.database, where, after))
+
+
+def cancel(state: State, where: DeliveryFilter, cursor: str | None = None) -> Progress:
+    """Cancel unfinished deliveries, as many as :data:`AT_MOST` and :data:`ENOUGH_S` allow.
+
+    :param cursor: of the call before.
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+
+    def step(*, cursor: str | None, at_most: int) -> bulk.Part:
+        return bulk.cancel_part(state.database, where, cursor=cursor, at_most=at_most)
+
+    return _some(step, cursor, lambda after: bulk.left_to_cancel(state.database, where, after))
+
+
+def _some(step: bulk.Step, cursor: str | None, count_left: Callable[[str], int | None]) -> Progress:
+    began = time.monotonic()
+    part = step(cursor=cursor, at_most=PER_PART)
+    done = part.done
+    while part.cursor is not None and done < AT_MOST and time.monotonic() - began < ENOUGH_S:
+        part = step(cursor=part.cursor, at_most=min(PER_PART, AT_MOST - done))
+        done += part.done
+    return Progress(done) if part.cursor is None else Progress(done, part.cursor, count_left(part.cursor))
+
+
+def pause(state: State) -> None:
+    """Stop all sending, on every dispatcher. Webhooks are still accepted and jobs still watched."""
+    dispatchers.pause(state.database)
+
+
+def resume(state: State) -> None:
+    """Resume sending."""
+    dispatchers.resume(state.database)
+
+
+# -- standing endpoints -----------------------------------------------------------------------------------
+
+
+def endpoint_schema(state: State) -> Schema:
+    """Return the schema of a standing endpoint's input, with this app's bounds."""
+    return endpoint_input(state.settings, state.url_policy, frozenset(state.formats))
+
+
+def standing(state: State, endpoint_id: str) -> EndpointView:
+    """Return a standing endpoint.
+
+    :raises UnknownItemError: when there is none with this id.
+    """
+    found = queries.endpoint_detail(state.database, endpoint_id)
+    if found is None or found.kind != "standing":
+        raise UnknownItemError("standing endpoint", endpoint_id)
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A standing endpoint as it was created.
+
+    :param secret: ``None`` for an endpoint without one, and where *replayed*.
+    :param generated: whether the secret was generated here, so that it has to be shown once.
+    :param replayed: whether an earlier request with the same key had created it.
+    """
+
+    endpoint_id: str
+    secret: str | None
+    generated: bool = False
+    replayed: bool = False
+
+
+def create(state: State, values: Mapping[str, Any], *, idempotency_key: str | None = None) -> Created:
+    """Create a standing endpoint.
+
+    :param values: checked by :func:`endpoint_schema`. Without ``secret`` one is generated; with ``None`` it
+        gets none of its own.
+    :raises ReusedKeyError: when the key was used for an endpoint with another URL.
+    """
+    stored = _stored(values)
+    stored.setdefault("format", state.settings.format)
+    generated = "secret" not in stored
+    if generated:
+        stored["secret"] = generate_secret()
+    endpoint = NewEndpoint(kind="standing", **stored)
+    try:
+        endpoint_id = endpoints.create_standing(
+            state.database,
+            state.cipher,
+            endpoint,
+            namespace=state.namespace,
+            idempotency_key=idempotency_key,
+        )
+    except endpoints.ExistsError as exc:
+        found = queries.endpoint_detail(state.database, exc.endpoint_id)
+        if found is None or found.url != endpoint.url:
+            raise ReusedKeyError from None
+        return Created(exc.endpoint_id, None, replayed=True)
+    return Created(endpoint_id, endpoint.secret, generated)
+
+
+def change(state: State, endpoint_id: str, values: Mapping[str, Any]) -> None:
+    """Change a standing endpoint.
+
+    :param values: checked by :func:`endpoint_schema`, partially: only what is to be changed.
+    :raises InvalidInputError: for what cannot be changed.
+    :raises UnknownItemError: when there is no such endpoint.
+    """
+    fixed = {"secret": "Use rotate for a new secret.", "scope": "Cannot be changed."}
+    refused = {name: [why] for name, why in fixed.items() if name in values}
+    if refused:
+        raise InvalidInputError(refused)
+    if not endpoints.update_standing(state.database, state.cipher, endpoint_id, _stored(values)):
+        raise UnknownItemError("standing endpoint", endpoint_id)
+
+
+def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the schema accepted, as storage takes it."""
+    found = dict(values)
+    if "url" in found:
+        found["url"], found["host"] = found["url"].url, found["url"].host_key
+    if found.get("events") is not None:
+        found["events"] = tuple(found["events"])
+    return found
+
+
+def rotate(
+    state: State, endpoint_id: str, *, secret: str | None = None, grace_s: float = ROTATION_GRACE_S
+) -> str:
+    """Give a standing endpoint a new secret; the old ones sign beside it for *grace_s* seconds.
+
+    Arguments are checked by :class:`~.api_schemas.RotateInput`.
+
+    :param secret: generated if omitted.
+    :returns: the new secret.
+    :raises UnknownItemError: when there is no such endpoint.
+    """
+    secret = secret or generate_secret()
+    if not endpoints.rotate_secret(state.database, state.cipher, endpoint_id, secret, grace_s=grace_s):
+        raise UnknownItemError("standing endpoint", endpoint_id)
+    return secret
+
+
+def ping(state: State, endpoint_id: str) -> IngestedEvent:
+    """Send a ``webhook.ping`` to a standing endpoint, through the same pipeline as every event.
+
+    :raises UnknownItemError: when there is no such endpoint.
+    """
+    standing(state, endpoint_id)
+    occurrence = Occurrence(type=WEBHOOK_PING, occurred_at=datetime.now(UTC), source=SOURCE_APPLICATION)
+    item = IngestItem(occurrence, endpoint_ids=(endpoint_id,))
+    (event,) = Publisher(state).publish([item], max_attempts=PING_ATTEMPTS)
+    return event
+
+
+def enable(state: State, endpoint_id: str) -> EndpointView:
+    """Let a standing endpoint get deliveries again.
+
+    :returns: the endpoint as it was before, for :func:`missed_since`.
+    :raises UnknownItemError: when there is no such endpoint.
+    """
+    before = standing(state, endpoint_id)
+    endpoints.enable_standing(state.database, endpoint_id)
+    return before
+
+
+def missed_since(state: State, before: EndpointView) -> datetime:
+    """Return the time from which on an endpoint that was enabled may have missed deliveries.
+
+    :param before: what :func:`enable` returned.
+    """
+    if before.failing_since is not None:
+        # The delivery that failed first is older than that: at most as old as retries go on.
+        return before.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
+    return before.disabled_at or before.created_at
+
+
+def disable(state: State, endpoint_id: str) -> None:
+    """Stop a standing endpoint from getting new deliveries; those that wait are still sent.
+
+    :raises UnknownItemError: when there is no such endpoint.
+    """
+    if not endpoints.disable_standing(state.database, endpoint_id):
+        raise UnknownItemError("standing endpoint", endpoint_id)
+
+
+def delete(state: State, endpoint_id: str) -> bool:
+    """Delete a standing endpoint, or as many of its deliveries as :data:`ENOUGH_S` allows.
+
+    :returns: whether it is deleted; otherwise it is disabled, and another call continues.
+    :raises UnknownItemError: when there is no such endpoint.
+    """
+    began = time.monotonic()
+    deleted = endpoints.delete_standing_part(state.database, endpoint_id)
+    while deleted is False and time.monotonic() - began < ENOUGH_S:
+        deleted = endpoints.delete_standing_part(state.database, endpoint_id)
+    if deleted is None:
+        raise UnknownItemError("standing endpoint", endpoint_id)
+    return deleted
+
+
 def own_headers(state: State, endpoint: EndpointView) -> dict[str, str] | None:
-    """Return an endpoint's own headers, unmasked; ``None`` where no key opens them."""
+    """Return an endpoint's own headers, unmasked; ``None`` where no configured key opens them."""
     if endpoint.headers is None:
         return {}
     try:
@@ -119,49 +349,3 @@ def own_headers(state: State, endpoint: EndpointView) -> dict[str, str] | None:
     except DecryptionError:
         return None
     return found
-
-
-def header_names(state: State, endpoint: EndpointView) -> list[str] | None:
-    """Return the names of an endpoint's own headers; ``None`` where no key opens them."""
-    headers = own_headers(state, endpoint)
-    return None if headers is None else list(headers)
-
-
-def header_pairs(lines: Iterable[str]) -> dict[str, str]:
-    """Return the headers that somebody wrote, each as ``Name: value``.
-
-    :raises ValueError: saying which is none, or comes twice; without its value, which may be a secret.
-    """
-    found: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not line.strip():
-            continue
-        if not colon:
-            raise ValueError("One of them is not a header; write each as Name: value.")
-        if name.strip() in found:
-            raise ValueError(f"{name.strip()[:80]!r} is given more than once.")
-        found[name.strip()] = value.strip()
-    return found
-
-
-def ping(state: State, endpoint_id: str) -> IngestedEvent:
-    """Send a ``webhook.ping`` to an endpoint, through the pipeline like everything else.
-
-    So it is seen where operators look, and takes the way that events take.
-    """
-    occurrence = Occurrence(type=WEBHOOK_PING, occurred_at=datetime.now(UTC), source=SOURCE_APPLICATION)
-    (event,) = ingest(
-        state.database,
-        [IngestItem(occurrence, endpoint_ids=(endpoint_id,))],
-        render=safe_render(state),
-        max_attempts=1,
-    )
-    return event
-
-
-def _events(form: MultiDict[str, str]) -> list[str] | None:
-    """Return the chosen types: boxes for ours, a line for the application's own; none: all terminal ones."""
-    chosen = [name for name in form.getlist("events") if name in JOB_TYPES or name == "*"]
-    chosen += [name for name in re.split(r"[,\s]+", form.get("other_events", "")) if name]
-    return list(dict.fromkeys(chosen)) or None

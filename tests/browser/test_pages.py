@@ -189,7 +189,7 @@ def test_an_operator_walks_every_page_and_action(walk: Walk) -> None:
     # Test ping, delivered while we look.
     walk.press("Send a test ping")
     walk.wait_for("A test ping is on its way")
-    walk.wait_for("Accepted with attempt 1.")
+    walk.wait_for("Accepted by attempt 1.")
     walk.check("delivery, ping")
     (ping,) = walk.receiver.wait_for(1)
     assert b"webhook.ping" in ping.body
@@ -218,17 +218,17 @@ def test_an_operator_walks_every_page_and_action(walk: Walk) -> None:
 
     # The host's own job page.
     walk.open(f"/runs/blue-creek/plain/jobs/{job_id}")
-    walk.wait_for("Given up.")
+    walk.wait_for("Failed: no attempts left.")
     assert axe_violations(walk.driver, walk.axe) == []
 
     # The receiver is repaired: sent again, seen without loading the page again.
     walk.receiver.respond = lambda received: 204
     walk.open(delivery_path)
     walk.press("Send again")
-    walk.wait_for("Accepted with attempt 3.")
-    walk.wait_for("by hand")
+    walk.wait_for("Accepted by attempt 3.")
+    walk.wait_for("manual")
     walk.follow(".rqw-facts a")
-    walk.wait_for("What is stored of it")
+    walk.wait_for("Stored event")
     walk.check("event")
 
     # Many fail; all are recovered by a filter.
@@ -270,7 +270,7 @@ def test_an_operator_walks_every_page_and_action(walk: Walk) -> None:
     walk.wait_for("2 deliveries were canceled.")
     walk.open("/webhooks/")
     walk.press("Resume sending")
-    walk.wait_for("Sending goes on.")
+    walk.wait_for("Sending is resumed.")
     walk.check("overview")
 
     # Edit, rotate, disable, enable, delete.
@@ -282,7 +282,7 @@ def test_an_operator_walks_every_page_and_action(walk: Walk) -> None:
     walk.wait_for("Archive of runs")
     walk.press("Rotate the secret …")
     walk.press("Rotate")
-    walk.wait_for("The old one goes on signing beside it for 1 d.")
+    walk.wait_for("The old secret also signs for 1 d.")
     walk.press("I have copied it")
     walk.press("Disable …")
     walk.press("Disable")
@@ -376,6 +376,6 @@ def test_pages_work_without_our_script(chromium: Any, sqlite_url: str, redis_url
                 chromium.find_element(By.CSS_SELECTOR, "form[action$=test] button").click()
                 wait_until(lambda: "A test ping is on its way" in chromium.page_source)
                 chromium.find_element(By.CSS_SELECTOR, "form[action$=resend] button").click()
-                wait_until(lambda: "It is due now" in chromium.page_source)
+                wait_until(lambda: "The delivery is due now" in chromium.page_source)
             finally:
                 chromium.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})

@@ -15,8 +15,8 @@ from flask_rq_webhooks.observe.host_hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.storage.dispatchers import is_paused
 from flask_rq_webhooks.storage.events import IngestItem, ingest
-from flask_rq_webhooks.web import bulk
-from flask_rq_webhooks.web.bulk import AT_MOST, PER_PART
+from flask_rq_webhooks.web import operations
+from flask_rq_webhooks.web.operations import AT_MOST, PER_PART
 from tests.integration.hosts import Host
 
 HOOK = "https://receiver.example.com/hooks/T0000000/XXXXXXXXXXXXXXXXXXXXXXXX?key=hidden"
@@ -337,7 +337,7 @@ def test_one_request_does_a_bounded_part_and_says_how_to_go_on(host: Host) -> No
 def test_a_request_stops_when_its_time_is_over(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     create(host)
     succeed_many(host, PER_PART + 10)
-    monkeypatch.setattr(bulk, "ENOUGH_S", 0.0)
+    monkeypatch.setattr(operations, "ENOUGH_S", 0.0)
 
     answer = host.post("/webhooks/api/cancel", json={"all": True}).get_json()
 
@@ -350,7 +350,7 @@ def test_an_endpoint_with_many_deliveries_is_deleted_in_parts(
 ) -> None:
     endpoint_id = create(host)["id"]
     succeed_many(host, 2100)
-    monkeypatch.setattr(bulk, "ENOUGH_S", 0.0)
+    monkeypatch.setattr(operations, "ENOUGH_S", 0.0)
 
     client = host.app.test_client()
     first, second, third, fourth = (client.delete(f"/webhooks/api/endpoints/{endpoint_id}") for _ in range(4))

@@ -19,7 +19,8 @@ from rq.registry import StartedJobRegistry
 
 from flask_rq_webhooks.queue.job_callbacks import Attachment, Queue, current_attachment
 from flask_rq_webhooks.queue.job_reader import read_jobs
-from flask_rq_webhooks.queue.outbox import Outbox, OutboxEntry
+from flask_rq_webhooks.queue.outbox import Outbox
+from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
 from tests import jobs
 from tests.servers import ROOT, rq_worker, valkey_server, wait_until
 

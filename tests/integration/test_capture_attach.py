@@ -28,8 +28,8 @@ from flask_rq_webhooks.queue.job_callbacks import (
     look_at_jobs,
     was_handed_over,
 )
-from flask_rq_webhooks.queue.job_reader import database_name, redis_identity
 from flask_rq_webhooks.queue.outbox import Outbox
+from flask_rq_webhooks.queue.redis_database import database_name, redis_identity
 from tests import jobs
 from tests.servers import valkey_server
 

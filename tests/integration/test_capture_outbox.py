@@ -13,7 +13,8 @@ import pytest
 import redis
 
 from flask_rq_webhooks.queue import outbox as outbox_module
-from flask_rq_webhooks.queue.outbox import GROUP, Entry, Outbox, confirm_entry
+from flask_rq_webhooks.queue.outbox import GROUP, Entry, Outbox
+from flask_rq_webhooks.queue.outbox_entry import confirm_entry
 
 NAMESPACE = "nnnnnnnn"
 KEY = f"rq_webhooks:outbox:ep{NAMESPACE}"

@@ -19,9 +19,17 @@ from rq.job import Job, JobStatus
 
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.queue.job_callbacks import Attachment, Queue, current_attachment
-from flask_rq_webhooks.queue.job_reader import UNKNOWN, JobState, read_jobs, read_result_value, read_results
+from flask_rq_webhooks.queue.job_reader import (
+    JobRecord,
+    probe_jobs,
+    read_jobs,
+    read_result_value,
+    read_results,
+)
+from flask_rq_webhooks.queue.safe_pickle import UNKNOWN
 from tests import jobs
 
+CREATED_AT = "2026-01-02T03:04:05.000006Z"
 ENDPOINT = "epnnnnnnnn_" + "0" * 26
 
 
@@ -39,7 +47,7 @@ def aware(moment: datetime | None) -> datetime | None:
 
 
 def test_absent_job(reader: redis.Redis) -> None:
-    assert read_jobs(reader, ["nothing"]) == {"nothing": JobState(job_id="nothing", exists=False)}
+    assert read_jobs(reader, ["nothing"]) == {}
     assert read_results(reader, ["nothing"]) == {"nothing": []}
     assert read_jobs(reader, []) == {}
     assert read_results(reader, []) == {}
@@ -56,9 +64,8 @@ def test_queued_job(reader: redis.Redis, redis_client: redis.Redis) -> None:
 
     enqueued_at = aware(job.enqueued_at)
     assert enqueued_at is not None
-    assert state == JobState(
+    assert state == JobRecord(
         job_id=job.id,
-        exists=True,
         status="queued",
         run=format_time(enqueued_at),
         created_at=aware(job.created_at),
@@ -75,7 +82,7 @@ def test_job_without_callbacks_and_with_its_own_description(
 ) -> None:
     job = rq.Queue("default", connection=redis_client).enqueue(jobs.add, 1, 2, description="Add (1 and 2)")
     state = read_jobs(reader, [job.id])[job.id]
-    assert (state.tokens, state.func, state.retries_left) == (frozenset(), None, None)
+    assert (state.tokens, state.func, state.retries_left) == (frozenset(), "tests.jobs.add", None)
 
 
 def test_names_that_chain_several_endpoints(reader: redis.Redis, redis_client: redis.Redis) -> None:
@@ -178,7 +185,8 @@ def test_results_of_no_known_kind_are_passed_over(reader: redis.Redis, redis_cli
 
 def test_traceback_in_the_hash_as_rq_1_keeps_it(reader: redis.Redis, redis_client: redis.Redis) -> None:
     redis_client.hset(
-        "rq:job:job-1", mapping={"status": "failed", "exc_info": zlib.compress(b"Moved to failed")}
+        "rq:job:job-1",
+        mapping={"created_at": CREATED_AT, "status": "failed", "exc_info": zlib.compress(b"Moved to failed")},
     )
     assert read_jobs(reader, ["job-1"])["job-1"].exc == "Moved to failed"
 
@@ -186,7 +194,7 @@ def test_traceback_in_the_hash_as_rq_1_keeps_it(reader: redis.Redis, redis_clien
 def test_hash_full_of_nonsense(reader: redis.Redis, redis_client: redis.Redis) -> None:
     nonsense = {
         "status": b"\xff",
-        "created_at": b"yesterday",
+        "created_at": CREATED_AT.encode(),
         "enqueued_at": b"",
         "retries_left": b"many",
         "origin": b"",
@@ -195,8 +203,48 @@ def test_hash_full_of_nonsense(reader: redis.Redis, redis_client: redis.Redis) -
     }
     redis_client.hset("rq:job:job-1", mapping=nonsense)
     state = read_jobs(reader, ["job-1"])["job-1"]
-    assert (state.exists, state.run, state.created_at, state.retries_left) == (True, None, None, None)
+    assert (state.run, state.enqueued_at, state.retries_left) == (f"created:{CREATED_AT}", None, None)
     assert (state.queue, state.tokens) == (None, frozenset())
+
+
+def test_broken_hashes_are_reported_and_hold_no_other_up(
+    reader: redis.Redis, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = rq.Queue("default", connection=redis_client).enqueue(jobs.add).id
+    a_set, no_time, heartbeat = (f"{name}-{good}" for name in ("a-set", "no-time", "late-heartbeat"))
+    redis_client.sadd(f"rq:job:{a_set}", "x")
+    redis_client.hset(f"rq:job:{no_time}", mapping={"status": "queued", "created_at": "yesterday"})
+    redis_client.hset(f"rq:job:{heartbeat}", mapping={"last_heartbeat": CREATED_AT})
+    redis_client.set(f"rq:results:{a_set}", "no stream")
+
+    ids = [a_set, no_time, heartbeat, good]
+    for _twice in range(2):
+        states = read_jobs(reader, ids)
+
+        assert list(states) == [good]
+        assert set(states.unreadable) == {a_set, no_time}
+        assert read_results(reader, ids) == {job_id: [] for job_id in ids}
+        assert read_result_value(reader, a_set) is UNKNOWN
+    assert [probe is None for probe in probe_jobs(reader, ids)] == [True, False, True, False]
+    assert caplog.text.count("is set aside") == 2  # once each
+
+
+@pytest.mark.parametrize(
+    "time", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59.999999Z", "2026-13-01T00:00:00.000000Z"]
+)
+def test_impossible_times_are_as_if_they_were_not_there(
+    time: str, reader: redis.Redis, redis_client: redis.Redis
+) -> None:
+    fields = {"status": "finished", "created_at": CREATED_AT, "enqueued_at": time, "ended_at": time}
+    redis_client.hset("rq:job:job-1", mapping=fields)
+    state = read_jobs(reader, ["job-1"])["job-1"]
+    assert (state.enqueued_at, state.ended_at) == (None, None)
+
+
+def test_result_with_an_impossible_id_is_passed_over(reader: redis.Redis, redis_client: redis.Redis) -> None:
+    redis_client.xadd("rq:results:job-1", {"type": "1"})
+    redis_client.xadd("rq:results:job-1", {"type": "2"}, id="18446744073709551615-1")
+    assert [result.type for result in read_results(reader, ["job-1"])["job-1"]] == ["success"]
 
 
 def test_thousands_of_jobs(reader: redis.Redis, redis_client: redis.Redis) -> None:
@@ -206,8 +254,8 @@ def test_thousands_of_jobs(reader: redis.Redis, redis_client: redis.Redis) -> No
 
     states = read_jobs(reader, ids)
 
-    assert list(states) == ids
-    assert sum(state.exists for state in states.values()) == 1200
+    assert list(states) == ids[:-1]
+    assert len(states) == 1200
 
 
 # -- return values ------------------------------------------------------------------------------------------
@@ -258,7 +306,7 @@ def test_plain_return_values_are_read(value: Any, reader: redis.Redis, redis_cli
 @pytest.mark.parametrize("path", ["/data/basin-7", "data/basin-7", "/", "."])
 def test_paths_are_read_as_text(path: str, reader: redis.Redis, redis_client: redis.Redis) -> None:
     keep(redis_client, pickle.dumps(pathlib.PurePosixPath(path)))
-    assert read_result_value(reader, "job-1") == (path if path != "." else "")
+    assert read_result_value(reader, "job-1") == path
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from werkzeug.test import TestResponse
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.dispatchers import heartbeat, is_paused
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint, Event, Secret
-from flask_rq_webhooks.web import bulk, health
-from flask_rq_webhooks.web.bulk import AT_MOST
+from flask_rq_webhooks.web import health, operations
+from flask_rq_webhooks.web.operations import AT_MOST
 from flask_rq_webhooks.web.pages import REFRESH_ALARM_S, REFRESH_IDLE_S
 from tests import storage_rows
 from tests.dashboard_app import (
@@ -475,9 +475,9 @@ def test_deleted_in_parts_where_there_are_many(
 ) -> None:
     endpoint_id = add_endpoint(state)
     add_deliveries(state, endpoint_id, 1100)
-    monkeypatch.setattr(bulk, "ENOUGH_S", 0.0)
+    monkeypatch.setattr(operations, "ENOUGH_S", 0.0)
     response = submit(client, page(client, f"/endpoints/{endpoint_id}"), "/delete")
-    assert "There are more: delete it again to go on." in Page(response).text
+    assert "There are more: delete it again to continue." in Page(response).text
     assert len(storage_rows.rows(state.database, Delivery)) == 100
     response = submit(client, Page(response), "/delete")
     assert "The endpoint and its deliveries were deleted." in Page(response).text
@@ -502,12 +502,12 @@ def test_resend_of_one(client: FlaskClient, state: State) -> None:
     assert "No attempts left after 1." in found.text
     assert "http_4xx HTTP 404" in found.text
     response = submit(client, found, "/resend")
-    assert "It is due now, for one more attempt." in response.text
+    assert "The delivery is due now, for one more attempt." in response.text
     row = storage_rows.row(state.database, Delivery)
     assert (row.status, row.trigger) == ("pending", "manual")
     storage_rows.claim(state.database)
     response = submit(client, page(client, f"/deliveries/{delivery_id}"), "/resend")
-    assert "An attempt is under way already" in response.text
+    assert "An attempt is already in progress" in response.text
 
 
 def test_recover_and_cancel_by_filter(client: FlaskClient, state: State) -> None:
@@ -568,7 +568,7 @@ def test_an_endpoint_that_missed_many_goes_on_with_a_button(client: FlaskClient,
     response = submit(client, page(client, f"/endpoints/{endpoint_id}"), "/enable", recover="yes")
     found = Page(response)
     assert "1,000 deliveries are due now" in found.text
-    assert "There may be more, which disabled endpoints missed." in found.text
+    assert "There may be more that disabled endpoints missed." in found.text
     goes_on = next(form for form in found.forms if "cursor" in form["fields"])
     last = client.post(goes_on["action"], data=goes_on["fields"], follow_redirects=True)
     assert "1,030 deliveries are due now" in Page(last).text
@@ -604,7 +604,7 @@ def test_pause_and_resume(client: FlaskClient, state: State) -> None:
     assert "All sending is paused since" in page(client, "/deliveries").text
     response = submit(client, Page(response), "/resume")
     assert not is_paused(state.database)
-    assert "Sending goes on." in response.text
+    assert "Sending is resumed." in response.text
 
 
 # -- lists ------------------------------------------------------------------------------------------------
@@ -721,7 +721,7 @@ def test_redis_down_is_an_alarm_and_pages_go_on(sqlite_url: str, allowed: set[st
         delivery_id = add_delivery(state, add_endpoint(state))
         client = app.test_client()
         assert "Redis cannot be reached" in page(client, "/").text
-        assert "RQ says not known" in page(client, f"/deliveries/{delivery_id}").text
+        assert "Job status unknown" in page(client, f"/deliveries/{delivery_id}").text
 
 
 # -- overview ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_rq_webhooks import RQWebhooks
 from flask_rq_webhooks.cli.doctor import _CHECKS
-from flask_rq_webhooks.queue.job_reader import database_name
+from flask_rq_webhooks.queue.redis_database import database_name
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage import dispatchers
 from flask_rq_webhooks.storage.database import Database

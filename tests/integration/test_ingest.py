@@ -19,7 +19,7 @@ from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.observe.ingest import PATIENCE_S, Ingest
 from flask_rq_webhooks.observe.publisher import Publisher
 from flask_rq_webhooks.protocol.events import format_time
-from flask_rq_webhooks.queue.outbox import confirm_entry
+from flask_rq_webhooks.queue.outbox_entry import confirm_entry
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.models import Watch
 from tests.pipeline import add_endpoint, deliveries, enqueue, events, open_state, rows, work

@@ -133,6 +133,19 @@ def test_without_the_package_the_answer_says_what_to_install(
     assert "pip install 'flask-rq-webhooks[metrics]'" in response.get_json()["error"]["message"]
 
 
+def test_without_apispec_the_description_says_what_to_install(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apispec"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "apispec", None)
+
+    response = host.app.test_client().get("/webhooks/openapi.json")
+
+    assert response.status_code == 501
+    assert "pip install 'flask-rq-webhooks[openapi]'" in response.get_json()["error"]["message"]
+
+
 def test_metrics_need_the_permission_read(host: Host) -> None:
     host.webhooks.authorize(lambda permission, **what: permission == "status")
 

@@ -18,7 +18,7 @@ from rq.registry import FailedJobRegistry, StartedJobRegistry
 from flask_rq_webhooks.observe import reconcile, settled_watches
 from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import format_time
-from flask_rq_webhooks.queue.outbox import OutboxEntry
+from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_standing, register
 from flask_rq_webhooks.storage.events import IngestItem, ingest

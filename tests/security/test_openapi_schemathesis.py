@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import schemathesis
+from flask import Flask
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import (
@@ -18,11 +19,12 @@ from schemathesis.checks import (
 )
 from schemathesis.generation import GenerationMode
 
+from flask_rq_webhooks import RQWebhooks
 from flask_rq_webhooks.observe.host_hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.storage.dispatchers import heartbeat
 from flask_rq_webhooks.storage.events import IngestItem, ingest
-from flask_rq_webhooks.web.openapi import OPERATIONS, Operation
+from flask_rq_webhooks.web.api_contract import Route, routes_of
 from tests.integration.hosts import Host
 from tests.storage_rows import set_values
 
@@ -32,6 +34,16 @@ CHECKS = (
     content_type_conformance,
     response_schema_conformance,
 )
+
+
+def _routes() -> list[Route]:
+    app = Flask("described")
+    app.config["RQ_WEBHOOKS_DATABASE_URI"] = "sqlite://"
+    RQWebhooks(app)
+    return routes_of(app)
+
+
+ROUTES = _routes()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +75,8 @@ def api(host: Host) -> Any:
 
 
 def test_every_route_of_the_api_is_described_and_no_other(host: Host) -> None:
-    described = {(operation.method.upper(), operation.path) for operation in OPERATIONS}
+    document = host.app.test_client().get("/webhooks/openapi.json").get_json()
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
     served = {
         (method, _as_openapi(rule.rule))
         for rule in host.app.url_map.iter_rules()
@@ -100,13 +113,13 @@ def test_what_real_rows_are_answered_with_is_as_described(host: Host, api: Any) 
         "job_id": "job-1",
     }
     checked = 0
-    for operation in OPERATIONS:
-        if operation.method != "get" or not isinstance(operation.answer, type):
+    for route in ROUTES:
+        if route.method != "GET" or not isinstance(route.answers[200][0], type):
             continue
-        path = operation.path.format(**ids)
+        path = route.openapi_path.format(**ids)
         response = client.get(f"/webhooks{path}")
         assert response.status_code == 200, path
-        api[operation.path]["GET"].validate_response(schemathesis.Response.from_any(response))
+        api[route.openapi_path]["GET"].validate_response(schemathesis.Response.from_any(response))
         checked += 1
 
     assert checked >= 10
@@ -116,12 +129,12 @@ def test_what_real_rows_are_answered_with_is_as_described(host: Host, api: Any) 
     "mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value
 )
 @pytest.mark.parametrize(
-    "operation", OPERATIONS, ids=lambda operation: f"{operation.method} {operation.path}".replace("/", ".")
+    "route", ROUTES, ids=lambda route: f"{route.method.lower()} {route.openapi_path}".replace("/", ".")
 )
 def test_no_answer_is_a_server_error_and_each_is_as_described(
-    api: Any, operation: Operation, mode: GenerationMode
+    api: Any, route: Route, mode: GenerationMode
 ) -> None:
-    cases = api[operation.path][operation.method.upper()].as_strategy(generation_mode=mode)
+    cases = api[route.openapi_path][route.method].as_strategy(generation_mode=mode)
 
     @given(case=cases)
     @settings(

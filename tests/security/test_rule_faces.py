@@ -17,7 +17,7 @@ from werkzeug.routing import Rule
 
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.observe.outcomes import CALLBACK_GRACE
-from flask_rq_webhooks.queue.job_details import load_plain
+from flask_rq_webhooks.queue.safe_pickle import load_plain
 from flask_rq_webhooks.storage.dispatchers import is_paused
 from tests.integration.hosts import FIELDS, Host
 from tests.pipeline import (

@@ -33,7 +33,7 @@ RANKS = {
 
 #: Outside the ranks: what runs in users' workers and receivers may use hardly anything.
 ALONE = {
-    "callbacks": {"protocol.worker_errors", "protocol.json_safe"},
+    "callbacks": {"protocol.worker_errors", "protocol.json_safe", "queue.safe_pickle"},
     "receiver": {"protocol.signatures", "errors"},
     # The names of the package, loaded on first use; `version` is all it really imports.
     "__init__": {"version", "errors", "extension", "queue.job_callbacks"},

@@ -10,7 +10,13 @@ import pytest
 from flask_rq_webhooks.errors import OutboxEntryError
 from flask_rq_webhooks.protocol.json_safe import MAX_DEPTH as MAX_RESULT_DEPTH
 from flask_rq_webhooks.protocol.json_safe import to_json_safe
-from flask_rq_webhooks.queue.outbox import MAX_DEPTH, MAX_ENTRY_BYTES, OutboxEntry, confirm_entry, parse_entry
+from flask_rq_webhooks.queue.outbox_entry import (
+    MAX_DEPTH,
+    MAX_ENTRY_BYTES,
+    OutboxEntry,
+    confirm_entry,
+    parse_entry,
+)
 
 ENDPOINT = "epnnnnnnnn_" + "0" * 26
 MOMENT = "2026-01-02T03:04:05.678900Z"

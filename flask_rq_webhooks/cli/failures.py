@@ -1,0 +1,118 @@
+"""Errors of SQL, Redis and ports, as one sentence that says what to do.
+
+Every command uses it for what it cannot go on after, ``doctor`` for what its checks find.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import TYPE_CHECKING
+
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from ..errors import RQWebhooksError
+from ..queue.redis_database import database_name
+
+if TYPE_CHECKING:
+    from ..state import State
+
+
+#: What :func:`explain` takes. Any other error is a bug and keeps its traceback.
+EXPLAINED = (RQWebhooksError, RedisError, RecursionError, SQLAlchemyError, ModuleNotFoundError)
+
+
+def explain(exc: Exception, state: State | None) -> str:
+    """Return one sentence about *exc* with what to do.
+
+    :param state: of the app; ``None`` where there is none.
+    """
+    if isinstance(exc, RQWebhooksError):
+        text = str(exc)
+        if isinstance(exc.__cause__, DBAPIError) and state is not None and "init-db" not in text:
+            text = f"{text.rstrip('.')}; start the database, or correct {sql_source(state)}."
+    elif state is None:
+        text = f"{type(exc).__name__}: {exc}"
+    elif isinstance(exc, RedisError | RecursionError):
+        text = of_redis(exc, state)
+    else:
+        text = of_sql(exc, state)
+    return " ".join(text.split())
+
+
+def of_redis(exc: Exception, state: State) -> str:
+    """Return what *exc* says of Redis, and what to do."""
+    name = database_name(state.redis)
+    if isinstance(exc, AuthenticationError | RecursionError):
+        # redis-py 5 calls itself without end where a password is wanted and none was given.
+        why = exc if isinstance(exc, AuthenticationError) else "a password is wanted"
+        return f"{name} refuses us ({why}); correct user name and password in {redis_source(state)}."
+    if isinstance(exc, NoPermissionError):
+        return f"{name} allows our user too little ({exc}); give it the rights of RQ."
+    if str(exc).startswith("READONLY"):
+        return f"{name} is a replica, which takes no writes; name its primary in {redis_source(state)}."
+    return (
+        f"{name} does not answer ({type(exc).__name__}: {exc}); start it, or correct {redis_source(state)}."
+    )
+
+
+def of_sql(exc: Exception, state: State) -> str:
+    """Return what *exc* says of the database, and what to do. Never repeats a URL, which has a password."""
+    where = sql_source(state)
+    if isinstance(exc, ModuleNotFoundError):
+        return (
+            f"{where} needs the driver {exc.name!r}, which is not installed; for PostgreSQL run `pip install "
+            "'flask-rq-webhooks[postgres]'` and begin the URL with postgresql+psycopg://."
+        )
+    if isinstance(exc, ArgumentError):
+        why = "no such dialect" if isinstance(exc, NoSuchModuleError) else type(exc).__name__
+        return (
+            f"{where} is not usable ({why}); write it as postgresql+psycopg://user:password@host/database or "
+            "sqlite:///file."
+        )
+    said = str(getattr(exc, "orig", exc)).strip().partition("\n")[0]
+    if _sqlstate(exc) == "42501":
+        role = state.database.url.username or "our user"
+        return (
+            f"the database refused ({said}); as the owner of the schema run "
+            f'`GRANT USAGE, CREATE ON SCHEMA public TO "{role}"` for init-db, and `GRANT SELECT, INSERT, '
+            f'UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "{role}"` for everything else.'
+        )
+    return (
+        f"the database refused ({type(exc).__name__}: {said}); allow our user to use our tables, or correct "
+        f"{where}."
+    )
+
+
+def _sqlstate(exc: Exception) -> str | None:
+    """Return the SQLSTATE of a driver's error: psycopg 3 calls it sqlstate, psycopg2 pgcode."""
+    cause = getattr(exc, "orig", None)
+    return getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+
+
+def sql_source(state: State) -> str:
+    """Return the name of the setting that says where the database is."""
+    if state.settings.database_uri is not None:
+        return "RQ_WEBHOOKS_DATABASE_URI"
+    bind_key = state.settings.bind_key
+    return f"SQLALCHEMY_BINDS[{bind_key!r}]" if bind_key else "SQLALCHEMY_DATABASE_URI"
+
+
+def redis_source(state: State) -> str:
+    """Return what says where Redis is: an argument or a setting."""
+    return "what RQWebhooks(redis=...) gets" if state.redis_is_given else "RQ_WEBHOOKS_REDIS_URL"
+
+
+def of_port(exc: OSError, host: str, port: int) -> str:
+    """Return why nothing can listen on *host* and *port*, and what to do."""
+    if exc.errno == errno.EADDRINUSE:
+        return (
+            f"Port {port} on {host} is in use by another process; end that one, or choose another with "
+            "--port (0 for any free one)."
+        )
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return f"Port {port} on {host} is reserved for privileged users; choose one above 1023 with --port."
+    if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
+        return f"{host!r} is not an address of this machine; choose one with --host, such as 127.0.0.1."
+    return f"Nothing can listen on {host} port {port} ({exc}); choose others with --host and --port."

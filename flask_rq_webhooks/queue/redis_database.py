@@ -1,0 +1,63 @@
+"""Which Redis database a client leads to: for comparing two clients, and for naming one to people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
+
+def redis_identity(connection: Redis) -> str | None:
+    """Return what tells one Redis database from all others: the server's run id and the database number.
+
+    A restarted server has a new one, so it is good for comparing, not for keeping.
+
+    :returns: ``None`` where the server does not tell (an ACL or a proxy forbids ``INFO``, fakeredis).
+    :raises redis.RedisError: when Redis cannot be reached.
+    """
+    try:
+        run_id = connection.info("server").get("run_id")
+    except RedisConnectionError:
+        raise
+    except (ResponseError, NotImplementedError):
+        return None
+    return f"{run_id}/{_database_number(connection)}" if run_id else None
+
+
+def redis_parameters(connection: Redis) -> tuple[Any, ...]:
+    """Return what *connection* was told to connect to; equal for two clients of one database.
+
+    Unequal ones may still lead to one database, by another name.
+    """
+    pool = connection.connection_pool
+    kwargs = pool.connection_kwargs
+    database = _database_number(connection)
+    if kwargs.get("server") is not None:  # fakeredis: the object that holds the data
+        return ("fake", id(kwargs["server"]), database)
+    manager = getattr(pool, "sentinel_manager", None)
+    if manager is not None:
+        sentinels = sorted(redis_parameters(sentinel) for sentinel in manager.sentinels)
+        return ("sentinel", getattr(pool, "service_name", None), tuple(sentinels), database)
+    if kwargs.get("path"):
+        return ("unix", kwargs["path"], database)
+    host = str(kwargs.get("host") or "localhost").lower()
+    if host in ("127.0.0.1", "::1"):
+        host = "localhost"
+    return ("tcp", host, int(kwargs.get("port") or 6379), database)
+
+
+def database_name(connection: Redis) -> str:
+    """Return a name of the database for people, without user name and password."""
+    kind, where, *more = redis_parameters(connection)
+    database = more[-1]
+    if kind == "tcp":
+        return f"redis://{where}:{more[0]}/{database}"
+    if kind == "fake":
+        return f"fakeredis server {where:#x}, database {database}"
+    return f"{kind} {where}, database {database}"
+
+
+def _database_number(connection: Redis) -> int:
+    return int(connection.connection_pool.connection_kwargs.get("db") or 0)

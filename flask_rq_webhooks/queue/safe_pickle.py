@@ -1,0 +1,462 @@
+"""Read plain data out of pickles that anybody who can write to Redis may have written.
+
+``pickle.load`` is never called on them. ``pickletools.genops`` splits a pickle into opcodes, and the small
+machine here builds texts, numbers, dates and containers from them. It imports nothing, calls nothing a pickle
+names, and hands out no class: the constructors below are functions of ours. Whatever is not plain data
+becomes :data:`UNKNOWN`. Work and memory are bounded: see :data:`MAX_BYTES` and :data:`MAX_STEPS`.
+
+RQ's ``JSONSerializer`` writes JSON instead; :func:`load_plain` reads that too.
+"""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import re
+from collections.abc import Callable
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, Final
+from uuid import UUID
+
+#: Bytes of a pickle, and of JSON, that are read. Of one text, four bytes of memory may come of each.
+MAX_BYTES, MAX_JSON_BYTES = 4 * 2**20, 2**20
+#: Opcodes that are carried out, which bounds the number of objects: about 0.2 s and 15 MB.
+MAX_STEPS = 200_000
+#: What a set costs: an empty one takes four times the memory of a list or dict.
+_SET_STEPS = 4
+#: Keys and set members whose hashes can be chosen so that they collide: n of them take n² comparisons.
+_MAX_WEAK_KEYS = 1000
+#: Values within one tuple that is a key: each container of shared tuples doubles what hashing it costs.
+_MAX_KEY_VALUES = 64
+
+#: How RQ's own description of a job begins.
+_CALL = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+(?=\()")
+
+
+class _Unknown(Enum):
+    UNKNOWN = "unknown"
+
+    def __repr__(self) -> str:
+        return "UNKNOWN"
+
+
+#: A value that is not kept any more, or that only its own program could read.
+UNKNOWN: Final = _Unknown.UNKNOWN
+
+
+class _UnsafeError(Exception):
+    """The pickle does what no pickle of plain data does, or too much of it."""
+
+
+def load_plain(raw: bytes, *, whole: bool = False) -> Any:
+    """Return what *raw* holds, with :data:`UNKNOWN` in place of each value that is not plain data.
+
+    :param raw: written by RQ's pickle or JSON serializer; already decompressed.
+    :param whole: return :data:`UNKNOWN` for the whole if any part of it is.
+    :returns: :data:`UNKNOWN` where *raw* is broken, too large or does what plain data does not need.
+    """
+    try:
+        if raw[:1] != b"\x80":
+            return json.loads(raw) if len(raw) <= MAX_JSON_BYTES else UNKNOWN
+        if len(raw) > MAX_BYTES:
+            return UNKNOWN
+        machine = _Machine()
+        value = machine.run(raw)
+    # A broken pickle raises nearly anything, in `genops` as in the constructors.
+    except Exception:  # noqa: BLE001
+        return UNKNOWN
+    return UNKNOWN if whole and machine.met_unknown else value
+
+
+def plain_call(data: bytes, description: str | None = None) -> tuple[str | None, Any]:
+    """Return a job's function name and its first positional argument, without importing what they name.
+
+    :param data: the job's call as RQ serialized it.
+    :param description: RQ's own description begins with the name; it is used where *data* cannot be read.
+    :returns: ``None`` for what is not known. The argument is a plain value or :data:`UNKNOWN`.
+    """
+    call = load_plain(data)
+    if isinstance(call, tuple | list) and len(call) == 4 and isinstance(call[0], str):
+        name, _instance, arguments, _keywords = call
+        return name, arguments[0] if isinstance(arguments, tuple | list) and arguments else None
+    match = _CALL.match(description or "")
+    return (match[0] if match else None), None
+
+
+# -- constructors -------------------------------------------------------------------------------------------
+
+
+def _dated(kind: Any) -> Callable[..., Any]:
+    """Return a constructor of one of the types of :mod:`datetime` from the bytes its own pickles hold."""
+
+    def dated(state: Any, *zone: Any) -> Any:
+        if type(state) is not bytes or not all(isinstance(part, timezone) for part in zone):
+            raise _UnsafeError
+        return kind(state, *zone)
+
+    return dated
+
+
+def _timedelta(*parts: Any) -> timedelta:
+    if any(type(part) is not int for part in parts):
+        raise _UnsafeError
+    return timedelta(*parts)
+
+
+def _timezone(offset: Any, name: Any = None) -> timezone:
+    if not isinstance(offset, timedelta) or not (name is None or type(name) is str):
+        raise _UnsafeError
+    if name is None:
+        return timezone(offset) if offset else UTC
+    return timezone(offset, name)
+
+
+def _decimal(text: Any) -> Decimal:
+    if type(text) is not str or len(text) > 300:
+        raise _UnsafeError
+    return Decimal(text)
+
+
+def _path(kind: Callable[..., Any]) -> Callable[..., str]:
+    """Return a constructor of the path's text: nothing but the text is wanted."""
+
+    def path(*parts: Any) -> str:
+        if any(type(part) is not str for part in parts) or sum(map(len, parts)) > 4096:
+            raise _UnsafeError
+        return str(kind(*parts))
+
+    return path
+
+
+# These give back what they are given. A copy of a large value costs a pickle four bytes.
+
+
+def _bytearray(content: Any = b"") -> bytes:
+    if type(content) is not bytes:  # a number would allocate as many bytes
+        raise _UnsafeError
+    return content
+
+
+def _deque(items: Any = (), _maxlen: Any = None) -> list[Any]:
+    if type(items) is list:
+        return items
+    if items != ():
+        raise _UnsafeError
+    return []
+
+
+def _dict(items: Any = None, *_more: Any) -> dict[Any, Any]:
+    # OrderedDict(), Counter({...}), defaultdict(factory).
+    return items if type(items) is dict else {}
+
+
+def _complex(real: Any, imaginary: Any) -> complex:
+    return complex(float(real), float(imaginary))
+
+
+_POSIX, _WINDOWS = _path(PurePosixPath), _path(PureWindowsPath)
+_PATHS = {
+    "Path": _POSIX, "PosixPath": _POSIX, "PurePath": _POSIX, "PurePosixPath": _POSIX,
+    "WindowsPath": _WINDOWS, "PureWindowsPath": _WINDOWS,
+}  # fmt: skip
+
+#: (module, name) a pickle may name → what is called in its place. Python 3.13 moved the paths' classes.
+_CONSTRUCTORS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("builtins", "bytearray"): _bytearray,
+    ("builtins", "complex"): _complex,
+    ("datetime", "datetime"): _dated(datetime),
+    ("datetime", "date"): _dated(date),
+    ("datetime", "time"): _dated(time),
+    ("datetime", "timedelta"): _timedelta,
+    ("datetime", "timezone"): _timezone,
+    ("decimal", "Decimal"): _decimal,
+    ("collections", "OrderedDict"): _dict,
+    ("collections", "Counter"): _dict,
+    ("collections", "defaultdict"): _dict,
+    ("collections", "deque"): _deque,
+    **{(module, name): path for module in ("pathlib", "pathlib._local") for name, path in _PATHS.items()},
+}
+_SETS: dict[tuple[str, str], Callable[[list[Any]], Any]] = {
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+}
+#: Made by NEWOBJ and filled by BUILD, in its own way; nothing else may be filled.
+_UUID = ("uuid", "UUID")
+
+
+# -- the machine --------------------------------------------------------------------------------------------
+
+
+class _Global:
+    """What a pickle named, and nothing more: it cannot be called."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, module: Any, name: Any) -> None:
+        self.path = (module, name) if type(module) is str and type(name) is str else ("", "")
+
+
+_MARK = object()
+#: Opcodes whose argument, as ``genops`` reads it, is the value.
+_VALUES = frozenset(
+    (
+        "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+        "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+        "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+    )
+)  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_PUTS, _GETS = frozenset(("PUT", "BINPUT", "LONG_BINPUT")), frozenset(("GET", "BINGET", "LONG_BINGET"))
+
+
+class _Machine:
+    """The stack machine that pickles are programs of, for plain data only."""
+
+    def __init__(self) -> None:
+        self.met_unknown = False
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        self._steps = 0
+        self._weak_keys = 0
+
+    def run(self, raw: bytes) -> Any:
+        """Return the value *raw* describes.
+
+        :raises Exception: where it describes none.
+        """
+        stack, memo = self._stack, self._memo
+        argument: Any
+        for opcode, argument, _position in pickletools.genops(raw):
+            self._spend(1)
+            name = opcode.name
+            if name in _VALUES:
+                stack.append(argument)
+            elif name == "MEMOIZE":
+                memo[len(memo)] = self._top()
+            elif name in _PUTS:
+                memo[argument] = self._top()  # a dict: an index of four billion takes no more room
+            elif name in _GETS:
+                stack.append(memo[argument])
+            elif name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            elif name == "MARK":
+                stack.append(_MARK)
+            elif name == "STOP":
+                return self._value(stack.pop())
+            elif name not in ("PROTO", "FRAME"):
+                if name in _TUPLES:
+                    stack.append(tuple(self._pop(_TUPLES[name])))
+                else:
+                    # What has no method here (DUP, extension codes, buffers) is in no pickle of plain data.
+                    getattr(self, f"op_{name.lower()}")(argument)
+        raise _UnsafeError
+
+    def _spend(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > MAX_STEPS:
+            raise _UnsafeError
+
+    # -- the stack ------------------------------------------------------------------------------------
+
+    def _value(self, item: Any) -> Any:
+        """Return *item* as a value: a name alone is none of ours."""
+        if item is _MARK:
+            raise _UnsafeError
+        if item is UNKNOWN or isinstance(item, _Global):
+            self.met_unknown = True
+            return UNKNOWN
+        return item
+
+    def _top(self) -> Any:
+        if self._stack[-1] is _MARK:
+            raise _UnsafeError
+        return self._stack[-1]
+
+    def _pop(self, count: int) -> list[Any]:
+        if count > len(self._stack):
+            raise _UnsafeError
+        items = self._stack[len(self._stack) - count :]
+        del self._stack[len(self._stack) - count :]
+        return [self._value(item) for item in items]
+
+    def _pop_to_mark(self) -> list[Any]:
+        items: list[Any] = []
+        while (item := self._stack.pop()) is not _MARK:
+            items.append(self._value(item))
+        items.reverse()
+        return items
+
+    def op_pop(self, _argument: Any) -> None:
+        self._stack.pop()
+
+    def op_pop_mark(self, _argument: Any) -> None:
+        self._pop_to_mark()
+
+    # -- containers -----------------------------------------------------------------------------------
+
+    def op_tuple(self, _argument: Any) -> None:
+        self._stack.append(tuple(self._pop_to_mark()))
+
+    def op_empty_list(self, _argument: Any) -> None:
+        self._stack.append([])
+
+    def op_list(self, _argument: Any) -> None:
+        self._stack.append(self._pop_to_mark())
+
+    def op_empty_dict(self, _argument: Any) -> None:
+        self._stack.append({})
+
+    def op_dict(self, _argument: Any) -> None:
+        target: dict[Any, Any] = {}
+        self._set_items(target, self._pop_to_mark())
+        self._stack.append(target)
+
+    def op_empty_set(self, _argument: Any) -> None:
+        self._spend(_SET_STEPS)
+        self._stack.append(set())
+
+    def op_frozenset(self, _argument: Any) -> None:
+        self._spend(_SET_STEPS)
+        self._stack.append(frozenset(self._key(item) for item in self._pop_to_mark()))
+
+    def op_append(self, _argument: Any) -> None:
+        self._extend(self._pop(1))
+
+    def op_appends(self, _argument: Any) -> None:
+        self._extend(self._pop_to_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        target = self._top()
+        if type(target) is list:
+            target.extend(items)
+        elif target is not UNKNOWN:
+            raise _UnsafeError
+
+    def op_additems(self, _argument: Any) -> None:
+        items, target = self._pop_to_mark(), self._top()
+        if type(target) is not set:
+            raise _UnsafeError
+        target.update(self._key(item) for item in items)
+
+    def op_setitem(self, _argument: Any) -> None:
+        items = self._pop(2)
+        self._set_items(self._top(), items)
+
+    def op_setitems(self, _argument: Any) -> None:
+        items = self._pop_to_mark()
+        self._set_items(self._top(), items)
+
+    def _set_items(self, target: Any, items: list[Any]) -> None:
+        if target is UNKNOWN:
+            return
+        if type(target) is not dict or len(items) % 2:
+            raise _UnsafeError
+        for key, item in zip(items[::2], items[1::2], strict=True):
+            target[self._key(key)] = item
+
+    def _key(self, key: Any) -> Any:
+        """Return *key*, which is about to be hashed, if that is cheap.
+
+        The hashes of texts and bytes cannot be chosen by whoever wrote the pickle, and hardly any two floats
+        or small integers share one. Tuples, large integers, decimals and UUIDs can be made to.
+        """
+        kind = type(key)
+        if kind is str or kind is bytes or kind is float or (kind is int and key.bit_length() < 61):
+            return key
+        self._weak_keys += 1
+        if self._weak_keys > _MAX_WEAK_KEYS:
+            raise _UnsafeError
+        values = [key]
+        for seen, value in enumerate(values):  # grows while it is walked
+            if seen >= _MAX_KEY_VALUES:
+                raise _UnsafeError
+            if isinstance(value, tuple | frozenset):
+                if len(value) > _MAX_KEY_VALUES:
+                    raise _UnsafeError
+                values.extend(value)
+            elif isinstance(value, int) and value.bit_length() > 4096:
+                raise _UnsafeError
+        return key
+
+    # -- names, calls and objects ---------------------------------------------------------------------
+
+    def op_global(self, argument: Any) -> None:
+        module, _, name = argument.partition(" ")
+        self._stack.append(_Global(module, name))
+
+    def op_stack_global(self, _argument: Any) -> None:
+        module, name = self._pop(2)
+        self._stack.append(_Global(module, name))
+
+    def op_reduce(self, _argument: Any) -> None:
+        self._call(2)
+
+    def op_newobj(self, _argument: Any) -> None:
+        self._call(2)
+
+    def op_newobj_ex(self, _argument: Any) -> None:
+        self._call(3)
+
+    def _call(self, count: int) -> None:
+        """Replace a name and its arguments by what our constructor of that name makes of them."""
+        if len(self._stack) < count:
+            raise _UnsafeError
+        called = self._stack[-count]
+        self._stack[-count] = None
+        _called, arguments, *_keywords = self._pop(count)
+        self._stack.append(self._made(called, arguments))
+
+    def _made(self, called: Any, arguments: Any) -> Any:
+        if type(arguments) is not tuple:
+            raise _UnsafeError
+        path = called.path if isinstance(called, _Global) else ("", "")
+        if path == _UUID:
+            return UUID(int=0)  # BUILD sets its number
+        if path in _SETS:
+            return _SETS[path](self._members(arguments))
+        constructor = _CONSTRUCTORS.get(path)
+        # A defaultdict's factory is a name, and does not matter to what it holds.
+        if constructor is None or (UNKNOWN in arguments and constructor is not _dict):
+            return self._value(UNKNOWN)
+        value = constructor(*arguments)
+        if type(value) is str:
+            self._spend(len(value) // 64)
+        return value
+
+    def _members(self, arguments: tuple[Any, ...]) -> list[Any]:
+        """Return the members of a set as protocols before 4 write it."""
+        (items,) = arguments or ([],)
+        if type(items) is not list:
+            raise _UnsafeError
+        self._spend(_SET_STEPS + len(items))
+        return [self._key(item) for item in items]
+
+    def op_build(self, _argument: Any) -> None:
+        (state,) = self._pop(1)
+        target = self._top()
+        if type(target) is UUID and type(state) is dict:
+            number = state.get("int")
+            if type(number) is not int or not 0 <= number < 2**128:
+                raise _UnsafeError
+            # It may be in the memo already, so it is changed and not replaced.
+            object.__setattr__(target, "int", number)
+        elif target is not UNKNOWN and not isinstance(target, _Global):
+            raise _UnsafeError
+
+    def op_inst(self, _argument: Any) -> None:
+        self._pop_to_mark()
+        self._stack.append(self._value(UNKNOWN))
+
+    def op_obj(self, _argument: Any) -> None:
+        self.op_inst(None)
+
+    def op_persid(self, _argument: Any) -> None:
+        self._stack.append(self._value(UNKNOWN))
+
+    def op_binpersid(self, _argument: Any) -> None:
+        self._pop(1)
+        self._stack.append(self._value(UNKNOWN))

@@ -1,0 +1,307 @@
+"""What the routes of the API have in common: permission, input, answer, refusals.
+
+A route states these once, where it is defined, see :class:`Api`; its view gets checked input and returns
+what its answer is made of. :mod:`.openapi` describes the same statements. Knows nothing of storage beyond its
+errors.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from flask import Blueprint, Flask, Response, jsonify, request
+from marshmallow import Schema
+
+from ..errors import RQWebhooksError, StorageUnavailableError
+from ..state import State
+from ..storage.queries import CursorError
+from . import operations
+from .csrf import is_forgeable
+from .permissions import Permission, is_allowed
+
+logger = logging.getLogger(__name__)
+
+View = TypeVar("View", bound=Callable[..., Any])
+
+RETRY_UNAVAILABLE_S = 5
+
+#: Bytes of a request to the API; the largest honest one, an endpoint with all its headers, is a tenth of it.
+MAX_BODY_BYTES = 256 * 1024
+#: Characters of an id in a path; RQ's job ids are the longest.
+MAX_ID = 512
+
+_KEY = re.compile("[!-~]{1,255}")
+
+#: Inputs that depend on the app's settings, by the name under which they are described.
+EndpointBody = Literal["EndpointInput", "EndpointChangeInput"]
+#: What an answer is made of: a schema, a media type, or nothing.
+Answer = type[Schema] | str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One route of the API.
+
+    :param path: as Flask writes it, without the prefix.
+    :param permission: ``None`` for a route that is open.
+    :param asks_itself: whether the view asks for the permission, because it depends on the input.
+    :param answers: status → content and description; the first is the usual one.
+    :param query: what the query string may say.
+    :param body: what the JSON object in the body may say.
+    :param idempotent: whether the view gets the ``Idempotency-Key`` as ``key``.
+    """
+
+    method: str
+    path: str
+    summary: str
+    permission: Permission | None
+    answers: Mapping[int, tuple[Answer, str]]
+    asks_itself: bool = False
+    query: type[Schema] | None = None
+    body: type[Schema] | EndpointBody | None = None
+    idempotent: bool = False
+    parameters: tuple[str, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(re.findall(r"<(?:\w+:)?(\w+)>", self.path)))
+
+    @property
+    def openapi_path(self) -> str:
+        """Return the path as OpenAPI writes it."""
+        return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", self.path)
+
+
+class Api:
+    """Adds the routes of the API to a blueprint.
+
+    :param blueprint: the app's.
+    :param state: the app's state.
+    """
+
+    def __init__(self, blueprint: Blueprint, state: State) -> None:
+        self._blueprint = blueprint
+        self._state = state
+        _install(blueprint)
+
+    def route(
+        self,
+        method: str,
+        path: str,
+        permission: Permission | None,
+        answer: Answer,
+        *,
+        status: int = 200,
+        also: Mapping[int, tuple[Answer, str]] | None = None,
+        query: type[Schema] | None = None,
+        body: type[Schema] | EndpointBody | None = None,
+        asks_itself: bool = False,
+        idempotent: bool = False,
+        endpoint: str | None = None,
+    ) -> Callable[[View], View]:
+        """Serve a view: ask for the permission, check the input, write the answer.
+
+        The view is called with the checked query or body first, unless that takes nothing, and with the parts
+        of the path by name. It returns what the answer is made of, or that with a status and headers where
+        the answer is not the usual one, or a whole response. The first line of its docstring is the summary.
+
+        :param also: further answers, as in :class:`Route`.
+        :param endpoint: name of the route; the view's by default.
+        """
+
+        def decorate(view: View) -> View:
+            route = Route(
+                method=method,
+                path=path,
+                summary=(view.__doc__ or "").strip().partition("\n")[0],
+                permission=permission,
+                answers={status: (answer, "Done."), **(also or {})},
+                query=query,
+                body=body,
+                asks_itself=asks_itself,
+                idempotent=idempotent,
+            )
+            served = _served(self._state, route, view)
+            self._blueprint.add_url_rule(
+                path, endpoint or view.__name__, served, methods=[method], provide_automatic_options=True
+            )
+            return view
+
+        return decorate
+
+
+def routes_of(app: Flask) -> list[Route]:
+    """Return the routes of the API that *app* serves, in the order in which they were added."""
+    views = (app.view_functions[rule.endpoint] for rule in app.url_map.iter_rules())
+    return [view.rqw_route for view in views if hasattr(view, "rqw_route")]
+
+
+def _served(state: State, route: Route, view: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(view)
+    def served(**parts: Any) -> Response:
+        if not route.asks_itself:
+            _ask(state, route, parts)
+        if route.idempotent:
+            parts["key"] = _idempotency_key()
+        found = view(*_input(state, route), **parts)
+        return found if isinstance(found, Response) else _answer(route, found)
+
+    served.rqw_route = route  # type: ignore[attr-defined]
+    return served
+
+
+def _ask(state: State, route: Route, parts: Mapping[str, str]) -> None:
+    if route.permission is not None and not is_allowed(state, route.permission):
+        raise ApiError(403, "forbidden", f"This needs the permission {route.permission!r}.")
+    if route.permission == "manage" and is_forgeable():
+        why = "A caller known by cookie must send the token of GET api/csrf as X-CSRFToken."
+        raise ApiError(403, "csrf", why)
+    if not all(is_possible_id(item_id) for item_id in parts.values()):
+        raise not_found("id")
+
+
+def _input(state: State, route: Route) -> list[Any]:
+    """Return the arguments that come from query or body: one, or none."""
+    if route.query is not None:
+        return [_query_input(route.query())]
+    if route.body is None:
+        return []
+    if isinstance(route.body, str):
+        partial = route.body == "EndpointChangeInput"
+        return [_json_input(operations.endpoint_schema(state), partial=partial)]
+    schema = route.body()
+    values = _json_input(schema)
+    return [values] if schema.fields else []
+
+
+def _query_input(schema: Schema) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, items in request.args.lists():
+        # A list may be written with commas or by naming its field again.
+        values[name] = ",".join(items) if name == "status" else items[-1]
+    return operations.checked(schema, values)
+
+
+def _json_input(schema: Schema, *, partial: bool | None = None) -> dict[str, Any]:
+    """Return the JSON object in the body, checked; no body is an empty object."""
+    values: Any = {}
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise ApiError(413, "too_large", f"At most {MAX_BODY_BYTES} bytes are accepted.")
+    if request.get_data():
+        if not request.is_json:
+            # A form can be sent by another site without asking; JSON cannot.
+            raise ApiError(415, "not_json", "Send the body as application/json.")
+        try:
+            values = request.get_json(silent=True)
+        except RecursionError:
+            values = None
+    if not isinstance(values, dict):
+        raise ApiError(400, "invalid", "Expected a JSON object.")
+    return operations.checked(schema, values, partial=partial)
+
+
+def _idempotency_key() -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not _KEY.fullmatch(key):
+        raise operations.InvalidInputError(
+            {"Idempotency-Key": ["Expected 1 to 255 visible ASCII characters."]}
+        )
+    return key
+
+
+def _answer(route: Route, found: Any) -> Response:
+    usual = next(iter(route.answers))
+    body, status, headers = found if isinstance(found, tuple) else (found, usual, {})
+    content, _description = route.answers[status]
+    if content is None:
+        response = Response()
+    else:
+        response = jsonify(content().dump(body) if isinstance(content, type) else body)
+    response.status_code = status
+    response.headers.update(headers)
+    return response
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+
+
+class ApiError(RQWebhooksError):
+    """A request to the API is refused.
+
+    :param code: stable, for programs.
+    :param details: input field → reasons.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, details: Mapping[str, list[str]] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.details = dict(details or {})
+
+
+def not_found(what: str) -> ApiError:
+    """Return the refusal for an id that is unknown, or not the caller's to know."""
+    return ApiError(404, "not_found", f"There is no such {what}.")
+
+
+def is_possible_id(text: str) -> bool:
+    """Say whether *text*, from a path, may be looked for: databases differ in what they make of the rest."""
+    return "\0" not in text and len(text) <= MAX_ID
+
+
+def _refusal(status: int, code: str, message: str, details: Mapping[str, Any] | None = None) -> Response:
+    response = jsonify({"error": {"code": code, "message": message, "details": dict(details or {})}})
+    response.status_code = status
+    return response
+
+
+def _invalid(details: Mapping[str, Any]) -> Response:
+    return _refusal(400, "invalid", "The request is not acceptable.", details)
+
+
+def _install(blueprint: Blueprint) -> None:
+    """Let *blueprint* answer errors as JSON, and put the safe headers on everything it serves."""
+
+    @blueprint.errorhandler(ApiError)
+    def refused(exc: ApiError) -> Response:
+        return _refusal(exc.status, exc.code, str(exc), exc.details)
+
+    @blueprint.errorhandler(operations.InvalidInputError)
+    def invalid(exc: operations.InvalidInputError) -> Response:
+        return _invalid(exc.details)
+
+    @blueprint.errorhandler(operations.UnknownItemError)
+    def unknown(exc: operations.UnknownItemError) -> Response:
+        # Without the id, and without saying of which kind an endpoint is.
+        return refused(not_found(exc.what.rpartition(" ")[2]))
+
+    @blueprint.errorhandler(operations.ReusedKeyError)
+    def reused(exc: operations.ReusedKeyError) -> Response:
+        return _refusal(409, "idempotency_key", "This Idempotency-Key was used for another endpoint.")
+
+    @blueprint.errorhandler(CursorError)
+    def bad_cursor(exc: CursorError) -> Response:
+        return _invalid({"cursor": [str(exc)]})
+
+    @blueprint.errorhandler(StorageUnavailableError)
+    def unavailable(exc: StorageUnavailableError) -> Response:
+        logger.error("%s %r failed: %s", request.method, request.path, exc)
+        response = _refusal(503, "unavailable", "The database cannot be reached now.")
+        response.headers["Retry-After"] = str(RETRY_UNAVAILABLE_S)
+        return response
+
+    @blueprint.after_request
+    def safe(response: Response) -> Response:
+        response.headers.setdefault("Cache-Control", "no-store")
+        response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        if response.mimetype != "text/html":  # pages say it themselves; a host's error page is the host's
+            response.headers.setdefault(
+                "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
+            )
+        return response

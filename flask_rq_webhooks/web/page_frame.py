@@ -1,0 +1,163 @@
+"""What all pages have in common: permission, safe headers, the layout they appear in.
+
+A page appears inside the host's layout where ``BASE_TEMPLATE`` names one, and in our own layout where that
+one cannot be rendered. Every name that our templates add begins with ``rqw_``, so that none of the host's is
+hidden.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flask import Response, abort, make_response, redirect, render_template, request, url_for
+from jinja2 import BaseLoader, ChoiceLoader, Environment, FileSystemLoader
+
+from ..errors import StorageUnavailableError
+from ..protocol.urls import redact_url
+from ..state import State
+from ..storage.queries import CursorError
+from ..storage.statistics import COUNT_CAP
+from . import formatting
+from .csrf import FORM_FIELD, csrf_token, is_forgeable
+from .health import everywhere
+from .operations import InvalidInputError, UnknownItemError
+from .permissions import Permission, is_allowed
+
+logger = logging.getLogger(__name__)
+
+View = TypeVar("View", bound=Callable[..., Any])
+
+#: With our own layout nothing but our own files is loaded and no other script runs.
+POLICY = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'self'"
+)
+#: Inside a host's layout the host's own policy says what may be loaded.
+POLICY_IN_HOST = "frame-ancestors 'self'"
+
+OWN_BASE = "rq_webhooks/base.html"
+TEMPLATES = Path(__file__).with_name("templates")
+
+#: What every page of ours contains where its layout has the block ``content``.
+CONTENT_MARK = '<div class="rqw">'
+#: What it contains where the layout has the block ``head``.
+HEAD_MARK = "dashboard.css"
+
+#: Where the templates of an app are cached.
+_CACHE = "rq_webhooks_templates"
+
+
+def page(state: State, permission: Permission = "read") -> Callable[[View], View]:
+    """Let a view run only for callers with *permission*, and serve what it returns safely.
+
+    A change needs ``manage`` and a token of ours. Refusals are plain 403s, so that the host's own error
+    pages show them.
+    """
+
+    def decorate(view: View) -> View:
+        @functools.wraps(view)
+        def wrapper(*args: Any, **kwargs: Any) -> Response:
+            if not is_allowed(state, permission):
+                abort(403, f"This needs the permission {permission!r}.")
+            if request.method == "POST" and is_forgeable():
+                abort(403, "This form has expired. Go back, load the page again and repeat.")
+            try:
+                response = make_response(view(*args, **kwargs))
+            except UnknownItemError:
+                abort(404)
+            except InvalidInputError as exc:
+                abort(400, str(exc))
+            except CursorError:
+                abort(400 if request.method == "POST" else 404)
+            except StorageUnavailableError as exc:
+                logger.error("%s %r failed: %s", request.method, request.path, exc)
+                response = make_response(render(state, "unavailable.html"), 503)
+                response.headers["Retry-After"] = "5"
+            own = state.settings.base_template is None
+            response.headers["Content-Security-Policy"] = POLICY if own else POLICY_IN_HOST
+            response.headers["Referrer-Policy"] = "same-origin"
+            response.headers["Cache-Control"] = "no-store"
+            response.headers["X-Content-Type-Options"] = "nosniff"
+            return response
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+def render(state: State, template: str, **values: Any) -> str:
+    """Return a page of ours, in the host's layout where that is possible.
+
+    :param values: what the template shows; it finds them under their names with ``rqw_`` before them.
+    """
+    values.setdefault("now", datetime.now(UTC))
+    if template == "unavailable.html":
+        values["alarms"] = []
+    elif "alarms" not in values:
+        values["alarms"] = everywhere(state)
+    values |= {
+        "shown": formatting,
+        "redact_url": redact_url,
+        "cap": COUNT_CAP,
+        "csrf_field": FORM_FIELD,
+        "csrf_token": csrf_token,
+        "may_manage": is_allowed(state, "manage"),
+        "done": request.args.get("done", ""),
+        "done_count": request.args.get("n", 0, type=int),
+    }
+    context = {f"rqw_{name}": value for name, value in values.items()}
+    found = environment(state).get_template(f"rq_webhooks/{template}")
+    base = state.settings.base_template
+    if base is not None:
+        try:
+            return _with_assets(state, render_template(found, rqw_base=base, **context))
+        except (
+            Exception
+        ) as exc:  # the host's layout and what it calls: the dashboard is needed most in trouble
+            logger.error(
+                "The pages cannot be shown in RQ_WEBHOOKS_BASE_TEMPLATE %r (%s: %s), so our own layout is "
+                "used; `flask rq-webhooks doctor` says what to do.", base, type(exc).__name__, exc,
+            )  # fmt: skip
+    return render_template(found, rqw_base=OWN_BASE, **context)
+
+
+def environment(state: State) -> Environment:
+    """Return the app's Jinja environment, which finds our templates whatever loader the app chose."""
+    app = state.app
+    cached: Environment | None = app.extensions.get(_CACHE)
+    if cached is None:
+        loaders: list[BaseLoader] = [FileSystemLoader(TEMPLATES)]
+        if app.jinja_env.loader is not None:
+            loaders.insert(0, app.jinja_env.loader)  # a host may replace a template of ours
+        cached = app.jinja_env.overlay(loader=ChoiceLoader(loaders))
+        app.extensions[_CACHE] = cached
+    return cached
+
+
+def _with_assets(state: State, html: str) -> str:
+    """Return a page in the host's layout with style and script, also where that has no block for them."""
+    if CONTENT_MARK not in html:
+        raise LookupError("the layout has no block 'content'")
+    if HEAD_MARK in html:
+        return html
+    assets = render_template(environment(state).get_template("rq_webhooks/_assets.html"))
+    return html.replace(CONTENT_MARK, assets + CONTENT_MARK, 1)
+
+
+def done(what: str, view: str, count: int | None = None, **values: Any) -> Response:
+    """Redirect to a page that says what was done; the word is in its URL, which needs no session."""
+    if count is not None:
+        values["n"] = count
+    return make_response(redirect(url_for(view, done=what, **values), code=303))
+
+
+def possible_id(item_id: str) -> str:
+    """Return an id from a path if it can be one of ours; databases differ in what they make of the rest."""
+    if not (item_id.isascii() and item_id.isprintable() and len(item_id) <= 40):
+        abort(404)
+    return item_id
