@@ -465,30 +465,20 @@ def _insert_at_once(columns: tuple[tuple[str, tuple[str, ...]], ...]) -> Executa
 _WATCHES = Base.metadata.tables[Watch.__tablename__]
 
 
-def _insert_open(statement: Any) -> Executable:
-    changes = {name: statement.excluded[name] for name in ("status", "confirmed_at", "run")}
+def _insert_watch(statement: Any, *changed: str) -> Executable:
+    changes = {name: statement.excluded[name] for name in changed}
     insert: Executable = statement.on_conflict_do_update(
         index_elements=["job_id", "endpoint_id"], set_=changes, where=Watch.status == "reserved"
     )
     return insert
 
 
-def _insert_reserved(statement: Any) -> Executable:
-    insert: Executable = statement.on_conflict_do_update(
-        index_elements=["job_id", "endpoint_id"],
-        set_={"run": statement.excluded.run},
-        where=(Watch.status == "reserved") & Watch.run.is_(None),
-    )
-    return insert
-
-
-#: Whether on SQLite → the statement that reserves a watch, or notes the run on a reserved one.
-_INSERT_RESERVED = {
-    True: _insert_reserved(sqlite.insert(_WATCHES)),
-    False: _insert_reserved(postgresql.insert(_WATCHES)),
-}
-#: Whether on SQLite → the statement that opens a watch, reserved or not.
-_INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(postgresql.insert(_WATCHES))}
+#: Whether on SQLite → the statement that opens a watch, or notes the run on one that is only reserved.
+_INSERT_OPEN, _INSERT_RESERVED = (
+    {True: _insert_watch(sqlite.insert(_WATCHES), *changed),
+     False: _insert_watch(postgresql.insert(_WATCHES), *changed)}
+    for changed in (("status", "confirmed_at", "run"), ("run",))
+)  # fmt: skip
 
 
 def _execute(
