@@ -163,11 +163,7 @@ def _published(
     published = []
     for outcome in outcomes:
         new = news(outcome, reported, now=now)
-        if (
-            new is None
-            and not watch.settled
-            and any(ending.run == outcome.run and ending.type == outcome.type for ending in reported)
-        ):
+        if new is None and not watch.settled and any(ending.run == outcome.run for ending in reported):
             new = outcome
         if new is not None and not (watch.settled and watch.of_tree):
             published.append(new)

@@ -224,6 +224,8 @@ def _result_after(report: OutboxEntry, following: OutboxEntry | None, job: JobRe
             continue
         if following is not None and result.at > reported_at(following):
             return None
+        if report.kind == "stopped" and result.type in ("success", "retried"):
+            return None  # a run that was stopped leaves a failure
         if result.started_at is not None and report.started_at is not None:
             return result if result.started_at <= parse_time(report.started_at) else None
         return result
@@ -368,9 +370,5 @@ def is_loss_of(ending: Reported, outcome: Outcome) -> bool:
     """Say whether *ending* is a loss of a job that nobody had seen, and *outcome* how it really ended."""
     if JOB_LOST not in ending.types or not ending.run.startswith("created:"):
         return False
-    if ending.corrected:
-        return outcome.ended_at is not None and any(
-            abs(outcome.ended_at - moment) <= _MILLISECOND for moment in ending.ended_at
-        )
     began = outcome.run.removeprefix("created:")
     return parse_time(began) <= ending.stored_at + CLOCK_SKEW
