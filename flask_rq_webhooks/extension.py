@@ -132,7 +132,7 @@ class RQWebhooks:
         *,
         events: Sequence[str] | None = None,
         scope: str = "job",
-        runid: str = "runid",
+        runid: str | None = "runid",
         jobs: decorator.Jobs | None = None,
         fields: str = "all",
         hide: str = "all",
@@ -145,7 +145,7 @@ class RQWebhooks:
         *,
         events: Sequence[str] | None = None,
         scope: str = "job",
-        runid: str = "runid",
+        runid: str | None = "runid",
         jobs: decorator.Jobs | None = None,
         fields: str = "all",
         hide: str = "all",
@@ -156,7 +156,8 @@ class RQWebhooks:
 
         :param events: event types sent where the request names none; all terminal types by default.
         :param scope: ``"job"``, or ``"tree"`` for one event about all jobs of the request and their children.
-        :param runid: name of the view argument that holds the host's run id.
+        :param runid: name of the view argument that holds the host's run id; ``None``: no argument does,
+            neither of the view nor of the jobs, only ``job.meta["runid"]``.
         :param jobs: the functions whose jobs are reported, as names (dotted, or the last part) or themselves;
             or a function that is given a dotted name and returns whether. Every job by default.
         :param fields: ``"headers"`` for a view that reads the body as a stream: the body is not touched, and

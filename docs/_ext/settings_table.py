@@ -1,4 +1,8 @@
-"""The directive ``rq-webhooks-settings``: every row of the settings table, so that the page cannot drift."""
+"""The directive ``rq-webhooks-settings``: settings with their defaults, from the table the package reads.
+
+``.. rq-webhooks-settings:: ENABLED REDIS_URL`` describes these two. Without names it describes every setting
+that the page has not described yet, so that none is missing.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,20 @@ SPOKEN: dict[Any, str] = {
 class SettingsTable(Directive):
     """One target and one definition per setting: ``:ref:`setting-timeout```."""
 
-    has_content = False
+    optional_arguments = 1
+    final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        lines: list[str] = []
-        for setting in SETTINGS:
-            lines += describe(setting)
+        settings = {setting.name: setting for setting in SETTINGS}
+        page = self.state.document.settings.env.temp_data
+        described: set[str] = page.setdefault("described_settings", set())
+        names = self.arguments[0].split() if self.arguments else [n for n in settings if n not in described]
+        if unknown := set(names) - set(settings):
+            raise self.error(f"no such setting: {', '.join(sorted(unknown))}")
+        if repeated := described & set(names):
+            raise self.error(f"described twice: {', '.join(sorted(repeated))}")
+        described.update(names)
+        lines = [line for name in names for line in describe(settings[name])]
         container = nodes.container()
         self.state.nested_parse(StringList(lines, source="flask_rq_webhooks/config.py"), 0, container)
         return list(container.children)

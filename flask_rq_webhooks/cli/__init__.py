@@ -18,6 +18,7 @@ from flask.cli import AppGroup, ScriptInfo
 
 from ..dispatch.dispatcher import Dispatcher, reconcile_now
 from ..dispatch.http import open_transport
+from ..dispatch.processes import Supervisor, is_child, life_signs, own_command
 from ..dispatch.request_builder import send_ping
 from ..state import EXTENSION_NAME, State, get_state
 from ..storage.crypto import rekey
@@ -31,7 +32,7 @@ from .doctor import examine
 from .endpoint_commands import endpoints
 from .failures import EXPLAINED, explain
 from .listen import listen
-from .options import MOMENT, as_json, echo_json, progress_to_stderr
+from .options import MOMENT, ProcessCount, as_json, echo_json, progress_to_stderr
 from .route_commands import routes
 
 
@@ -67,16 +68,26 @@ cli.add_command(routes)
 
 @cli.command()
 @click.option("--burst", is_flag=True, help="Stop as soon as nothing is due.")
-@click.option("--concurrency", type=click.IntRange(1, 1000), help="Requests in flight at once.")
-def worker(burst: bool, concurrency: int | None) -> None:
+@click.option(
+    "--concurrency", type=click.IntRange(1, 1000), help="Requests in flight at once, in each process."
+)
+@click.option(
+    "--processes",
+    type=ProcessCount(),
+    default=1,
+    show_default=True,
+    help="Dispatcher processes to run and to restart when they die; auto: one for each processor.",
+)
+def worker(burst: bool, concurrency: int | None, processes: int) -> None:
     """Deliver webhooks until stopped (a dispatcher).
 
     SIGTERM and Ctrl-C finish the requests in flight; a second one does not wait for them. Run as many
     workers as you like, on as many machines as you like.
     """
     _log_to_stderr()
-    state = get_state()
-    dispatcher = Dispatcher(state, concurrency=concurrency)
+    if processes > 1 and not is_child():
+        raise SystemExit(Supervisor(own_command(), processes, burst=burst).run())
+    dispatcher = Dispatcher(get_state(), concurrency=concurrency, on_alive=life_signs())
     # What was loaded so far lives as long as this process; the garbage collector need not visit it again:
     # several per cent of the CPU of a busy dispatcher.
     gc.collect()
@@ -239,7 +250,8 @@ def _log_to_stderr() -> None:
     package = logging.getLogger("flask_rq_webhooks")
     if not package.hasHandlers():
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        layout = "%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s"
+        handler.setFormatter(logging.Formatter(layout))
         package.addHandler(handler)
     if package.getEffectiveLevel() > logging.INFO and package.level == logging.NOTSET:
         package.setLevel(logging.INFO)

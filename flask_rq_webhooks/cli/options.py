@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..dispatch.processes import available_processors
+
 _AGE = re.compile(r"([0-9]{1,6})([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 if TYPE_CHECKING:
     _MomentType = click.ParamType[datetime]
+    _NumberType = click.ParamType[int]
 else:
-    _MomentType = click.ParamType  # generic from click 8.2 on
+    _MomentType = _NumberType = click.ParamType  # generic from click 8.2 on
 
 
 class Moment(_MomentType):
@@ -39,6 +42,20 @@ class Moment(_MomentType):
 
 
 MOMENT = Moment()
+
+
+class ProcessCount(_NumberType):
+    """A number of processes, or ``auto``: as many as there are processors."""
+
+    name = "number|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return *value* as a number from 1 to 64."""
+        if value == "auto":
+            return available_processors()
+        if str(value).isdecimal() and 1 <= int(value) <= 64:
+            return int(value)
+        self.fail(f"{value!r} is neither a number from 1 to 64 nor auto.", param, ctx)
 
 
 def cleaned(value: object) -> str:

@@ -53,7 +53,7 @@ PRUNE_S = 3600.0
 #: Seconds after a missed pass in which another dispatcher takes over. Two passes at once do no harm.
 LEASE_SPARE_S = 5.0
 #: First and longest pause after an error, seconds.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +110,7 @@ class Dispatcher:
     :param transport: how bytes travel; what ``TRANSPORT`` says by default. A given one is not closed here.
     :param concurrency: requests in flight at once; ``CONCURRENCY`` by default.
     :param periodic: jobs of the main thread beside reconcile and pruning.
+    :param on_alive: called every few seconds while no thread is stuck; ``False`` stops the dispatcher.
     :raises StorageUnavailableError: when SQL cannot be reached.
     :raises ConfigurationError: when ``TRANSPORT`` needs something that is not installed.
     """
@@ -121,6 +122,7 @@ class Dispatcher:
         transport: Transport | None = None,
         concurrency: int | None = None,
         periodic: Sequence[PeriodicJob] = (),
+        on_alive: Callable[[], bool] = lambda: True,
     ) -> None:
         settings = state.settings
         self.id = new_id("dsp")
@@ -154,6 +156,7 @@ class Dispatcher:
             PeriodicJob(name="prune", interval_s=PRUNE_S, first_after_s=PRUNE_S / 60, run=self._prune),
             *periodic,
         ]
+        self._on_alive = on_alive
         self._stop_requested = False
         self._hurry = False
         self._troubles: dict[str, type[BaseException]] = {}
@@ -351,6 +354,8 @@ class Dispatcher:
                 "No heartbeat: %s has not got through for more than %.0f s.", " and ".join(stuck), STUCK_S
             )
         else:
+            if not self._on_alive():
+                self.stop()
             heartbeat(self._state.database, self.id, started=False)
         if free_expired_leases(self._state.database):
             self._sender.wake()

@@ -41,6 +41,7 @@ class Notices:
         self, redis: Redis | None, channel: str, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._redis = redis
+        self.enabled = redis is not None
         self._channel = channel
         self._clock = clock
         self._silent_until = float("-inf")

@@ -16,8 +16,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import DataError
-
 from .. import signals
 from .._steps import reached
 from ..protocol.headers import mask_headers
@@ -25,6 +23,7 @@ from ..protocol.retry import Decision
 from ..protocol.urls import redact_url
 from ..storage.attempts import AttemptRecord, record_attempts
 from ..storage.claims import ClaimedDelivery
+from ..storage.sql_errors import DataError
 from .http import AttemptRequest, AttemptResult
 from .pubsub import Notices
 
@@ -52,6 +51,7 @@ def judge(
         retry_after=result.retry_after,
         now=datetime.now(UTC),
         random=random.random,
+        retry_4xx=delivery.format != "task",
     )
     return AttemptRecord(
         delivery=delivery,
@@ -196,7 +196,8 @@ class Recorder:
                 "were made under a lease that had run out; then they are made again, same webhook-id: %s",
                 len(outcome.stale), ", ".join(outcome.stale[:5]),
             )  # fmt: skip
-        self._notices.publish(recorded)
+        if self._notices.enabled:
+            self._notices.publish(recorded)
         self._emit(recorded, outcome.disabled)
 
     def _emit(self, recorded: Iterable[tuple[AttemptRecord, str]], disabled: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
-"""From a claimed delivery to the request that is sent: decrypt, sign, put the headers in order.
+"""Build the HTTP request of a claimed delivery: decrypt, sign, and put the headers in order.
 
-Owns which headers a webhook carries (DESIGN §7). Knows nothing of how bytes travel, and writes nothing.
+Owns which headers a webhook carries (DESIGN §7). Knows nothing of connections, and writes nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What one request says, before anything secret is opened.
+    """What one request carries.
 
-    :param headers: the client's own headers, opened.
-    :param secrets: live secrets, opened, newest first; none: not signed.
+    :param headers: the client's own headers, decrypted.
+    :param secrets: live secrets, decrypted, newest first; not signed without any.
     :param iso_timestamp: whether ``<prefix>-Timestamp`` is ISO 8601 instead of unix seconds.
     """
 
@@ -46,12 +46,12 @@ class Message:
 def build_request(claimed: ClaimedDelivery, *, state: State, now: datetime) -> AttemptRequest:
     """Return the request of this attempt, signed as of *now*.
 
-    There is no unsigned fallback: what cannot be signed as promised is not sent.
+    There is no unsigned fallback: a request that cannot be signed as promised is not sent.
 
     :param claimed: what :func:`~flask_rq_webhooks.storage.claims.claim_due` returned.
     :param now: aware UTC; its whole seconds are what is signed.
-    :raises DecryptionError: when no configured key opens the endpoint's secrets or headers.
-    :raises ConfigurationError: when the endpoint counts on a server-wide secret that is not set.
+    :raises DecryptionError: when no configured key decrypts the endpoint's secrets or headers.
+    :raises ConfigurationError: when the endpoint needs a server-wide secret that is not set.
     """
     own = json.loads(state.cipher.decrypt(claimed.headers)) if claimed.headers is not None else {}
     message = Message(
@@ -96,15 +96,16 @@ def request_headers(message: Message, *, state: State, now: datetime) -> dict[st
             header_prefix=prefix,
             iso_timestamp=message.iso_timestamp,
         )
-    if not message.headers:
-        return ours
+    # Firewalls refuse requests without it (OWASP CRS 920300). A client may ask for something else.
+    accept = {} if "accept" in map(str.lower, message.headers) else {"Accept": "*/*"}
     taken = {name.lower() for name in ours}
-    return {name: value for name, value in message.headers.items() if name.lower() not in taken} | ours
+    own = {name: value for name, value in message.headers.items() if name.lower() not in taken}
+    return accept | own | ours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
-    """A test message that was sent, and how that went."""
+    """A test message that was sent, and its result."""
 
     request: AttemptRequest
     result: AttemptResult
@@ -119,9 +120,9 @@ def send_ping(
     payload_format: str | None = None,
     now: datetime | None = None,
 ) -> Ping:
-    """Send one ``webhook.ping`` to *url* and wait for the answer. Nothing is stored.
+    """Send one ``webhook.ping`` to *url* and wait for the result. Nothing is stored.
 
-    It takes the same path as every delivery: same policy, headers, signatures and deadlines.
+    Policy, headers, signatures and deadlines are those of every delivery.
 
     :param secret: signs the ping; the server-wide secret, if there is one, otherwise.
     :param payload_format: name of the format to render it in; the app's default otherwise.
@@ -180,6 +181,6 @@ def _live_secrets(claimed: ClaimedDelivery, state: State) -> tuple[str, ...]:
 
 
 def _deadlines(state: State, timeout_s: float | None) -> dict[str, float]:
-    # Never longer than the lease, which is made for the setting: that may have been lowered since.
+    # Never longer than the setting, which the lease is made for, and which may have been lowered since.
     total = min(state.settings.timeout, timeout_s or state.settings.timeout)
     return {"timeout_s": total, "connect_timeout_s": min(state.settings.connect_timeout, total)}

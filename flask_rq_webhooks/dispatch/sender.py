@@ -23,7 +23,6 @@ from ..errors import ConfigurationError, DecryptionError, StorageUnavailableErro
 from ..storage.claims import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
 from ..storage.models import new_id
 from .http import AttemptRequest, AttemptResult, Transport
-from .in_flight import InFlight
 from .rate_limit import RateLimiter
 from .recorder import Recorder
 from .request_builder import build_request
@@ -84,7 +83,7 @@ class Sender:
         self._woken = threading.Event()
         self._fresh = True  # something may have become due; set by any thread
         self._freed = False  # a host has a place again that had none; set by any thread
-        self._in_flight = InFlight()
+        self._in_flight = _InFlight()
         self._queued: deque[tuple[float, Future[AttemptResult], ClaimedDelivery]] = deque()
         self._capped: frozenset[str] = frozenset()
         self._unwanted: list[ClaimedDelivery] = []  # to be given back
@@ -352,3 +351,50 @@ class _Pace:
         if now - self._since >= PACE_S:
             self.per_second = (answered - self._answered) / (now - self._since)
             self._since, self._answered = now, answered
+
+
+class _InFlight:
+    """Deliveries given to the transport whose results are still to come, counted by host.
+
+    Used from the sender's thread and from the transport's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._deliveries: dict[tuple[str, str], ClaimedDelivery] = {}
+        self._per_host: Counter[str] = Counter()
+        #: Results that arrived since the start.
+        self.answered = 0
+
+    def __len__(self) -> int:
+        return len(self._deliveries)
+
+    def per_host(self) -> dict[str, int]:
+        """Return the count by host, without hosts that have none."""
+        with self._lock:
+            return dict(self._per_host)
+
+    def deliveries(self) -> list[ClaimedDelivery]:
+        """Return all of them."""
+        with self._lock:
+            return list(self._deliveries.values())
+
+    def add(self, delivery: ClaimedDelivery) -> None:
+        """Count *delivery*."""
+        with self._lock:
+            self._deliveries[delivery.id, delivery.lease_id] = delivery
+            self._per_host[delivery.host] += 1
+
+    def remove(self, delivery: ClaimedDelivery, *, answered: bool) -> None:
+        """Forget *delivery*.
+
+        :param answered: its result arrived; otherwise it was taken back.
+        """
+        with self._lock:
+            del self._deliveries[delivery.id, delivery.lease_id]
+            self.answered += answered
+            left = self._per_host[delivery.host] - 1
+            if left:
+                self._per_host[delivery.host] = left
+            else:
+                del self._per_host[delivery.host]

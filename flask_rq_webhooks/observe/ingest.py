@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError
-
 from .._steps import reached
-from ..errors import DecryptionError, StorageUnavailableError
+from ..errors import DecryptionError
 from ..protocol.events import JOB_LOST, TERMINAL_TYPES, Occurrence
 from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
 from ..storage.endpoints import confirm
 from ..storage.events import IngestItem
 from ..storage.settling import ParkedReport, park_reports
+from ..storage.sql_errors import is_about_a_row
 from ..storage.subscriptions import is_endpoint
 from ..storage.watches import Reported, reported_endings
 from .occurrences import occurrence_of_report
@@ -356,9 +355,9 @@ class Ingest:
             ]
             if corrections:
                 self._publisher.publish([item for _waiting, item in corrections])
-        except (StorageUnavailableError, OperationalError, ProgrammingError, InternalError):
-            raise  # about the database, not about an entry: everything stays in the stream
         except Exception as exc:  # a bad entry must never block the stream
+            if not is_about_a_row(exc):
+                raise  # everything stays in the stream
             if len(items) > 1:
                 middle = len(items) // 2
                 self._store_items(items[:middle])

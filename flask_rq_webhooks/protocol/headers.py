@@ -1,7 +1,7 @@
-"""Which headers and secrets a client may bring, and what of them may be shown.
+"""Which headers and secrets a client may send along, and which header values may be shown.
 
-Everything is checked when the client asks, so that no bad value can surface hours later in the sender.
-Knows nothing of requests, storage or signing. Source of the grammar: RFC 9110, sections 5.1, 5.5 and 5.6.2.
+Everything is checked when the client asks, so that no bad value surfaces hours later in the sender. Source of
+the grammar: RFC 9110, sections 5.1, 5.5 and 5.6.2.
 """
 
 from __future__ import annotations
@@ -48,9 +48,69 @@ _REFUSED = frozenset(
     }
 )
 _REFUSED_FAMILIES = ("content-", "proxy-", "webhook-")
+#: Headers that servers inside a network act on: a request with them may pass for one of its proxy, of another
+#: client, for another path, or of a machine that may read cloud metadata (SECURITY 22).
+_TRUSTED_INSIDE = frozenset(
+    {
+        "cdn-loop",
+        "client-ip",
+        "fastly-client-ip",
+        "forwarded",
+        "fly-client-ip",
+        "front-end-https",
+        "metadata",  # Azure
+        "remote-addr",
+        "remote-user",
+        "true-client-ip",
+        "via",
+        "x-authenticated-user",
+        "x-client-ip",
+        "x-cluster-client-ip",
+        "x-envoy-external-address",
+        "x-envoy-original-path",
+        "x-forwarded",
+        "x-host",
+        "x-http-destinationurl",
+        "x-http-host-override",
+        "x-http-method",
+        "x-http-method-override",
+        "x-metadata-token",
+        "x-method-override",
+        "x-real-ip",
+        "x-rewrite-url",
+    }
+)
+_TRUSTED_INSIDE_FAMILIES = (
+    "cf-",  # Cloudflare
+    "metadata-",  # Google Cloud and others
+    "ssl-client-",
+    "x-aliyun-",
+    "x-amzn-",
+    "x-appengine-",
+    "x-arr-",  # Azure's request routing
+    "x-auth-request-",
+    "x-aws-ec2-metadata-",
+    "x-azure-",
+    "x-envoy-internal",
+    "x-forwarded-",
+    "x-goog-",
+    "x-google-",
+    "x-ms-client-principal",
+    "x-original-",
+    "x-remote-",
+    "x-ssl-",
+    "x-webauth-",
+)
+#: Signatures of other senders: a receiver of those must not take our request for theirs.
+_SIGNATURE = re.compile(
+    r"(?:.*-)?(?:signature|sig|hmac|signed)(?:-.*)?"
+    r"|x-gitlab-token|x-goog-channel-token|x-telegram-bot-api-secret-token|aws-signature|svix-.*"
+)
 
-#: Header names whose values say nothing about the client; shown as they are.
-_SHOWN = frozenset({"content-type", "user-agent", "accept-encoding", "webhook-id", "webhook-timestamp"})
+#: Headers whose values say nothing about the client; they are shown as they are.
+_SHOWN = frozenset(
+    {"accept", "content-type", "user-agent", "accept-encoding", "webhook-id", "webhook-timestamp"}
+)
 _SHOWN_OF_FAMILY = ("event", "delivery", "attempt", "timestamp")
 
 
@@ -134,6 +194,10 @@ def _refusal(name: Any, value: Any, header_prefix: str) -> str | None:
     families = (*_REFUSED_FAMILIES, f"{header_prefix.lower()}-")
     if folded in _REFUSED or folded.startswith(families) or folded == header_prefix.lower():
         return f"{_shown(name)} cannot be set by a client."
+    if folded in _TRUSTED_INSIDE or folded.startswith(_TRUSTED_INSIDE_FAMILIES):
+        return f"{_shown(name)} cannot be set by a client: servers inside a network trust it."
+    if _SIGNATURE.fullmatch(folded):
+        return f"{_shown(name)} cannot be set by a client: receivers take it for a sender's signature."
     if len(value) > MAX_VALUE_BYTES:
         return f"{_shown(name)}: the value is longer than {MAX_VALUE_BYTES} bytes."
     if not _VALUE.fullmatch(value):

@@ -1,7 +1,6 @@
-"""What follows from one attempt: done, again later, or given up.
+"""Decide what follows from one attempt: succeeded, another attempt later, or exhausted.
 
-Owns the status rules and the reading of ``Retry-After``. Decides, never sleeps; knows nothing of rows
-and leases.
+Owns the rules for statuses and the parsing of ``Retry-After``. Never sleeps; knows nothing of rows.
 """
 
 from __future__ import annotations
@@ -13,8 +12,12 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
-#: A receiver can put the next attempt off by this much, seconds.
+#: Longest delay a receiver can ask for, seconds.
 MAX_RETRY_AFTER_S = 86_400.0
+#: Statuses that often pass within minutes: we called back before the client stored the job's id, or it is
+#: rotating its keys. They get the first delays of the schedule, and no more attempts than these.
+SHORT_LIVED_STATUSES = frozenset({401, 403, 404})
+SHORT_LIVED_ATTEMPTS = 5
 
 #: Error codes after which another attempt cannot help.
 _FINAL_CODES = frozenset({"blocked", "rate_limited", "redirect", "http_4xx"})
@@ -40,8 +43,8 @@ class Decision:
 
     :param status: ``"succeeded"``, ``"pending"`` (again after *delay_s*) or ``"exhausted"``.
     :param delay_s: seconds until the next attempt; ``None`` unless pending.
-    :param disable_endpoint: the receiver said that it is gone for good.
-    :param error_code: what the attempt is recorded with; ``None`` on success.
+    :param disable_endpoint: the receiver said that it is gone for good (410).
+    :param error_code: recorded with the attempt; ``None`` on success.
     """
 
     status: Literal["succeeded", "pending", "exhausted"]
@@ -52,13 +55,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """When to try again.
+    """When to make another attempt.
 
     :param schedule: seconds before the second, third, … attempt; the last one repeats where an endpoint
         allows more attempts than the schedule has.
-    :param statuses: HTTP statuses worth another attempt.
-    :param jitter: share by which a delay is spread, so that a receiver's outage does not end in a
-        stampede.
+    :param statuses: HTTP statuses that are retried; :data:`SHORT_LIVED_STATUSES` are in any case, but not
+        as often.
+    :param jitter: share by which a delay varies, so that many deliveries do not return in one moment after
+        an outage.
     """
 
     schedule: tuple[float, ...]
@@ -75,23 +79,27 @@ class RetryPolicy:
         retry_after: str | None,
         now: datetime,
         random: Callable[[], float],
+        retry_4xx: bool = True,
     ) -> Decision:
         """Decide what follows from an attempt.
 
-        :param status_code: the receiver's answer, ``None`` where there was none.
-        :param error_code: what the transport found; it goes before a status, which may be the remains of
+        :param status_code: the receiver's status, ``None`` without a response.
+        :param error_code: what the transport found; it goes before the status, which may be what is left of
             a connection shut down at its deadline.
         :param number: number of the attempt just made, from 1.
         :param max_attempts: attempts this delivery may make in all.
-        :param retry_after: the answer's ``Retry-After`` header, as it came.
-        :param now: aware time the answer came.
+        :param retry_after: the ``Retry-After`` header of the response, as it came.
+        :param now: aware time of the response.
         :param random: returns a number from 0 to 1.
+        :param retry_4xx: whether a 4xx may be retried; not so for ``format="task"``, whose contract is that
+            every 4xx is final.
         """
         if status_code is not None and (error_code is None or error_code in _STATUS_CODES):
             error_code = error_code_for_status(status_code)
             if error_code is None:
                 return Decision(status="succeeded")
-            again, gone = self._is_retried(status_code), status_code == _GONE
+            may_retry = retry_4xx or not 400 <= status_code <= 499
+            again, gone = may_retry and self._is_retried(status_code, number), status_code == _GONE
         else:
             error_code = error_code or "internal"
             again, gone = error_code not in _FINAL_CODES, False
@@ -101,13 +109,15 @@ class RetryPolicy:
             status="pending", delay_s=self._delay_s(number, retry_after, now, random), error_code=error_code
         )
 
-    def _is_retried(self, status_code: int) -> bool:
+    def _is_retried(self, status_code: int, number: int) -> bool:
         if status_code == _GONE:
             return False
         if not 200 <= status_code <= 599:
             # No valid final answer: "as if it had a 5xx (Server Error) status code", RFC 9110, section 15.
             status_code = 500
-        return status_code in self.statuses
+        if status_code in self.statuses:
+            return True
+        return status_code in SHORT_LIVED_STATUSES and number < SHORT_LIVED_ATTEMPTS
 
     def _delay_s(
         self, number: int, retry_after: str | None, now: datetime, random: Callable[[], float]
@@ -137,8 +147,8 @@ def error_code_for_status(status: int) -> str | None:
 def parse_retry_after(value: str, now: datetime) -> float | None:
     """Return the seconds a ``Retry-After`` header asks for, 0 for a date that has passed.
 
-    Strict, since receivers are not trusted: ``nan``, signs, fractions, other digits than ASCII and
-    numbers of more than ten digits are ``None``, as is a date that is not one of HTTP's forms.
+    Strict, since receivers are not trusted: ``nan``, signs, fractions, non-ASCII digits and numbers of more
+    than ten digits give ``None``, as does a date in none of HTTP's forms.
 
     :param now: aware.
     """

@@ -1,12 +1,8 @@
 """Which URLs and addresses a webhook may go to.
 
-Owns parsing, the address table and what of a URL may be shown. A URL is judged twice: by
-:meth:`UrlPolicy.check_url` before it is stored and again before it is used, and every address its name
-resolves to by :meth:`UrlPolicy.check_address` before a connection is opened. Knows nothing of DNS,
-sockets, requests or the database.
-
-The standard library's ``is_global`` is not used: its answers differ between Python versions and miss
-ranges (multicast, 168.63.129.16, NAT64, 6to4, IPv4-compatible addresses).
+Owns parsing, the policy, and what of a URL may be shown. A URL is checked by :meth:`UrlPolicy.check_url`
+before it is stored and again before it is used, and every address of its name by
+:meth:`UrlPolicy.check_address` before a connection is opened. Knows nothing of DNS, sockets or SQL.
 """
 
 from __future__ import annotations
@@ -23,58 +19,11 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
 from ..errors import BlockedURLError, ConfigurationError
+from .addresses import LOOPBACK, IPAddress, IPNetwork, inside, is_public, nat64_ipv4
 
 MAX_URL_LENGTH = 2048
 
-IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
-
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-
-#: No receiver of a stranger's webhook lives here. Source: IANA IPv4 Special-Purpose Address Registry,
-#: plus multicast, the deprecated 6to4 relays, and the two addresses clouds serve secrets on outside of it.
-_IPV4_DENIED = tuple(
-    ipaddress.IPv4Network(text)
-    for text in (
-        "0.0.0.0/8",  # "this network"; Linux connects 0.0.0.0 to itself
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # carrier-grade NAT; 100.100.100.200 is Alibaba's metadata
-        "127.0.0.0/8",
-        "168.63.129.16/32",  # Azure's host agent, inside a public range
-        "169.254.0.0/16",  # link local; 169.254.169.254 is the metadata of most clouds
-        "172.16.0.0/12",
-        "192.0.0.0/24",  # 192.0.0.192 is Oracle's metadata
-        "192.0.2.0/24",
-        "192.31.196.0/24",
-        "192.52.193.0/24",
-        "192.88.99.0/24",
-        "192.168.0.0/16",
-        "192.175.48.0/24",
-        "198.18.0.0/15",
-        "198.51.100.0/24",
-        "203.0.113.0/24",
-        "224.0.0.0/4",
-        "240.0.0.0/4",
-    )
-)
-#: Everything else in IPv6 is not, or not yet, the public internet.
-_IPV6_PUBLIC = ipaddress.IPv6Network("2000::/3")
-_IPV6_DENIED = tuple(
-    ipaddress.IPv6Network(text)
-    for text in (
-        "2001::/23",  # Teredo, ORCHID, benchmarking
-        "2001:db8::/32",
-        "2002::/16",  # 6to4: carries any IPv4 address
-        "3fff::/20",
-    )
-)
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_LOOPBACK: tuple[IPNetwork, ...] = (
-    ipaddress.IPv4Network("127.0.0.0/8"),
-    ipaddress.IPv6Network("::1/128"),
-)
-#: Upper half of an ISATAP interface identifier; the lower half is an IPv4 address (RFC 5214, 6.1).
-_ISATAP = (0x00005EFE, 0x02005EFE)
 
 #: Names that mean the machine itself or the cloud's metadata service, whatever DNS says.
 _LOCAL_NAMES = frozenset(
@@ -94,6 +43,8 @@ _FORBIDDEN = re.compile(
 )
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+#: Names of containers and Windows machines; no public host name has underscores (RFC 1123, 2.1).
+_INSIDE_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _DOTS = re.compile("[.\u3002\uff0e\uff61]")
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
@@ -163,7 +114,7 @@ class UrlPolicy:
     :param allowed_domains: if any is given, only these hosts and their sub-domains. ``"*.example.com"`` or
         ``".example.com"`` means the sub-domains alone.
     :param blocked_ports: ports that may not be reached.
-    :param allow_nat64: judge addresses in ``64:ff9b::/96`` by the IPv4 address they carry.
+    :param allow_nat64: allow addresses in ``64:ff9b::/96`` that carry a public IPv4 address.
     :raises ConfigurationError: naming the entry that is not a network, a domain or a port.
     """
 
@@ -186,7 +137,7 @@ class UrlPolicy:
         self._loopback_allowed = self._allow_http or any(
             network.version == loopback.version and network.overlaps(loopback)
             for network in self._allow_networks
-            for loopback in _LOOPBACK
+            for loopback in LOOPBACK
         )
 
     def check_url(self, url: str) -> CheckedURL:
@@ -206,7 +157,7 @@ class UrlPolicy:
         raw_host, raw_port = _split_authority(authority)
         port = _parse_port(raw_port, scheme)
         address: IPAddress | None = _parse_literal(raw_host)
-        host = _ascii_host(raw_host) if address is None else str(address)
+        host = str(address) if address is not None else _ascii_host(raw_host, bool(self._allow_networks))
         if address is None and _NUMERIC_LABEL.fullmatch(host.rpartition(".")[2]):
             if not _DOTTED_QUAD.fullmatch(raw_host):
                 _refuse("numeric_host")
@@ -239,14 +190,18 @@ class UrlPolicy:
             host_key=host if is_default else netloc,
         )
 
-    def check_address(self, ip: str, port: int, *, scheme: str = "https") -> None:
-        """Refuse an address no connection may be opened to.
+    def check_address(
+        self, ip: str, port: int, *, scheme: str = "https", nat64: Iterable[ipaddress.IPv6Network] = ()
+    ) -> None:
+        """Refuse an address to which no connection may be opened.
 
-        To be called with every address a name resolved to, before the first packet.
+        To be called with every address a name resolved to, before the first packet. An address within a
+        NAT64 prefix leads to the IPv4 address it carries, so that one is judged, too.
 
         :param ip: the address as text, without zone.
         :param port: the port to be connected to.
         :param scheme: plain ``http`` may only go to loopback and to the allowed networks.
+        :param nat64: NAT64 prefixes of this network beside the well-known ``64:ff9b::/96``.
         :raises BlockedURLError: with one of the codes ``address``, ``port_blocked``, ``denied_network``,
             ``private_address``, ``http``.
         """
@@ -255,19 +210,21 @@ class UrlPolicy:
         if port in self._blocked_ports:
             _refuse("port_blocked")
         address = _parse_address(ip)
-        if _inside(address, self._deny_networks):
+        if inside(address, self._deny_networks):
             _refuse("denied_network")
         if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
             address = address.ipv4_mapped
-            if _inside(address, self._deny_networks):
+            if inside(address, self._deny_networks):
                 _refuse("denied_network")
-        if _inside(address, self._allow_networks) or (self._allow_http and _inside(address, _LOOPBACK)):
+        if inside(address, self._allow_networks) or (self._allow_http and inside(address, LOOPBACK)):
             return
-        if isinstance(address, ipaddress.IPv6Address) and self._allow_nat64 and address in _NAT64:
-            address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-            if _inside(address, self._deny_networks):
+        embedded = nat64_ipv4(address, nat64)
+        if embedded is not None:
+            if inside(embedded, self._deny_networks):
                 _refuse("denied_network")
-        if not _is_public(address):
+            if not is_public(embedded):
+                _refuse("private_address")
+        if not is_public(address) and (embedded is None or not self._allow_nat64):
             _refuse("private_address")
         if scheme != "https":
             _refuse("http")
@@ -375,14 +332,17 @@ def _parse_literal(host: str) -> ipaddress.IPv6Address | None:
         _refuse("host", exc)
 
 
-def _ascii_host(host: str) -> str:
-    """Return the host name in lower case and ASCII, without trailing dot."""
+def _ascii_host(host: str, underscores: bool) -> str:
+    """Return the host name in lower case and ASCII, without trailing dot.
+
+    :param underscores: accept them, since an operator's own network may have such names.
+    """
     if len(host) > 254:
         _refuse("host")
     labels = _DOTS.split(host) if not host.isascii() else host.lower().split(".")
     if len(labels) > 1 and labels[-1] == "":
         labels.pop()
-    ascii_labels = [_ascii_label(label) for label in labels]
+    ascii_labels = [_ascii_label(label, underscores) for label in labels]
     if not host.isascii() and not any(label.startswith("xn--") for label in ascii_labels):
         _refuse("idna")  # other programs may not see the host in it that we do, such as 127。0。0。1
     name = ".".join(ascii_labels)
@@ -391,7 +351,7 @@ def _ascii_host(host: str) -> str:
     return name
 
 
-def _ascii_label(label: str) -> str:
+def _ascii_label(label: str, underscores: bool) -> str:
     """Return one label as an A-label or as letters, digits and hyphens (RFC 5890, 2.3)."""
     try:
         if label.isascii():
@@ -404,7 +364,7 @@ def _ascii_label(label: str) -> str:
                 _refuse("idna")
     except (UnicodeError, ValueError, IndexError) as exc:
         _refuse("idna", exc)
-    if not _LABEL.fullmatch(label):
+    if not (_INSIDE_LABEL if underscores else _LABEL).fullmatch(label):
         _refuse("host")
     return label
 
@@ -424,7 +384,7 @@ def _escape(text: str, safe: frozenset[str]) -> str:
     while index < len(text):
         character = text[index]
         if character == "%" and _ESCAPE.match(text, index):
-            escaped.append(text[index : index + 3].upper())
+            escaped.append(text[index : index + 3])  # as it was sent: signatures of URLs depend on it
             index += 3
             continue
         escaped.append(
@@ -457,18 +417,6 @@ def _parse_address(ip: Any) -> IPAddress:
         return ipaddress.ip_address(ip)
     except ValueError as exc:
         _refuse("address", exc)
-
-
-def _inside(address: IPAddress, networks: tuple[IPNetwork, ...]) -> bool:
-    return any(address in network for network in networks)
-
-
-def _is_public(address: IPAddress) -> bool:
-    if isinstance(address, ipaddress.IPv4Address):
-        return not _inside(address, _IPV4_DENIED)
-    if address not in _IPV6_PUBLIC or _inside(address, _IPV6_DENIED):
-        return False
-    return (int(address) >> 32) & 0xFFFFFFFF not in _ISATAP
 
 
 def _domains(entries: Iterable[str]) -> tuple[str, ...]:
@@ -506,7 +454,7 @@ def _domain(entry: Any) -> str:
             return str(_parse_literal(entry))
         name = entry.removeprefix("*")
         sub_domains_only = name.startswith(".")
-        ascii_name = _ascii_host(name.removeprefix("."))
+        ascii_name = _ascii_host(name.removeprefix("."), True)
     except BlockedURLError as exc:
         raise ConfigurationError(
             f"ALLOWED_DOMAINS contains {entry!r}, which is not a host name; write it like 'example.com' "

@@ -98,12 +98,15 @@ def set_default_attachment(function: Callable[[], Attachment | None] | None) -> 
     _default_attachment = function
 
 
-def make_token(endpoint: str, maxlen: int = DEFAULT_MAXLEN) -> str:
+def make_token(endpoint: str, maxlen: int = DEFAULT_MAXLEN, *, ignores_argument: bool = False) -> str:
     """Return the endpoint's part of the dotted names.
 
     :param endpoint: endpoint id, or ``ep<namespace>_all``.
     :param maxlen: ``RQ_WEBHOOKS_OUTBOX_MAXLEN``.
+    :param ignores_argument: whether the job's first argument never names its run.
     """
+    if ignores_argument:
+        return f"{endpoint}~{maxlen}n"
     return endpoint if maxlen == DEFAULT_MAXLEN else f"{endpoint}~{maxlen}"
 
 

@@ -250,8 +250,11 @@ def age_of_oldest(redis: Redis, key: str) -> float | None:
     with redis.pipeline(transaction=False) as pipeline:
         pipeline.xrange(key, count=1)
         pipeline.time()
-        oldest, (seconds, _microseconds) = pipeline.execute()
-    return int(seconds) - int(_text(oldest[0][0]).partition("-")[0]) / 1000 if oldest else None
+        oldest, (seconds, microseconds) = pipeline.execute()
+    if not oldest:
+        return None
+    now_s = int(seconds) + int(microseconds) / 1e6
+    return now_s - int(_text(oldest[0][0]).partition("-")[0]) / 1000
 
 
 def read_until(redis: Redis, key: str | None) -> datetime | None:

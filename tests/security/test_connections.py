@@ -622,3 +622,65 @@ def test_a_stalling_proxy_is_left_at_the_deadline(make_transport: MakeTransport)
         took = seconds()
     assert (result.error_code, result.status_code) == ("timeout", None)
     assert took < 2
+
+
+# --- NAT64 ------------------------------------------------------------------------------------------------
+
+
+def dns64(answers: list[str], probe: list[str]) -> Callable[[str, int], list[str]]:
+    """Return a resolver of a network with DNS64."""
+    return lambda host, _port: ["192.0.0.170", *probe] if host == "ipv4only.arpa" else answers
+
+
+WELL_KNOWN, LOCAL = "64:ff9b::", "2a00:64:64::"
+
+
+@pytest.mark.parametrize("prefix", [WELL_KNOWN, LOCAL])
+def test_a_name_with_ipv4_is_sent_to_by_it_where_dns64_adds_addresses(
+    make_transport: MakeTransport, connects: Connects, prefix: str
+) -> None:
+    resolver = dns64([f"{prefix}7f00:1", "127.0.0.1"], [f"{prefix}192.0.0.170"])
+    policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
+    with Attacker(after_request(OK)) as server:
+        result = sender(make_transport(policy, resolver=resolver))(f"http://hooks.example.com:{server.port}/")
+    assert result.status_code == 200
+    assert connects.addresses == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("prefix", [WELL_KNOWN, LOCAL])
+@pytest.mark.parametrize("ipv4", ["127.0.0.1", "169.254.169.254"])
+@pytest.mark.parametrize("beside", [[], ["93.184.215.14"]])
+def test_a_private_address_behind_nat64_is_refused(
+    make_transport: MakeTransport, connects: Connects, prefix: str, ipv4: str, beside: list[str]
+) -> None:
+    """Whatever the name has beside it: an attacker can publish such an address himself."""
+    resolver = dns64([f"{prefix}{ipv4}", *beside], [f"{prefix}192.0.0.170"])
+    for allow in (False, True):
+        transport = make_transport(UrlPolicy(allow_nat64=allow), resolver=resolver)
+        assert sender(transport)("https://hooks.example.com/").error_code == "blocked"
+    assert connects.addresses == []
+
+
+def test_a_name_with_nothing_else_says_what_to_set(make_transport: MakeTransport, connects: Connects) -> None:
+    resolver = dns64(["64:ff9b::93.184.215.14"], ["64:ff9b::192.0.0.170"])
+    result = sender(make_transport(UrlPolicy(), resolver=resolver))("https://hooks.example.com/")
+    assert result.error_code == "blocked"
+    assert "NAT64" in str(result.error_detail)
+    assert "RQ_WEBHOOKS_ALLOW_NAT64" in str(result.error_detail)
+    assert connects.addresses == []
+
+
+def test_the_prefix_is_looked_up_once_and_only_for_names_with_ipv6(make_transport: MakeTransport) -> None:
+    asked: list[str] = []
+
+    def resolver(host: str, _port: int) -> list[str]:
+        asked.append(host)
+        if host == "ipv4only.arpa":
+            raise OSError("no such name")
+        return ["::1", "127.0.0.1"] if host.startswith("six") else ["127.0.0.1"]
+
+    with Attacker(after_request(OK)) as server:
+        send = sender(make_transport(UrlPolicy(allow_http=True), resolver=resolver))
+        for host in ("four.localhost", "six.localhost", "six2.localhost"):
+            send(f"http://{host}:{server.port}/")
+    assert asked == ["four.localhost", "six.localhost", "ipv4only.arpa", "six2.localhost"]

@@ -22,9 +22,10 @@ def command_of(words: list[str]) -> click.Command | None:
     if "rq-webhooks" not in words:
         return None
     command: click.Command = cli
-    for word in words[words.index("rq-webhooks") + 1 :]:
-        assert isinstance(command, click.Group)
-        command = command.commands[word]
+    rest = words[words.index("rq-webhooks") + 1 :]
+    while isinstance(command, click.Group):
+        command = command.commands[rest.pop(0)]
+    command.make_context(command.name, rest)  # refuses options it does not know
     return command
 
 

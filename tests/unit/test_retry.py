@@ -25,6 +25,7 @@ def decide(
     max_attempts: int = 12,
     retry_after: str | None = None,
     random: float = 0.5,
+    retry_4xx: bool = True,
 ) -> Decision:
     return policy.decide(
         status_code=status_code,
@@ -34,6 +35,7 @@ def decide(
         retry_after=retry_after,
         now=NOW,
         random=lambda: random,
+        retry_4xx=retry_4xx,
     )
 
 
@@ -64,7 +66,7 @@ def test_redirects_are_final(status: int) -> None:
     assert decide(status, "redirect") == Decision(status="exhausted", error_code="redirect")
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 413, 422, 451, 499])
+@pytest.mark.parametrize("status", [400, 402, 405, 413, 415, 422, 451, 499])
 def test_other_4xx_are_final(status: int) -> None:
     assert decide(status) == Decision(status="exhausted", error_code="http_4xx")
 
@@ -116,7 +118,8 @@ def test_every_status_agrees_with_its_code() -> None:
         decision = decide(status)
         assert decision.error_code == code
         assert (decision.status == "succeeded") == (code is None) == (status // 100 == 2)
-        assert (decision.status == "pending") == (status in DEFAULT_RETRY_STATUSES or status < 200)
+        retried = {*DEFAULT_RETRY_STATUSES, 401, 403, 404}
+        assert (decision.status == "pending") == (status in retried or status < 200)
 
 
 def test_the_schedule_is_walked_to_its_end() -> None:
@@ -237,3 +240,25 @@ def test_decisions_are_always_well_formed(
     if decision.delay_s is not None:
         assert 0.9 <= decision.delay_s <= 86400 * 1.1
         assert number < most
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_401_403_and_404_get_five_attempts(status: int) -> None:
+    """The quick retries and one at five minutes: the client may not have stored the job's id yet."""
+    delays = [decide(status, number=number).delay_s for number in range(1, 6)]
+    assert delays == [1.0, 2.0, 4.0, 300.0, None]
+    assert decide(status, number=5) == Decision(status="exhausted", error_code="http_4xx")
+
+
+def test_fewer_attempts_bind_and_a_setting_asks_for_more() -> None:
+    assert decide(404, number=2, max_attempts=2).status == "exhausted"
+    policy = RetryPolicy(DEFAULT_RETRY_SCHEDULE, frozenset({404}))
+    assert decide(404, number=5, policy=policy).delay_s == 1800.0
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 409, 410, 425, 429, 499])
+def test_every_4xx_is_final_where_the_format_says_so(status: int) -> None:
+    assert decide(status, retry_after="5", retry_4xx=False) == Decision(
+        status="exhausted", error_code="http_4xx", disable_endpoint=status == 410
+    )
+    assert decide(503, retry_4xx=False).status == "pending"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from urllib3.util import parse_url
 
 from flask_rq_webhooks.errors import BlockedURLError, ConfigurationError
+from flask_rq_webhooks.protocol.addresses import nat64_ipv4, nat64_prefixes
 from flask_rq_webhooks.protocol.urls import MAX_URL_LENGTH, UrlPolicy, redact_url
 
 
@@ -64,10 +66,10 @@ def address_refusal(policy: UrlPolicy, ip: str, port: int = 443, scheme: str = "
         ("https://[2606:4700::1]/", "https://[2606:4700::1]/", "2606:4700::1", 443, "/", "2606:4700::1"),
         (
             "https://Bücher.example/ü?q=é&r=%c3%a9#ß",
-            "https://xn--bcher-kva.example/%C3%BC?q=%C3%A9&r=%C3%A9",
+            "https://xn--bcher-kva.example/%C3%BC?q=%C3%A9&r=%c3%a9",
             "xn--bcher-kva.example",
             443,
-            "/%C3%BC?q=%C3%A9&r=%C3%A9",
+            "/%C3%BC?q=%C3%A9&r=%c3%a9",
             "xn--bcher-kva.example",
         ),
         (
@@ -409,3 +411,76 @@ def test_redact_url_never_raises_and_shows_no_query(url: str) -> None:
 @given(st.binary(min_size=12, max_size=40).map(lambda raw: raw.hex()))
 def test_redact_url_hides_random_tokens(token: str) -> None:
     assert token not in redact_url(f"https://example.com/hooks/{token}/x")
+
+
+@pytest.mark.parametrize("path", ["/a%2fb", "/a%2Fb", "/%c3%bc?x=%2f%2F", "/100%25"])
+def test_escapes_stay_as_they_were_sent(path: str) -> None:
+    """A receiver may sign or route by the exact text."""
+    checked = UrlPolicy().check_url(f"https://example.com{path}")
+    assert checked.target == path
+    assert UrlPolicy().check_url(checked.url) == checked
+
+
+class TestUnderscores:
+    """Containers and Windows machines have such names; the public internet does not."""
+
+    NAMES = ("my_service", "web_1.shop_default", "_x", "a_", "host_a.internal.example")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_accepted_where_networks_are_allowed(self, name: str) -> None:
+        policy = UrlPolicy(allow_networks=["10.0.0.0/8"])
+        assert policy.check_url(f"https://{name}/hook").host == name
+        policy.check_address("10.1.2.3", 443)
+
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("options", [{}, {"allow_http": True}, {"allowed_domains": ["example"]}])
+    def test_refused_elsewhere(self, name: str, options: dict[str, Any]) -> None:
+        with pytest.raises(BlockedURLError) as caught:
+            UrlPolicy(**options).check_url(f"https://{name}/hook")
+        assert caught.value.code == "host"
+
+
+class TestNat64OfThisNetwork:
+    LOCAL = ipaddress.IPv6Network("2a00:64:64::/96")
+
+    @pytest.mark.parametrize(
+        ("address", "prefix"),
+        [
+            ("64:ff9b::192.0.0.170", "64:ff9b::/96"),
+            ("2a00:64:64::192.0.0.171", "2a00:64:64::/96"),
+            ("2a00:1:c000:aa::", "2a00:1::/32"),
+            ("2a00:1:2c0:0:aa::", "2a00:1:200::/40"),
+            ("2a00:1:2:c000:0:aa00::", "2a00:1:2::/48"),
+            ("2a00:1:2:3c0:0:aa:0:0", "2a00:1:2:300::/56"),
+            ("2a00:1:2:3:c0:0:aa00:0", "2a00:1:2:3::/64"),
+        ],
+    )
+    def test_the_prefix_is_seen_in_the_addresses_of_the_probe(self, address: str, prefix: str) -> None:
+        """RFC 6052, 2.2 and RFC 7050."""
+        network = ipaddress.IPv6Network(prefix)
+        assert nat64_prefixes(["192.0.0.170", "192.0.0.171", address, address]) == (network,)
+        assert str(nat64_ipv4(ipaddress.ip_address(address), [network])) in ("192.0.0.170", "192.0.0.171")
+
+    def test_without_dns64_there_is_none(self) -> None:
+        assert nat64_prefixes(["192.0.0.170", "192.0.0.171"]) == ()
+        assert nat64_prefixes(["2606:4700::1111"]) == ()
+
+    @pytest.mark.parametrize("ipv4", ["10.0.0.1", "169.254.169.254", "127.0.0.1"])
+    @pytest.mark.parametrize("allow", [False, True])
+    def test_a_private_address_behind_a_local_prefix_is_refused(self, ipv4: str, allow: bool) -> None:
+        """By itself, the address looks public."""
+        policy, address = UrlPolicy(allow_nat64=allow), f"2a00:64:64::{ipv4}"
+        policy.check_address(address, 443)
+        with pytest.raises(BlockedURLError) as caught:
+            policy.check_address(address, 443, nat64=[self.LOCAL])
+        assert caught.value.code == "private_address"
+
+    def test_a_public_one_is_allowed(self) -> None:
+        UrlPolicy().check_address("2a00:64:64::93.184.216.34", 443, nat64=[self.LOCAL])
+        UrlPolicy(allow_nat64=True).check_address("64:ff9b::93.184.216.34", 443, nat64=[self.LOCAL])
+
+    def test_denied_networks_bind_behind_it(self) -> None:
+        policy = UrlPolicy(deny_networks=["93.184.216.0/24"])
+        with pytest.raises(BlockedURLError) as caught:
+            policy.check_address("2a00:64:64::93.184.216.34", 443, nat64=[self.LOCAL])
+        assert caught.value.code == "denied_network"

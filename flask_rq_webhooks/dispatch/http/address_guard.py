@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from ...errors import BlockedURLError
+from ...protocol.addresses import NAT64_PROBE, nat64_ipv4, nat64_prefixes
 from ...protocol.urls import CheckedURL, UrlPolicy
 from .deadline import RunningAttempt, SocketHandle
 from .dns import MAX_ADDRESSES, Lookups, alternate
@@ -21,6 +22,9 @@ from .transport_errors import Failure, descriptor_shortage
 
 #: Addresses of one name at most. An answer may hold thousands, and judging them would delay other attempts.
 _MAX_JUDGED = 256
+#: Seconds for which the NAT64 prefixes of this network are believed, and seconds their look-up may take.
+NAT64_LASTS_S = 300.0
+NAT64_WAIT_S = 1.0
 
 
 class AddressGuard:
@@ -35,6 +39,8 @@ class AddressGuard:
         self._lookups = lookups
         # The policy never changes, so neither does its answer; the same few endpoints are used all day.
         self._check_url = lru_cache(maxsize=256)(policy.check_url)
+        self._nat64: tuple[ipaddress.IPv6Network, ...] = ()
+        self._nat64_until = 0.0
 
     def check_url(self, url: str) -> CheckedURL:
         """Return *url* parsed.
@@ -65,21 +71,63 @@ class AddressGuard:
         if not addresses:
             raise Failure("dns", f"{host} has no address")
         if not through_proxy:
-            self._check_addresses(checked, addresses)
-        return _open_for(attempt, alternate(addresses)[:MAX_ADDRESSES], port)
+            addresses = self._usable(checked, addresses, attempt.connect_deadline)
+        if len(addresses) > 1:
+            addresses = alternate(addresses)[:MAX_ADDRESSES]
+        return _open_for(attempt, addresses, port)
 
-    def _check_addresses(self, checked: CheckedURL, addresses: Sequence[str]) -> None:
-        """Judge every address of a host.
+    def _usable(self, checked: CheckedURL, addresses: list[str], deadline: float) -> list[str]:
+        """Judge every address of a host and return those to connect to.
 
-        :raises Failure: ``blocked``, when one of them is refused; ``dns``, when there are too many.
+        An address that DNS64 made of a public IPv4 address of the name is left out, if the policy refuses
+        such addresses: the name is then reached by its IPv4 address.
+
+        :raises Failure: ``blocked``, when any other address is refused; ``dns``, when there are too many.
         """
         if len(addresses) > _MAX_JUDGED:
             raise Failure("dns", f"{checked.host} has {len(addresses)} addresses")
+        has_ipv4 = any(":" not in address for address in addresses)
+        prefixes: tuple[ipaddress.IPv6Network, ...] = ()
+        if not is_literal(checked.host) and any(":" in address for address in addresses):
+            prefixes = self._nat64_prefixes(deadline)
+        usable = []
         for address in addresses:
             try:
-                self._policy.check_address(address, checked.port, scheme=checked.scheme)
+                self._policy.check_address(address, checked.port, scheme=checked.scheme, nat64=prefixes)
             except BlockedURLError as exc:
-                raise Failure("blocked", f"{exc.code}: {checked.host} has the address {address}") from exc
+                embedded = None
+                if exc.code != "address":
+                    embedded = nat64_ipv4(ipaddress.ip_address(address), prefixes)
+                if embedded is None or not self._is_allowed(checked, str(embedded)):
+                    raise Failure("blocked", f"{exc.code}: {checked.host} has the address {address}") from exc
+                if not has_ipv4:
+                    raise Failure(
+                        "blocked",
+                        f"{exc.code}: {checked.host} has only {address}, which a NAT64 network made of "
+                        f"{embedded}; if this machine has no IPv4, set RQ_WEBHOOKS_ALLOW_NAT64",
+                    ) from exc
+            else:
+                usable.append(address)
+        return usable
+
+    def _is_allowed(self, checked: CheckedURL, address: str) -> bool:
+        try:
+            self._policy.check_address(address, checked.port, scheme=checked.scheme)
+        except BlockedURLError:
+            return False
+        return True
+
+    def _nat64_prefixes(self, deadline: float) -> tuple[ipaddress.IPv6Network, ...]:
+        """Return the NAT64 prefixes of this network, looked up once in a while."""
+        now = time.monotonic()
+        if now >= self._nat64_until:
+            self._nat64_until = now + NAT64_LASTS_S  # others do not wait for the look-up
+            try:
+                found = self._lookups.look_up(NAT64_PROBE, 443, min(deadline, now + NAT64_WAIT_S))
+            except Failure:  # no such name: no NAT64, or no answer from DNS
+                found = []
+            self._nat64 = nat64_prefixes(found)
+        return self._nat64
 
 
 def is_literal(host: str) -> bool:

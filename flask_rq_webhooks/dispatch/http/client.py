@@ -220,7 +220,8 @@ class WebhookAdapter(HTTPAdapter):
         """
         if isinstance(resp, HTTPResponse):
             outcome = head_of(resp.status, resp.headers.items())
-            outcome["response_body"] = resp.read(decode_content=False)[: self._body_cap]
+            if "error_code" not in outcome:
+                outcome["response_body"] = resp.read(decode_content=False)[: self._body_cap]
         else:
             outcome = resp
         return _IncomingResponse(req, outcome)

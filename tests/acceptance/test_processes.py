@@ -1,0 +1,140 @@
+"""``worker --processes N``: several dispatchers under one command, restarted, stopped and supervised."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flask_rq_webhooks.dispatch.processes import own_command
+from flask_rq_webhooks.errors import ConfigurationError
+from flask_rq_webhooks.receiver import verify
+from tests.acceptance.conftest import FLASK, SECRET, Stack
+from tests.servers import Process, wait_until
+
+
+def children_of(process: Process) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children()
+
+
+def started(process: Process, count: int) -> None:
+    wait_until(lambda: process.output.count("Dispatcher dsp_") >= count, timeout=60, what=process.output)
+
+
+@pytest.mark.parametrize("stack_database_url", ["sqlite", "postgresql"], indirect=True)
+def test_two_processes_deliver_and_stop_in_order(stack: Stack) -> None:
+    parent = stack.start_dispatcher("--processes", "2")
+    started(parent, 2)
+    children = children_of(parent)
+    stack.start_worker()
+    for number in range(20):
+        stack.call("add", number, 1)
+    stack.receiver.wait_for(20, timeout=60)
+    # Each line of the one log says which process wrote it.
+    assert all(f"[{child.pid}]" in parent.output for child in children)
+
+    assert parent.stop() == 0
+    assert "All dispatcher processes have stopped." in parent.output
+    assert parent.output.count(" stopped.\n") == 3, parent.output
+    assert not any(child.is_running() for child in children)
+    assert Counter(one.headers["webhook-id"] for one in stack.receiver.received).most_common(1)[0][1] == 1
+
+
+@pytest.mark.slow
+def test_children_killed_at_random_lose_nothing(stack: Stack) -> None:
+    parent = stack.start_dispatcher("--processes", "2")
+    started(parent, 2)
+    stack.start_worker(worker_class="rq.SimpleWorker")
+    chosen = random.Random(5)
+    for number in range(300):
+        stack.call("add", number, 1)
+        if number % 60 == 30:
+            victims = children_of(parent)
+            if victims:
+                chosen.choice(victims).kill()
+    told = {}
+
+    def everything_arrived() -> bool:
+        for one in stack.receiver.received:
+            verify(one.body, one.headers, SECRET)
+            told.setdefault(one.json["job_id"], set()).add(one.headers["webhook-id"])
+        return len(told) == 300
+
+    wait_until(everything_arrived, timeout=90, what="every ending to arrive")
+    assert all(len(ids) == 1 for ids in told.values())
+    wait_until(lambda: len(children_of(parent)) == 2, timeout=60, what="both processes to be back")
+    assert "was killed by signal 9" in parent.output
+    assert parent.stop() == 0
+
+
+def test_children_stop_when_their_parent_is_killed(stack: Stack) -> None:
+    parent = stack.start_dispatcher("--processes", "2")
+    started(parent, 2)
+    children = children_of(parent)
+    parent.kill(signal.SIGKILL)
+    _gone, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    assert parent.output.count("The parent process is gone; stopping.") == 2
+
+
+def test_a_wrong_setting_ends_the_command(redis_url: str, sqlite_url: str) -> None:
+    environment = {"TEST_DATABASE_URL": sqlite_url, "TEST_REDIS_URL": redis_url}
+    with Process(*FLASK, "rq-webhooks", "worker", "--processes", "2", env=environment) as process:
+        # The tables do not exist.
+        assert process.wait(60) != 0
+        assert "init-db" in process.output
+
+
+@pytest.mark.parametrize("options", [(), ("--processes", "2")], ids=["one", "two"])
+def test_systemd_is_told_that_it_is_ready_and_alive(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    # An address is at most 108 bytes long.
+    monkeypatch.chdir(tmp_path)
+    address = tmp_path / "n" if len(str(tmp_path)) < 100 else Path("n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(address))
+        systemd.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(address))
+        process = stack.start_dispatcher(*options)
+        assert systemd.recv(100) == b"READY=1"
+        assert "Dispatcher dsp_" in process.output
+        assert systemd.recv(100) == b"WATCHDOG=1"
+        assert process.stop() == 0
+
+
+def test_only_a_command_line_of_ours_is_executed_again() -> None:
+    with pytest.raises(ConfigurationError, match="works from a shell only"):
+        own_command()
+
+
+@pytest.mark.parametrize("value", ["0", "65", "-1", "many", "1.5", ""])
+def test_numbers_of_processes_that_are_refused(stack: Stack, value: str) -> None:
+    result = stack.app.test_cli_runner().invoke(args=["rq-webhooks", "worker", "--processes", value])
+    assert result.exit_code == 2
+    assert "neither a number from 1 to 64 nor auto" in result.output
+
+
+@pytest.mark.slow
+def test_a_hanging_child_is_replaced(stack: Stack) -> None:
+    with Process(
+        "python", "-c",
+        "import sys; from flask_rq_webhooks.dispatch import processes; processes.HUNG_S = 8;"
+        "sys.orig_argv = ['python', '-m', 'flask', '--app', 'tests.acceptance.host_app', 'rq-webhooks',"
+        " 'worker', '--processes', '2']; sys.argv = sys.orig_argv[2:];"
+        "from flask.cli import main; main()",
+        env=stack.environment,
+    ) as parent:  # fmt: skip
+        started(parent, 2)
+        victim = children_of(parent)[0]
+        os.kill(victim.pid, signal.SIGSTOP)
+        started(parent, 3)
+        assert f"(pid {victim.pid}) hangs; killed." in parent.output
+        wait_until(lambda: len(children_of(parent)) == 2, timeout=30, what="two children")
+        assert parent.stop() == 0
