@@ -16,9 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
-
-from redis import Redis
+from typing import TYPE_CHECKING, Any
 
 from ..config import Settings
 from ..protocol.events import (
@@ -51,6 +49,9 @@ from ..storage.tree_members import TreeRow
 from ..storage.watches import reported_endings
 from .conclusions import RESERVED_GRACE, is_blocked
 from .outcomes import TYPE_OF_STATUS
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 #: Jobs of one tree that are looked at.
 MAX_JOBS = 10_000

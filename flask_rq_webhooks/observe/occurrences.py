@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from redis import Redis
 from rq.defaults import UNSERIALIZABLE_RETURN_VALUE_PAYLOAD
 
 from ..config import Settings
@@ -29,6 +28,9 @@ from ..queue.job_reader import JobRecord, read_result_value
 from ..queue.outbox_entry import OutboxEntry
 from ..queue.safe_pickle import UNKNOWN
 from .outcomes import Outcome, reported_at
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 
 def occurrence_of_report(report: OutboxEntry, outcome: Outcome, settings: Settings) -> Occurrence:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import datetime
-
-from redis import Redis
+from typing import TYPE_CHECKING
 
 from ..errors import OutboxEntryError
-from ..protocol.events import JOB_BLOCKED, Occurrence
+from ..protocol.events import JOB_BLOCKED, JOB_SUCCESS, Occurrence
 from ..queue.job_reader import JobRecord, probe_jobs, read_jobs, read_statuses
 from ..queue.outbox_entry import OutboxEntry, parse_entry
 from ..storage import watches as storage
@@ -33,6 +32,9 @@ from .conclusions import (
 from .occurrences import OccurrenceReader, occurrence_of_loss, occurrence_of_report
 from .outcomes import TYPE_OF_STATUS, Outcome
 from .pending_events import PendingEvents, Publish, ReconcileReport
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,9 @@ class OpenWatches:
             if row.job_id in jobs.unreadable:
                 continue  # a broken hash is no evidence of anything
             job = jobs.get(row.job_id)
-            self._judge(row, job, reported.get(row.job_id, ()), events, updates, now=now, outbox=outbox)
+            self._judge(
+                row, job, reported.get(row.job_id, ()), events, updates, report, now=now, outbox=outbox
+            )
             if job is not None and job.status == "deferred" and row.id in (wants_blocked or ()):
                 blocked.append((row, job))
         self._find_blocked(blocked, events, now)
@@ -125,6 +129,7 @@ class OpenWatches:
         reported: Sequence[Reported],
         events: PendingEvents,
         updates: WatchUpdates,
+        report: ReconcileReport,
         *,
         now: datetime,
         outbox: OutboxRead,
@@ -132,6 +137,8 @@ class OpenWatches:
         facts = _facts(row)
         conclusion = conclude(facts, job, reported, now=now, outbox=outbox)
         for outcome in conclusion.outcomes:
+            if job is not None and row.endpoint_id in job.tokens and facts.report is None:
+                report.silent_successes += outcome.type == JOB_SUCCESS and outcome.supersedes is None
             events.add(row, self._occurrence(job, outcome, facts.report, now))
         if conclusion.uses_report:
             updates.decided.add(row.id)

@@ -30,12 +30,14 @@ class ReconcileReport:
 
     :param looked_at: watches compared with RQ's state.
     :param reported: occurrences published, by type; some may have been published before.
+    :param silent_successes: jobs that carry our callbacks, finished, and were reported by no callback.
     :param adopted: reserved watches whose job was found.
     :param cleaned_queues: queues in which RQ ended jobs whose worker was gone.
     """
 
     looked_at: int = 0
     reported: Counter[str] = field(default_factory=Counter)
+    silent_successes: int = 0
     adopted: int = 0
     cleaned_queues: int = 0
 

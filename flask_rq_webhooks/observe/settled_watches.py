@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
-
-from redis import Redis
+from typing import TYPE_CHECKING
 
 from ..protocol.events import JOB_LOST
 from ..queue.job_reader import any_exists, probe_jobs
@@ -21,6 +20,9 @@ from .conclusions import OutboxRead
 from .open_watches import OpenWatches
 from .outcomes import CORRECTIONS_FOR, TYPE_OF_STATUS
 from .pending_events import ReconcileReport
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 #: A settled watch counts as kept for at least this long: a lost job may come back.
 _FRESH = timedelta(minutes=10)

@@ -158,7 +158,6 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
 
     The run is ``enqueued_at``, or empty for a job that was not enqueued yet.
 
-    :raises redis.RedisError: when Redis cannot be asked.
     """
     if not job_ids:
         return []
@@ -185,15 +184,11 @@ def any_exists(redis: Redis, job_ids: Sequence[str]) -> bool:
 def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]:
     """Return the status of each job, ``None`` for absent ones, in one round trip."""
     ids = list(dict.fromkeys(job_ids))
-    probes = zip(ids, probe_jobs(redis, ids), strict=True)
-    return {job_id: probe and probe[0].decode("utf-8", "replace") for job_id, probe in probes}
+    return {id_: probe and _text(probe[0]) for id_, probe in zip(ids, probe_jobs(redis, ids), strict=True)}
 
 
 def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResult]]:
-    """Return what RQ keeps of each job's results, oldest first, without their return values.
-
-    :raises redis.RedisError: when Redis cannot be asked.
-    """
+    """Return what RQ keeps of each job's results, oldest first, without their return values."""
     results = {}
     for chunk, answers in _pipelined(redis, job_ids, _last_results):
         for job_id, entries in zip(chunk, answers, strict=True):
@@ -367,13 +362,13 @@ def _record(
 
 def _call(fields: dict[str, Any], child_prefix: str | None) -> tuple[str | None, str | None, tuple[str, ...]]:
     """Return the function's name, what the job calls its run, and its children."""
-    data = inflated(fields["data"]) if fields["data"] else None
-    func, argument = plain_call(data or b"", (_text(fields["description"]) or "")[:1000])
+    data = inflated(fields["data"]) if fields["data"] else b""
+    func, argument = plain_call(data, (_text(fields["description"]) or "")[:1000])
     if any(_IGNORES_ARGUMENT.match(_text(fields.get(name)) or "") for name in _CALLBACK_FIELDS):
         argument = None
     meta = load_plain(fields["meta"]) if fields["meta"] else None
     if not isinstance(meta, dict):
-        return _name(func), _name(run_name(None, argument)), ()
+        meta = {}
     children = _children(meta, child_prefix) if child_prefix is not None else ()
     return _name(func), _name(run_name(meta.get("runid"), argument)), children
 

@@ -349,11 +349,12 @@ class Dispatcher(Base):
 SHARED = "shared"
 
 
-def copy_tables(metadata: MetaData) -> None:
-    """Copy our tables, with plain column types, into a host's *metadata*, in its schema if it has one.
+def copy_tables(metadatas: dict[str | None, MetaData], bind_key: str | None) -> None:
+    """Copy our tables into what ``db.create_all`` and Flask-Migrate look at, in its schema if it has one.
 
-    A type of ours would make the migrations that Flask-Migrate generates depend on this package.
+    With plain column types: one of ours would make generated migrations depend on this package.
     """
+    metadata = metadatas.setdefault(bind_key, MetaData(info={"bind_key": bind_key}))
     for table in Base.metadata.sorted_tables:
         if table.name in {known.name for known in metadata.tables.values()}:
             continue
