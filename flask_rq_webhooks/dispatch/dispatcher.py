@@ -29,6 +29,7 @@ from ..observe.publisher import Publisher
 from ..observe.reconcile import Reconciler, ReconcileReport
 from ..storage.claims import free_expired_leases
 from ..storage.dispatchers import drop_reconcile_lease, heartbeat, sign_off, take_reconcile_lease
+from ..storage.erasure import erase_finished
 from ..storage.models import new_id
 from ..storage.retention import Pruned, prune
 from .http import Transport, open_transport
@@ -291,7 +292,13 @@ class Dispatcher:
 
     def _prune(self, _should_stop: Callable[[], bool]) -> None:
         days = timedelta(days=self._state.settings.retention_days)
-        pruned = prune(self._state.database, datetime.now(UTC) - days)
+        now = datetime.now(UTC)
+        hours = self._state.settings.payload_retention_hours
+        if hours is not None and (
+            erased := erase_finished(self._state.database, now - timedelta(hours=hours))
+        ):
+            logger.info("Erased the bodies of %d deliveries.", erased)
+        pruned = prune(self._state.database, now - days)
         if pruned != Pruned():
             logger.info("Pruned: %s", pruned)
 

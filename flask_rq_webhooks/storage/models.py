@@ -228,6 +228,7 @@ class Event(Base):
     payload: Mapped[str]
     occurred_at: Mapped[datetime]
     created_at: Mapped[datetime]
+    erased_at: Mapped[datetime | None]
     position: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
 
     __table_args__ = (
@@ -268,6 +269,7 @@ class Delivery(Base):
     error_code: Mapped[str | None] = mapped_column(String(16))
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
+    erased_at: Mapped[datetime | None]
 
     __table_args__ = (
         UniqueConstraint("event_id", "endpoint_id", name=conv("uq_rq_webhooks_delivery_event_endpoint")),
