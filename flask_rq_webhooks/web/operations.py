@@ -17,8 +17,7 @@ from marshmallow import Schema, ValidationError
 
 from ..accept.request_schema import flat_details
 from ..errors import DecryptionError, RQWebhooksError
-from ..observe.host_hooks import safe_render
-from ..observe.publisher import Publisher
+from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from ..protocol.signatures import generate_secret
 from ..state import State
