@@ -20,6 +20,9 @@ from flask_rq_webhooks.testing import InMemoryReceiver, deliver_all
 from tests.acceptance import tasks
 from tests.storage_rows import statements_of
 
+#: RQ 1.16's workers use what it has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(push|pop)_connection.*:DeprecationWarning")
+
 URL = "https://hooks.example.com/in"
 ASKED = {"webhook_url": URL, "webhook_secret": "s3cret", "other": 1}
 
