@@ -92,7 +92,7 @@ class RQWebhooks:
                 f"flask_rq_webhooks is already initialised for the app {app.name!r}; call init_app once, or "
                 "pass the app to RQWebhooks() and leave init_app out."
             )
-        settings = load_settings(app.config)
+        settings = load_settings(app.config, has_redis=self._redis is not None)
         if settings.format not in self.formats:
             raise ConfigurationError(
                 f"RQ_WEBHOOKS_FORMAT is {settings.format!r}; known formats are {sorted(self.formats)}. "
@@ -101,7 +101,7 @@ class RQWebhooks:
         db = self.db if self.db is not None else app.extensions.get("sqlalchemy")
         state = State(app, settings, self, db=db, redis=self._redis)
         if db is not None and settings.database_uri is None:
-            _show_tables(db, settings.bind_key)
+            copy_tables(db.metadatas, settings.bind_key)
         app.extensions[EXTENSION_NAME] = state
         blueprint = api.create_blueprint(state)
         host_pages.add_to(blueprint)
@@ -340,12 +340,3 @@ class _Commands(click.Command):
     def get_short_help_str(self, limit: int = 45) -> str:
         """Return the line for the list of commands."""
         return self._loaded().get_short_help_str(limit)
-
-
-def _show_tables(db: SQLAlchemy, bind_key: str | None) -> None:
-    """Put our tables into the metadata that ``db.create_all`` and Flask-Migrate look at."""
-    if bind_key not in db.metadatas:
-        from sqlalchemy import MetaData
-
-        db.metadatas[bind_key] = MetaData(info={"bind_key": bind_key})
-    copy_tables(db.metadatas[bind_key])

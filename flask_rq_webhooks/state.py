@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flask import Flask, current_app, has_app_context
 from redis import Redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from .config import Settings
 from .errors import ConfigurationError
 from .protocol.payloads import PayloadFormat, RenderContext, Rendered
 from .protocol.retry import RetryPolicy
+from .protocol.signatures import SigningKey
 from .protocol.urls import UrlPolicy
 from .queue.outbox import Outbox
+from .queue.redis_database import connect
 from .storage.crypto import Cipher
 from .storage.database import Database, make_url
 from .storage.dispatchers import shared_namespace
@@ -84,6 +84,12 @@ class State:
         self.retry_policy = RetryPolicy(
             schedule=settings.retry_schedule, statuses=frozenset(settings.retry_statuses)
         )
+        try:
+            self.signing_keys = tuple(SigningKey(text) for text in settings.signing_keys)
+        except ValueError as exc:
+            raise ConfigurationError(
+                f"RQ_WEBHOOKS_SIGNING_KEYS has an entry that is no key: {exc}."
+            ) from None
         self._db = db
         self._redis_source = redis
         self._lock = threading.RLock()
@@ -242,14 +248,7 @@ class State:
     def _build_redis(self) -> Redis:
         source = self._redis_source
         if source is None:
-            return Redis.from_url(
-                self.settings.redis_url,
-                socket_connect_timeout=2,
-                socket_timeout=10,
-                health_check_interval=30,
-                # The client's own default retries hold a caller for seconds while Redis is down.
-                retry=Retry(NoBackoff(), 1),
-            )
+            return connect(self.settings.redis_url)
         return source() if not isinstance(source, Redis) and callable(source) else source
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -344,8 +345,8 @@ class Received:
 class Receiver:
     """A real HTTP/1.1 receiver on loopback that keeps what arrives.
 
-    :param respond: gets the :class:`Received`, returns a status or (status, headers, body); called in the
-        connection's own thread, so it may sleep.
+    :param respond: gets the :class:`Received`, returns a status or (status, headers, body), or ``None`` to
+        reset the connection; called in the connection's own thread, so it may sleep.
     """
 
     def __init__(self, respond: Callable[[Received], Any] | None = None, *, host: str = "127.0.0.1") -> None:
@@ -364,6 +365,11 @@ class Receiver:
                 with receiver._lock:
                     receiver.received.append(received)
                 answer = receiver.respond(received)
+                if answer is None:
+                    self.close_connection = True
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    os.close(self.connection.detach())
+                    return
                 status, headers, content = answer if isinstance(answer, tuple) else (answer, {}, b"")
                 self.send_response(status)
                 for name, value in headers.items():

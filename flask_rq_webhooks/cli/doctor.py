@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from ..config import PREFIX, SECRET_FROM_ENVIRONMENT
+from ..queue.job_callbacks import SameDatabase, databases_elsewhere
 from ..queue.outbox import age_of_oldest
 from ..queue.redis_database import database_name
 from ..storage.crypto import stored_samples
@@ -71,7 +73,10 @@ def _settings(state: State) -> str:
             "RQ_WEBHOOKS_ENABLED is off, so no webhooks are accepted; set it to True (it is read from "
             "WEBHOOKS_ENABLED in the environment, too)."
         )
-    return f"webhooks are accepted; served under {state.settings.url_prefix or '/'}"
+    served = f"webhooks are accepted; served under {state.settings.url_prefix or '/'}"
+    if state.settings.signing_secret is not None and f"{PREFIX}SIGNING_SECRET" not in state.app.config:
+        return f"{served}. {SECRET_FROM_ENVIRONMENT}"
+    return served
 
 
 def _redis(state: State) -> str:
@@ -145,6 +150,12 @@ def _clock(state: State) -> str:
 
 
 def _queues(state: State) -> str:
+    elsewhere = databases_elsewhere(SameDatabase(state.redis), vars(state.app), state.app.extensions)
+    if elsewhere:
+        raise WrongError(
+            f"this app has queues in {', '.join(elsewhere)}, but we use {database_name(state.redis)}: jobs "
+            f"there run without webhooks; correct {redis_source(state)}."
+        )
     queues, workers = state.redis.scard("rq:queues"), state.redis.scard("rq:workers")
     if not queues:
         return (
@@ -155,11 +166,17 @@ def _queues(state: State) -> str:
 
 
 def _outbox(state: State) -> str:
-    rejected = state.redis.xlen(state.outbox.rejected_key)
+    rejected = state.outbox.rejected()
     if rejected:
         raise WrongError(
             f"{rejected} malformed entries were set aside; read them with `XRANGE "
             f"{state.outbox.rejected_key} - +`, and `DEL` that key afterwards."
+        )
+    silent = state.outbox.silent_callbacks()
+    if silent:
+        raise WrongError(
+            f"{silent} jobs finished within an hour and no callback reported it, so their workers cannot "
+            f"write our key; give their Redis user `~rq_webhooks:*` (ACL SETUSER), and see their logs."
         )
     waiting = state.outbox.length()
     if waiting >= state.settings.outbox_maxlen:

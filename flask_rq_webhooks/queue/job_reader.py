@@ -91,7 +91,7 @@ class JobRecord:
     :param tokens: ids of the endpoints its callbacks report to.
     :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
     :param children: ids in meta under the prefix asked for.
-    :param results: RQ's results of the job at the same moment, oldest first; empty where not asked for.
+    :param results: RQ's results of the job at the same moment, oldest first; ``None`` where not asked for.
     """
 
     job_id: str
@@ -111,7 +111,7 @@ class JobRecord:
     exc: str | None = None
     tokens: frozenset[str] = frozenset()
     children: tuple[str, ...] = ()
-    results: tuple[JobResult, ...] = ()
+    results: tuple[JobResult, ...] | None = None
 
 
 class Jobs(dict[str, JobRecord]):
@@ -158,7 +158,6 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
 
     The run is ``enqueued_at``, or empty for a job that was not enqueued yet.
 
-    :raises redis.RedisError: when Redis cannot be asked.
     """
     if not job_ids:
         return []
@@ -176,18 +175,20 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
     ]
 
 
+def any_exists(redis: Redis, job_ids: Sequence[str]) -> bool:
+    """Say whether any of the jobs has a hash: one command for all, a tenth of the cost of a probe."""
+    prefix = job_key("")
+    return bool(job_ids) and bool(redis.exists(*[prefix + job_id for job_id in job_ids]))
+
+
 def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]:
     """Return the status of each job, ``None`` for absent ones, in one round trip."""
     ids = list(dict.fromkeys(job_ids))
-    probes = zip(ids, probe_jobs(redis, ids), strict=True)
-    return {job_id: probe and probe[0].decode("utf-8", "replace") for job_id, probe in probes}
+    return {id_: probe and _text(probe[0]) for id_, probe in zip(ids, probe_jobs(redis, ids), strict=True)}
 
 
 def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResult]]:
-    """Return what RQ keeps of each job's results, oldest first, without their return values.
-
-    :raises redis.RedisError: when Redis cannot be asked.
-    """
+    """Return what RQ keeps of each job's results, oldest first, without their return values."""
     results = {}
     for chunk, answers in _pipelined(redis, job_ids, _last_results):
         for job_id, entries in zip(chunk, answers, strict=True):
@@ -264,7 +265,7 @@ def _read(
         try:
             if isinstance(values, Exception):
                 raise values
-            found = _results(job_id, entries)
+            found = tuple(_results(job_id, entries)) if results else None
             record = _record(job_id, dict(zip(fields, values, strict=True)), found, child_prefix)
         except Exception as exc:
             jobs.unreadable[job_id] = f"{type(exc).__name__}: {safe_text(exc, 200)}"
@@ -329,7 +330,7 @@ def _log_once(job_id: str, why: str) -> None:
 
 
 def _record(
-    job_id: str, fields: dict[str, Any], results: Sequence[JobResult], child_prefix: str | None
+    job_id: str, fields: dict[str, Any], results: tuple[JobResult, ...] | None, child_prefix: str | None
 ) -> JobRecord | None:
     if fields["created_at"] is None:  # a heartbeat that came late leaves a hash without it
         return None
@@ -355,19 +356,19 @@ def _record(
         exc=_inflated_text(fields["exc_info"]),
         tokens=_tokens(fields.get(name) for name in _CALLBACK_FIELDS),
         children=children,
-        results=tuple(results),
+        results=results,
     )
 
 
 def _call(fields: dict[str, Any], child_prefix: str | None) -> tuple[str | None, str | None, tuple[str, ...]]:
     """Return the function's name, what the job calls its run, and its children."""
-    data = inflated(fields["data"]) if fields["data"] else None
-    func, argument = plain_call(data or b"", (_text(fields["description"]) or "")[:1000])
+    data = inflated(fields["data"]) if fields["data"] else b""
+    func, argument = plain_call(data, (_text(fields["description"]) or "")[:1000])
     if any(_IGNORES_ARGUMENT.match(_text(fields.get(name)) or "") for name in _CALLBACK_FIELDS):
         argument = None
     meta = load_plain(fields["meta"]) if fields["meta"] else None
     if not isinstance(meta, dict):
-        return _name(func), _name(run_name(None, argument)), ()
+        meta = {}
     children = _children(meta, child_prefix) if child_prefix is not None else ()
     return _name(func), _name(run_name(meta.get("runid"), argument)), children
 

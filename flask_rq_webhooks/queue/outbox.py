@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from redis import Redis
@@ -31,6 +32,10 @@ TAKE_OVER_EVERY_S, FORGET_EVERY_S = 5.0, 3600.0
 TICK_MS = 100
 #: Milliseconds of silence after which a reader that holds nothing is forgotten.
 FORGET_IDLE_MS = 24 * 3600 * 1000
+
+#: Jobs without a callback's report after which workers count as unable to write here, and seconds for which
+#: they are counted. A work-horse that dies between the callback and the commit leaves none either.
+SILENT_CALLBACKS, SILENCE_S = 3, 3600
 
 #: How servers say that the stream or its group is not there, or was deleted while we waited for it. The last
 #: one is fakeredis.
@@ -64,6 +69,7 @@ class Outbox:
     def __init__(self, redis: Redis, namespace: str, *, maxlen: int = DEFAULT_MAXLEN) -> None:
         self.key = f"{OUTBOX_KEY_PREFIX}ep{namespace}"
         self.rejected_key = f"{self.key}:rejected"
+        self._silent_key = f"{self.key}:silent"
         self._redis = redis
         self._maxlen = maxlen
         self._prefix = f"ep{namespace}_"
@@ -82,6 +88,22 @@ class Outbox:
     def length(self) -> int:
         """Return how many entries are in the stream: new ones, and taken but unfinished ones."""
         return int(self._redis.xlen(self.key))
+
+    def rejected(self) -> int:
+        """Return how many malformed entries were set aside."""
+        return int(self._redis.xlen(self.rejected_key))
+
+    def note_silent_callbacks(self, count: int) -> None:
+        """Count jobs that ended without the report their callbacks should have appended; kept for an hour."""
+        with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.incrby(self._silent_key, count)
+            pipeline.expire(self._silent_key, SILENCE_S)
+            pipeline.execute()
+
+    def silent_callbacks(self) -> int:
+        """Return how many such jobs there were; 0 while there are too few to mean anything."""
+        count = int(self._redis.get(self._silent_key) or 0)
+        return count if count >= SILENT_CALLBACKS else 0
 
     def read(self, consumer: str, count: int, block_ms: int) -> list[Entry]:
         """Return up to *count* entries: first what this reader left unfinished before a restart, then what a
@@ -213,7 +235,10 @@ class Outbox:
             )
         raw = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else bytes(raw)
         try:
-            entry = parse_entry(raw)
+            taken_at = _milliseconds(entry_id) / 1000
+            if not 1e9 <= taken_at < 1e10:
+                raise OutboxEntryError("its id is no time of this epoch.")
+            entry = replace(parse_entry(raw), at=taken_at)
             if not entry.endpoint.startswith(self._prefix):
                 raise OutboxEntryError(f"its endpoint {entry.endpoint!r} belongs to another database.")
         except OutboxEntryError as exc:
@@ -251,6 +276,32 @@ def age_of_oldest(redis: Redis, key: str) -> float | None:
         return None
     now_s = int(seconds) + int(microseconds) / 1e6
     return now_s - int(_text(oldest[0][0]).partition("-")[0]) / 1000
+
+
+def read_until(redis: Redis, key: str | None) -> datetime | None:
+    """Return when Redis took the oldest entry that is not done: every earlier one is stored in SQL by now.
+
+    Entries stay until then, whether nobody has read them yet or a reader died that had.
+
+    :param key: the stream's, :attr:`Outbox.key`.
+    :returns: ``None`` where the stream is empty.
+    """
+    oldest: Any = redis.xrange(key, count=1) if key is not None else []
+    if not oldest:
+        return None
+    milliseconds = min(_milliseconds(_text(oldest[0][0])), 10**13)  # an id may be any number
+    return datetime.fromtimestamp(milliseconds // 1000, UTC) + timedelta(milliseconds=milliseconds % 1000)
+
+
+def server_time(redis: Redis) -> datetime:
+    """Return the time on Redis' clock."""
+    answer: Any = redis.time()
+    seconds, microseconds = answer
+    return datetime.fromtimestamp(int(seconds), UTC) + timedelta(microseconds=int(microseconds))
+
+
+def _milliseconds(entry_id: str) -> int:
+    return int(entry_id.partition("-")[0])
 
 
 def _only_stream(answer: Any) -> Any:

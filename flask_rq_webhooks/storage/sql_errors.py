@@ -7,8 +7,11 @@ error where there is neither, as for a connection that could not be opened.
 from __future__ import annotations
 
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError as ArgumentError
 from sqlalchemy.exc import DataError as DataError
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError as DBAPIError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import NoSuchModuleError as NoSuchModuleError
 from sqlalchemy.exc import SQLAlchemyError as SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from flask import Response, current_app, request
+from redis.exceptions import RedisError
 
 from ..errors import ConfigurationError, StorageUnavailableError
 from ..protocol.headers import mask_headers
@@ -27,6 +28,7 @@ from . import operations
 from .api_contract import Api, ApiError, not_found, routes_of
 from .blueprint import WebhookBlueprint
 from .csrf import csrf_token, replace_csrf_protect
+from .health import nothing_comes_of_reports
 from .job_status import job_status
 from .metrics import CONTENT_TYPE, metrics_text
 from .permissions import is_allowed
@@ -64,15 +66,24 @@ def _add_open_routes(api: Api, state: State) -> None:
 
     @api.route(
         "GET", "/health", None, schemas.HealthSchema,
-        also={503: (schemas.HealthSchema, "No dispatcher is alive.")},
+        also={503: (schemas.HealthSchema, "Nothing is delivered.")},
     )  # fmt: skip
     def health() -> Any:
-        """Say whether a dispatcher is alive."""
+        """Say whether a dispatcher is alive and gets through with what callbacks report."""
         try:
-            ok = dispatcher_alive(state.database)
-        except StorageUnavailableError:
+            ok = dispatcher_alive(state.database) and not nothing_comes_of_reports(state)
+        except (StorageUnavailableError, RedisError):
             ok = False
         return {"ok": ok}, 200 if ok else 503, {}
+
+    @api.route("GET", "/keys", None, schemas.KeysSchema)
+    def keys() -> Any:
+        """Return the public keys that verify v1a signatures, the one that signs first."""
+        found = [
+            {"key": key.public, "algorithm": "ed25519", "signs": number == 0}
+            for number, key in enumerate(state.signing_keys)
+        ]
+        return {"keys": found}, 200, {"Cache-Control": "public, max-age=300"}
 
     @api.route("GET", "/metrics", "read", "text/plain")
     def metrics() -> Any:
@@ -184,6 +195,11 @@ def _add_changes(api: Api, state: State) -> None:
         """Cancel deliveries that are not finished."""
         return operations.cancel(state, operations.delivery_filter(values), values.get("cursor"))
 
+    @api.route("POST", "/api/erase", "manage", schemas.ErasedSchema, body=schemas.EraseInput)
+    def erase(values: Mapping[str, Any]) -> Any:
+        """Erase bodies, results, answers and headers of a job, a run or a reference; the log stays."""
+        return operations.erase(state, values)
+
     @api.route("POST", "/api/pause", "manage", schemas.PausedSchema, body=schemas.NoInput)
     def pause_all() -> Any:
         """Stop all sending."""
@@ -272,7 +288,9 @@ def _with_payload(state: State, event: EventView) -> dict[str, Any]:
     """Return an event with its payload, as the format ``job`` renders it."""
     shown = {field.name: getattr(event, field.name) for field in fields(event)}
     del shown["payload"]
-    if event.payload is not None:
+    if event.erased_at is not None:
+        shown["payload"] = None
+    elif event.payload is not None:
         settings = state.settings
         shown["payload"] = job_payload(
             occurrence_from_json(event.payload),

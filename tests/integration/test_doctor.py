@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import redis
+import rq
 import sqlalchemy as sa
 from click.testing import Result
 from flask import Flask
@@ -20,6 +21,7 @@ from jinja2 import DictLoader
 
 from flask_rq_webhooks import RQWebhooks
 from flask_rq_webhooks.cli.doctor import _CHECKS
+from flask_rq_webhooks.queue.job_callbacks import SameDatabase
 from flask_rq_webhooks.queue.redis_database import database_name
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage import dispatchers
@@ -286,6 +288,25 @@ def full_outbox(setup: Setup) -> None:
     setup.after = add
 
 
+def silent_callbacks(setup: Setup) -> None:
+    setup.after = lambda state: state.outbox.note_silent_callbacks(3)
+
+
+def queue_elsewhere(setup: Setup) -> None:
+    elsewhere = setup.client(redis.Redis)
+    elsewhere.connection_pool.connection_kwargs["db"] = 7
+    setup.named["elsewhere"] = database_name(elsewhere)
+
+    def add(state: State) -> None:
+        state.app.task_queue = rq.Queue("tasks", connection=elsewhere)  # type: ignore[attr-defined]
+
+    setup.after = add
+
+
+def jobs_were_refused(setup: Setup) -> None:
+    setup.after = lambda state: SameDatabase(state.redis).note_refusal("redis://other:6379/0")
+
+
 def uncallable(setup: Setup) -> None:
     setup.authorize = lambda permission: True
 
@@ -450,6 +471,12 @@ BROKEN: dict[Callable[[Setup], None], str] = {
     "403; register one with @webhooks.authorize.",
     authorized_later: "FAIL permission function: it is `async def`, which is not awaited, so every request "
     "is answered 403; make it a plain `def` that returns True or False.",
+    silent_callbacks: "FAIL outbox: 3 jobs finished within an hour and no callback reported it, so their "
+    "workers cannot write our key; give their Redis user `~rq_webhooks:*` (ACL SETUSER), and see their logs.",
+    queue_elsewhere: "FAIL queue database: this app has queues in {elsewhere}, but we use {redis}: jobs "
+    "there run without webhooks; correct RQ_WEBHOOKS_REDIS_URL.",
+    jobs_were_refused: "FAIL queue database: this app has queues in redis://other:6379/0, but we use "
+    "{redis}: jobs there run without webhooks; correct RQ_WEBHOOKS_REDIS_URL.",
     rejected_entries: "FAIL outbox: 1 malformed entries were set aside; read them with `XRANGE {key} - "
     "+`, and `DEL` that key afterwards.",
     unread_outbox: "FAIL outbox: 2 entries wait, the oldest for 60… s, so no dispatcher reads them, or too "
@@ -583,6 +610,16 @@ def test_findings_for_programs(setup: Setup) -> None:
     assert [finding["name"] for finding in found] == NAMES
     assert {finding["name"]: finding["status"] for finding in found}["permission function"] == "FAIL"
     assert all(set(finding) == {"name", "status", "text"} for finding in found)
+
+
+def test_doctor_names_a_signing_secret_of_the_environment(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEBHOOK_SIGNING_SECRET", "t0p")
+    line = lines_of(setup.run())["settings"]
+    assert line.startswith("ok")
+    assert "RQ_WEBHOOKS_SIGNING_SECRET = None" in line
+    assert "t0p" not in line
 
 
 def test_every_way_to_be_broken_is_tried() -> None:
