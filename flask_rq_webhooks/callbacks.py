@@ -2,11 +2,11 @@
 
 A job with a webhook carries three dotted names::
 
-    flask_rq_webhooks.callbacks.<kind>.<endpoint id>[~<outbox length>][.<the user's own callback>]
+    flask_rq_webhooks.callbacks.<kind>.<endpoint id>[~<outbox length>[n]][.<the user's own callback>]
 
-``kind`` is ``success``, ``failure`` or ``stopped``. RQ resolves them through :func:`__getattr__`, so nothing
-else needs to be stored with the job and nothing is lost when its meta is overwritten. The names live in
-users' Redis: they are a promise.
+``kind`` is ``success``, ``failure`` or ``stopped``; ``n`` says that no argument of the job names its run. RQ
+resolves them through :func:`__getattr__`, so nothing else needs to be stored with the job and nothing is lost
+when its meta is overwritten. The names live in users' Redis: they are a promise.
 
 The user's own callback comes first, with the arguments RQ hands in, and means to RQ what it meant before:
 what it raises, RQ gets. Our own part appends one JSON entry with one command on the job's own connection.
@@ -49,6 +49,8 @@ ENTRY_VERSION = 1
 MAX_RESULT_BYTES = 2**20
 #: Characters kept of a function name, a queue name and a run id.
 MAX_NAME_CHARS = 512
+#: Characters of a first argument that may name a run; a longer one is content.
+MAX_ARGUMENT_CHARS = 128
 #: Seconds our part may take to turn the outcome into JSON, and to hand it to Redis. redis-py's own retries
 #: hold a caller for 4.4 s when Redis refuses connections, and a silent server for ever.
 RENDER_LIMIT_S, APPEND_LIMIT_S = 2.0, 3.0
@@ -76,7 +78,8 @@ def __getattr__(name: str) -> Callable[..., None]:
 
 
 def _is_token(token: str) -> bool:
-    """Say whether *token* is ``ep<letters and digits>_<letters and digits>``, perhaps with ``~<number>``."""
+    """Say whether *token* is ``ep<letters and digits>_<letters and digits>``, perhaps with ``~<number>``
+    and an ``n``."""
     endpoint, tilde, maxlen = token.partition("~")
     namespace, _, rest = endpoint.partition("_")
     return (
@@ -85,7 +88,7 @@ def _is_token(token: str) -> bool:
         and rest.isalnum()
         and token.isascii()
         and token == token.lower()
-        and (not tilde or (maxlen.isdigit() and len(maxlen) < 10))
+        and (not tilde or (maxlen.removesuffix("n").isdigit() and len(maxlen) <= 10))
     )
 
 
@@ -136,16 +139,15 @@ def _refusal(kind: str, user: Any) -> TypeError | None:
 
 def _append(kind: str, token: str, job: Job, connection: Redis, outcome: tuple[Any, ...]) -> None:
     """Append what is known of the job's end to the outbox stream. Never raises for anything but a signal."""
-    endpoint, _, maxlen = token.partition("~")
+    endpoint, _, options = token.partition("~")
+    maxlen = int(options.removesuffix("n") or DEFAULT_MAXLEN)
     key = OUTBOX_KEY_PREFIX + endpoint.partition("_")[0]
     try:
         _in_turn(
-            (RENDER_LIMIT_S, lambda _none: _entry(kind, endpoint, job, outcome)),
+            (RENDER_LIMIT_S, lambda _none: _entry(kind, endpoint, job, outcome, options.endswith("n"))),
             (
                 APPEND_LIMIT_S,
-                lambda text: connection.xadd(
-                    key, {"entry": text}, maxlen=int(maxlen or DEFAULT_MAXLEN), approximate=True
-                ),
+                lambda text: connection.xadd(key, {"entry": text}, maxlen=maxlen, approximate=True),
             ),
         )
     except (Exception, _OutOfTime) as exc:
@@ -169,7 +171,7 @@ def _log(kind: str, job: Job, exc: BaseException) -> None:
         traceback.print_exc()
 
 
-def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...]) -> str:
+def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...], ignores_argument: bool) -> str:
     """Return the entry as JSON."""
     func, argument = _call_of(kind, job, outcome)
     created_at, enqueued_at = _time(job, "created_at"), _time(job, "enqueued_at")
@@ -187,7 +189,7 @@ def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...]) -> str:
         "created_at": created_at,
         "enqueued_at": enqueued_at,
         "started_at": _time(job, "started_at"),
-        "runid": _runid(job, argument),
+        "runid": _name(run_name(_item(_get(job, "meta"), "runid"), None if ignores_argument else argument)),
         "retries_left": retries_left if isinstance(retries_left, int) else None,
         "result": result,
         "result_truncated": truncated,
@@ -260,11 +262,20 @@ def _is_plain(value: Any) -> bool:
     return False
 
 
-def _runid(job: Job, argument: Any) -> str | None:
-    runid = _item(_get(job, "meta"), "runid")
+def run_name(runid: Any, argument: Any) -> str | None:
+    """Return what the host calls a run; the same rule for callbacks, reconcile and requests.
+
+    :param runid: ``job.meta["runid"]``, a text or an integer.
+    :param argument: the job's first positional argument: it counts where there is no *runid*, if it is a
+        text that looks like a name and not like content (SQL, the subject of an e-mail).
+    """
     if isinstance(runid, int) and not isinstance(runid, bool):
-        runid = str(runid)
-    return _name(runid if isinstance(runid, str) else argument)
+        return str(runid)
+    if isinstance(runid, str):
+        return runid
+    if isinstance(argument, str) and len(argument) <= MAX_ARGUMENT_CHARS and argument.split() == [argument]:
+        return argument
+    return None
 
 
 def _time(job: Job, name: str) -> str | None:

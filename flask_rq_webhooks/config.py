@@ -1,21 +1,24 @@
-"""The settings: one table, read once per app into one frozen object.
+"""The settings: one frozen dataclass, read once per app.
 
 Every setting is ``app.config["RQ_WEBHOOKS_<NAME>"]``. Where the app does not set it, the environment
-variables named in the table are asked in order, then the default stands. The table is also the source
-of the configuration page of the documentation.
+variables in the field's metadata are read in order, then the default stands. The configuration page of the
+documentation is generated from the same metadata.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .errors import ConfigurationError
 from .version import __version__
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "RQ_WEBHOOKS_"
 
@@ -167,132 +170,176 @@ def _proxy_url(value: Any) -> str:
     return text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One row of the table.
+    """What is known of one setting beside its name and its type.
 
     :param name: key without ``RQ_WEBHOOKS_``.
     :param parse: turns a value from ``app.config`` or the environment into the typed value, or raises
         :exc:`ValueError` with what was expected.
     :param default: typed value.
-    :param env: environment variables asked in this order.
     :param about: one sentence for the documentation.
+    :param config_key: key of ``app.config`` that is asked next; other extensions may use it too.
+    :param env: environment variables asked after that, in this order.
+    :param shared_env: those of them that other programs use for purposes of their own. A value that is not
+        usable is passed over with a warning.
     :param parse_env: where the environment speaks another language than the setting.
+    :param secret: whether the value never appears in an error message.
     """
 
-    name: str
+    name: str = ""
     parse: Callable[[Any], Any]
     default: Any
     about: str
+    config_key: str | None = None
     env: tuple[str, ...] = ()
+    shared_env: bool = False
     parse_env: Callable[[str], Any] | None = None
+    secret: bool = False
 
 
-SETTINGS: tuple[Setting, ...] = (
-    Setting("ENABLED", _boolean, True, "Off: fields are stripped, nothing is registered; accepted deliveries go on.",
-            ("WEBHOOKS_ENABLED", "WEPPCLOUD_WEBHOOKS_ENABLED")),
-    Setting("REDIS_URL", _redis_url, "redis://localhost:6379/0", "The Redis or Valkey database RQ uses.",
-            ("REDIS_URL", "CELERY_BROKER_URL")),
-    Setting("ATTACH", _choice("requested", "all"), "requested",
-            "Which jobs carry our callbacks: those a webhook was asked for, or all this app enqueues."),
-    Setting("OUTBOX_MAXLEN", _integer(100), 100_000, "Entries kept in the outbox stream while no dispatcher runs."),
-    Setting("DATABASE_URI", _optional(_text), None, "SQLAlchemy URL of our tables; default: the host's database."),
-    Setting("BIND_KEY", _optional(_text), None, "Flask-SQLAlchemy bind whose database holds our tables."),
-    Setting("TIMEOUT", _seconds, 15.0, "Total deadline of one attempt, seconds.", ("WEPPCLOUD_WEBHOOK_TIMEOUT",)),
-    Setting("CONNECT_TIMEOUT", _seconds, 5.0, "Deadline for name look-up and connecting, seconds."),
-    Setting("RETRY_SCHEDULE", _schedule, DEFAULT_RETRY_SCHEDULE, "Delays between attempts, seconds.",
-            ("WEPPCLOUD_WEBHOOK_RETRY_COUNT",), _schedule_of_total_attempts),
-    Setting("RETRY_STATUSES", _statuses, DEFAULT_RETRY_STATUSES, "HTTP statuses that are tried again."),
-    Setting("SIGNING_SECRET", _optional(_signing_secret), None,
-            "Server-wide secret, used where a request says sign_payload and brings no secret.",
-            ("WEBHOOK_SIGNING_SECRET",)),
-    Setting("ALLOWED_DOMAINS", _texts, (), "Only these domains and their sub-domains; empty: every public host.",
-            ("ALLOWED_WEBHOOK_DOMAINS",)),
-    Setting("RATE_LIMIT_PER_MINUTE", _integer(0), 0, "Attempts per destination host and minute; 0: no limit.",
-            ("WEBHOOK_RATE_LIMIT_PER_MINUTE",)),
-    Setting("RATE_LIMIT_POLICY", _choice("defer", "drop"), "defer",
-            "Over the limit: wait for the next minute, or give the delivery up."),
-    Setting("ALLOW_HTTP", _boolean, False,
-            "Development: http:// and loopback addresses become possible, and http:// to ALLOW_NETWORKS."),
-    Setting("ALLOW_NETWORKS", _networks, (), "Private networks (CIDR) that may be reached."),
-    Setting("DENY_NETWORKS", _networks, (), "Public networks (CIDR) that may not be reached."),
-    Setting("BLOCKED_PORTS", _ports, (), "Destination ports that may not be reached."),
-    Setting("ALLOW_NAT64", _boolean, False, "Judge 64:ff9b::/96 by its embedded IPv4 address instead of refusing it."),
-    Setting("MAX_WAITING_PER_HOST", _integer(0), 0, "Unfinished deliveries per destination host; 0: no limit."),
-    Setting("PROXY_URL", _optional(_proxy_url), None, "Egress proxy; it, not we, then pins addresses."),
-    Setting("FORMAT", _text, "job", "Payload format where a request names none."),
-    Setting("TRACEBACK", _choice("full", "last", "none"), "full", "How much of a traceback a failure payload carries."),
-    Setting("INCLUDE_RESULT", _boolean, True, "Whether success payloads carry the job's result."),
-    Setting("MAX_PAYLOAD_BYTES", _integer(4096, 2**20), 262_144, "Larger results are left out and marked."),
-    Setting("HEADER_PREFIX", _header_prefix, "X-Webhook", "First part of the X-Webhook-* header names."),
-    Setting("USER_AGENT", _header_value, f"flask-rq-webhooks/{__version__}", "User-Agent of every request sent."),
-    Setting("TRANSPORT", _choice("requests", "aiohttp"), "requests",
-            "How bytes travel; \"aiohttp\" needs the extra flask-rq-webhooks[fast]."),
-    Setting("CONCURRENCY", _integer(1, 1000), 64, "Requests in flight per dispatcher process."),
-    Setting("CONCURRENCY_PER_HOST", _integer(1, 1000), 8, "Requests in flight per host and dispatcher process."),
-    Setting("BATCH", _integer(1, 10_000), 500, "Rows or entries per transaction or read."),
-    Setting("ENCRYPTION_KEYS", _texts, (),
-            "Keys for secrets and headers at rest, newest first; default: derived from SECRET_KEY."),
-    Setting("RECONCILE_INTERVAL", _seconds, 15.0, "Seconds between looks for endings nobody reported."),
-    Setting("CLEAN_ABANDONED", _boolean, False,
-            "Clean RQ's registries ourselves: finds lost hosts in about 90 s, runs failure callbacks here."),
-    Setting("CHILD_META_PREFIX", _text, "jobs:", "Keys of job.meta that name child jobs."),
-    Setting("DISABLE_AFTER", _integer(1), 100, "Consecutive failed attempts that disable a standing endpoint."),
-    Setting("RETENTION_DAYS", _integer(1), 30, "Days that finished deliveries and their events are kept."),
-    Setting("URL_PREFIX", _url_prefix, "/webhooks", "Where the blueprint is mounted."),
-    Setting("DASHBOARD", _boolean, True, "Whether the HTML pages are served."),
-    Setting("BASE_TEMPLATE", _optional(_text), None, "Template the pages extend; default: our own."),
-    Setting("PUBSUB_URL", _optional(_redis_url), None, "Redis for status notices; default: none are published."),
-    Setting("PUBSUB_CHANNEL", _text, "{runid}:webhook", "Channel of the status notices."),
-)  # fmt: skip
+def setting(parse: Callable[[Any], Any], default: Any, about: str, **more: Any) -> Any:
+    """Return the field of one setting; the parameters are those of :class:`Setting`."""
+    described = Setting(parse=parse, default=default, about=about, **more)
+    return field(default=default, repr=not described.secret, metadata={"setting": described})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The settings of one app, typed and checked. One attribute per row of :data:`SETTINGS`."""
+    """The settings of one app, typed and checked. A new setting is one field here."""
 
-    enabled: bool
-    redis_url: str = field(repr=False)
-    attach: str
-    outbox_maxlen: int
-    database_uri: str | None = field(repr=False)
-    bind_key: str | None
-    timeout: float
-    connect_timeout: float
-    retry_schedule: tuple[float, ...]
-    retry_statuses: tuple[int, ...]
-    signing_secret: str | None = field(repr=False)
-    allowed_domains: tuple[str, ...]
-    rate_limit_per_minute: int
-    rate_limit_policy: str
-    allow_http: bool
-    allow_networks: tuple[Network, ...]
-    deny_networks: tuple[Network, ...]
-    blocked_ports: tuple[int, ...]
-    allow_nat64: bool
-    max_waiting_per_host: int
-    proxy_url: str | None = field(repr=False)
-    format: str
-    traceback: str
-    include_result: bool
-    max_payload_bytes: int
-    header_prefix: str
-    user_agent: str
-    transport: str
-    concurrency: int
-    concurrency_per_host: int
-    batch: int
-    encryption_keys: tuple[str, ...] = field(repr=False)
-    reconcile_interval: float
-    clean_abandoned: bool
-    child_meta_prefix: str
-    disable_after: int
-    retention_days: int
-    url_prefix: str
-    dashboard: bool
-    base_template: str | None
-    pubsub_url: str | None = field(repr=False)
-    pubsub_channel: str
+    enabled: bool = setting(
+        _boolean,
+        True,
+        "Off: fields are stripped, nothing is registered; accepted deliveries go on.",
+        env=("WEBHOOKS_ENABLED", "WEPPCLOUD_WEBHOOKS_ENABLED"),
+    )
+    redis_url: str = setting(
+        _redis_url,
+        "redis://localhost:6379/0",
+        "The Redis or Valkey database RQ uses.",
+        env=("REDIS_URL", "CELERY_BROKER_URL"),
+        shared_env=True,
+        config_key="REDIS_URL",
+        secret=True,
+    )
+    attach: str = setting(
+        _choice("requested", "all"),
+        "requested",
+        "Which jobs carry our callbacks: those a webhook was asked for, or all this app enqueues.",
+    )
+    outbox_maxlen: int = setting(
+        _integer(100), 100_000, "Entries kept in the outbox stream while no dispatcher runs."
+    )
+    database_uri: str | None = setting(
+        _optional(_text), None, "SQLAlchemy URL of our tables; default: the host's database.", secret=True
+    )
+    bind_key: str | None = setting(
+        _optional(_text), None, "Flask-SQLAlchemy bind whose database holds our tables."
+    )
+    timeout: float = setting(
+        _seconds, 15.0, "Total deadline of one attempt, seconds.", env=("WEPPCLOUD_WEBHOOK_TIMEOUT",)
+    )
+    connect_timeout: float = setting(_seconds, 5.0, "Deadline for name look-up and connecting, seconds.")
+    retry_schedule: tuple[float, ...] = setting(
+        _schedule,
+        DEFAULT_RETRY_SCHEDULE,
+        "Delays between attempts, seconds.",
+        env=("WEPPCLOUD_WEBHOOK_RETRY_COUNT",),
+        parse_env=_schedule_of_total_attempts,
+    )
+    retry_statuses: tuple[int, ...] = setting(
+        _statuses, DEFAULT_RETRY_STATUSES, "HTTP statuses that are tried again."
+    )
+    signing_secret: str | None = setting(
+        _optional(_signing_secret),
+        None,
+        "Server-wide secret, used where a request says sign_payload and brings no secret.",
+        env=("WEBHOOK_SIGNING_SECRET",),
+        shared_env=True,
+        secret=True,
+    )
+    allowed_domains: tuple[str, ...] = setting(
+        _texts,
+        (),
+        "Only these domains and their sub-domains; empty: every public host.",
+        env=("ALLOWED_WEBHOOK_DOMAINS",),
+    )
+    rate_limit_per_minute: int = setting(
+        _integer(0),
+        0,
+        "Attempts per destination host and minute; 0: no limit.",
+        env=("WEBHOOK_RATE_LIMIT_PER_MINUTE",),
+    )
+    rate_limit_policy: str = setting(
+        _choice("defer", "drop"),
+        "defer",
+        "Over the limit: wait for the next minute, or give the delivery up.",
+    )
+    allow_http: bool = setting(
+        _boolean,
+        False,
+        "Development: http:// and loopback addresses become possible, and http:// to ALLOW_NETWORKS.",
+    )
+    allow_networks: tuple[Network, ...] = setting(
+        _networks, (), "Private networks (CIDR) that may be reached."
+    )
+    deny_networks: tuple[Network, ...] = setting(
+        _networks, (), "Public networks (CIDR) that may not be reached."
+    )
+    blocked_ports: tuple[int, ...] = setting(_ports, (), "Destination ports that may not be reached.")
+    allow_nat64: bool = setting(
+        _boolean, False, "Judge 64:ff9b::/96 by its embedded IPv4 address instead of refusing it."
+    )
+    max_waiting_per_host: int = setting(
+        _integer(0), 0, "Unfinished deliveries per destination host; 0: no limit."
+    )
+    proxy_url: str | None = setting(
+        _optional(_proxy_url), None, "Egress proxy; it, not we, then pins addresses.", secret=True
+    )
+    format: str = setting(_text, "job", "Payload format where a request names none.")
+    traceback: str = setting(
+        _choice("full", "last", "none"), "full", "How much of a traceback a failure payload carries."
+    )
+    include_result: bool = setting(_boolean, True, "Whether success payloads carry the job's result.")
+    max_payload_bytes: int = setting(
+        _integer(4096, 2**20), 262_144, "Larger results are left out and marked."
+    )
+    header_prefix: str = setting(_header_prefix, "X-Webhook", "First part of the X-Webhook-* header names.")
+    user_agent: str = setting(
+        _header_value, f"flask-rq-webhooks/{__version__}", "User-Agent of every request sent."
+    )
+    concurrency: int = setting(_integer(1, 1000), 64, "Requests in flight per dispatcher process.")
+    concurrency_per_host: int = setting(
+        _integer(1, 1000), 8, "Requests in flight per host and dispatcher process."
+    )
+    batch: int = setting(_integer(1, 10_000), 500, "Rows or entries per transaction or read.")
+    encryption_keys: tuple[str, ...] = setting(
+        _texts,
+        (),
+        "Keys for secrets and headers at rest, newest first; default: derived from SECRET_KEY.",
+        secret=True,
+    )
+    reconcile_interval: float = setting(_seconds, 15.0, "Seconds between looks for endings nobody reported.")
+    clean_abandoned: bool = setting(
+        _boolean,
+        False,
+        "Clean RQ's registries ourselves: finds lost hosts in about 90 s, runs failure callbacks here.",
+    )
+    child_meta_prefix: str = setting(_text, "jobs:", "Keys of job.meta that name child jobs.")
+    disable_after: int = setting(
+        _integer(1), 100, "Consecutive failed attempts that disable a standing endpoint."
+    )
+    retention_days: int = setting(_integer(1), 30, "Days that finished deliveries and their events are kept.")
+    url_prefix: str = setting(_url_prefix, "/webhooks", "Where the blueprint is mounted.")
+    dashboard: bool = setting(_boolean, True, "Whether the HTML pages are served.")
+    base_template: str | None = setting(
+        _optional(_text), None, "Template the pages extend; default: our own."
+    )
+    pubsub_url: str | None = setting(
+        _optional(_redis_url), None, "Redis for status notices; default: none are published.", secret=True
+    )
+    pubsub_channel: str = setting(_text, "{runid}:webhook", "Channel of the status notices.")
 
     @property
     def max_attempts(self) -> int:
@@ -300,15 +347,26 @@ class Settings:
         return len(self.retry_schedule) + 1
 
 
-#: Settings whose value never appears in an error message.
-_SECRET_NAMES = {"SIGNING_SECRET", "ENCRYPTION_KEYS", "REDIS_URL", "DATABASE_URI", "PROXY_URL", "PUBSUB_URL"}
+#: Every setting in the order of the class, for the documentation and for tests.
+SETTINGS: tuple[Setting, ...] = tuple(
+    replace(row.metadata["setting"], name=row.name.upper()) for row in fields(Settings)
+)
+
+#: Settings of earlier releases → what to do instead.
+_REMOVED = {
+    "TRANSPORT": "The aiohttp transport was removed: remove the setting, and run a second dispatcher process "
+    "where one does not keep up."
+}
 
 
-def load_settings(config: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
+def load_settings(
+    config: Mapping[str, Any], environ: Mapping[str, str] | None = None, *, has_redis: bool = False
+) -> Settings:
     """Read and check every setting.
 
     :param config: the app's config.
     :param environ: the environment; the process's own by default.
+    :param has_redis: whether the app gave a Redis client: then nothing but its own setting names another.
     :raises ConfigurationError: naming key, value and what was expected, for the first bad setting, an
         unknown ``RQ_WEBHOOKS_`` key, or settings that contradict each other.
     """
@@ -316,12 +374,12 @@ def load_settings(config: Mapping[str, Any], environ: Mapping[str, str] | None =
     known = {PREFIX + setting.name for setting in SETTINGS}
     for key in config:
         if isinstance(key, str) and key.startswith(PREFIX) and key not in known:
-            raise ConfigurationError(
-                f"{key} is not a setting of flask_rq_webhooks; see the configuration page."
-            )
+            why = _REMOVED.get(key.removeprefix(PREFIX), "See the configuration page.")
+            raise ConfigurationError(f"{key} is not a setting of flask_rq_webhooks. {why}")
     values: dict[str, Any] = {}
     for setting in SETTINGS:
-        values[setting.name.lower()] = _read(setting, config, environ)
+        own_only = has_redis and setting.name == "REDIS_URL"
+        values[setting.name.lower()] = _read(setting, config, {} if own_only else environ, own_only=own_only)
     settings = Settings(**values)
     if settings.database_uri is not None and settings.bind_key is not None:
         raise ConfigurationError(
@@ -332,17 +390,34 @@ def load_settings(config: Mapping[str, Any], environ: Mapping[str, str] | None =
             f"{PREFIX}CONNECT_TIMEOUT ({settings.connect_timeout:g} s) is longer than {PREFIX}TIMEOUT "
             f"({settings.timeout:g} s), the total deadline; lower it."
         )
+    if settings.signing_secret is not None and PREFIX + "SIGNING_SECRET" not in config:
+        logger.warning("%s", SECRET_FROM_ENVIRONMENT)
     return settings
 
 
-def _read(setting: Setting, config: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
+#: Said at start and by ``doctor``.
+SECRET_FROM_ENVIRONMENT = (
+    "The server-wide signing secret is taken from the environment variable WEBHOOK_SIGNING_SECRET: clients "
+    "that ask for sign_payload get webhooks signed with it. If it is the secret of webhooks that this app "
+    f"receives, set {PREFIX}SIGNING_SECRET = None in app.config; otherwise set {PREFIX}SIGNING_SECRET to it."
+)
+
+
+def _read(setting: Setting, config: Mapping[str, Any], environ: Mapping[str, str], *, own_only: bool) -> Any:
     key = PREFIX + setting.name
     if key in config:
         return _parse(setting, setting.parse, key, config[key])
-    for variable in setting.env:
-        if environ.get(variable):
-            parse = setting.parse_env or setting.parse
-            return _parse(setting, parse, f"environment variable {variable}", environ[variable])
+    parse = setting.parse_env or setting.parse
+    found = [(f"environment variable {name}", environ[name]) for name in setting.env if environ.get(name)]
+    if setting.config_key is not None and config.get(setting.config_key) and not own_only:
+        found.insert(0, (f"app.config[{setting.config_key!r}]", config[setting.config_key]))
+    for source, value in found:
+        try:
+            return _parse(setting, parse, source, value)
+        except ConfigurationError as exc:
+            if not setting.shared_env:
+                raise
+            logger.warning("%s It is passed over; set %s.", exc, key)
     return setting.default
 
 
@@ -350,10 +425,8 @@ def _parse(setting: Setting, parse: Callable[[Any], Any], source: str, value: An
     try:
         return parse(value)
     except (ValueError, TypeError) as exc:
-        shown = "the value (not shown)" if setting.name in _SECRET_NAMES else repr(value)
-        reason = (
-            "it was refused" if setting.name in _SECRET_NAMES and "expected" not in str(exc) else str(exc)
-        )
+        shown = "the value (not shown)" if setting.secret else repr(value)
+        reason = "it was refused" if setting.secret and "expected" not in str(exc) else str(exc)
         raise ConfigurationError(
             f"{source} is {shown}, which is not usable: {reason}. {setting.about} Default: {setting.default!r}."
-        ) from (None if setting.name in _SECRET_NAMES else exc)
+        ) from (None if setting.secret else exc)

@@ -92,7 +92,7 @@ class RQWebhooks:
                 f"flask_rq_webhooks is already initialised for the app {app.name!r}; call init_app once, or "
                 "pass the app to RQWebhooks() and leave init_app out."
             )
-        settings = load_settings(app.config)
+        settings = load_settings(app.config, has_redis=self._redis is not None)
         if settings.format not in self.formats:
             raise ConfigurationError(
                 f"RQ_WEBHOOKS_FORMAT is {settings.format!r}; known formats are {sorted(self.formats)}. "
@@ -101,7 +101,7 @@ class RQWebhooks:
         db = self.db if self.db is not None else app.extensions.get("sqlalchemy")
         state = State(app, settings, self, db=db, redis=self._redis)
         if db is not None and settings.database_uri is None:
-            _show_tables(db, settings.bind_key)
+            copy_tables(db.metadatas, settings.bind_key)
         app.extensions[EXTENSION_NAME] = state
         blueprint = api.create_blueprint(state)
         host_pages.add_to(blueprint)
@@ -132,7 +132,7 @@ class RQWebhooks:
         *,
         events: Sequence[str] | None = None,
         scope: str = "job",
-        runid: str = "runid",
+        runid: str | None = "runid",
         jobs: decorator.Jobs | None = None,
         fields: str = "all",
         hide: str = "all",
@@ -145,7 +145,7 @@ class RQWebhooks:
         *,
         events: Sequence[str] | None = None,
         scope: str = "job",
-        runid: str = "runid",
+        runid: str | None = "runid",
         jobs: decorator.Jobs | None = None,
         fields: str = "all",
         hide: str = "all",
@@ -156,7 +156,8 @@ class RQWebhooks:
 
         :param events: event types sent where the request names none; all terminal types by default.
         :param scope: ``"job"``, or ``"tree"`` for one event about all jobs of the request and their children.
-        :param runid: name of the view argument that holds the host's run id.
+        :param runid: name of the view argument that holds the host's run id; ``None``: no argument does,
+            neither of the view nor of the jobs, only ``job.meta["runid"]``.
         :param jobs: the functions whose jobs are reported, as names (dotted, or the last part) or themselves;
             or a function that is given a dotted name and returns whether. Every job by default.
         :param fields: ``"headers"`` for a view that reads the body as a stream: the body is not touched, and
@@ -339,12 +340,3 @@ class _Commands(click.Command):
     def get_short_help_str(self, limit: int = 45) -> str:
         """Return the line for the list of commands."""
         return self._loaded().get_short_help_str(limit)
-
-
-def _show_tables(db: SQLAlchemy, bind_key: str | None) -> None:
-    """Put our tables into the metadata that ``db.create_all`` and Flask-Migrate look at."""
-    if bind_key not in db.metadatas:
-        from sqlalchemy import MetaData
-
-        db.metadatas[bind_key] = MetaData(info={"bind_key": bind_key})
-    copy_tables(db.metadatas[bind_key])

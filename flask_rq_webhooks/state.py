@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flask import Flask, current_app, has_app_context
 from redis import Redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from .config import Settings
 from .errors import ConfigurationError
@@ -22,8 +21,9 @@ from .protocol.payloads import PayloadFormat, RenderContext, Rendered
 from .protocol.retry import RetryPolicy
 from .protocol.urls import UrlPolicy
 from .queue.outbox import Outbox
+from .queue.redis_database import connect
 from .storage.crypto import Cipher
-from .storage.database import Database
+from .storage.database import Database, make_url
 from .storage.dispatchers import shared_namespace
 
 if TYPE_CHECKING:
@@ -182,15 +182,9 @@ class State:
         )
 
     def _build_database(self) -> Database:
-        url, connect_args = self._database_url()
-        return Database(url, connect_args=connect_args)
-
-    def _database_url(self) -> tuple[Any, dict[str, Any]]:
         settings, config = self.settings, self.app.config
-        options = config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
-        connect_args = dict(options.get("connect_args") or {})
         if settings.database_uri is not None:
-            return settings.database_uri, {}
+            return self._shared(settings.database_uri) or Database(settings.database_uri)
         if self._db is not None:
             engines = self._host_engines(self._db)
             if settings.bind_key not in engines:
@@ -199,17 +193,38 @@ class State:
                     if settings.bind_key is not None
                     else "SQLALCHEMY_DATABASE_URI is not set; set it, or RQ_WEBHOOKS_DATABASE_URI."
                 )
-            return engines[settings.bind_key].url, connect_args
-        bind = (config.get("SQLALCHEMY_BINDS") or {}).get(settings.bind_key)
-        if isinstance(bind, Mapping):
-            return bind["url"], dict(bind.get("connect_args") or {})
-        url = bind if settings.bind_key is not None else config.get("SQLALCHEMY_DATABASE_URI")
-        if url is None:
+            return self._like_host(self._db, settings.bind_key)
+        bind: Any = (config.get("SQLALCHEMY_BINDS") or {}).get(settings.bind_key)
+        if settings.bind_key is None:
+            bind = {
+                **(config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}),
+                "url": config.get("SQLALCHEMY_DATABASE_URI"),
+            }
+        elif not isinstance(bind, Mapping):
+            bind = {"url": bind}
+        if bind["url"] is None:
             raise ConfigurationError(
                 "flask_rq_webhooks does not know its database; set RQ_WEBHOOKS_DATABASE_URI or "
                 "SQLALCHEMY_DATABASE_URI, or pass db= to RQWebhooks."
             )
-        return url, connect_args
+        return Database(bind["url"], connect_args=bind.get("connect_args"), own_file=False)
+
+    def _shared(self, uri: str) -> Database | None:
+        """Return the database *uri* as the host opens it, where it is one of the host's."""
+        if self._db is None:
+            return None
+        with suppress(ConfigurationError):
+            for bind_key, engine in self._host_engines(self._db).items():
+                if engine.url == make_url(uri):
+                    return self._like_host(self._db, bind_key)
+        return None
+
+    def _like_host(self, db: SQLAlchemy, bind_key: str | None) -> Database:
+        engine = self._host_engines(db)[bind_key]
+        # Where db.create_all() and migrations put our tables.
+        schema = db.metadatas[bind_key].schema if bind_key in db.metadatas else None
+        renamed = engine.get_execution_options().get("schema_translate_map") or {}
+        return Database(engine.url, host=engine, schema=renamed.get(schema, schema))
 
     def _host_engines(self, db: SQLAlchemy) -> Mapping[str | None, Any]:
         try:
@@ -226,14 +241,7 @@ class State:
     def _build_redis(self) -> Redis:
         source = self._redis_source
         if source is None:
-            return Redis.from_url(
-                self.settings.redis_url,
-                socket_connect_timeout=2,
-                socket_timeout=10,
-                health_check_interval=30,
-                # The client's own default retries hold a caller for seconds while Redis is down.
-                retry=Retry(NoBackoff(), 1),
-            )
+            return connect(self.settings.redis_url)
         return source() if not isinstance(source, Redis) and callable(source) else source
 
 

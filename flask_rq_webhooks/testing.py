@@ -31,9 +31,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from flask import Flask, current_app, has_request_context, request
+from flask import Flask, current_app, has_request_context, request, request_started
 
-from .accept.decorator import has_read_fields
+from .accept.register import asked_in_request
 from .dispatch.dispatcher import reconcile_now
 from .dispatch.http import AttemptRequest, AttemptResult
 from .dispatch.pubsub import Notices
@@ -168,7 +168,8 @@ class ObservedJob:
     :param view: Flask's endpoint name.
     :param rule: the route; with *method*, the one that was called.
     :param func: dotted name of the job's function.
-    :param webhook: ``"decorator"``, ``"helper"``, ``"missing"``, or ``"unattached"``: the view is decorated,
+    :param webhook: ``"decorator"``, ``"helper"`` (``enqueue_with_webhook``, ``watch``), ``"missing"``,
+        or ``"unattached"``: the view is decorated,
         but its queue is a plain ``rq.Queue``, which carries a webhook with ``instrument_rq=True`` only.
     :param made_elsewhere: made by ``Job.create`` or fetched: a decorator alone does not help such a job,
         :meth:`~flask_rq_webhooks.RQWebhooks.watch` does.
@@ -186,14 +187,17 @@ class ObservedJob:
 class ObservedRoutes:
     """What :func:`observe_routes` has seen until now."""
 
-    _seen: list[tuple[SeenJob, tuple[str, str, str], bool]] = field(default_factory=list, repr=False)
+    _seen: list[tuple[SeenJob, tuple[str, str, str], bool, set[str]]] = field(
+        default_factory=list, repr=False
+    )
+    _called: dict[tuple[str, str, str], None] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def jobs(self) -> list[ObservedJob]:
         """Return the jobs views enqueued, in order."""
         return [
-            ObservedJob(*where, seen.func, _webhook_of(seen, decorated), seen.made_elsewhere)
-            for seen, where, decorated in self._seen
+            ObservedJob(*where, seen.func, _webhook_of(seen, decorated, watched), seen.made_elsewhere)
+            for seen, where, decorated, watched in self._seen
         ]
 
     @property
@@ -202,8 +206,13 @@ class ObservedRoutes:
         return sorted({job.view for job in self.jobs if job.webhook in ("missing", "unattached")})
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write what was seen as JSON, for ``flask rq-webhooks routes --observed``."""
+        """Write what was seen as JSON, for ``flask rq-webhooks routes --observed``.
+
+        Routes that were called and enqueued nothing are in it, too: ``"webhook": "none"``.
+        """
         unique = {job: None for job in self.jobs}
+        enqueuing = {(job.view, job.rule, job.method) for job in unique}
+        unique |= {ObservedJob(*where, "", "none"): None for where in self._called if where not in enqueuing}
         Path(path).write_text(json.dumps([asdict(job) for job in unique], indent=1) + "\n")
 
 
@@ -225,16 +234,25 @@ def observe_routes(app: Flask) -> Iterator[ObservedRoutes]:
     """
     routes = ObservedRoutes()
 
+    def here() -> tuple[str, str, str]:
+        return request.endpoint or "", str(request.url_rule or ""), request.method
+
     def note(seen: SeenJob) -> None:
         if has_request_context() and current_app._get_current_object() is app:  # type: ignore[attr-defined]
-            where = request.endpoint or "", str(request.url_rule or ""), request.method
-            routes._seen.append((seen, where, has_read_fields()))
+            asked = asked_in_request()
+            assert asked is not None  # noqa: S101  (in a request)
+            routes._seen.append((seen, here(), asked.decorated, asked.watched))
 
-    with observe(note):
+    def note_call(sender: Flask, **what: Any) -> None:
+        routes._called[here()] = None
+
+    with observe(note), request_started.connected_to(note_call, app):
         yield routes
 
 
-def _webhook_of(seen: SeenJob, decorated: bool) -> str:
+def _webhook_of(seen: SeenJob, decorated: bool, watched: set[str]) -> str:
+    if seen.job_id in watched:
+        return "helper"
     if seen.made_elsewhere:
         return "missing"
     if seen.by_helper:

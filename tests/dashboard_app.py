@@ -29,13 +29,14 @@ HOSTILE = (
 
 @contextmanager
 def open_host(
-    database_url: str, redis_url: str, allowed: set[str], **config: Any
+    database_url: str, redis_url: str, allowed: set[str], *, app: Flask | None = None, **config: Any
 ) -> Iterator[tuple[Flask, State]]:
     """Give an app and its state on empty tables.
 
     :param allowed: the permissions the caller has; the test may change the set.
+    :param app: the app to initialise; a new one by default.
     """
-    app = Flask("host", template_folder=config.pop("template_folder", None))
+    app = app or Flask("host", template_folder=config.pop("template_folder", None))
     app.config.update(
         {
             "SECRET_KEY": "a key for tests only",

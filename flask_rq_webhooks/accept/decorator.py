@@ -42,7 +42,7 @@ _MARK = "_rq_webhooks_accepts"
 class _Options:
     events: tuple[str, ...] | None
     scope: str
-    runid: str
+    runid: str | None
     chosen: Callable[[str], bool] | None
     body: bool
     hide: str
@@ -53,7 +53,7 @@ def accepts_webhook(
     *,
     events: Sequence[str] | None = None,
     scope: str = "job",
-    runid: str = "runid",
+    runid: str | None = "runid",
     jobs: Jobs | None = None,
     fields: str = "all",
     hide: str = "all",
@@ -65,7 +65,8 @@ def accepts_webhook(
 
     :param events: event types sent where the request names none; ``None`` for all terminal ones.
     :param scope: ``"job"``, or ``"tree"`` for one event about all jobs of the request and their children.
-    :param runid: name of the view argument that holds the host's run id.
+    :param runid: name of the view argument that holds the host's run id; ``None``: no argument does, neither
+        of the view nor of the jobs, only ``job.meta["runid"]``.
     :param jobs: the functions whose jobs are reported, as names (dotted, or the last part) or themselves; or
         a function that is given a dotted name. ``None`` for every job.
     :param fields: where they may be: ``"all"``, or ``"headers"`` (and the query string) for a view that reads
@@ -115,12 +116,6 @@ def accepts_webhook(
 def accepts_webhooks(function: Callable[..., Any]) -> bool:
     """Say whether *function* is decorated; decorators above that use ``functools.wraps`` keep the mark."""
     return _MARK in getattr(function, "__dict__", {})
-
-
-def has_read_fields() -> bool:
-    """Say whether a decorated function has run in the current request."""
-    asked = asked_in_request()
-    return asked is not None and asked.decorated
 
 
 def answer_invalid(exc: InvalidWebhookError) -> Response:
@@ -180,7 +175,8 @@ def _begin(
             wanted,
             events=options.events,
             scope=options.scope,
-            runid=view_arguments.get(options.runid, (request.view_args or {}).get(options.runid)),
+            runid=({**(request.view_args or {}), **view_arguments}).get(options.runid or ""),
+            ignores_argument=options.runid is None,
             chosen=options.chosen,
         )
     except InvalidWebhookError as exc:

@@ -29,7 +29,6 @@ from flask import (
 from redis.exceptions import RedisError
 from rq import Queue
 from rq.job import Job
-from sqlalchemy.exc import SQLAlchemyError
 
 from .._steps import reached
 from ..errors import InvalidWebhookError, StorageUnavailableError
@@ -48,6 +47,7 @@ from ..queue.outbox_entry import confirm_entry
 from ..state import EXTENSION_NAME, State, get_state
 from ..storage import endpoints
 from ..storage.dispatchers import dispatcher_alive
+from ..storage.sql_errors import SQLAlchemyError
 from .request_fields import FIELDS, URL, take_fields
 from .request_schema import WebhookRequest, load_webhook
 
@@ -79,6 +79,7 @@ class Asked:
 
     :ivar decorated: whether a decorated function has run.
     :ivar attachment: of the request's own webhook, once it is registered.
+    :ivar watched: ids of the jobs handed to ``watch``, whether or not a webhook was asked for.
     """
 
     def __init__(self, asking: Request) -> None:
@@ -92,6 +93,7 @@ class Asked:
         self._is_marked = False
         self.decorated = False
         self.attachment: Attachment | None = None
+        self.watched: set[str] = set()
 
     def fields(self, *, body: bool, hide: str) -> Mapping[str, Any] | None:
         """Return the request's webhook fields, taken from it at the first call; ``None``: it has none.
@@ -185,6 +187,7 @@ def register(
     events: Sequence[str] | None = None,
     scope: str = "job",
     runid: Any = None,
+    ignores_argument: bool = False,
     chosen: Callable[[str], bool] | None = None,
     watched: Job | None = None,
 ) -> Attachment:
@@ -193,6 +196,7 @@ def register(
     :param events: types sent where the request names none; ``None`` for all terminal ones.
     :param scope: ``"job"`` or ``"tree"``.
     :param runid: what the host calls the run.
+    :param ignores_argument: whether the first argument of the jobs never names their run.
     :param chosen: see :class:`~flask_rq_webhooks.queue.job_callbacks.Attachment`.
     :param watched: a job that exists; without it, the id of the next one is reserved.
     :raises DestinationBusyError: when ``MAX_WAITING_PER_HOST`` is reached.
@@ -230,7 +234,7 @@ def register(
     _warn_if_nobody_delivers(state)
     return Attachment(
         endpoint_id=endpoint_id,
-        token=make_token(endpoint_id, state.settings.outbox_maxlen),
+        token=make_token(endpoint_id, state.settings.outbox_maxlen, ignores_argument=ignores_argument),
         reserved_job_id=reserved_job_id,
         same_database=same_database(state),
         chosen=chosen,
@@ -303,6 +307,8 @@ def watch(state: State, job: Job, values: Mapping[str, Any], *, runid: Any = Non
     if unknown:
         raise InvalidWebhookError(details={name: ["There is no such field."] for name in unknown})
     asked = asked_in_request()
+    if asked is not None:
+        asked.watched.add(job.id)
     if URL not in fields:
         if fields:
             raise InvalidWebhookError(details={URL: ["Missing; without it, the request's own fields count."]})

@@ -1,25 +1,26 @@
-"""``flask rq-webhooks doctor``: what a webhook depends on, looked at one by one.
+"""``flask rq-webhooks doctor``: check what webhooks depend on, one by one.
 
-Every check says what is wrong and what to do. Changes nothing.
+Every check says what is wrong and how to fix it. Changes nothing. The checks of the app itself are in
+:mod:`.host_checks`, the sentences about SQL and Redis in :mod:`.failures`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
-from sqlalchemy import select
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-
-from ..errors import RQWebhooksError, StorageUnavailableError
+from ..config import PREFIX, SECRET_FROM_ENVIRONMENT
+from ..queue.job_callbacks import SameDatabase, databases_elsewhere
+from ..queue.outbox import age_of_oldest
 from ..queue.redis_database import database_name
+from ..storage.crypto import stored_samples
 from ..storage.dispatchers import ALIVE_S, dispatcher_alive, paused_since
-from ..storage.models import Endpoint, Secret
 from ..storage.schema import missing_schema
+from . import host_checks
+from .failures import EXPLAINED, explain, redis_source
+from .host_checks import WrongError
 
 if TYPE_CHECKING:
     from ..state import State
@@ -30,8 +31,6 @@ CLOCKS_S = 5.0
 MINIMUM_REDIS = (6, 2)
 #: Seconds an entry of the outbox may wait; a living dispatcher takes it within one.
 UNREAD_S = 60.0
-#: Stored values that are decrypted for a look at the keys: the oldest and the newest.
-_SAMPLE = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +46,6 @@ class Finding:
     text: str
 
 
-class _WrongError(Exception):
-    """A check found something wrong."""
-
-
 def examine(state: State) -> Iterator[Finding]:
     """Run every check; one that needs another that failed says so instead."""
     # What cannot be relied on → what failed first.
@@ -59,92 +54,57 @@ def examine(state: State) -> Iterator[Finding]:
         root = next((failed[need] for need in needs if need in failed), None)
         if root is not None:
             failed[name] = root
-            yield Finding(name, "skip", f"not checked; first mend what `{root}` says.")
+            yield Finding(name, "skip", f"skipped: fix the `{root}` check first.")
             continue
         try:
             yield Finding(name, "ok", check(state))
             continue
-        except (_WrongError, RQWebhooksError) as exc:
+        except WrongError as exc:
             text = str(exc)
-        except RedisError as exc:
-            text = f"Redis refused ({type(exc).__name__}: {exc}); allow our user these commands."
-        except SQLAlchemyError as exc:
-            text = f"the database refused ({type(exc).__name__}: {exc}); allow our user to use our tables."
+        except EXPLAINED as exc:
+            text = explain(exc, state)
         failed[name] = name
         yield Finding(name, "FAIL", " ".join(text.split()))
 
 
 def _settings(state: State) -> str:
     if not state.settings.enabled:
-        raise _WrongError(
+        raise WrongError(
             "RQ_WEBHOOKS_ENABLED is off, so no webhooks are accepted; set it to True (it is read from "
             "WEBHOOKS_ENABLED in the environment, too)."
         )
-    return f"webhooks are accepted; served under {state.settings.url_prefix or '/'}"
+    served = f"webhooks are accepted; served under {state.settings.url_prefix or '/'}"
+    if state.settings.signing_secret is not None and f"{PREFIX}SIGNING_SECRET" not in state.app.config:
+        return f"{served}. {SECRET_FROM_ENVIRONMENT}"
+    return served
 
 
 def _redis(state: State) -> str:
-    name = database_name(state.redis)
-    try:
-        facts = state.redis.info()
-    except (AuthenticationError, RecursionError) as exc:
-        # redis-py 5 calls itself without end where a password is wanted and none was given.
-        why = exc if isinstance(exc, AuthenticationError) else "a password is wanted"
-        raise _WrongError(
-            f"{name} refuses us ({why}); correct user name and password in {_redis_source(state)}."
-        ) from exc
-    except NoPermissionError as exc:
-        raise _WrongError(f"{name} allows our user too little ({exc}); give it the rights of RQ.") from exc
-    except RedisError as exc:
-        raise _WrongError(
-            f"{name} does not answer ({type(exc).__name__}: {exc}); start it, or correct "
-            f"{_redis_source(state)}."
-        ) from exc
+    name, facts = database_name(state.redis), state.redis.info()
     version = str(facts.get("redis_version", "0"))
     major, minor, *_ = [int(part) for part in version.split(".")[:2]] + [0, 0]
     if (major, minor) < MINIMUM_REDIS:
-        raise _WrongError(f"version {version} is too old; install Redis 6.2 or newer, or any Valkey.")
+        raise WrongError(f"version {version} is too old; install Redis 6.2 or newer, or any Valkey.")
     if facts.get("role") == "slave":
-        raise _WrongError(f"{name} is a replica, which takes no writes; name its primary.")
+        raise WrongError(f"{name} is a replica, which takes no writes; name its primary.")
     if state.redis.get_encoder().decode_responses:
-        raise _WrongError(
-            "the client decodes what it reads (decode_responses=True), and RQ cannot read its jobs so; make "
-            "it without, for RQ and for us."
+        raise WrongError(
+            "the client has decode_responses=True, with which RQ cannot read its jobs; create it without, "
+            "for "
+            "RQ and for us."
         )
     policy = str(facts.get("maxmemory_policy", "noeviction"))
     if int(facts.get("maxmemory", 0)) and policy.startswith("allkeys"):
-        raise _WrongError(
-            f"with maxmemory-policy {policy} {name} throws away jobs and our outbox when its memory is "
+        raise WrongError(
+            f"with maxmemory-policy {policy} {name} deletes jobs and our outbox when its memory is "
             "full; run `CONFIG SET maxmemory-policy noeviction`, and write it into its configuration."
         )
     return f"{name}, version {version}"
 
 
-def _redis_source(state: State) -> str:
-    return "what RQWebhooks(redis=...) gets" if state.redis_is_given else "RQ_WEBHOOKS_REDIS_URL"
-
-
 def _sql(state: State) -> str:
-    where = "RQ_WEBHOOKS_DATABASE_URI"
-    if state.settings.database_uri is None:
-        bind_key = state.settings.bind_key
-        where = f"SQLALCHEMY_BINDS[{bind_key!r}]" if bind_key else "SQLALCHEMY_DATABASE_URI"
-    try:
-        with state.database.read() as connection:
-            connection.execute(select(1)).scalar_one()
-    except ModuleNotFoundError as exc:
-        raise _WrongError(
-            f"{where} needs the driver {exc.name!r}, which is not installed; for PostgreSQL run `pip install "
-            "'flask-rq-webhooks[postgres]'` and begin the URL with postgresql+psycopg://."
-        ) from exc
-    except ArgumentError as exc:
-        # Without its text, which may hold the URL with its password.
-        raise _WrongError(
-            f"{where} is not usable ({type(exc).__name__}); write it as "
-            "postgresql+psycopg://user:password@host/database or sqlite:///file."
-        ) from None
-    except StorageUnavailableError as exc:
-        raise _WrongError(f"{str(exc).rstrip('.')}; start the database, or correct {where}.") from exc
+    with state.database.read() as connection:
+        state.database.now(connection)
     url = state.database.url
     return f"{url.get_backend_name()}, database {url.database or '(in memory)'}"
 
@@ -152,7 +112,7 @@ def _sql(state: State) -> str:
 def _tables(state: State) -> str:
     missing = missing_schema(state.database)
     if missing:
-        raise _WrongError(
+        raise WrongError(
             f"missing: {', '.join(missing.lines())}; run `flask rq-webhooks init-db`, or your migrations."
         )
     return "complete and of this version"
@@ -160,22 +120,16 @@ def _tables(state: State) -> str:
 
 def _keys(state: State) -> str:
     cipher = state.cipher  # also where nothing is stored yet
-    with state.database.read() as connection:
-        stored: list[str] = []
-        for column, key in ((Secret.secret, Secret.id), (Endpoint.headers, Endpoint.id)):
-            for order in (key.asc(), key.desc()):
-                query = select(column).where(column.is_not(None)).order_by(order).limit(_SAMPLE)
-                stored += [text for text in connection.execute(query).scalars() if text is not None]
+    stored = stored_samples(state.database)
     for text in stored:
         cipher.decrypt(text)
-    return f"the key opens what is stored ({len(stored)} samples)" if stored else "nothing is stored yet"
+    return f"the key decrypts what is stored ({len(stored)} samples)" if stored else "nothing is stored yet"
 
 
 def _dispatcher(state: State) -> str:
     if not dispatcher_alive(state.database):
-        raise _WrongError(
-            f"none has shown a sign of life for {ALIVE_S:.0f} s, so nothing is delivered; start "
-            "`flask rq-webhooks worker`."
+        raise WrongError(
+            f"no heartbeat for {ALIVE_S:.0f} s, so nothing is delivered; start `flask rq-webhooks worker`."
         )
     since = paused_since(state.database)
     return "alive" if since is None else f"alive; all sending is paused since {since:%Y-%m-%d %H:%M} UTC"
@@ -188,71 +142,58 @@ def _clock(state: State) -> str:
     redis_off_s = seconds + microseconds / 1e6 - datetime.now(UTC).timestamp()
     for name, off_s in (("the SQL server", sql_off_s), ("Redis", redis_off_s)):
         if abs(off_s) > CLOCKS_S:
-            raise _WrongError(
+            raise WrongError(
                 f"the clock of {name} and this machine's are {abs(off_s):.0f} s apart; receivers refuse "
                 "timestamps that are off, so synchronise them (NTP)."
             )
     return f"SQL {sql_off_s:+.2f} s, Redis {redis_off_s:+.2f} s from this machine"
 
 
-def _permission(state: State) -> str:
-    function = state.hooks.authorize_function
-    if function is None:
-        raise _WrongError(
-            "none is registered, so status, API and dashboard answer 403; register one with "
-            "@webhooks.authorize."
-        )
-    if inspect.iscoroutinefunction(function):
-        raise _WrongError(
-            "it is `async def`, which is not waited for, so everything is answered 403; make it a plain "
-            "`def` that returns True or False."
-        )
-    return "registered"
-
-
 def _queues(state: State) -> str:
+    elsewhere = databases_elsewhere(SameDatabase(state.redis), vars(state.app), state.app.extensions)
+    if elsewhere:
+        raise WrongError(
+            f"this app has queues in {', '.join(elsewhere)}, but we use {database_name(state.redis)}: jobs "
+            f"there run without webhooks; correct {redis_source(state)}."
+        )
     queues, workers = state.redis.scard("rq:queues"), state.redis.scard("rq:workers")
     if not queues:
         return (
             f"no RQ queue is in {database_name(state.redis)} yet; if your jobs are elsewhere, correct "
-            f"{_redis_source(state)}"
+            f"{redis_source(state)}"
         )
     return f"{queues} RQ queues and {workers} RQ workers are in {database_name(state.redis)}"
 
 
 def _outbox(state: State) -> str:
-    rejected = state.redis.xlen(state.outbox.rejected_key)
+    rejected = state.outbox.rejected()
     if rejected:
-        raise _WrongError(
-            f"{rejected} entries were set aside as unusable; look at them with `XRANGE "
-            f"{state.outbox.rejected_key} - +`, and `DEL` that key when done."
+        raise WrongError(
+            f"{rejected} malformed entries were set aside; read them with `XRANGE "
+            f"{state.outbox.rejected_key} - +`, and `DEL` that key afterwards."
+        )
+    silent = state.outbox.silent_callbacks()
+    if silent:
+        raise WrongError(
+            f"{silent} jobs finished within an hour and no callback reported it, so their workers cannot "
+            f"write our key; give their Redis user `~rq_webhooks:*` (ACL SETUSER), and see their logs."
         )
     waiting = state.outbox.length()
     if waiting >= state.settings.outbox_maxlen:
-        raise _WrongError(
+        raise WrongError(
             f"{waiting} entries wait and the stream is full, so older ones are trimmed and left to "
             "reconcile; start `flask rq-webhooks worker` with this Redis and database, or see its log."
         )
-    waited_s = _oldest_entry_s(state)
+    waited_s = age_of_oldest(state.redis, state.outbox.key) or 0.0
     if waited_s > UNREAD_S:
-        raise _WrongError(
+        raise WrongError(
             f"{waiting} entries wait, the oldest for {waited_s:.0f} s, so no dispatcher reads them, or too "
             "few do; start `flask rq-webhooks worker` with this Redis and database, or see its log."
         )
     return f"{waiting} entries wait"
 
 
-def _oldest_entry_s(state: State) -> float:
-    entries: Any = state.redis.xrange(state.outbox.key, count=1)
-    if not entries:
-        return 0.0
-    entry_id = entries[0][0]
-    milliseconds = int((entry_id if isinstance(entry_id, str) else entry_id.decode()).partition("-")[0])
-    seconds, microseconds = state.redis.time()
-    return float(seconds) + float(microseconds) / 1e6 - milliseconds / 1000
-
-
-#: Name, what it needs to be right, and the check: what it needs stands above it.
+#: Name, the checks above that it needs, and the check.
 _CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[State], str]], ...] = (
     ("settings", (), _settings),
     ("redis", (), _redis),
@@ -261,7 +202,10 @@ _CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[State], str]], ...] = (
     ("keys", ("tables",), _keys),
     ("dispatcher", ("tables",), _dispatcher),
     ("clock", ("sql", "redis"), _clock),
-    ("permission function", (), _permission),
+    ("permission function", (), host_checks.permission_function),
+    ("routes", (), host_checks.routes),
+    ("layout", (), host_checks.layout),
+    ("sessions", (), host_checks.sessions),
     ("queue database", ("redis",), _queues),
     ("outbox", ("redis", "tables"), _outbox),
 )

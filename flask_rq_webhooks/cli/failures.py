@@ -10,10 +10,10 @@ import socket
 from typing import TYPE_CHECKING
 
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from ..errors import RQWebhooksError
 from ..queue.redis_database import database_name
+from ..storage.sql_errors import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 if TYPE_CHECKING:
     from ..state import State
@@ -48,6 +48,11 @@ def of_redis(exc: Exception, state: State) -> str:
         # redis-py 5 calls itself without end where a password is wanted and none was given.
         why = exc if isinstance(exc, AuthenticationError) else "a password is wanted"
         return f"{name} refuses us ({why}); correct user name and password in {redis_source(state)}."
+    if "CERTIFICATE_VERIFY_FAILED" in str(exc):
+        return (
+            f"the certificate of {name} is not trusted ({exc}); for one of your own authority append "
+            f"`?ssl_ca_certs=/path/to/ca.pem&ssl_cert_reqs=required` to the URL in {redis_source(state)}."
+        )
     if isinstance(exc, NoPermissionError):
         return f"{name} allows our user too little ({exc}); give it the rights of RQ."
     if str(exc).startswith("READONLY"):

@@ -16,20 +16,24 @@ import click
 from flask import current_app
 from flask.cli import with_appcontext
 
-from ..accept.route_report import Place, Route, survey
+from ..accept.route_report import Route, survey
 
 _WORDS = {
     "decorator": "yes",
     "helper": "yes, by helper",
     "missing": "MISSING",
     "unattached": "PLAIN QUEUE",
+    "unknown": "cannot tell",
     "none": "-",
 }
 
 
+_MISSING = ("missing", "unattached")
+
+
 @click.command()
-@click.option("--all", "everything", is_flag=True, help="Routes that enqueue nothing, too.")
-@click.option("--check", is_flag=True, help="Exit 1 if a route enqueues, or may enqueue, without a webhook.")
+@click.option("--all", "everything", is_flag=True, help="Every route, also those of which it cannot tell.")
+@click.option("--check", is_flag=True, help="Exit 1 if a route is known to enqueue without a webhook.")
 @click.option(
     "--ignore", "ignored", multiple=True, metavar="VIEW",
     help="View name that needs no webhook; may be repeated.",
@@ -46,29 +50,30 @@ def routes(
 ) -> None:
     """List the routes that enqueue RQ jobs, and whether clients can ask for a webhook there.
 
-    It reads the source of views and of the functions they call, and runs none of it, though it imports what
-    views import; Redis and SQL are not needed, nor that the extension is initialised. "may" means that it
-    looks like it: a queue whose class cannot be told from the source, or a function that is mentioned, not
-    called. What it cannot see: methods of objects whose class is not plain from the source, names made at run
-    time, packages that are not the app's own. --observed adds what a test-suite has really seen.
+    --observed takes what a test-suite has really seen; that counts first. Beside it the source of views is
+    read, and of the functions they call, one level deep; nothing is run, and Redis and SQL are not needed.
+    "cannot tell" stands where neither says for sure: an object whose class the source does not name, calls
+    that lead further. Let tests call such routes under testing.observe_routes.
 
     Exit status: 0, also where webhooks are missing; with --check 1 then; 2 for bad options.
     """
     found = survey(current_app)
-    for file in files:
-        found = _with_observed(found, _read_observed(file))
+    if files:
+        found = _with_observed(found, [job for file in files for job in _read_observed(file)])
     if unknown := sorted(set(ignored) - {route.view for route in found}):
         raise click.UsageError(f"--ignore: there is no view {unknown[0]!r}.")
-    missing = [route for route in found if route.missing is not None and route.view not in ignored]
-    shown = [route for route in found if everything or route.webhook != "none"]
+    missing = [route for route in found if route.webhook in _MISSING and route.view not in ignored]
+    shown = [route for route in found if everything or route.webhook not in ("none", "unknown")]
+    unclear = sum(route.webhook == "unknown" for route in found)
     if as_json:
         click.echo(json.dumps([_as_json(route, ignored) for route in shown], indent=2))
     else:
         for line in _table(shown, ignored):
             click.echo(line)
-        enqueuing = sum(route.webhook != "none" for route in found)
+        enqueuing = sum(route.webhook not in ("none", "unknown") for route in found)
         click.echo(
-            f"{len(found)} routes, {enqueuing} enqueue or may, {len(missing)} of them without a webhook."
+            f"{len(found)} routes, {enqueuing} enqueue, {len(missing)} of them without a webhook; "
+            f"of {unclear} neither tests nor source tell (--all lists them)."
         )
     if check and missing:
         raise SystemExit(1)
@@ -88,22 +93,20 @@ def _with_observed(found: list[Route], jobs: Sequence[dict[str, Any]]) -> list[R
     merged = []
     for route in found:
         seen = [
-            Place(
-                f"observed: {job['func']}", "", 0,
-                covered=job["webhook"] != "missing", helper=job["webhook"] == "helper",
-                plain=job["webhook"] == "unattached",
-            )
+            job
             for job in jobs
             if (job["view"], job["rule"]) == (route.view, route.rule) and job["method"] in route.methods
-        ]  # fmt: skip
-        merged.append(replace(route, places=tuple(dict.fromkeys([*route.places, *seen]))))
+        ]
+        observed = tuple(job for job in seen if job["webhook"] != "none")
+        merged.append(replace(route, observed=observed if seen else None))
     return merged
 
 
 def _table(shown: Sequence[Route], ignored: Sequence[str]) -> list[str]:
     rows = [("ROUTE", "METHODS", "VIEW", "WEBHOOK", "ENQUEUES")]
     for route in shown:
-        word = "ignored" if route.missing and route.view in ignored else _WORDS[route.webhook]
+        ignore = route.webhook in _MISSING and route.view in ignored
+        word = "ignored" if ignore else _WORDS[route.webhook]
         rows.append((route.rule, ",".join(route.methods), route.view, word, _explained(route)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
@@ -112,22 +115,15 @@ def _table(shown: Sequence[Route], ignored: Sequence[str]) -> list[str]:
     ]
 
 
-def _plainest(route: Route) -> Place | None:
-    return route.missing or min(
-        route.places, key=lambda place: (not place.certain, len(place.through)), default=None
-    )
-
-
 def _explained(route: Route) -> str:
-    place = _plainest(route)
+    if route.observed:
+        jobs = [job for job in route.observed if job["webhook"] == route.webhook]
+        return "observed: " + ", ".join(dict.fromkeys(job["func"] for job in jobs))
+    place = route.place
     if place is None:
-        if not route.readable:
-            return "no source of the app's own"
-        return "nothing that can be seen" if route.decorated else ""
-    text = place.call if place.certain else f"may: {place.call}"
-    if place.file:
-        text += f" ({_relative(place.file)}:{place.line})"
-    return text + "".join(f" < {name}" for name in reversed(place.through))
+        return "" if route.webhook == "none" else "nothing that can be seen"
+    text = f"{place.call if place.certain else f'may: {place.call}'} ({_relative(place.file)}:{place.line})"
+    return f"{text} < {place.through}" if place.through else text
 
 
 def _relative(file: str) -> str:
@@ -136,13 +132,14 @@ def _relative(file: str) -> str:
 
 
 def _as_json(route: Route, ignored: Sequence[str]) -> dict[str, Any]:
-    place = _plainest(route)
+    enqueues = {"none": "no", "unknown": "cannot tell"}.get(route.webhook, "yes")
     return {
         "rule": route.rule,
         "methods": list(route.methods),
         "view": route.view,
         "webhook": route.webhook,
         "ignored": route.view in ignored,
-        "enqueues": "no" if place is None else "yes" if place.certain else "may",
-        "places": [asdict(place) | {"through": list(place.through)} for place in route.places],
+        "enqueues": enqueues,
+        "places": [asdict(place) for place in route.places],
+        "observed": None if route.observed is None else list(route.observed),
     }

@@ -21,12 +21,13 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from redis import RedisError
+from redis.exceptions import RedisError, ResponseError
 
-from ..errors import StorageUnavailableError
+from ..errors import RQWebhooksError, StorageUnavailableError
 from ..observe.ingest import Ingest
 from ..observe.publisher import Publisher
 from ..observe.reconcile import Reconciler, ReconcileReport
+from ..protocol.events import JOB_SUCCESS
 from ..storage.claims import free_expired_leases
 from ..storage.dispatchers import drop_reconcile_lease, heartbeat, sign_off, take_reconcile_lease
 from ..storage.models import new_id
@@ -53,7 +54,7 @@ PRUNE_S = 3600.0
 #: Seconds after a missed pass in which another dispatcher takes over. Two passes at once do no harm.
 LEASE_SPARE_S = 5.0
 #: First and longest pause after an error, seconds.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +108,11 @@ class Dispatcher:
     """Deliver until told to stop.
 
     :param state: the app's state.
-    :param transport: how bytes travel; what ``TRANSPORT`` says by default. A given one is not closed here.
+    :param transport: how bytes travel; our own by default. A given one is not closed here.
     :param concurrency: requests in flight at once; ``CONCURRENCY`` by default.
     :param periodic: jobs of the main thread beside reconcile and pruning.
     :param on_alive: called every few seconds while no thread is stuck; ``False`` stops the dispatcher.
     :raises StorageUnavailableError: when SQL cannot be reached.
-    :raises ConfigurationError: when ``TRANSPORT`` needs something that is not installed.
     """
 
     def __init__(
@@ -162,6 +162,8 @@ class Dispatcher:
         self._troubles: dict[str, type[BaseException]] = {}
         self._alive_at: dict[str, float] = {}
         self._outbox_empty_since: float | None = None
+        self._ended_by: tuple[str, SystemExit] | None = None
+        self._warned_of_silence = False
         self._poke_read, self._poke_write = os.pipe()
         os.set_blocking(self._poke_write, False)
 
@@ -175,6 +177,7 @@ class Dispatcher:
 
         :param burst: return as soon as the outbox is empty and nothing is due; no periodic jobs.
         :raises StorageUnavailableError: when SQL cannot be reached at the start.
+        :raises RQWebhooksError: when a function of the host's called ``sys.exit()``.
         """
         heartbeat(self._state.database, self.id, started=True)
         logger.info(
@@ -208,6 +211,12 @@ class Dispatcher:
                 finally:
                     self._close()
         logger.info("Dispatcher %s stopped.", self.id)
+        if self._ended_by is not None:
+            name, cause = self._ended_by
+            raise RQWebhooksError(
+                f"The dispatcher stopped because something called sys.exit({cause.code!r}) during {name!r}: "
+                "look at your scrub, payload_format and signal functions; the log has the traceback."
+            ) from cause
 
     def stop(self) -> None:
         """Ask :meth:`run` to finish what is in flight and return. May be called from any thread."""
@@ -265,6 +274,21 @@ class Dispatcher:
         report = self._reconciler.run_once(should_stop)
         if report.told:
             logger.info("Reconcile told of endings that no callback reported: %s", dict(report.told))
+        self._notice_silent_callbacks(report.told[JOB_SUCCESS])
+
+    def _notice_silent_callbacks(self, count: int) -> None:
+        """Say once that workers cannot write to the outbox: a callback reports every success."""
+        if not count:
+            return
+        self._state.outbox.note_silent_callbacks(count)
+        if not self._warned_of_silence and (silent := self._state.outbox.silent_callbacks()):
+            self._warned_of_silence = True
+            logger.warning(
+                "%d jobs finished and no callback reported it: their workers cannot write the key %s. "
+                "Give their Redis user the permission '~rq_webhooks:*' (ACL), and see their logs. "
+                "Until then every webhook waits for reconcile.",
+                silent, self._state.outbox.key,
+            )  # fmt: skip
 
     def _prune(self, _should_stop: Callable[[], bool]) -> None:
         days = timedelta(days=self._state.settings.retention_days)
@@ -322,7 +346,8 @@ class Dispatcher:
         try:
             step()
         except (StorageUnavailableError, RedisError) as exc:
-            self._alive_at[name] = time.monotonic()
+            if not isinstance(exc, ResponseError):  # a server that answers and refuses is not an outage
+                self._alive_at[name] = time.monotonic()
             if self._troubles.get(name) is not type(exc):
                 self._troubles[name] = type(exc)
                 logger.error(
@@ -332,6 +357,12 @@ class Dispatcher:
         except Exception:
             # Not counted as a sign of life: a thread that never gets through must not look healthy.
             logger.exception("%s: an unexpected error; trying again.", name)
+            return False
+        except SystemExit as exc:
+            # A function of the host's called sys.exit(): it would end one thread without a word.
+            logger.exception("%s: something called sys.exit(); the dispatcher stops.", name)
+            self._ended_by = self._ended_by or (name, exc)
+            self.stop()
             return False
         self._alive_at[name] = time.monotonic()
         if self._troubles.pop(name, None) is not None:

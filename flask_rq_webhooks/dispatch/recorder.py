@@ -16,8 +16,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import DataError
-
 from .. import signals
 from .._steps import reached
 from ..protocol.headers import mask_headers
@@ -25,6 +23,7 @@ from ..protocol.retry import Decision
 from ..protocol.urls import redact_url
 from ..storage.attempts import AttemptRecord, record_attempts
 from ..storage.claims import ClaimedDelivery
+from ..storage.sql_errors import DataError
 from .http import AttemptRequest, AttemptResult
 from .pubsub import Notices
 

@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import InternalError, OperationalError, ProgrammingError
-
 from .._steps import reached
-from ..errors import StorageUnavailableError
 from ..queue.job_reader import JobResult, Jobs, read_endings, read_results
 from ..storage.endpoints import confirm
 from ..storage.events import IngestItem
 from ..storage.settling import park_evidence
+from ..storage.sql_errors import is_about_a_row
 from .publisher import Publisher
 from .verdicts import Open, Verdict, judge, occurrence_of
 
@@ -233,9 +231,9 @@ class Ingest:
         try:
             reached("entries read")
             self._teller.publish([item for _waiting, item in items])
-        except (StorageUnavailableError, OperationalError, ProgrammingError, InternalError):
-            raise  # about the database, not about an entry: everything stays in the stream
         except Exception as exc:  # a bad entry must never block the stream
+            if not is_about_a_row(exc):
+                raise  # everything stays in the stream
             if len(items) > 1:
                 middle = len(items) // 2
                 self._store_items(items[:middle])

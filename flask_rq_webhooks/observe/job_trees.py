@@ -16,9 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
-
-from redis import Redis
+from typing import TYPE_CHECKING, Any
 
 from ..config import Settings
 from ..protocol.events import (
@@ -50,6 +48,9 @@ from ..storage.models import RESERVED
 from ..storage.tree_members import TreeRow
 from ..storage.watches import endings_of_job
 from .outcomes import RESERVED_GRACE, TYPE_OF_STATUS, is_blocked
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 #: Jobs of one tree that are looked at.
 MAX_JOBS = 10_000

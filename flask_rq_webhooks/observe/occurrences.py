@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING
 
-from redis import Redis
 from rq.defaults import UNSERIALIZABLE_RETURN_VALUE_PAYLOAD
 
 from ..config import Settings
@@ -18,6 +18,9 @@ from ..queue.job_reader import JobRecord, JobResult, read_result_value
 from ..queue.outbox_entry import OutboxEntry
 from ..queue.safe_pickle import UNKNOWN
 from .outcomes import occurrence_of_job, occurrence_of_result, occurrence_of_word
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 
 class OccurrenceReader:

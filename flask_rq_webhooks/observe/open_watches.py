@@ -11,8 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-
-from redis import Redis
+from typing import TYPE_CHECKING
 
 from ..errors import OutboxEntryError
 from ..protocol.events import JOB_BLOCKED, JOB_RETRYING, format_time
@@ -37,6 +36,9 @@ from .outcomes import (
     occurrence_of_state,
 )
 from .pending_events import Findings, Publish, ReconcileReport
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 logger = logging.getLogger(__name__)
 

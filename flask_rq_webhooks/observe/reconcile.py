@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-
-from redis import Redis
+from typing import TYPE_CHECKING
 
 from ..config import Settings
 from ..protocol.events import JOB_BLOCKED
@@ -31,6 +30,9 @@ from .occurrences import OccurrenceReader
 from .open_watches import WaitingWatches
 from .pending_events import Publish, ReconcileReport
 from .settled_watches import SettledWatches
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 __all__ = ["PAGE", "ReconcileReport", "Reconciler"]
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-
-from redis import Redis
+from typing import TYPE_CHECKING
 
 from ..protocol.events import JOB_LOST, JOB_SUCCESS, format_time
 from ..queue.job_reader import probe_jobs, read_jobs, read_results
@@ -20,6 +19,9 @@ from ..storage.watches import Notes, SettledRow
 from .occurrences import OccurrenceReader
 from .outcomes import TYPE_OF_STATUS, is_correction
 from .pending_events import Findings, Publish, ReconcileReport
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 #: How long RQ may change its verdict on a told run.
 SECOND_LOOKS_FOR = timedelta(hours=24)

@@ -11,6 +11,11 @@ import re
 _EXCEPTION = re.compile(r"(?P<type>[^\W\d]\w*(?:\.[^\W\d]\w*)*)(?::\s?(?P<message>.*))?", re.DOTALL)
 _TRACEBACK = "Traceback (most recent call last):"
 
+_CHAINED = (
+    "During handling of the above exception, another exception occurred:",
+    "The above exception was the direct cause of the following exception:",
+)
+
 #: How a sentence of RQ's own begins or what it contains → the type we give it. RQ 1.16 to 3.0.
 _SENTENCES = (
     ("Work-horse terminated unexpectedly", "WorkHorseTerminated"),
@@ -38,13 +43,48 @@ def error_from_text(text: str | None) -> dict[str, str]:
 
 
 def _exception(text: str) -> tuple[str, str]:
-    """Return type and message: what follows the last frame, where messages may have lines of their own."""
+    """Return type and message. Messages may have lines of their own, and so may notes, which follow them."""
     lines = text.splitlines()
-    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
-    start = frames[-1] + 1 if frames else 0
-    while start < len(lines) - 1 and lines[start].startswith(" "):
-        start += 1
-    match = _EXCEPTION.fullmatch("\n".join(lines[start:]))
+    start = 0
+    while (ending := _exception_line(lines, start)) is not None:
+        start = ending
+        # Another one follows where this one was the cause, or was being handled.
+        chained = next((number for number in range(start, len(lines)) if lines[number] in _CHAINED), None)
+        if chained is None:
+            break
+        start = chained
+    own = _undrawn(lines[start:])
+    match = _EXCEPTION.fullmatch("\n".join(own))
     if match is None:
         return "UnknownError", lines[-1].strip()
     return match["type"].rpartition(".")[2], match["message"] or ""
+
+
+def _exception_line(lines: list[str], start: int) -> int | None:
+    """Return where the exception of the next traceback is: in the first line that is not indented."""
+    header = next((number for number in range(start, len(lines)) if _is_header(lines[number])), None)
+    if header is None:
+        return None
+    bar = "  | " if lines[header].lstrip().startswith("+") else ""
+    for number in range(header + 1, len(lines)):
+        line = lines[number].removeprefix(bar)
+        if line and not line.startswith(" "):
+            return number
+    return None
+
+
+def _is_header(line: str) -> bool:
+    # The first line of a text has lost its indentation. Deeper ones are those of a group's members.
+    return line in (_TRACEBACK, f"+ Exception Group {_TRACEBACK}", f"  + Exception Group {_TRACEBACK}")
+
+
+def _undrawn(lines: list[str]) -> list[str]:
+    """Return the lines of one exception; of a group those behind its bar, without its members."""
+    if not lines or not lines[0].startswith("  | "):
+        return lines
+    own = []
+    for line in lines:
+        if not line.startswith("  | "):
+            break
+        own.append(line.removeprefix("  | "))
+    return own

@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ from rq.job import Job
 from ..callbacks import DEFAULT_MAXLEN
 from ..errors import RQWebhooksError
 from .job_reader import read_callback_names
+from .outbox_entry import MAX_JOB_ID
 from .redis_database import database_name, redis_identity, redis_parameters
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ CALLBACKS = "flask_rq_webhooks.callbacks"
 _OPTIONS = {"on_success": "success", "on_failure": "failure", "on_stopped": "stopped"}
 #: Place of ``job_id`` among the positional arguments of ``create_job``, the same in every RQ version.
 _JOB_ID_POSITION = 9
+#: Where the last database is noted that jobs with webhooks were refused in.
+_REFUSED_KEY = "rq_webhooks:refused"
 
 
 @dataclass(eq=False)
@@ -98,12 +102,15 @@ def set_default_attachment(function: Callable[[], Attachment | None] | None) -> 
     _default_attachment = function
 
 
-def make_token(endpoint: str, maxlen: int = DEFAULT_MAXLEN) -> str:
+def make_token(endpoint: str, maxlen: int = DEFAULT_MAXLEN, *, ignores_argument: bool = False) -> str:
     """Return the endpoint's part of the dotted names.
 
     :param endpoint: endpoint id, or ``ep<namespace>_all``.
     :param maxlen: ``RQ_WEBHOOKS_OUTBOX_MAXLEN``.
+    :param ignores_argument: whether the job's first argument never names its run.
     """
+    if ignores_argument:
+        return f"{endpoint}~{maxlen}n"
     return endpoint if maxlen == DEFAULT_MAXLEN else f"{endpoint}~{maxlen}"
 
 
@@ -207,9 +214,11 @@ def _create_job(
             requested.passed_over.append(name)
             requested = None
     attachment = requested if requested is not None else _default()
+    job_id = args[_JOB_ID_POSITION] if len(args) > _JOB_ID_POSITION else kwargs.get("job_id")
     if (
         attachment is None
         or _is_attached(kwargs.get("on_success"), attachment)
+        or not _fits(job_id)
         or not _leads_to_database(attachment, queue.connection)
     ):
         return original(*args, **kwargs)
@@ -232,6 +241,17 @@ def _create_job(
     if requested is not None:
         requested.jobs.append(job)
     return job
+
+
+def _fits(job_id: Any) -> bool:
+    """Say whether our tables and indexes hold *job_id*; RQ itself takes any."""
+    if not isinstance(job_id, str) or (len(job_id) <= MAX_JOB_ID and "\0" not in job_id):
+        return True
+    logger.error(
+        "Job %r… is enqueued without a webhook: its id has %d characters. Use at most %d, and no NUL.",
+        job_id[:60], len(job_id), MAX_JOB_ID,
+    )  # fmt: skip
+    return False
 
 
 def name_of(func: Any) -> str:
@@ -300,6 +320,18 @@ class SameDatabase:
         """Return the configured database's name for people."""
         return database_name(self._configured)
 
+    def note_refusal(self, name: str) -> None:
+        """Note for ``doctor`` that jobs were enqueued in the database *name*; kept for a day."""
+        try:
+            self._configured.set(_REFUSED_KEY, name, ex=86400)
+        except RedisError:
+            logger.debug("The refusal could not be noted.", exc_info=True)
+
+    def refusals(self) -> list[str]:
+        """Return the name noted last, if any."""
+        name = self._configured.get(_REFUSED_KEY)
+        return [_text(name)] if isinstance(name, str | bytes) else []
+
     def __call__(self, connection: Redis) -> bool:
         """Return whether *connection* leads there.
 
@@ -325,6 +357,22 @@ class SameDatabase:
 _refused_databases: set[str] = set()
 
 
+def databases_elsewhere(same_database: SameDatabase, *owners: Mapping[str, Any]) -> list[str]:
+    """Return the names of other databases that this app has queues in, or enqueued jobs in of late.
+
+    :param owners: where the app keeps its queues, beside the modules it loaded.
+    """
+    found = set(same_database.refusals())
+    for owner in (*owners, *(vars(module) for module in list(sys.modules.values()))):
+        for value in list(owner.values()):
+            try:
+                if isinstance(value, rq.Queue) and not same_database(value.connection):
+                    found.add(database_name(value.connection))
+            except RedisError:
+                continue
+    return sorted(found)
+
+
 def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:
     try:
         if attachment.same_database(connection):
@@ -340,6 +388,8 @@ def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:
             "They run without webhooks. Set RQ_WEBHOOKS_REDIS_URL to the database your queues use.",
             name, getattr(attachment.same_database, "configured_name", "another database"),
         )  # fmt: skip
+        if isinstance(attachment.same_database, SameDatabase):
+            attachment.same_database.note_refusal(name)
     return False
 
 

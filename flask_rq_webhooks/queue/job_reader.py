@@ -25,6 +25,7 @@ from redis import Redis
 from rq.job import Job
 from rq.results import Result
 
+from ..callbacks import run_name
 from ..protocol.events import format_time, parse_time
 from ..protocol.json_safe import safe_text
 from .safe_pickle import MAX_BYTES, UNKNOWN, load_plain, plain_call
@@ -53,6 +54,8 @@ _FIELDS = (
     "dependency_ids", "dependency_id", "allow_dependency_failures", "data", "meta",
 )  # fmt: skip
 _TOKEN = re.compile(r"flask_rq_webhooks\.callbacks\.(?:success|failure|stopped)\.(ep[0-9a-z]+_[0-9a-z]+)")
+#: The names of jobs whose first argument does not name their run.
+_IGNORES_ARGUMENT = re.compile(r"flask_rq_webhooks\.callbacks\.[a-z]+\.ep[0-9a-z]+_[0-9a-z]+~[0-9]+n(?:\.|$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,7 @@ class JobRecord:
         ``"ready_to_enqueue"`` and ``"rate_limited"``.
     :param run: identity of the current run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.
     :param func: dotted name of the function, where the call or RQ's own description shows it.
-    :param runid: what a callback would call the run: ``meta["runid"]``, else the first argument if a text.
+    :param runid: what a callback would call the run, see :func:`~flask_rq_webhooks.callbacks.run_name`.
     :param retries_left: ``None`` where the job was enqueued without ``Retry``.
     :param repeats: whether the job was enqueued with ``Repeat``.
     :param tokens: ids of the endpoints its callbacks report to.
@@ -155,7 +158,6 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
 
     The run is ``enqueued_at``, or empty for a job that was not enqueued yet.
 
-    :raises redis.RedisError: when Redis cannot be asked.
     """
     if not job_ids:
         return []
@@ -176,15 +178,11 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
 def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]:
     """Return the status of each job, ``None`` for absent ones, in one round trip."""
     ids = list(dict.fromkeys(job_ids))
-    probes = zip(ids, probe_jobs(redis, ids), strict=True)
-    return {job_id: probe and probe[0].decode("utf-8", "replace") for job_id, probe in probes}
+    return {id_: probe and _text(probe[0]) for id_, probe in zip(ids, probe_jobs(redis, ids), strict=True)}
 
 
 def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResult]]:
-    """Return what RQ keeps of each job's results, oldest first, without their return values.
-
-    :raises redis.RedisError: when Redis cannot be asked.
-    """
+    """Return what RQ keeps of each job's results, oldest first, without their return values."""
     results = {}
     for chunk, answers in _pipelined(redis, job_ids, _last_results):
         for job_id, entries in zip(chunk, answers, strict=True):
@@ -358,14 +356,15 @@ def _record(
 
 def _call(fields: dict[str, Any], child_prefix: str | None) -> tuple[str | None, str | None, tuple[str, ...]]:
     """Return the function's name, what the job calls its run, and its children."""
-    data = inflated(fields["data"]) if fields["data"] else None
-    func, argument = plain_call(data or b"", (_text(fields["description"]) or "")[:1000])
+    data = inflated(fields["data"]) if fields["data"] else b""
+    func, argument = plain_call(data, (_text(fields["description"]) or "")[:1000])
+    if any(_IGNORES_ARGUMENT.match(_text(fields.get(name)) or "") for name in _CALLBACK_FIELDS):
+        argument = None
     meta = load_plain(fields["meta"]) if fields["meta"] else None
     if not isinstance(meta, dict):
-        return _name(func), _name(argument), ()
-    runid = meta.get("runid")
+        meta = {}
     children = _children(meta, child_prefix) if child_prefix is not None else ()
-    return _name(func), _name(runid if isinstance(runid, str) else argument), children
+    return _name(func), _name(run_name(meta.get("runid"), argument)), children
 
 
 def _name(text: Any) -> str | None:

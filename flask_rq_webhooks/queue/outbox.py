@@ -32,6 +32,10 @@ TICK_MS = 100
 #: Milliseconds of silence after which a reader that holds nothing is forgotten.
 FORGET_IDLE_MS = 24 * 3600 * 1000
 
+#: Jobs without a callback's report after which workers count as unable to write here, and seconds for which
+#: they are counted. A work-horse that dies between the callback and the commit leaves none either.
+SILENT_CALLBACKS, SILENCE_S = 3, 3600
+
 #: How servers say that the stream or its group is not there, or was deleted while we waited for it. The last
 #: one is fakeredis.
 _NO_GROUP = ("NOGROUP", "UNBLOCKED", "requires the key to exist")
@@ -64,6 +68,7 @@ class Outbox:
     def __init__(self, redis: Redis, namespace: str, *, maxlen: int = DEFAULT_MAXLEN) -> None:
         self.key = f"{OUTBOX_KEY_PREFIX}ep{namespace}"
         self.rejected_key = f"{self.key}:rejected"
+        self._silent_key = f"{self.key}:silent"
         self._redis = redis
         self._maxlen = maxlen
         self._prefix = f"ep{namespace}_"
@@ -82,6 +87,22 @@ class Outbox:
     def length(self) -> int:
         """Return how many entries are in the stream: new ones, and taken but unfinished ones."""
         return int(self._redis.xlen(self.key))
+
+    def rejected(self) -> int:
+        """Return how many malformed entries were set aside."""
+        return int(self._redis.xlen(self.rejected_key))
+
+    def note_silent_callbacks(self, count: int) -> None:
+        """Count jobs that ended without the report their callbacks should have appended; kept for an hour."""
+        with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.incrby(self._silent_key, count)
+            pipeline.expire(self._silent_key, SILENCE_S)
+            pipeline.execute()
+
+    def silent_callbacks(self) -> int:
+        """Return how many such jobs there were; 0 while there are too few to mean anything."""
+        count = int(self._redis.get(self._silent_key) or 0)
+        return count if count >= SILENT_CALLBACKS else 0
 
     def read(self, consumer: str, count: int, block_ms: int) -> list[Entry]:
         """Return up to *count* entries: first what this reader left unfinished before a restart, then what a
@@ -246,8 +267,11 @@ def age_of_oldest(redis: Redis, key: str) -> float | None:
     with redis.pipeline(transaction=False) as pipeline:
         pipeline.xrange(key, count=1)
         pipeline.time()
-        oldest, (seconds, _microseconds) = pipeline.execute()
-    return int(seconds) - int(_text(oldest[0][0]).partition("-")[0]) / 1000 if oldest else None
+        oldest, (seconds, microseconds) = pipeline.execute()
+    if not oldest:
+        return None
+    now_s = int(seconds) + int(microseconds) / 1e6
+    return now_s - int(_text(oldest[0][0]).partition("-")[0]) / 1000
 
 
 def _only_stream(answer: Any) -> Any:

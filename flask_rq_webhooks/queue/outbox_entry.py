@@ -20,13 +20,14 @@ from ..protocol.events import parse_time
 MAX_ENTRY_BYTES = 2 * 2**20
 #: Containers within containers. Results come cut at 50.
 MAX_DEPTH = 60
+#: Characters of a job's id: what an index of PostgreSQL holds beside the rest of its row.
+MAX_JOB_ID = 512
 #: Job ids in one ``confirm`` entry.
 MAX_JOBS = 10_000
 
 _KINDS = frozenset({"success", "failure", "stopped"})
 _ENDPOINT = re.compile(r"ep[0-9a-z]{1,16}_(?:[0-9a-z]{26}|all)")
 _MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
-_MAX_JOB_ID = 512
 _MAX_NAME = 512
 
 _JOB_FIELDS = (
@@ -235,7 +236,7 @@ def _endpoint(fields: Mapping[str, Any]) -> str:
 
 
 def _job_id(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_JOB_ID or "\0" in value:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_JOB_ID or "\0" in value:
         raise OutboxEntryError(f"{_short(value)} is no job id.")
     return value
 

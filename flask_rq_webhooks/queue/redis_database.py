@@ -1,12 +1,14 @@
-"""Which Redis database a client leads to: for comparing two clients, and for naming one to people."""
+"""Our own Redis client, and which database a client leads to: for comparing two, and for naming one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import ReadOnlyError, ResponseError
+from redis.retry import Retry
 
 
 def redis_identity(connection: Redis) -> str | None:
@@ -61,3 +63,34 @@ def database_name(connection: Redis) -> str:
 
 def _database_number(connection: Redis) -> int:
     return int(connection.connection_pool.connection_kwargs.get("db") or 0)
+
+
+def connect(url: str) -> Redis:
+    """Return our own client for *url*; nothing is opened yet.
+
+    After a failover an open connection may lead to a server that is a replica now. redis-py keeps it outside
+    of Sentinel and goes on failing; here it is closed, and the command is sent again on a new one.
+    """
+    client = Redis.from_url(
+        url,
+        socket_connect_timeout=2,
+        socket_timeout=10,
+        health_check_interval=30,
+        # The client's own default retries hold a caller for seconds while Redis is down.
+        retry=Retry(NoBackoff(), 1),
+    )
+    pool = client.connection_pool
+    pool.connection_class = type("WritableConnection", (_ClosedByReadOnly, pool.connection_class), {})
+    return client
+
+
+class _ClosedByReadOnly:
+    """A connection, over any transport, that is not used again after it answered ``READONLY``."""
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Read an answer as the client does."""
+        try:
+            return super().read_response(*args, **kwargs)  # type: ignore[misc]
+        except ReadOnlyError as exc:
+            self.disconnect()  # type: ignore[attr-defined]
+            raise RedisConnectionError(f"This server is a replica now: {exc}") from exc

@@ -1,40 +1,58 @@
-"""The own engine: a small pool beside the host's, never the host's session, connection or transaction.
+"""Our own engine: a small pool beside the host's; never the host's session, connection or transaction.
 
-Owns how a transaction begins on each database and turns lost connections into
-:exc:`~flask_rq_webhooks.errors.StorageUnavailableError`. Holds no statements about our tables beyond
-creating them.
+Owns how a connection is opened and how a transaction begins on each database, and turns the errors that
+:mod:`.sql_errors` explains into :exc:`~flask_rq_webhooks.errors.StorageUnavailableError`. Holds no statements
+about our tables beyond creating them.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sqlite3
 import threading
 import time
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from typing import Any, TypeGuard
+from functools import lru_cache, partial
+from inspect import getclosurevars, isfunction
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Dialect, Engine, create_engine, event, func, literal, select
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError, SQLAlchemyError
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Dialect,
+    Engine,
+    Executable,
+    create_engine,
+    event,
+    func,
+    inspect,
+    literal,
+    select,
+)
+from sqlalchemy.engine import URL, ExceptionContext
+from sqlalchemy.engine import make_url as make_url
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, StaticPool
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool, StaticPool
 
 from ..errors import ConfigurationError, StorageUnavailableError
 from .models import Base, UTCDateTime
+from .sql_errors import may_try_again, sqlstate, why_unavailable
+
+logger = logging.getLogger(__name__)
 
 #: Seconds a SQLite writer waits for another one, and a pool for a free connection.
 BUSY_TIMEOUT = 5.0
 
-#: Seconds after which PostgreSQL ends a transaction of ours nobody goes on with: the locks of a machine that
-#: was cut off in the middle of one would hold up all others for as long as TCP waits, two hours by default.
+#: Seconds after which PostgreSQL ends a transaction of ours that has stopped: the locks of a machine that was
+#: cut off would otherwise hold up all others for as long as TCP waits, two hours by default.
 IDLE_IN_TRANSACTION_S = 30
 
-#: Of libpq: a server that vanished, without so much as a refusal, is noticed within seconds as well.
+#: Options of libpq: a server that vanished without closing its connections is noticed within seconds, too.
 LIBPQ_DRIVERS = frozenset({"psycopg", "psycopg2"})
 LIBPQ_TIMEOUTS = {
     "connect_timeout": int(BUSY_TIMEOUT),
@@ -44,12 +62,14 @@ LIBPQ_TIMEOUTS = {
     "keepalives_count": 3,
 }
 
-#: Seconds of rest after which a pooled connection to PostgreSQL is asked whether it is still alive even where
-#: the caller would try again: one that was used a moment ago is hardly ever dead, and asking costs a round
-#: trip.
+#: Seconds of rest after which a pooled connection to PostgreSQL is checked even where the caller would try
+#: again: one that was used a moment ago is hardly ever dead, and a check costs a round trip.
 PING_AFTER_S = 1.0
 
-#: What the thread that takes a connection from the pool says of itself.
+#: How often :meth:`Database.execute` tries, and its first pause in seconds, which doubles.
+TRIES, RETRY_PAUSE_S = 4, 0.02
+
+#: What the thread that takes a connection from the pool says about itself.
 _checkout = threading.local()
 
 #: The first SQLite with ``RETURNING``, which claiming and ingesting are built on.
@@ -57,21 +77,33 @@ MINIMUM_SQLITE = (3, 35, 0)
 
 
 class Database:
-    """Our tables on one database, through an own engine.
+    """Our tables on one database, through our own engine.
 
     :param url: SQLAlchemy URL. An in-memory SQLite gets a database of its own, created at once.
-    :param connect_args: passed to the driver, as the host's engine does (TLS and the like).
+    :param host: the host's engine for this database. Connections are then opened exactly as it opens them:
+        ``connect_args``, ``creator``, listeners for ``do_connect`` and ``connect``.
+    :param connect_args: passed to the driver, without *host*.
+    :param schema: where our tables are, when it is not the default schema.
+    :param own_file: nobody else uses this SQLite file, so that it may be switched to WAL; never with *host*.
     :param pool_size: connections kept; as many again may be opened for a moment.
     :raises ConfigurationError: when SQLite itself is too old.
     """
 
-    #: Host the last claim of this process ended with; the next one goes on behind it. A hint, not state.
+    #: Host the last claim of this process ended with; the next one begins behind it. A hint, not state.
     claim_after: str = ""
 
     def __init__(
-        self, url: str | URL, *, connect_args: dict[str, Any] | None = None, pool_size: int = 5
+        self,
+        url: str | URL,
+        *,
+        host: Engine | None = None,
+        connect_args: Mapping[str, Any] | None = None,
+        schema: str | None = None,
+        own_file: bool = True,
+        pool_size: int = 5,
     ) -> None:
         self.url = make_url(url)
+        self.schema = schema
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.in_memory = self.is_sqlite and self.url.database in (None, "", ":memory:")
         if self.is_sqlite and sqlite3.sqlite_version_info < MINIMUM_SQLITE:
@@ -79,51 +111,52 @@ class Database:
                 f"SQLite {sqlite3.sqlite_version} is too old for flask_rq_webhooks, which needs 3.35; use a "
                 "Python built with a newer one, or PostgreSQL."
             )
+        self._wal = own_file and host is None
+        self._prepares = True
         # SQLite has one writer at a time, and those who wait ask again after growing pauses; threads of one
         # process take turns instead. In memory one connection is shared by all, so readers do as well.
         self._turn = threading.RLock()
-        self.engine = self._create_engine(dict(connect_args or {}), pool_size)
-        if hasattr(os, "register_at_fork"):
-            this = weakref.ref(self)
-            os.register_at_fork(after_in_child=lambda: _forget_parent(this))
+        self._pid = os.getpid()
+        self.engine = self._create_engine(host, dict(connect_args or {}), pool_size)
         if self.in_memory:
             self.create_tables()
 
-    def _create_engine(self, connect_args: dict[str, Any], pool_size: int) -> Engine:
-        if not self.is_sqlite:
-            if self.url.get_driver_name() in LIBPQ_DRIVERS:
-                connect_args = LIBPQ_TIMEOUTS | connect_args
-            engine = create_engine(
-                self.url,
-                connect_args=connect_args,
-                pool_size=pool_size,
-                max_overflow=pool_size,
-                pool_timeout=BUSY_TIMEOUT,
-                hide_parameters=True,  # errors are logged, and parameters are URLs and results
-            )
+    def _create_engine(self, host: Engine | None, connect_args: dict[str, Any], pool_size: int) -> Engine:
+        options: dict[str, Any] = {"hide_parameters": True}  # errors are logged; parameters are URLs, results
+        if self.in_memory:
+            connect_args |= {"check_same_thread": False, "timeout": BUSY_TIMEOUT}
+            engine = create_engine("sqlite://", connect_args=connect_args, poolclass=StaticPool, **options)
+        else:
+            options |= {
+                "poolclass": QueuePool,
+                "pool_size": pool_size,
+                "max_overflow": pool_size,
+                "pool_timeout": BUSY_TIMEOUT,
+            }
+            if not self.is_sqlite:
+                # The statements are written for it, whatever the server's or the host's default is.
+                options["isolation_level"] = "READ COMMITTED"
+            if host is not None:
+                options |= {
+                    "creator": lambda record: _connect_as(host, record),
+                    "pool_recycle": host.pool._recycle,
+                }
+            else:
+                options["connect_args"] = _timeouts(self.url) | connect_args
+            engine = create_engine(self.url, **options)
+            if host is not None:
+                event.listen(engine, "connect", partial(_listeners_of, host))
+        if self.is_sqlite:
+            event.listen(engine, "connect", partial(_prepare_sqlite, self._wal))
+            event.listen(engine, "begin", _begin_sqlite)
+        else:
+            event.listen(engine, "connect", self._prepare_postgresql)
             event.listen(engine, "begin", _begin_postgresql)
-            event.listen(engine, "connect", _note_use)
             event.listen(engine, "checkin", _note_use)
             event.listen(engine, "checkout", partial(_ping_after_rest, engine.dialect))
-            return engine
-        connect_args.setdefault("timeout", BUSY_TIMEOUT)
-        self._busy_timeout_s = float(connect_args["timeout"])
-        if self.in_memory:
-            connect_args["check_same_thread"] = False
-            engine = create_engine(
-                "sqlite://", connect_args=connect_args, poolclass=StaticPool, hide_parameters=True
-            )
-        else:
-            engine = create_engine(
-                self.url,
-                connect_args=connect_args,
-                pool_size=pool_size,
-                max_overflow=pool_size,
-                pool_timeout=BUSY_TIMEOUT,
-                hide_parameters=True,
-            )
-        event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", _begin_sqlite)
+            event.listen(engine, "handle_error", self._judge_connection)
+        if self.schema is not None:
+            event.listen(engine, "before_cursor_execute", self._name_schema, retval=True)
         return engine
 
     @contextmanager
@@ -173,31 +206,53 @@ class Database:
         with self._transaction(options) as connection:
             yield connection
 
+    def execute(
+        self, statements: Sequence[tuple[Executable, Any]], *, busy_timeout_s: float | None = None
+    ) -> None:
+        """Execute statements in one transaction, and again when that may help.
+
+        It helps after a lost connection, or when PostgreSQL ended the transaction in favour of another one.
+
+        :param statements: with their parameters; executing all of them twice must be as good as once.
+        :param busy_timeout_s: SQLite: wait no longer than this for another writer.
+        :raises StorageUnavailableError: as :meth:`write`.
+        """
+        if not statements:
+            return
+        single = len(statements) == 1 and not isinstance(statements[0][1], list)
+        for left in reversed(range(TRIES)):
+            try:
+                with self.write(
+                    busy_timeout_s=busy_timeout_s, single_statement=single, repeated=True
+                ) as connection:
+                    for statement, parameters in statements:
+                        connection.execute(statement, parameters)
+                return
+            except StorageUnavailableError as exc:
+                if not left or not may_try_again(exc):
+                    raise
+                time.sleep(RETRY_PAUSE_S * 2 ** (TRIES - 2 - left) if left < TRIES - 1 else 0)
+
     @contextmanager
     def _transaction(self, options: dict[str, Any]) -> Iterator[Connection]:
+        if self._pid != os.getpid():
+            self._forget_parent()
         try:
             with self._my_turn(options), self._connect(options) as connection:
+                if connection.info.get("rq_webhooks_isolated"):
+                    options.pop("isolation_level", None)
                 connection = connection.execution_options(**options)
                 try:
                     with connection.begin():
                         yield connection
                 finally:
-                    if options.get("rq_webhooks_busy_timeout_s") is not None:
-                        _set_pragma(connection, f"busy_timeout={int(self._busy_timeout_s * 1000)}")
-                    if self.is_sqlite and not options.get("rq_webhooks_durable", True):
-                        _set_pragma(connection, "synchronous=FULL")
+                    if self.is_sqlite:
+                        _restore_sqlite(connection)
         except (DBAPIError, PoolTimeoutError) as exc:
-            if is_missing_schema(exc):
-                raise StorageUnavailableError(
-                    f"The tables of flask_rq_webhooks in {self.url!r} are missing or older than "
-                    f"this version; run `flask rq-webhooks init-db` or your migrations: {exc.orig}"
-                ) from exc
-            if is_unavailable(exc):
-                raise StorageUnavailableError(
-                    f"The database of flask_rq_webhooks ({self.url!r}) cannot be used now: "
-                    f"{type(exc).__name__}: {getattr(exc, 'orig', exc)}"
-                ) from exc
-            raise
+            why = why_unavailable(exc, self.url, self.schema)
+            if why is None:
+                raise
+            raise StorageUnavailableError(why) from exc
 
     def _connect(self, options: Mapping[str, Any]) -> Connection:
         _checkout.repeated = options.get("rq_webhooks_repeated", False)
@@ -212,7 +267,7 @@ class Database:
             yield
             return
         timeout_s = options.get("rq_webhooks_busy_timeout_s")
-        if not self._turn.acquire(timeout=self._busy_timeout_s if timeout_s is None else timeout_s):
+        if not self._turn.acquire(timeout=BUSY_TIMEOUT if timeout_s is None else timeout_s):
             raise StorageUnavailableError(
                 f"The database of flask_rq_webhooks ({self.url!r}) cannot be used now: another thread of "
                 "this process has been writing to it all the time."
@@ -221,6 +276,58 @@ class Database:
             yield
         finally:
             self._turn.release()
+
+    def _prepare_postgresql(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+        cursor = dbapi_connection.cursor()
+        cursor.execute("SELECT pg_backend_pid(), current_setting('default_transaction_isolation')")
+        pid, isolation = cursor.fetchone()
+        cursor.close()
+        dbapi_connection.rollback()
+        # Only BEGIN can say that a transaction is READ COMMITTED where the default is another level.
+        record.info["rq_webhooks_isolated"] = isolation != "read committed"
+        record.info["rq_webhooks_new"] = True
+        record.info["rq_webhooks_read_only"] = _is_read_only(dbapi_connection)
+        if getattr(dbapi_connection, "prepare_threshold", None) is not None:  # psycopg 3
+            if pid != dbapi_connection.info.backend_pid:
+                self._stop_preparing("a connection pooler stands between us and the server")
+            if not self._prepares:
+                dbapi_connection.prepare_threshold = None
+
+    def _stop_preparing(self, why: str) -> None:
+        """Use no prepared statements: in the next transaction a pooler may lead to a server without them."""
+        if self._prepares:
+            self._prepares = False
+            logger.warning(
+                "%r: %s; flask_rq_webhooks does without prepared statements from now on. The host's engine "
+                'wants connect_args={"prepare_threshold": None} there.',
+                self.url, why,
+            )  # fmt: skip
+
+    def _judge_connection(self, context: ExceptionContext) -> None:
+        """Drop connections that lead to a server which cannot write, and those with lost statements."""
+        state, reason = sqlstate(context.original_exception), str(context.original_exception)
+        if 'prepared statement "_pg3_' in reason:
+            self._stop_preparing(f"the server says: {reason.splitlines()[0]}")
+            context.is_disconnect = True
+        elif state.startswith("08") or state in _CONNECTION_IS_USELESS:
+            context.is_disconnect = True
+        elif state == "0A000":
+            context.is_disconnect = "cached plan" in reason  # prepared before a migration
+
+    def _name_schema(
+        self, _connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any
+    ) -> tuple[str, Any]:
+        schema = self.engine.dialect.identifier_preparer.quote(self.schema or "")
+        return _in_schema(statement, schema), parameters
+
+    def _forget_parent(self) -> None:
+        """After a fork, leave the parent its connections, and the turn that one of its threads may have.
+
+        Decided by the process id: servers such as uWSGI fork without Python's hooks.
+        """
+        self._pid = os.getpid()
+        self._turn = threading.RLock()
+        self.engine.dispose(close=False)
 
     def clock(self, offset_s: float = 0.0) -> ColumnElement[datetime]:
         """Return the database's clock as an expression, *offset_s* seconds from now.
@@ -247,78 +354,71 @@ class Database:
     def create_tables(self) -> None:
         """Create the tables that are missing."""
         with self.write() as connection:
-            Base.metadata.create_all(connection)
+            there = inspect(connection).get_table_names(schema=self.schema)
+            for table in Base.metadata.sorted_tables:
+                if table.name not in there:
+                    table.create(connection)
 
     def dispose(self) -> None:
         """Close every pooled connection."""
         self.engine.dispose()
 
 
-def is_missing_schema(exc: SQLAlchemyError) -> TypeGuard[DBAPIError]:
-    """Say whether *exc* means that a table or column of ours does not exist."""
-    if not isinstance(exc, DBAPIError):
-        return False
-    if type(exc.orig).__name__ in {"UndefinedTable", "UndefinedColumn"}:
-        return "rq_webhooks_" in str(exc.orig) or "rq_webhooks_" in (exc.statement or "")
-    missing = ("no such table: rq_webhooks_", "no such column: ", "no such index: ix_rq_webhooks_")
-    return (str(exc.orig).startswith(missing) and "rq_webhooks_" in (exc.statement or "")) or (
-        " has no column named " in str(exc.orig) and "table rq_webhooks_" in str(exc.orig)
-    )
+def _connect_as(host: Engine, record: ConnectionPoolEntry) -> Any:
+    """Open a connection exactly as the host's engine does, but with our time limits where it sets none."""
+    creator: Any = host.pool._creator
+    # What create_engine made has no other way to its arguments; a creator of the host's own has none of them.
+    made = getclosurevars(creator).nonlocals if isfunction(creator) else {}
+    if not {"dialect", "cargs_tup", "cparams"} <= made.keys():
+        return host.pool._invoke_creator(record)
+    dialect = made["dialect"]
+    arguments, parameters = list(made["cargs_tup"]), _timeouts(host.url) | dict(made["cparams"])
+    for listener in dialect.dispatch.do_connect:
+        connection = listener(dialect, record, arguments, parameters)
+        if connection is not None:
+            return connection
+    return dialect.connect(*arguments, **parameters)
 
 
-def is_unavailable(exc: SQLAlchemyError) -> bool:
-    """Say whether *exc* means that the database cannot be reached or is locked, now."""
-    if isinstance(exc, PoolTimeoutError):
-        return True
-    if not isinstance(exc, DBAPIError):
-        return False
-    if exc.connection_invalidated:
-        return True
-    if isinstance(exc.orig, sqlite3.Error):
-        return str(exc.orig).lower().startswith(_SQLITE_UNAVAILABLE)
-    return type(exc.orig).__name__ in _UNAVAILABLE
+def _listeners_of(host: Engine, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+    """Do what the host does with each connection it opens, such as setting a role or a search path."""
+    for listener in list(getattr(host.pool.dispatch.connect, "listeners", ())):
+        listener(dbapi_connection, record)
 
 
-def is_disconnected(exc: StorageUnavailableError) -> bool:
-    """Say whether *exc* came of a connection that was lost; the next one may be as good as new."""
-    return isinstance(exc.__cause__, DBAPIError) and exc.__cause__.connection_invalidated
+@lru_cache(maxsize=1000)
+def _in_schema(statement: str, schema: str) -> str:
+    """Return *statement* with the schema before each of our tables, in those written as text, too."""
+    return _OUR_TABLES.sub(lambda match: f"{schema}.{match[0]}", statement)
 
 
-#: Names of the drivers' errors, as psycopg's class per SQLSTATE, that mean: not now.
-_UNAVAILABLE = {
-    "OperationalError",
-    "InterfaceError",
-    "AdminShutdown",
-    "CrashShutdown",
-    "CannotConnectNow",
-    "ConnectionTimeout",
-    "TooManyConnections",
-    "DeadlockDetected",
-    "IdleInTransactionSessionTimeout",
-    "LockNotAvailable",
-}
-_SQLITE_UNAVAILABLE = (
-    "database is locked",
-    "database table is locked",
-    "unable to open database",
-    "disk i/o error",
-    "attempt to write a readonly database",
-    "database or disk is full",
-)
+#: The names of our tables where no schema stands before them; not the indexes, whose names end with them.
+_OUR_TABLES = re.compile(r"(?<![\w.'\"])(?:" + "|".join(Base.metadata.tables) + r")\b")
 
 
-def _prepare_sqlite(dbapi_connection: Any, _record: Any) -> None:
+def _timeouts(url: URL) -> dict[str, Any]:
+    return dict(LIBPQ_TIMEOUTS) if url.get_driver_name() in LIBPQ_DRIVERS else {}
+
+
+# -- SQLite -------------------------------------------------------------------------------------------------
+
+
+def _prepare_sqlite(wal: bool, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
     dbapi_connection.isolation_level = None  # we say BEGIN ourselves, see _begin_sqlite
     cursor = dbapi_connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
+    if wal:
+        cursor.execute("PRAGMA journal_mode=WAL")
+        # Pages written again and again travel to the file once per 16 MB of log instead of once per 4: a
+        # fifth of what claiming and recording cost.
+        cursor.execute("PRAGMA wal_autocheckpoint=4000")
     cursor.execute("PRAGMA foreign_keys=ON")
     # FULL: a registration we answered for survives a power failure too. One fsync of the log per commit,
     # measured 0.3 ms against 0.02 ms for NORMAL, which only survives the death of the process; ingest and
     # record commit per batch and do not feel it. Claims say durable=False: a lease that is undone is free.
     cursor.execute("PRAGMA synchronous=FULL")
-    # Pages written again and again travel to the file once per 16 MB of log instead of once per 4: a fifth
-    # of what claiming and recording cost.
-    cursor.execute("PRAGMA wal_autocheckpoint=4000")
+    record.info["rq_webhooks_busy_ms"] = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
+    # Without WAL a power failure may damage a file that is written with less than FULL.
+    record.info["rq_webhooks_wal"] = cursor.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
     cursor.close()
 
 
@@ -326,18 +426,33 @@ def _begin_sqlite(connection: Connection) -> None:
     options = connection.get_execution_options()
     if options.get("rq_webhooks_busy_timeout_s") is not None:
         _set_pragma(connection, f"busy_timeout={int(options['rq_webhooks_busy_timeout_s'] * 1000)}")
-    if not options.get("rq_webhooks_durable", True):
+    if not options.get("rq_webhooks_durable", True) and connection.info["rq_webhooks_wal"]:
         _set_pragma(connection, "synchronous=NORMAL")
     # A transaction that reads first and writes later cannot wait for another writer (SQLITE_BUSY at
     # once); one that says IMMEDIATE waits its turn.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("rq_webhooks_write", True) else "BEGIN")
 
 
+def _restore_sqlite(connection: Connection) -> None:
+    options = connection.get_execution_options()
+    if options.get("rq_webhooks_busy_timeout_s") is not None:
+        _set_pragma(connection, f"busy_timeout={connection.info['rq_webhooks_busy_ms']}")
+    if not options.get("rq_webhooks_durable", True):
+        _set_pragma(connection, "synchronous=FULL")
+
+
 def _set_pragma(connection: Connection, pragma: str) -> None:
     # On the driver's connection: through SQLAlchemy it would come after BEGIN, where it has no effect.
-    raw = connection.connection.driver_connection
-    if isinstance(raw, sqlite3.Connection):
+    raw: Any = connection.connection.driver_connection
+    if raw is not None:
         raw.execute(f"PRAGMA {pragma}").close()
+
+
+# -- PostgreSQL ---------------------------------------------------------------------------------------------
+
+
+#: SQLSTATEs after which a connection is dropped: read-only transaction, shutdown, crash, starting up, idle.
+_CONNECTION_IS_USELESS = frozenset({"25006", "57P01", "57P02", "57P03", "57P05"})
 
 
 def _begin_postgresql(connection: Connection) -> None:
@@ -357,6 +472,8 @@ def _note_use(_dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
 def _ping_after_rest(
     dialect: Dialect, dbapi_connection: Any, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection
 ) -> None:
+    if record.info.pop("rq_webhooks_new", False):
+        return
     rested_s = time.monotonic() - record.info.get("rq_webhooks_used_at", 0.0)
     if getattr(_checkout, "repeated", False) and rested_s < PING_AFTER_S:
         return
@@ -364,11 +481,11 @@ def _ping_after_rest(
         dialect.do_ping(dbapi_connection)
     except dialect.loaded_dbapi.Error as exc:
         raise InvalidatePoolError from exc  # the pool connects anew, and trusts none of its others
+    if _is_read_only(dbapi_connection) and not record.info.get("rq_webhooks_read_only"):
+        raise InvalidatePoolError  # a former primary: the address may lead to the new one by now
 
 
-def _forget_parent(this: weakref.ref[Database]) -> None:
-    """In a forked process, leave the parent its connections, and the turn one of its threads may have."""
-    alive = this()
-    if alive is not None:
-        alive.engine.dispose(close=False)
-        alive._turn = threading.RLock()
+def _is_read_only(dbapi_connection: Any) -> bool:
+    """Say whether the server takes no writes now; it reports that unasked, from PostgreSQL 14 on."""
+    status = getattr(getattr(dbapi_connection, "info", None), "parameter_status", None)
+    return status is not None and "on" in (status("in_hot_standby"), status("default_transaction_read_only"))

@@ -20,10 +20,9 @@ from sqlalchemy import Executable, bindparam, delete, func, insert, select, upda
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from ..errors import StorageUnavailableError
 from .bulk_insert import insert_or_ignore
 from .crypto import Cipher
-from .database import Database, is_disconnected
+from .database import Database
 from .models import ALPHABET, OPEN, RESERVED, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
 
 logger = logging.getLogger(__name__)
@@ -101,12 +100,12 @@ def register(
             "confirmed_at": None if reserved_job_id else now,
         }
     if database.is_sqlite:
-        _execute(database, [(_insert(table), row) for table, row in rows.items()])
+        database.execute([(_insert(table), row) for table, row in rows.items()])
     else:
         columns = tuple((table, tuple(row)) for table, row in rows.items())
         values = {f"{table}_{name}": value for table, row in rows.items() for name, value in row.items()}
         try:
-            _execute(database, [(_insert_at_once(columns), values)])
+            database.execute([(_insert_at_once(columns), values)])
         except IntegrityError:
             # An id made here is there already only where the first of two tries was committed after all.
             if not own_id or not endpoint_exists(database, endpoint_id):
@@ -169,7 +168,7 @@ def confirm(
         statements.append((close, None))
     try:
         # Durable: of all jobs but the one whose id was reserved, this is the only word there is.
-        _execute(database, statements, busy_timeout_s=busy_timeout_s)
+        database.execute(statements, busy_timeout_s=busy_timeout_s)
     except IntegrityError:
         # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.
         if endpoint_exists(database, endpoint_id):
@@ -476,29 +475,3 @@ def _insert_open(statement: Any) -> Executable:
 
 #: Whether on SQLite → the statement that opens a watch, reserved or not.
 _INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(postgresql.insert(_WATCHES))}
-
-
-def _execute(
-    database: Database,
-    statements: Sequence[tuple[Executable, Any]],
-    *,
-    busy_timeout_s: float | None = None,
-) -> None:
-    if not statements:
-        return
-    single = len(statements) == 1 and not isinstance(statements[0][1], list)
-
-    def run() -> None:
-        with database.write(
-            busy_timeout_s=busy_timeout_s, single_statement=single, repeated=single
-        ) as connection:
-            for statement, parameters in statements:
-                connection.execute(statement, parameters)
-
-    try:
-        run()
-    except StorageUnavailableError as exc:
-        # A pooled connection may have died since it was last used; the next one is new.
-        if not single or not is_disconnected(exc):
-            raise
-        run()

@@ -40,6 +40,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.schema import conv
 
 from ..protocol.payloads import MAX_CONTENT_TYPE_CHARS
 
@@ -152,7 +153,7 @@ class Endpoint(Base):
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
 
-    __table_args__ = (Index("ix_rq_webhooks_endpoint_kind", "kind", "id"),)
+    __table_args__ = (Index(conv("ix_rq_webhooks_endpoint_kind"), "kind", "id"),)
 
 
 class Secret(Base):
@@ -193,10 +194,10 @@ class Watch(Base):
     settled_at: Mapped[datetime | None]
 
     __table_args__ = (
-        UniqueConstraint("job_id", "endpoint_id", name="uq_rq_webhooks_watch_job_endpoint"),
-        Index("ix_rq_webhooks_watch_endpoint", "endpoint_id"),
-        Index("ix_rq_webhooks_watch_status", "status", "id"),
-        Index("ix_rq_webhooks_watch_settled", "settled_at"),
+        UniqueConstraint("job_id", "endpoint_id", name=conv("uq_rq_webhooks_watch_job_endpoint")),
+        Index(conv("ix_rq_webhooks_watch_endpoint"), "endpoint_id"),
+        Index(conv("ix_rq_webhooks_watch_status"), "status", "id"),
+        Index(conv("ix_rq_webhooks_watch_settled"), "settled_at"),
     )
 
 
@@ -221,10 +222,10 @@ class Event(Base):
     position: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
 
     __table_args__ = (
-        Index("ix_rq_webhooks_event_position", "position", "id"),
-        Index("ix_rq_webhooks_event_runid_position", "runid", "position", "id"),
-        Index("ix_rq_webhooks_event_type_position", "type", "position", "id"),
-        Index("ix_rq_webhooks_event_created", "created_at"),
+        Index(conv("ix_rq_webhooks_event_position"), "position", "id"),
+        Index(conv("ix_rq_webhooks_event_runid_position"), "runid", "position", "id"),
+        Index(conv("ix_rq_webhooks_event_type_position"), "type", "position", "id"),
+        Index(conv("ix_rq_webhooks_event_created"), "created_at"),
     )
 
 
@@ -260,31 +261,31 @@ class Delivery(Base):
     finished_at: Mapped[datetime | None]
 
     __table_args__ = (
-        UniqueConstraint("event_id", "endpoint_id", name="uq_rq_webhooks_delivery_event_endpoint"),
+        UniqueConstraint("event_id", "endpoint_id", name=conv("uq_rq_webhooks_delivery_event_endpoint")),
         Index(
-            "ix_rq_webhooks_delivery_due",
+            conv("ix_rq_webhooks_delivery_due"),
             "host",
             "next_attempt_at",
             postgresql_where=text("status = 'pending'"),
             sqlite_where=text("status = 'pending'"),
         ),
         Index(
-            "ix_rq_webhooks_delivery_next",
+            conv("ix_rq_webhooks_delivery_next"),
             "next_attempt_at",
             postgresql_where=text("status = 'pending'"),
             sqlite_where=text("status = 'pending'"),
         ),
         Index(
-            "ix_rq_webhooks_delivery_lease",
+            conv("ix_rq_webhooks_delivery_lease"),
             "lease_until",
             postgresql_where=text("status = 'sending'"),
             sqlite_where=text("status = 'sending'"),
         ),
-        Index("ix_rq_webhooks_delivery_status", "status", "id"),
-        Index("ix_rq_webhooks_delivery_host", "host", "id"),
-        Index("ix_rq_webhooks_delivery_endpoint", "endpoint_id", "id"),
-        Index("ix_rq_webhooks_delivery_type", "event_type", "id"),
-        Index("ix_rq_webhooks_delivery_finished", "finished_at", "status"),
+        Index(conv("ix_rq_webhooks_delivery_status"), "status", "id"),
+        Index(conv("ix_rq_webhooks_delivery_host"), "host", "id"),
+        Index(conv("ix_rq_webhooks_delivery_endpoint"), "endpoint_id", "id"),
+        Index(conv("ix_rq_webhooks_delivery_type"), "event_type", "id"),
+        Index(conv("ix_rq_webhooks_delivery_finished"), "finished_at", "status"),
     )
 
 
@@ -309,8 +310,8 @@ class Attempt(Base):
     dispatcher_id: Mapped[str | None] = mapped_column(Id)
 
     __table_args__ = (
-        UniqueConstraint("delivery_id", "number", name="uq_rq_webhooks_attempt_delivery_number"),
-        Index("ix_rq_webhooks_attempt_started", "started_at"),
+        UniqueConstraint("delivery_id", "number", name=conv("uq_rq_webhooks_attempt_delivery_number")),
+        Index(conv("ix_rq_webhooks_attempt_started"), "started_at"),
     )
 
 
@@ -339,13 +340,14 @@ class Dispatcher(Base):
 SHARED = "shared"
 
 
-def copy_tables(metadata: MetaData) -> None:
-    """Copy our tables, with plain column types, into a host's *metadata*.
+def copy_tables(metadatas: dict[str | None, MetaData], bind_key: str | None) -> None:
+    """Copy our tables into what ``db.create_all`` and Flask-Migrate look at, in its schema if it has one.
 
-    A type of ours would make the migrations that Flask-Migrate generates depend on this package.
+    With plain column types: one of ours would make generated migrations depend on this package.
     """
+    metadata = metadatas.setdefault(bind_key, MetaData(info={"bind_key": bind_key}))
     for table in Base.metadata.sorted_tables:
-        if table.name in metadata.tables:
+        if table.name in {known.name for known in metadata.tables.values()}:
             continue
         copied: Any = table.to_metadata(metadata)
         for column in copied.columns:

@@ -11,8 +11,8 @@ import base64
 import binascii
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
@@ -170,41 +170,58 @@ class JobWebhook:
     deliveries: tuple[tuple[DeliveryView, tuple[AttemptView, ...]], ...]
 
 
-def job_webhook(database: Database, job_id: str) -> JobWebhook | None:
-    """Return the state of a job's webhook; ``None`` when none was asked for.
+def job_webhook(
+    database: Database, job_id: str, *, cleared: Callable[[str | None], bool] = lambda runid: True
+) -> JobWebhook | None:
+    """Return the state of a job's webhook; ``None`` when the caller may know of none.
 
-    Standing endpoints are the operators' affair and are not told of here.
+    Requests may share a job id that they chose. The answer is made only of the endpoints whose run id is
+    *cleared*; a job without any takes as many statements as an unknown one. Standing endpoints are not part
+    of it: they belong to operators.
+
+    :param cleared: says whether the caller may see what belongs to a run id; asked once for each.
     """
     with database.read() as connection:
-        endpoint = connection.execute(
-            select(Endpoint.url, Endpoint.runid)
+        endpoints = connection.execute(
+            select(Endpoint.id, Endpoint.url, Endpoint.runid)
             .join(Watch, Watch.endpoint_id == Endpoint.id)
             .where(
                 Watch.job_id == job_id, Endpoint.kind == "job", Watch.status.in_([RESERVED, OPEN, SETTLED])
             )
             .order_by(Endpoint.id.desc())
+            .limit(MAX_PAGE)
+        ).all()
+        # What a job says of its run counts for an endpoint whose request named none.
+        of_job = connection.execute(
+            select(Event.runid)
+            .where(Event.job_id == job_id, Event.runid.is_not(None))
+            .order_by(Event.id.desc())
             .limit(1)
-        ).one_or_none()
-        if endpoint is None:
-            return None
+        ).scalar_one_or_none()
+    runids = dict.fromkeys(endpoint.runid or of_job for endpoint in endpoints)
+    seen = {runid for runid in runids if cleared(runid)}
+    chosen = [endpoint for endpoint in endpoints if (endpoint.runid or of_job) in seen]
+    if not chosen:
+        return None
+    with database.read() as connection:
         events = connection.execute(
             select(*EVENT_COLUMNS).where(Event.job_id == job_id).order_by(Event.id.desc()).limit(MAX_PAGE)
         ).all()
-        page = (
-            select(Delivery.id)
-            .join(Endpoint, Endpoint.id == Delivery.endpoint_id)
-            .where(Delivery.event_id.in_([event.id for event in events]), Endpoint.kind == "job")
+        page = select(Delivery.id).where(
+            Delivery.event_id.in_([event.id for event in events]),
+            Delivery.endpoint_id.in_([endpoint.id for endpoint in chosen]),
         )
         deliveries = _deliveries(connection, page, MAX_PAGE)
         attempts = _attempts(connection, [delivery.id for delivery in deliveries])
-    told = {delivery.event_id for delivery in deliveries}
-    runids = [endpoint.runid, *(event.runid for event in events)]
+    delivered = {delivery.event_id for delivery in deliveries}
+    shown = [_event(event) for event in events if event.id in delivered]
     return JobWebhook(
         job_id=job_id,
-        url=endpoint.url,
-        runid=next((runid for runid in runids if runid is not None), None),
+        url=chosen[0].url,
+        runid=chosen[0].runid or of_job,
         delivery_status=deliveries[0].status if deliveries else "waiting",
-        events=tuple(_event(event) for event in events if event.id in told),
+        # An event names the run of the job, which may be that of somebody else's request.
+        events=tuple(event if event.runid in seen else replace(event, runid=None) for event in shown),
         deliveries=tuple((delivery, tuple(attempts[delivery.id])) for delivery in deliveries),
     )
 

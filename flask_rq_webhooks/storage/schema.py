@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Column, Connection, Table, inspect, text
+from sqlalchemy import Column, Connection, Index, Table, inspect, text
 from sqlalchemy.schema import CreateColumn
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
@@ -48,7 +48,7 @@ def missing_schema(database: Database) -> SchemaChanges:
     :raises StorageUnavailableError: when the database cannot be reached.
     """
     with database.read() as connection:
-        return _compare(connection)
+        return _compare(connection, database.schema)
 
 
 def upgrade_schema(database: Database) -> SchemaChanges:
@@ -62,7 +62,7 @@ def upgrade_schema(database: Database) -> SchemaChanges:
     with database.write() as connection:
         if not database.is_sqlite:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
-        missing = _compare(connection)
+        missing = _compare(connection, database.schema)
         for table in Base.metadata.sorted_tables:
             if table.name in missing.tables:
                 table.create(connection)
@@ -76,9 +76,9 @@ def upgrade_schema(database: Database) -> SchemaChanges:
     return missing
 
 
-def _compare(connection: Connection) -> SchemaChanges:
+def _compare(connection: Connection, schema: str | None) -> SchemaChanges:
     inspector = inspect(connection)
-    live_tables = set(inspector.get_table_names())
+    live_tables = set(inspector.get_table_names(schema=schema))
     tables: list[str] = []
     columns: list[str] = []
     indexes: list[str] = []
@@ -86,11 +86,23 @@ def _compare(connection: Connection) -> SchemaChanges:
         if table.name not in live_tables:
             tables.append(table.name)
             continue
-        live_columns = {column["name"] for column in inspector.get_columns(table.name)}
+        live_columns = {column["name"] for column in inspector.get_columns(table.name, schema=schema)}
         columns += [f"{table.name}.{name}" for name in sorted(set(table.columns.keys()) - live_columns)]
-        live_indexes = {index["name"] for index in inspector.get_indexes(table.name)}
-        indexes += sorted(str(index.name) for index in table.indexes if index.name not in live_indexes)
+        # Not by name: migrations name indexes by the host's convention.
+        live_indexes = {
+            (
+                tuple(index["column_names"]),
+                any(key.endswith("_where") for key in index.get("dialect_options", ())),
+            )
+            for index in inspector.get_indexes(table.name, schema=schema)
+        }
+        indexes += sorted(str(index.name) for index in table.indexes if _shape(index) not in live_indexes)
     return SchemaChanges(tuple(tables), tuple(columns), tuple(indexes))
+
+
+def _shape(index: Index) -> tuple[tuple[str, ...], bool]:
+    """Return what tells *index* from the others of its table: its columns, and whether it is partial."""
+    return tuple(index.columns.keys()), index.dialect_options["postgresql"]["where"] is not None
 
 
 def _add_column(connection: Connection, table: Table, column: Column[Any]) -> None:

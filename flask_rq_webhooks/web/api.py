@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from flask import Response, current_app, request
+from redis.exceptions import RedisError
 
 from ..errors import ConfigurationError, StorageUnavailableError
 from ..protocol.headers import mask_headers
@@ -27,6 +28,7 @@ from . import operations
 from .api_contract import Api, ApiError, not_found, routes_of
 from .blueprint import WebhookBlueprint
 from .csrf import csrf_token, replace_csrf_protect
+from .health import nothing_comes_of_reports
 from .job_status import job_status
 from .metrics import CONTENT_TYPE, metrics_text
 from .permissions import is_allowed
@@ -64,13 +66,13 @@ def _add_open_routes(api: Api, state: State) -> None:
 
     @api.route(
         "GET", "/health", None, schemas.HealthSchema,
-        also={503: (schemas.HealthSchema, "No dispatcher is alive.")},
+        also={503: (schemas.HealthSchema, "Nothing is delivered.")},
     )  # fmt: skip
     def health() -> Any:
-        """Say whether a dispatcher is alive."""
+        """Say whether a dispatcher is alive and gets through with what callbacks report."""
         try:
-            ok = dispatcher_alive(state.database)
-        except StorageUnavailableError:
+            ok = dispatcher_alive(state.database) and not nothing_comes_of_reports(state)
+        except (StorageUnavailableError, RedisError):
             ok = False
         return {"ok": ok}, 200 if ok else 503, {}
 

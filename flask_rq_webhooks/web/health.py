@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 
 from redis.exceptions import RedisError
 
+from ..queue.outbox import age_of_oldest
 from ..state import State
 from ..storage.dispatchers import dispatcher_alive, paused_since
 from ..storage.statistics import COUNT_CAP, Statistics
@@ -17,6 +18,8 @@ from .formatting import moment, number, span
 
 #: Entries in the outbox that a living dispatcher never lets come together.
 OUTBOX_LONG = 500
+#: Seconds a report may wait in the outbox. A dispatcher that gets through hands it on within 5.
+STUCK_S = 60.0
 #: A watch older than this is a job that runs for days, or one that is stuck.
 WATCH_OLD = timedelta(days=1)
 #: Seconds after which a due delivery is late.
@@ -62,7 +65,8 @@ def everywhere(state: State) -> list[Alarm]:
         )
     try:
         waiting = state.outbox.length()
-        rejected = int(state.redis.xlen(state.outbox.rejected_key))
+        rejected = state.outbox.rejected()
+        silent = state.outbox.silent_callbacks()
     except RedisError:
         found.append(
             Alarm(
@@ -80,6 +84,21 @@ def everywhere(state: State) -> list[Alarm]:
                 "Dispatchers do not keep up, or none reads this outbox.",
             )
         )
+    if nothing_comes_of_reports(state):
+        found.append(
+            Alarm(
+                "Callback reports are read from the outbox and nothing comes of them.",
+                "See the dispatcher's log; its last error repeats there.",
+                severe=True,
+            )
+        )
+    if silent:
+        found.append(
+            Alarm(
+                f"{number(silent)} jobs finished within an hour and no callback reported it.",
+                "Their workers cannot write our Redis key: allow them ~rq_webhooks:* (ACL).",
+            )
+        )
     if rejected:
         found.append(
             Alarm(
@@ -88,6 +107,15 @@ def everywhere(state: State) -> list[Alarm]:
             )
         )
     return found
+
+
+def nothing_comes_of_reports(state: State) -> bool:
+    """Say whether a callback report has waited so long that no living dispatcher gets through with it.
+
+    :raises redis.RedisError: when Redis cannot be asked.
+    """
+    waited_s = age_of_oldest(state.redis, state.outbox.key)
+    return waited_s is not None and waited_s > STUCK_S
 
 
 def of_numbers(numbers: Statistics, now: datetime) -> list[Alarm]:

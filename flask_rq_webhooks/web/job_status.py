@@ -1,7 +1,7 @@
-"""What became of a job's webhook, for the client who submitted the job.
+"""The state of a job's webhook, for the client who submitted the job.
 
-Owns the answer of the status route. It is coarse on purpose: no response bodies, no headers, and nothing by
-which a client could find out about hosts it cannot reach.
+Owns the answer of the status route. It is coarse on purpose: no response bodies, no headers, and nothing that
+reveals hosts the client cannot reach.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .permissions import is_allowed
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after which asking again is worth while: nothing to deliver yet, an attempt under way, at most.
+#: Seconds after which to ask again: nothing to deliver yet, an attempt in progress, at most.
 WAITING_S, SENDING_S, MOST_S = 5, 2, 300
 
 _EVENTS = EventSchema(many=True)
@@ -36,16 +36,14 @@ _ATTEMPTS = StatusAttemptSchema(many=True)
 def job_status(state: State, job_id: str) -> Response:
     """Return the state of a job's webhook, with an ``ETag``, and ``Retry-After`` while it may change.
 
-    A job of somebody else looks like one that does not exist, and like one without a webhook.
+    A job of somebody else looks like one that does not exist, and like one without a webhook; the same
+    statements and as many questions to the host are asked for each.
 
     :raises ApiError: 403 where the host's permission function lets the caller ask for no job of this id.
     """
-    found = job_webhook(state.database, job_id) if is_possible_id(job_id) else None
-    runid = None if found is None else found.runid
-    if not is_allowed(state, "status", job_id=job_id, runid=runid):
-        if runid is None or not is_allowed(state, "status", job_id=job_id, runid=None):
-            raise ApiError(403, "forbidden", "You may not ask for this.")
-        found = None
+    found = cleared_webhook(state, job_id) if is_possible_id(job_id) else None
+    if found is None and not is_allowed(state, "status", job_id=job_id, runid=None):
+        raise ApiError(403, "forbidden", "You may not ask for this.")
     if found is None:
         body: dict[str, Any] = {"job_id": job_id, "webhook_configured": False}
     else:
@@ -59,10 +57,24 @@ def job_status(state: State, job_id: str) -> Response:
     return response
 
 
-def status_body(found: JobWebhook, job_status: str | None) -> dict[str, Any]:
-    """Return what may be told of a job's webhook, as JSON.
+def cleared_webhook(state: State, job_id: str) -> JobWebhook | None:
+    """Return what the caller of this request may know of a job's webhook; ``None`` for nothing."""
+    asked: list[str | None] = []
 
-    :param job_status: RQ's word, ``None`` where it is not known.
+    def cleared(runid: str | None) -> bool:
+        asked.append(runid)
+        return is_allowed(state, "status", job_id=job_id, runid=runid)
+
+    found = job_webhook(state.database, job_id, cleared=cleared)
+    if not asked:
+        cleared(None)  # a host that asks its database takes as long for an unknown job as for a foreign one
+    return found
+
+
+def status_body(found: JobWebhook, job_status: str | None) -> dict[str, Any]:
+    """Return the state of a job's webhook, as JSON.
+
+    :param job_status: RQ's status of the job; ``None`` where it is unknown.
     """
     return {
         "job_id": found.job_id,
@@ -82,12 +94,12 @@ def _job_status(state: State, job_id: str) -> str | None:
     try:
         return read_statuses(state.redis, [job_id])[job_id]
     except RedisError as exc:
-        logger.warning("The status of job %r is not known: %s", job_id, exc)
+        logger.warning("The status of job %r is unknown: %s", job_id, exc)
         return None
 
 
 def _worth_waiting_s(found: JobWebhook) -> int | None:
-    """Return after how many seconds the answer may be another one; ``None`` when nothing is awaited."""
+    """Return after how many seconds the answer may differ; ``None`` when nothing is expected."""
     if not found.deliveries:
         return WAITING_S
     if found.delivery_status == SENDING:

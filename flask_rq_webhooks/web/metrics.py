@@ -69,7 +69,7 @@ class _Collector:
         outbox = self._state.outbox
         try:
             waiting: int | None = outbox.length()
-            rejected: int | None = int(self._state.redis.xlen(outbox.rejected_key))
+            rejected: int | None = outbox.rejected()
         except RedisError as exc:
             logger.warning("The outbox cannot be measured: %s: %s", type(exc).__name__, exc)
             waiting = rejected = None

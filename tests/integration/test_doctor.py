@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import redis
+import rq
 import sqlalchemy as sa
 from click.testing import Result
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from jinja2 import DictLoader
 
 from flask_rq_webhooks import RQWebhooks
 from flask_rq_webhooks.cli.doctor import _CHECKS
+from flask_rq_webhooks.queue.job_callbacks import SameDatabase
 from flask_rq_webhooks.queue.redis_database import database_name
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage import dispatchers
@@ -42,6 +45,7 @@ class Setup:
     """A set-up in which everything is right until a test breaks it, before the app is made or after.
 
     :param named: what the expected line is filled with.
+    :param before: called with the app before the extension is initialised, *after* with its state.
     """
 
     config: dict[str, Any]
@@ -49,6 +53,8 @@ class Setup:
     cleanup: ExitStack
     options: dict[str, Any] = field(default_factory=dict)
     authorize: Callable[..., Any] | None = lambda permission, **what: True  # noqa: E731
+    app: Callable[[], Flask] = lambda: Flask("host")  # noqa: E731
+    before: Callable[[Flask], None] | None = None
     named: dict[str, Any] = field(default_factory=dict)
     after: Callable[[State], None] | None = None
 
@@ -66,8 +72,10 @@ class Setup:
             self.cleanup.callback(self.redis.config_set, key, before)
 
     def run(self) -> Result:
-        app = Flask("host")
+        app = self.app()
         app.config.update(self.config)
+        if self.before is not None:
+            self.before(app)
         webhooks = RQWebhooks(app, **self.options)
         if self.authorize is not None:
             webhooks.authorize(self.authorize)
@@ -280,6 +288,139 @@ def full_outbox(setup: Setup) -> None:
     setup.after = add
 
 
+def silent_callbacks(setup: Setup) -> None:
+    setup.after = lambda state: state.outbox.note_silent_callbacks(3)
+
+
+def queue_elsewhere(setup: Setup) -> None:
+    elsewhere = setup.client(redis.Redis)
+    elsewhere.connection_pool.connection_kwargs["db"] = 7
+    setup.named["elsewhere"] = database_name(elsewhere)
+
+    def add(state: State) -> None:
+        state.app.task_queue = rq.Queue("tasks", connection=elsewhere)  # type: ignore[attr-defined]
+
+    setup.after = add
+
+
+def jobs_were_refused(setup: Setup) -> None:
+    setup.after = lambda state: SameDatabase(state.redis).note_refusal("redis://other:6379/0")
+
+
+def uncallable(setup: Setup) -> None:
+    setup.authorize = lambda permission: True
+
+
+def no_sessions(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_ENCRYPTION_KEYS"] = [setup.config.pop("SECRET_KEY")]
+
+
+def other_dialect(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_DATABASE_URI"] = f"postgres://u:{PASSWORD}@localhost/db"
+
+
+def unknown_bind(setup: Setup) -> None:
+    setup.config |= {
+        "RQ_WEBHOOKS_DATABASE_URI": None, "RQ_WEBHOOKS_BIND_KEY": "hooks",
+        "SQLALCHEMY_DATABASE_URI": "sqlite://", "SQLALCHEMY_BINDS": {"other": "sqlite://"},
+    }  # fmt: skip
+    db = SQLAlchemy()
+    setup.before = db.init_app
+    setup.options["db"] = db
+
+
+def no_folder_for_the_database(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_DATABASE_URI"] = "sqlite:////nonexistent/folder/host.db"
+
+
+def no_such_redis_database(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_REDIS_URL"] += "9999"
+
+
+def tls_to_a_plain_redis(setup: Setup) -> None:
+    url = setup.config["RQ_WEBHOOKS_REDIS_URL"]
+    setup.config["RQ_WEBHOOKS_REDIS_URL"] = url.replace("redis://", "rediss://")
+
+
+def outbox_of_another_type(setup: Setup) -> None:
+    setup.after = lambda state: setup.redis.set(state.outbox.key, "text") and None
+
+
+# -- what may be wrong with the app: its routes and its layout
+
+
+def template(setup: Setup, text: str, name: str = "layout.html") -> None:
+    """Let pages appear in a layout of the host's."""
+    setup.config["RQ_WEBHOOKS_BASE_TEMPLATE"] = "layout.html"
+
+    def before(app: Flask) -> None:
+        app.jinja_loader = DictLoader({name: text})
+
+    setup.before = before
+
+
+LAYOUT = "".join(f"{{% block {name} %}}{{% endblock %}}" for name in ("title", "head", "content"))
+
+
+def misspelt_layout(setup: Setup) -> None:
+    template(setup, LAYOUT, name="base.html")
+
+
+def layout_without_parent(setup: Setup) -> None:
+    template(setup, "{% extends 'theme/base.html' %}")
+
+
+def layout_that_does_not_compile(setup: Setup) -> None:
+    template(setup, LAYOUT + "\n{% if %}")
+
+
+def layout_that_extends_itself(setup: Setup) -> None:
+    template(setup, "{% extends 'layout.html' %}")
+
+
+def layout_without_content(setup: Setup) -> None:
+    template(
+        setup, "{% block title %}{% endblock %}{% block head %}{% endblock %}{% block main %}{% endblock %}"
+    )
+
+
+def layout_without_head(setup: Setup) -> None:
+    template(setup, "{% block title %}{% endblock %}{% block content %}{% endblock %}")
+
+
+def layout_without_title(setup: Setup) -> None:
+    template(setup, "{% block head %}{% endblock %}{% block content %}{% endblock %}")
+
+
+def loader_without_blueprints(setup: Setup) -> None:
+    def before(app: Flask) -> None:
+        app.jinja_env.loader = DictLoader({})
+
+    setup.before = before
+
+
+def own_routes(app: Flask) -> None:
+    app.add_url_rule("/webhooks/health", "own_health", lambda: "", methods=["GET"])
+    app.add_url_rule("/webhooks/<source>", "inbound", lambda source: "", methods=["GET", "POST"])
+
+
+def routes_before_ours(setup: Setup) -> None:
+    setup.before = own_routes
+
+
+def routes_after_ours(setup: Setup) -> None:
+    setup.after = lambda state: own_routes(state.app)
+
+
+def route_beside_ours(setup: Setup) -> None:
+    setup.before = lambda app: app.add_url_rule("/webhooks/github/<event>", "github", lambda event: "")
+
+
+def route_below_a_root_prefix(setup: Setup) -> None:
+    setup.config["RQ_WEBHOOKS_URL_PREFIX"] = "/"
+    setup.before = lambda app: app.add_url_rule("/health", "own_health", lambda: "")
+
+
 #: How it is broken → the lines that FAIL. ``…`` stands for what a driver, a server or time makes of it.
 BROKEN: dict[Callable[[Setup], None], str] = {
     switched_off: "FAIL settings: RQ_WEBHOOKS_ENABLED is off, so no webhooks are accepted; set it to True "
@@ -296,9 +437,9 @@ BROKEN: dict[Callable[[Setup], None], str] = {
     "command…); give it the rights of RQ.",
     old_redis: "FAIL redis: version 5.0.7 is too old; install Redis 6.2 or newer, or any Valkey.",
     replica: "FAIL redis: {redis} is a replica, which takes no writes; name its primary.",
-    decoding_client: "FAIL redis: the client decodes what it reads (decode_responses=True), and RQ cannot "
-    "read its jobs so; make it without, for RQ and for us.",
-    evicting_redis: "FAIL redis: with maxmemory-policy allkeys-lru {redis} throws away jobs and our outbox "
+    decoding_client: "FAIL redis: the client has decode_responses=True, with which RQ cannot read its jobs; "
+    "create it without, for RQ and for us.",
+    evicting_redis: "FAIL redis: with maxmemory-policy allkeys-lru {redis} deletes jobs and our outbox "
     "when its memory is full; run `CONFIG SET maxmemory-policy noeviction`, and write it into its "
     "configuration.",
     no_database: "FAIL sql: The database of flask_rq_webhooks (postgresql+psycopg://u:***@127.0.0.1:…/db) "
@@ -322,18 +463,73 @@ BROKEN: dict[Callable[[Setup], None], str] = {
     other_key: "FAIL keys: A stored secret or header cannot be decrypted with any configured key. Nothing is "
     "lost: put the key it was stored with back, behind the new one, in RQ_WEBHOOKS_ENCRYPTION_KEYS (or in "
     "SECRET_KEY_FALLBACKS, where keys are derived from SECRET_KEY), then run `flask rq-webhooks rekey`.",
-    no_dispatcher: "FAIL dispatcher: none has shown a sign of life for 30 s, so nothing is delivered; start "
+    no_dispatcher: "FAIL dispatcher: no heartbeat for 30 s, so nothing is delivered; start "
     "`flask rq-webhooks worker`.",
     clock_ahead: "FAIL clock: the clock of Redis and this machine's are … s apart; receivers refuse "
     "timestamps that are off, so synchronise them (NTP).",
     nobody_authorizes: "FAIL permission function: none is registered, so status, API and dashboard answer "
     "403; register one with @webhooks.authorize.",
-    authorized_later: "FAIL permission function: it is `async def`, which is not waited for, so everything "
+    authorized_later: "FAIL permission function: it is `async def`, which is not awaited, so every request "
     "is answered 403; make it a plain `def` that returns True or False.",
-    rejected_entries: "FAIL outbox: 1 entries were set aside as unusable; look at them with `XRANGE {key} - "
-    "+`, and `DEL` that key when done.",
+    silent_callbacks: "FAIL outbox: 3 jobs finished within an hour and no callback reported it, so their "
+    "workers cannot write our key; give their Redis user `~rq_webhooks:*` (ACL SETUSER), and see their logs.",
+    queue_elsewhere: "FAIL queue database: this app has queues in {elsewhere}, but we use {redis}: jobs "
+    "there run without webhooks; correct RQ_WEBHOOKS_REDIS_URL.",
+    jobs_were_refused: "FAIL queue database: this app has queues in redis://other:6379/0, but we use "
+    "{redis}: jobs there run without webhooks; correct RQ_WEBHOOKS_REDIS_URL.",
+    rejected_entries: "FAIL outbox: 1 malformed entries were set aside; read them with `XRANGE {key} - "
+    "+`, and `DEL` that key afterwards.",
     unread_outbox: "FAIL outbox: 2 entries wait, the oldest for 60… s, so no dispatcher reads them, or too "
     "few do; start `flask rq-webhooks worker` with this Redis and database, or see its log.",
+    uncallable: "FAIL permission function: it cannot be called as function(permission, job_id=…, runid=…) "
+    "(…), "
+    "so requests end with 500; define it as `def may(permission, **what)`.",
+    no_sessions: "FAIL sessions: the app has no SECRET_KEY, so the forms of the pages answer 403; set "
+    "one, or "
+    "set RQ_WEBHOOKS_DASHBOARD to False.",
+    other_dialect: "FAIL sql: RQ_WEBHOOKS_DATABASE_URI is not usable (no such dialect); write it as "
+    "postgresql+psycopg://user:password@host/database or sqlite:///file.",
+    unknown_bind: "FAIL sql: RQ_WEBHOOKS_BIND_KEY is 'hooks', but SQLALCHEMY_BINDS has no such bind.",
+    no_folder_for_the_database: "FAIL sql: The database of flask_rq_webhooks "
+    "(sqlite:////nonexistent/folder/host.db) cannot be used now: …unable to open database file; start the "
+    "database, or correct RQ_WEBHOOKS_DATABASE_URI.",
+    no_such_redis_database: "FAIL redis: … does not answer (…DB index is out of range…); start it, or "
+    "correct "
+    "RQ_WEBHOOKS_REDIS_URL.",
+    tls_to_a_plain_redis: "FAIL redis: … does not answer (…); start it, or correct RQ_WEBHOOKS_REDIS_URL.",
+    outbox_of_another_type: "FAIL outbox: …WRONGTYPE…",
+    misspelt_layout: "FAIL layout: RQ_WEBHOOKS_BASE_TEMPLATE is 'layout.html', but there is no such "
+    "template, "
+    "so pages appear in our own layout; correct the name, or put the file into the app's templates folder.",
+    layout_without_parent: "FAIL layout: RQ_WEBHOOKS_BASE_TEMPLATE is 'layout.html', but it extends "
+    "'theme/base.html', which is missing, so pages appear in our own layout; correct the name, or put the "
+    "file "
+    "into the app's templates folder.",
+    layout_that_does_not_compile: "FAIL layout: RQ_WEBHOOKS_BASE_TEMPLATE 'layout.html' cannot be compiled "
+    "(layout.html, line 2: …), so pages appear in our own layout; correct it.",
+    layout_that_extends_itself: "FAIL layout: RQ_WEBHOOKS_BASE_TEMPLATE 'layout.html' cannot be compiled "
+    "(…the template extends itself), so pages appear in our own layout; correct it.",
+    layout_without_content: "FAIL layout: RQ_WEBHOOKS_BASE_TEMPLATE 'layout.html' has no block 'content', so "
+    "pages appear in our own layout; add {{% block content %}}{{% endblock %}} to it, …",
+    layout_without_head: "FAIL layout: RQ_WEBHOOKS_BASE_TEMPLATE 'layout.html' has no block 'head', so their "
+    "style is loaded from the page's body; add {{% block head %}}{{% endblock %}} to it, …",
+    layout_without_title: "FAIL layout: RQ_WEBHOOKS_BASE_TEMPLATE 'layout.html' has no block 'title', so "
+    "pages "
+    "have no title of their own; add {{% block title %}}{{% endblock %}} to it, …",
+    loader_without_blueprints: "FAIL layout: the app's Jinja loader does not find templates of "
+    "blueprints, so "
+    "its own templates cannot import rq_webhooks/_macros.html (our pages do without); let it be "
+    "ChoiceLoader([yours, app.create_global_jinja_loader()]).",
+    routes_before_ours: "FAIL routes: the app has routes of its own where ours are: /webhooks/health (ours, "
+    "answered by 'own_health'), …set RQ_WEBHOOKS_URL_PREFIX to a path that is free, such as /rq-webhooks.",
+    routes_after_ours: "FAIL routes: the app has routes of its own where ours are: …/webhooks/health (of "
+    "'own_health', answered by us), …set RQ_WEBHOOKS_URL_PREFIX to a path that is free, such as "
+    "/rq-webhooks.",
+    route_beside_ours: "FAIL routes: the app has routes of its own where ours are: "
+    "/webhooks/github/<event> (of "
+    "'github'); set RQ_WEBHOOKS_URL_PREFIX to a path that is free, such as /rq-webhooks.",
+    route_below_a_root_prefix: "FAIL routes: the app has routes of its own where ours are: /health (ours, "
+    "answered by 'own_health'); set RQ_WEBHOOKS_URL_PREFIX to a path that is free, such as /rq-webhooks.",
     full_outbox: "FAIL outbox: 1000 entries wait and the stream is full, so older ones are trimmed and left "
     "to reconcile; start `flask rq-webhooks worker` with this Redis and database, or see its log.",
 }
@@ -361,7 +557,7 @@ def test_doctor_names_what_is_broken_and_the_fix(setup: Setup, break_it: Callabl
     for name, line in lines.items():
         # What cannot be known now points to the one line to begin with.
         assert line.startswith(("ok   ", "FAIL")) or line == (
-            f"skip {name}: not checked; first mend what `{broken}` says."
+            f"skip {name}: skipped: fix the `{broken}` check first."
         )
     assert PASSWORD not in result.output
     assert "guessed" not in result.output
@@ -373,10 +569,11 @@ def test_what_needs_something_broken_is_skipped(setup: Setup) -> None:
     lines = lines_of(setup.run())
     assert {name: line[:4].strip() for name, line in lines.items()} == {
         "settings": "ok", "redis": "FAIL", "sql": "ok", "tables": "FAIL", "keys": "skip",
-        "dispatcher": "skip", "clock": "skip", "permission function": "ok", "queue database": "skip",
+        "dispatcher": "skip", "clock": "skip", "permission function": "ok", "routes": "ok", "layout": "ok",
+        "sessions": "ok", "queue database": "skip",
         "outbox": "skip",
     }  # fmt: skip
-    assert lines["outbox"].endswith("first mend what `redis` says.")
+    assert lines["outbox"].endswith("fix the `redis` check first.")
 
 
 def test_doctor_finds_nothing_on_a_healthy_host(setup: Setup) -> None:
@@ -387,7 +584,7 @@ def test_doctor_finds_nothing_on_a_healthy_host(setup: Setup) -> None:
     assert result.exit_code == 0, result.output
     lines = lines_of(result)
     assert {line[:5] for line in lines.values()} == {"ok   "}
-    assert lines["keys"] == "ok   keys: the key opens what is stored (4 samples)"
+    assert lines["keys"] == "ok   keys: the key decrypts what is stored (4 samples)"
     assert lines["queue database"].startswith("ok   queue database: 1 RQ queues and 1 RQ workers are in ")
 
 
@@ -413,3 +610,33 @@ def test_findings_for_programs(setup: Setup) -> None:
     assert [finding["name"] for finding in found] == NAMES
     assert {finding["name"]: finding["status"] for finding in found}["permission function"] == "FAIL"
     assert all(set(finding) == {"name", "status", "text"} for finding in found)
+
+
+def test_doctor_names_a_signing_secret_of_the_environment(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEBHOOK_SIGNING_SECRET", "t0p")
+    line = lines_of(setup.run())["settings"]
+    assert line.startswith("ok")
+    assert "RQ_WEBHOOKS_SIGNING_SECRET = None" in line
+    assert "t0p" not in line
+
+
+def test_every_way_to_be_broken_is_tried() -> None:
+    assert len(BROKEN) >= 40
+
+
+def test_a_host_that_chooses_routes_by_host_is_served(setup: Setup) -> None:
+    setup.app = lambda: Flask("host", host_matching=True, static_host="static.example.com")
+    result = setup.run()
+    assert result.exit_code == 0, result.output
+    assert "every host name (host_matching is on)" in lines_of(result)["routes"]
+
+
+def test_routes_that_only_look_alike_are_no_clash(setup: Setup) -> None:
+    def before(app: Flask) -> None:
+        app.add_url_rule("/webhooks-of-ours/<source>", "inbound", lambda source: "")
+        app.add_url_rule("/<path:page>", "everything_else", lambda page: "")
+
+    setup.before = before
+    assert lines_of(setup.run())["routes"] == "ok   routes: served under /webhooks"

@@ -420,3 +420,62 @@ def test_twenty_jobs_at_most_are_named(make_state: Any, redis_client: Redis) -> 
     answer = state.app.test_client().post("/job", json=ASKED)
 
     assert answer.headers["Webhook-Job-Id"].split(", ") == answer.get_json()["ids"][:20]
+
+
+# What the run is called
+
+
+def deleted(redis_client: Redis, job_id: str) -> None:
+    """Let reconcile be the one who reports: the job was canceled, so no callback runs."""
+    Job.fetch(job_id, connection=redis_client).cancel()
+
+
+def echo(text: Any, **options: Any) -> Any:
+    return text
+
+
+@pytest.mark.parametrize("source", ["callback", "reconciled"])
+@pytest.mark.parametrize(
+    ("argument", "meta", "options", "expected"),
+    [
+        ("basin-7", {}, {}, "basin-7"),
+        ("x" * 128, {}, {}, "x" * 128),
+        ("x" * 129, {}, {}, None),
+        ("Your report is ready", {}, {}, None),
+        ("select\n1", {}, {}, None),
+        ("", {}, {}, None),
+        (7, {}, {}, None),
+        ("basin-7", {"runid": 42}, {}, "42"),
+        ("basin-7", {"runid": "run"}, {}, "run"),
+        ("basin-7", {}, {"runid": None}, None),
+        ("basin-7", {"runid": 42}, {"runid": None}, "42"),
+    ],
+    ids=["name", "128", "129", "words", "lines", "empty", "number", "integer in meta", "text in meta",
+         "switched off", "switched off, meta"],
+)  # fmt: skip
+def test_run_is_called_the_same_by_callback_and_reconcile(
+    make_state: Any,
+    redis_client: Redis,
+    source: str,
+    argument: Any,
+    meta: dict[str, Any],
+    options: dict[str, Any],
+    expected: str | None,
+) -> None:
+    webhooks, state = make_state()
+
+    @state.app.post("/job")
+    @webhooks.accepts_webhook(**options)
+    def view() -> Any:
+        queue = Queue(connection=redis_client)
+        return {"job_id": queue.enqueue(echo, argument, meta=meta, on_success=None).id}
+
+    job_id = state.app.test_client().post("/job", json=ASKED).get_json()["job_id"]
+    if source == "callback":
+        work(redis_client)
+    else:
+        deleted(redis_client, job_id)
+    (webhook,) = [webhook for _ in range(2) for webhook in deliver_all(state.app)]
+
+    assert webhook.json["source"] == source
+    assert webhook.json["runid"] == expected

@@ -13,6 +13,7 @@ from flask_rq_webhooks.observe.host_hooks import safe_render
 from flask_rq_webhooks.protocol.events import JOB_FAILURE, Occurrence, format_time
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from tests.integration.hosts import Host
+from tests.storage_rows import statements_of
 
 TOKEN_URL = "https://hooks.example.com/services/T0000000/B00000000/XXXXXXXXXXXXXXXXXXXXXXXX?key=hidden"
 
@@ -37,6 +38,13 @@ def submit(host: Host, runid: str = "r1") -> str:
 
 def fail(host: Host, job_id: str) -> str:
     """Store the failure of a job and its delivery; return the delivery's id."""
+    record_failure(host, job_id)
+    (delivery,) = host.rows("delivery")
+    return str(delivery["id"])
+
+
+def record_failure(host: Host, job_id: str) -> None:
+    """Store the failure of a job of the run r1, and its deliveries."""
     now = datetime.now(UTC)
     ingest(
         host.state.database,
@@ -52,8 +60,6 @@ def fail(host: Host, job_id: str) -> str:
         render=safe_render(host.state),
         max_attempts=3,
     )  # fmt: skip
-    (delivery,) = host.rows("delivery")
-    return str(delivery["id"])
 
 
 def attempt(host: Host, delivery_id: str, **values: Any) -> None:
@@ -275,3 +281,69 @@ def test_health_is_open_and_tells_nothing_else(host: Host) -> None:
 
     assert (without.status_code, without.get_json()) == (503, {"ok": False})
     assert (with_one.status_code, with_one.get_json()) == (200, {"ok": True})
+
+
+# Callers who share a job id
+
+
+def share(host: Host, *runids: str | None) -> str:
+    """Let one job be asked about by several requests, each with its own run; return the job's id."""
+    job_id = submit(host, "r1")
+    for runid in runids:
+        with host.app.app_context():
+            host.webhooks.watch(
+                host.job(job_id), f"https://{runid}.example.com/hook", runid=runid, reference=runid
+            )
+    return job_id
+
+
+def test_callers_who_share_a_job_see_only_what_they_were_cleared_for(host: Host) -> None:
+    job_id = share(host, "r2")
+    record_failure(host, job_id)
+    cleared: set[str | None] = set()
+
+    @host.webhooks.authorize
+    def may(permission: str, **what: Any) -> bool:
+        return what["runid"] is None or what["runid"] in cleared
+
+    client = host.app.test_client()
+    seen: dict[str, Any] = {}
+    for runid in ("r1", "r2"):
+        cleared.clear()
+        cleared.add(runid)
+        seen[runid] = client.get(f"/webhooks/jobs/{job_id}").get_json()
+    cleared |= {"r1", "r2"}
+    both = client.get(f"/webhooks/jobs/{job_id}").get_json()
+
+    assert len(both["deliveries"]) == 2
+    assert [delivery["url"].split("/")[2] for delivery in seen["r1"]["deliveries"]] == ["hooks.example.com"]
+    assert [delivery["url"].split("/")[2] for delivery in seen["r2"]["deliveries"]] == ["r2.example.com"]
+    assert seen["r2"]["url"].startswith("https://r2.example.com/")
+    assert seen["r1"]["url"].startswith("https://hooks.example.com/")
+    # The event's own run is that of the first request.
+    assert [event["runid"] for event in seen["r1"]["events"]] == ["r1"]
+    assert [event["runid"] for event in seen["r2"]["events"]] == [None]
+    assert "r1" not in str(seen["r2"])
+
+
+def test_foreign_and_unknown_jobs_take_the_same_questions_and_statements(host: Host) -> None:
+    foreign = submit(host, "foreign")
+    record_failure(host, foreign)
+    unregistered = host.enqueue()
+    asked: list[Any] = []
+
+    @host.webhooks.authorize
+    def may(permission: str, **what: Any) -> bool:
+        asked.append(what["job_id"])
+        return what["runid"] is None
+
+    client = host.app.test_client()
+    counted = {}
+    for job_id in (foreign, unregistered, "unknown"):
+        asked.clear()
+        with statements_of(host.state.database) as statements:
+            answer = client.get(f"/webhooks/jobs/{job_id}")
+        assert answer.get_json() == {"job_id": job_id, "webhook_configured": False}
+        counted[job_id] = (len(asked), len(statements))
+
+    assert len(set(counted.values())) == 1, counted

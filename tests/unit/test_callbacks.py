@@ -368,7 +368,9 @@ def test_run_identity(enqueued_at: datetime | None, run: str) -> None:
         ({}, (), None),
         (None, None, None),
         ({}, ("a\0b",), "ab"),
-        ({}, ("r" * 600,), "r" * 509 + "..."),
+        ({"runid": "r" * 600}, (), "r" * 509 + "..."),
+        ({}, ("r" * 600,), None),
+        ({}, ("select 1",), None),
         ({}, ("\ud800",), "\\ud800"),
     ],
 )

@@ -41,7 +41,6 @@ DEFAULTS: dict[str, Any] = {
     "max_payload_bytes": 262_144,
     "header_prefix": "X-Webhook",
     "user_agent": f"flask-rq-webhooks/{__version__}",
-    "transport": "requests",
     "concurrency": 64,
     "concurrency_per_host": 8,
     "batch": 500,
@@ -158,7 +157,6 @@ def test_networks_become_networks() -> None:
         ("HEADER_PREFIX", "X-Webhook-", "inner hyphens"),
         ("HEADER_PREFIX", "X Webhook", "inner hyphens"),
         ("USER_AGENT", "bad\r\nX: y", "printable ASCII"),
-        ("TRANSPORT", "pigeon", "'requests'"),
         ("CONCURRENCY", 0, "from 1"),
         ("URL_PREFIX", "webhooks", "starts with '/'"),
         ("URL_PREFIX", "/webhooks/", "does not end"),
@@ -218,6 +216,63 @@ def test_repr_of_the_settings_hides_secrets() -> None:
 def test_unknown_key_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="RQ_WEBHOOKS_TIMOUT is not a setting"):
         load(TIMOUT=3)
+
+
+def test_a_removed_setting_is_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(ConfigurationError, match="RQ_WEBHOOKS_TRANSPORT is not a setting.*second dispatcher"):
+        load(TRANSPORT="aiohttp")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("CELERY_BROKER_URL", "amqp://guest:t0p@rabbit//"),
+        ("CELERY_BROKER_URL", "sqs://"),
+        ("REDIS_URL", "sentinel://:t0p@one:26379"),
+        ("REDIS_URL", "redis+sentinel://one:26379/mymaster"),
+        ("REDIS_URL", "cache:6379"),
+    ],
+)
+def test_redis_variable_of_another_program_is_passed_over(
+    variable: str, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load_settings({}, {variable: value}).redis_url == "redis://localhost:6379/0"
+    assert f"environment variable {variable}" in caplog.text
+    assert "passed over; set RQ_WEBHOOKS_REDIS_URL" in caplog.text
+    assert "t0p" not in caplog.text
+    both = {"REDIS_URL": "sentinel://one", "CELERY_BROKER_URL": "redis://second/0"}
+    assert load_settings({}, both).redis_url == "redis://second/0"
+
+
+def test_no_redis_variable_is_read_where_the_app_gave_a_client_or_an_url(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    environ = {"REDIS_URL": "sentinel://one", "CELERY_BROKER_URL": "amqp://rabbit"}
+    assert load_settings({"REDIS_URL": "memcached://x"}, environ, has_redis=True).redis_url
+    config = {"RQ_WEBHOOKS_REDIS_URL": "redis://mine/1"}
+    assert load_settings(config, environ).redis_url == "redis://mine/1"
+    assert caplog.text == ""
+
+
+def test_redis_url_of_the_app_is_read_before_the_environment(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {"REDIS_URL": "redis://environment/1"}
+    assert load_settings({"REDIS_URL": "redis://app/2"}, environ).redis_url == "redis://app/2"
+    assert load_settings({"REDIS_URL": "sentinel://x"}, environ).redis_url == "redis://environment/1"
+    assert "app.config['REDIS_URL']" in caplog.text
+
+
+def test_signing_secret_of_the_environment_is_named_once_and_can_be_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    environ = {"WEBHOOK_SIGNING_SECRET": "t0p"}
+    assert load_settings({}, environ).signing_secret == "t0p"
+    assert caplog.text.count("WEBHOOK_SIGNING_SECRET") == 1
+    assert "RQ_WEBHOOKS_SIGNING_SECRET = None" in caplog.text
+    assert "t0p" not in caplog.text
+    caplog.clear()
+    assert load_settings({"RQ_WEBHOOKS_SIGNING_SECRET": None}, environ).signing_secret is None
+    assert load_settings({"RQ_WEBHOOKS_SIGNING_SECRET": "own"}, environ).signing_secret == "own"
+    assert caplog.text == ""
 
 
 def test_keys_of_others_are_left_alone() -> None:

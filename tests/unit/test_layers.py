@@ -1,4 +1,4 @@
-"""Imports go down only: from a layer to itself or to a lower one."""
+"""Imports go down only, and each library has its room: SQL in storage, Redis and RQ in queue, Flask above."""
 
 from __future__ import annotations
 
@@ -38,6 +38,35 @@ ALONE = {
     # The names of the package, loaded on first use; `version` is all it really imports.
     "__init__": {"version", "errors", "extension", "queue.job_callbacks"},
 }
+
+
+#: Library → the rooms that use it. Any module may import it for annotations, and ``redis.exceptions``.
+ROOMS = {
+    "sqlalchemy": {"storage"},
+    "redis": {"queue"},
+    "rq": {"queue"},
+    "flask": {"accept", "web", "cli"},
+    "flask_sqlalchemy": set(),
+    "requests": {"dispatch"},
+}
+
+#: Single modules that use one more library, and why.
+SEAMS = {
+    ("state", "redis"): "makes the client for RQ_WEBHOOKS_REDIS_URL",
+    ("state", "flask"): "belongs to an app",
+    ("extension", "flask"): "is registered with an app",
+    ("testing", "flask"): "is for tests of an app",
+    ("receiver", "flask"): "offers a decorator to Flask receivers",
+    ("callbacks", "rq"): "runs in RQ's work-horse",
+    ("dispatch.pubsub", "redis"): "publishes on a Redis of its own",
+    ("dispatch.rate_limit", "redis"): "counts through the limits library",
+    ("accept.register", "rq"): "enqueues on queues the host gives it",
+    ("accept.route_report", "rq"): "recognises what enqueues",
+    ("observe.occurrences", "rq"): "knows RQ's word for a result that cannot be pickled",
+}
+
+#: The one module outside of queue that sends commands to Redis: it asks the server about itself.
+ASKS_REDIS = {"cli.doctor"}
 
 
 def modules() -> list[str]:
@@ -119,3 +148,83 @@ def test_every_module_has_a_rank() -> None:
 )
 def test_the_walker_sees_upward_imports(module: str, source: str, expected: list[str]) -> None:
     assert violations(module, source) == expected
+
+
+def libraries_of(source: str) -> Iterator[tuple[int, str]]:
+    """Give (line, library) for every import of one of ``ROOMS`` that is not for annotations or exceptions."""
+    tree = ast.parse(source)
+    for_annotations = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_annotations:
+            continue
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names = [node.module]
+        for name in names:
+            if name.split(".")[0] in ROOMS and name != "redis.exceptions":
+                yield node.lineno, name.split(".")[0]
+
+
+def redis_commands_of(source: str) -> Iterator[int]:
+    """Give the line of every call such as ``state.redis.xlen(…)``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = node.func.value
+            if isinstance(owner, ast.Attribute) and owner.attr == "redis":
+                yield node.lineno
+
+
+def foreign(module: str, source: str) -> list[str]:
+    room = module.split(".")[0]
+    found = [
+        f"{module}:{line} imports {library}"
+        for line, library in libraries_of(source)
+        if room not in ROOMS[library] and (module, library) not in SEAMS
+    ]
+    if room not in ROOMS["redis"] and module not in ASKS_REDIS:
+        found += [f"{module}:{line} sends a command to Redis" for line in redis_commands_of(source)]
+    return found
+
+
+def source_of(module: str) -> str:
+    return (ROOT / PACKAGE).joinpath(*module.split(".")).with_suffix(".py").read_text()
+
+
+@pytest.mark.parametrize("module", modules())
+def test_libraries_are_used_in_their_rooms(module: str) -> None:
+    assert foreign(module, source_of(module)) == []
+
+
+@pytest.mark.parametrize(("module", "library"), SEAMS)
+def test_every_seam_is_needed(module: str, library: str) -> None:
+    assert library in {found for _line, found in libraries_of(source_of(module))}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("web.api", "import sqlalchemy", ["web.api:1 imports sqlalchemy"]),
+        ("cli.doctor", "def f():\n    from sqlalchemy import select", ["cli.doctor:2 imports sqlalchemy"]),
+        ("observe.ingest", "from sqlalchemy.exc import DBAPIError", ["observe.ingest:1 imports sqlalchemy"]),
+        ("web.health", "from redis import Redis", ["web.health:1 imports redis"]),
+        ("web.health", "from redis.exceptions import RedisError", []),
+        ("storage.claims", "import redis.asyncio", ["storage.claims:1 imports redis"]),
+        ("dispatch.sender", "from rq.job import Job", ["dispatch.sender:1 imports rq"]),
+        ("dispatch.sender", "if TYPE_CHECKING:\n    from rq.job import Job", []),
+        ("observe.ingest", "from flask import Blueprint", ["observe.ingest:1 imports flask"]),
+        ("storage.models", "import flask_sqlalchemy", ["storage.models:1 imports flask_sqlalchemy"]),
+        ("web.metrics", "n = self._state.redis.xlen(key)", ["web.metrics:1 sends a command to Redis"]),
+        ("queue.outbox", "from redis import Redis\nstate.redis.xlen(key)", []),
+        ("web.api", "from flask import Blueprint", []),
+        ("storage.claims", "from sqlalchemy import text", []),
+    ],
+)
+def test_a_planted_import_is_refused(module: str, source: str, expected: list[str]) -> None:
+    assert foreign(module, source) == expected

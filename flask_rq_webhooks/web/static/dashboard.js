@@ -1,6 +1,6 @@
-// What the pages can do beyond what they can without JavaScript: refresh what is in flight, count down,
-// copy. Loads the page it is on, takes over the parts marked data-rqw-live, and nothing else; a page that
-// was fetched is parsed as an inert document, so nothing in it can run.
+// What the pages do with JavaScript: refresh what is in flight, apply filters at once, count down, show local
+// times, copy. Loads the page it is on and replaces the parts marked data-rqw-live, and nothing else; a page
+// that was fetched is parsed as an inert document, so nothing in it can run.
 (() => {
   "use strict";
   const page = document.getElementById("rqw-page");
@@ -9,6 +9,7 @@
   let timer = 0;
   let failures = 0;
   let stopped = false;
+  let asked = 0;
 
   function countDown() {
     for (const element of document.querySelectorAll("[data-rqw-countdown]")) {
@@ -27,6 +28,22 @@
       if (parts.length === 2) break;
     }
     return parts.join(" ");
+  }
+
+  // A reader's own time beside UTC, while the pointer or the focus is on a time.
+  function showLocal(event) {
+    const time = event.target.closest?.("time[datetime]") ?? event.target.querySelector?.(":scope > time[datetime]");
+    if (!time || time.dataset.rqwTitle !== undefined || !page.contains(time)) return;
+    const moment = new Date(time.dateTime);
+    const local = moment.toLocaleString(undefined, { dateStyle: "medium", timeStyle: "long" });
+    const utc = moment.toISOString().slice(0, 19).replace("T", " ");
+    time.dataset.rqwTitle = time.title;
+    time.title = `${local} (your time)\n${utc} UTC`;
+    const restore = () => {
+      time.title = time.dataset.rqwTitle;
+      delete time.dataset.rqwTitle;
+    };
+    event.target.addEventListener(event.type === "focusin" ? "focusout" : "pointerout", restore, { once: true });
   }
 
   function takeOver(fresh) {
@@ -53,12 +70,14 @@
 
   async function refresh() {
     if (document.hidden) return schedule();
+    const mine = ++asked;
     try {
       const answer = await fetch(location.href, { credentials: "same-origin", cache: "no-store", redirect: "error" });
       if (!answer.ok) throw new Error(String(answer.status));
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
       const other = fresh.getElementById("rqw-page");
       if (!other) throw new Error("another page");
+      if (mine !== asked) return; // a later request has replaced this one
       failures = 0;
       takeOver(fresh);
       if (other.dataset.rqwRefresh) page.dataset.rqwRefresh = other.dataset.rqwRefresh;
@@ -72,15 +91,12 @@
   function schedule() {
     clearTimeout(timer);
     const seconds = Number(page.dataset.rqwRefresh || 0);
-    if (stopped || !seconds || failures > 5) {
-      tell();
-      return;
-    }
-    tell();
+    showState();
+    if (stopped || !seconds || failures > 5) return;
     timer = setTimeout(refresh, seconds * 1000 * 2 ** failures);
   }
 
-  function tell() {
+  function showState() {
     if (!note) return;
     const live = Boolean(page.dataset.rqwRefresh) && failures <= 5;
     note.hidden = !live;
@@ -94,8 +110,25 @@
       });
       note.append(document.createElement("span"), " ", button);
     }
-    note.firstChild.textContent = stopped ? "This page stands still." : "This page keeps itself up to date.";
-    note.lastChild.textContent = stopped ? "Update it" : "Hold it still";
+    note.firstChild.textContent = stopped ? "Updates are paused." : "This page updates itself.";
+    note.lastChild.textContent = stopped ? "Resume updates" : "Pause updates";
+  }
+
+  const filter = document.querySelector("[data-rqw-filter]");
+  if (filter) {
+    const apply = () => {
+      const given = new URLSearchParams([...new FormData(filter)].filter(([, value]) => value !== ""));
+      const address = new URL(filter.action);
+      address.search = given;
+      history.replaceState(null, "", address);
+      clearTimeout(timer);
+      refresh();
+    };
+    filter.addEventListener("change", apply);
+    filter.addEventListener("submit", (event) => {
+      event.preventDefault();
+      apply();
+    });
   }
 
   for (const element of document.querySelectorAll("[data-rqw-copy]")) {
@@ -118,6 +151,8 @@
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden && page.dataset.rqwRefresh && !stopped) refresh();
   });
+  document.addEventListener("pointerover", showLocal);
+  document.addEventListener("focusin", showLocal);
   setInterval(countDown, 1000);
   schedule();
 })();
