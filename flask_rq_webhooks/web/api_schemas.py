@@ -31,19 +31,19 @@ from ..storage.subscriptions import EVERY_TYPE
 
 STATUSES = (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
 
-#: Why an attempt failed, for clients: whether a name exists or an address is private is not their business.
+#: Error codes as clients see them: not whether a name exists or an address is private.
 _COARSE = {"blocked": "unreachable", "dns": "unreachable", "connect": "unreachable"}
 
 
 class RedactedURL(fields.String):
-    """A URL without its query and whatever in its path looks secret."""
+    """A URL without its query and the parts of its path that look secret."""
 
     def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
         return None if value is None else redact_url(value)
 
 
 class BodyText(fields.Field):  # type: ignore[type-arg]
-    """Bytes that somebody else wrote, as text."""
+    """Bytes of a request or response body, as text."""
 
     def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
         return None if value is None else bytes(value).decode("utf-8", "replace")
@@ -158,7 +158,7 @@ class DeliverySchema(Schema):
 
 
 class AttemptSchema(Schema):
-    """An attempt with everything that is kept of it."""
+    """An attempt with everything that is stored."""
 
     id = fields.String()
     number = fields.Integer()
@@ -214,7 +214,7 @@ class NewEndpointSchema(EndpointSchema):
 
 
 class HourSchema(Schema):
-    """What ended within one hour."""
+    """The deliveries that finished within one hour."""
 
     start = fields.DateTime()
     succeeded = fields.Integer()
@@ -510,7 +510,7 @@ def endpoint_input(settings: Settings, url_policy: UrlPolicy, formats: frozenset
 def _signable(settings: Settings) -> Callable[[bool], None]:
     def check(wanted: bool) -> None:
         if wanted and settings.signing_secret is None:
-            raise ValidationError("This server has no secret of its own to sign with.")
+            raise ValidationError("This server has no server-wide secret to sign with.")
 
     return check
 

@@ -169,7 +169,7 @@ def _some(step: bulk.Step, cursor: str | None, count_left: Callable[[str], int |
 
 
 def erase(state: State, values: Mapping[str, Any]) -> Erasure:
-    """Erase what was told of a job, a run or a reference, and keep the skeleton of the log.
+    """Erase what is stored of a job, a run or a reference, and keep the skeleton of the log.
 
     :param values: checked values of an :class:`~.api_schemas.EraseInput`.
     """
@@ -320,7 +320,7 @@ def missed_since(state: State, before: EndpointView) -> datetime:
     :param before: what :func:`enable` returned.
     """
     if before.failing_since is not None:
-        # The delivery that failed first is older than that: at most as old as retries go on.
+        # The delivery that failed first is older than that: at most as old as the retry schedule is long.
         return before.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
     return before.disabled_at or before.created_at
 
