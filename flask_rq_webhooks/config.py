@@ -142,6 +142,15 @@ def _header_prefix(value: Any) -> str:
     return text
 
 
+def _header_name(value: Any) -> str:
+    text = _text(value)
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,99}", text) or text.lower().startswith(
+        ("webhook-", "content-")
+    ):
+        raise ValueError("expected the name of a header, not one of webhook-* or Content-*")
+    return text
+
+
 def _header_value(value: Any) -> str:
     text = _text(value)
     if not re.fullmatch(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?", text):
@@ -306,6 +315,20 @@ class Settings:
         _integer(4096, 2**20), 262_144, "Larger results are left out and marked."
     )
     header_prefix: str = setting(_header_prefix, "X-Webhook", "First part of the X-Webhook-* header names.")
+    signature_header: str | None = setting(
+        _optional(_header_name),
+        None,
+        "Whole name of the sha256= signature's header; default: <prefix>-Signature.",
+    )
+    timestamp_header: str | None = setting(
+        _optional(_header_name), None, "Whole name of that signature's time; default: <prefix>-Timestamp."
+    )
+    signing_keys: tuple[str, ...] = setting(
+        _texts,
+        (),
+        "Ed25519 keys (whsk_…): the first signs every delivery, the public halves of all are at /keys.",
+        secret=True,
+    )
     user_agent: str = setting(
         _header_value, f"flask-rq-webhooks/{__version__}", "User-Agent of every request sent."
     )
@@ -331,6 +354,11 @@ class Settings:
         _integer(1), 100, "Consecutive failed attempts that disable a standing endpoint."
     )
     retention_days: int = setting(_integer(1), 30, "Days that finished deliveries and their events are kept.")
+    payload_retention_hours: int | None = setting(
+        _optional(_integer(1)),
+        None,
+        "Hours after which bodies and answers of finished deliveries are erased; default: kept with the log.",
+    )
     url_prefix: str = setting(_url_prefix, "/webhooks", "Where the blueprint is mounted.")
     dashboard: bool = setting(_boolean, True, "Whether the HTML pages are served.")
     base_template: str | None = setting(

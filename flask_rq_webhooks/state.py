@@ -19,6 +19,7 @@ from .config import Settings
 from .errors import ConfigurationError
 from .protocol.payloads import PayloadFormat, RenderContext, Rendered
 from .protocol.retry import RetryPolicy
+from .protocol.signatures import SigningKey
 from .protocol.urls import UrlPolicy
 from .queue.outbox import Outbox
 from .queue.redis_database import connect
@@ -83,6 +84,12 @@ class State:
         self.retry_policy = RetryPolicy(
             schedule=settings.retry_schedule, statuses=frozenset(settings.retry_statuses)
         )
+        try:
+            self.signing_keys = tuple(SigningKey(text) for text in settings.signing_keys)
+        except ValueError as exc:
+            raise ConfigurationError(
+                f"RQ_WEBHOOKS_SIGNING_KEYS has an entry that is no key: {exc}."
+            ) from None
         self._db = db
         self._redis_source = redis
         self._lock = threading.RLock()

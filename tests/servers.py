@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -274,12 +275,12 @@ class PostgresHandle:
 
 
 class Forwarder:
-    """TCP on loopback to a Unix socket that may be changed; open connections stay where they lead.
+    """TCP on loopback to a server that may be changed; open connections stay where they lead.
 
-    :param path: of the socket.
+    :param path: of a Unix socket, or a port of loopback.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | int) -> None:
         self.path = path
         self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self._server.getsockname()[1]
@@ -291,9 +292,10 @@ class Forwarder:
                 client, _ = self._server.accept()
             except OSError:
                 return
-            upstream = socket.socket(socket.AF_UNIX)
+            is_port = isinstance(self.path, int)
+            upstream = socket.socket(socket.AF_INET if is_port else socket.AF_UNIX)
             try:
-                upstream.connect(self.path)
+                upstream.connect(("127.0.0.1", self.path) if is_port else self.path)
             except OSError:
                 client.close()
                 upstream.close()
@@ -344,8 +346,8 @@ class Received:
 class Receiver:
     """A real HTTP/1.1 receiver on loopback that keeps what arrives.
 
-    :param respond: gets the :class:`Received`, returns a status or (status, headers, body); called in the
-        connection's own thread, so it may sleep.
+    :param respond: gets the :class:`Received`, returns a status or (status, headers, body), or ``None`` to
+        reset the connection; called in the connection's own thread, so it may sleep.
     """
 
     def __init__(self, respond: Callable[[Received], Any] | None = None, *, host: str = "127.0.0.1") -> None:
@@ -364,6 +366,11 @@ class Receiver:
                 with receiver._lock:
                     receiver.received.append(received)
                 answer = receiver.respond(received)
+                if answer is None:
+                    self.close_connection = True
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    os.close(self.connection.detach())
+                    return
                 status, headers, content = answer if isinstance(answer, tuple) else (answer, {}, b"")
                 self.send_response(status)
                 for name, value in headers.items():

@@ -61,7 +61,7 @@ def describe(setting: Setting) -> list[str]:
     if setting.env:
         names = ", then ".join(f"``{name}``" for name in setting.env)
         if setting.config_key is not None:
-            lines[-1] += f' Where it is not set: ``app.config["{setting.config_key}"]``.'
+            lines[-1] += f' If it is not set: ``app.config["{setting.config_key}"]``.'
         lines[-1] += f" Environment: {names}" + (" (total attempts)." if setting.parse_env else ".")
     return [*lines, ""]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from ..storage.models import SENDING
 from ..storage.retention import prune
 from ..storage.schema import upgrade_schema
 from ..web import operations
-from ..web.api_schemas import ManyInput
+from ..web.api_schemas import EraseInput, ManyInput
 from ..web.operations import InvalidInputError
 from .doctor import examine
 from .endpoint_commands import endpoints
@@ -199,6 +200,30 @@ def cancel(**options: Any) -> None:
 
 
 @cli.command()
+@click.option("--job", "job_id", help="Of this job.")
+@click.option("--runid", help="Of this run, and of requests with this runid.")
+@click.option("--reference", help="Of requests with this webhook_reference.")
+def erase(**options: Any) -> None:
+    """Erase bodies, results, answers and headers for good; ids, times and statuses stay in the log.
+
+    Unfinished deliveries are canceled first. Jobs that have not ended are reported when they end; erase them
+    again then.
+    """
+    values = operations.checked(EraseInput(), {name: value for name, value in options.items() if value})
+    state = get_state()
+    did = operations.erase(state, values)
+    events, canceled = did.events, did.canceled
+    while did.in_flight:
+        progress_to_stderr(events)
+        time.sleep(1)
+        did = operations.erase(state, values)
+        events, canceled = events + did.events, canceled + did.canceled
+    click.echo(f"{events} events erased; {canceled} of their deliveries were unfinished and are canceled.")
+    if did.running:
+        click.echo(f"{did.running} jobs have not ended; erase again when they have.")
+
+
+@cli.command()
 def pause() -> None:
     """Stop all sending, on every dispatcher. Jobs are still watched, webhooks still accepted."""
     operations.pause(get_state())
@@ -219,8 +244,8 @@ def reconcile_command() -> None:
     report = reconcile_now(get_state())
     if report is None:
         raise click.ClickException("A dispatcher is reconciling at this moment; there is nothing left to do.")
-    click.echo(f"{report.looked_at} watches read, {sum(report.told.values())} events stored.")
-    for event_type, count in sorted(report.told.items()):
+    click.echo(f"{report.looked_at} watches read, {sum(report.reported.values())} events stored.")
+    for event_type, count in sorted(report.reported.items()):
         click.echo(f"  {event_type}: {count}")
 
 

@@ -87,7 +87,7 @@ def request_headers(message: Message, *, state: State, now: datetime) -> dict[st
         f"{prefix}-Delivery": message.delivery_id,
         f"{prefix}-Attempt": str(message.number),
     }
-    if message.secrets:
+    if message.secrets or state.signing_keys:
         ours |= signature_headers(
             message.secrets,
             event_id=message.event_id,
@@ -95,6 +95,9 @@ def request_headers(message: Message, *, state: State, now: datetime) -> dict[st
             body=message.body,
             header_prefix=prefix,
             iso_timestamp=message.iso_timestamp,
+            signature_header=settings.signature_header,
+            timestamp_header=settings.timestamp_header,
+            signing_keys=state.signing_keys,
         )
     # Firewalls refuse requests without it (OWASP CRS 920300). A client may ask for something else.
     accept = {} if "accept" in map(str.lower, message.headers) else {"Accept": "*/*"}

@@ -46,8 +46,9 @@ from ..storage.database import Database
 from ..storage.events import IngestItem
 from ..storage.models import RESERVED
 from ..storage.tree_members import TreeRow
-from ..storage.watches import endings_of_job
-from .outcomes import RESERVED_GRACE, TYPE_OF_STATUS, is_blocked
+from ..storage.watches import reported_endings
+from .conclusions import RESERVED_GRACE, is_blocked
+from .outcomes import TYPE_OF_STATUS
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -193,6 +194,9 @@ class TreeReporter:
         # The first the request enqueued.
         root = min(present, key=lambda row: jobs[row.job_id].created_at) if present else roots[0]
         self._report(endpoint_id, root, jobs, verdict, now)
+        runs = {row.job_id: jobs[row.job_id].run for row in present}
+        run = runs.get(root.job_id) or _unknown_run(root)
+        storage.settle_tree(self._database, endpoint_id, run=run, runs=runs, now=now)
         return verdict.type
 
     def _walk(self, rows: Sequence[TreeRow]) -> dict[str, JobRecord]:
@@ -222,11 +226,11 @@ class TreeReporter:
             if row.last_status in TYPE_OF_STATUS:
                 known[row.job_id] = str(row.last_status)
                 continue
-            endings = endings_of_job(self._database, row.job_id)
-            if endings and (status := _STATUS_OF_TYPE.get(endings[-1][0])) is not None:
+            endings = reported_endings(self._database, [row.job_id]).get(row.job_id, [])
+            if endings and (status := _STATUS_OF_TYPE.get(endings[-1].type)) is not None:
                 known[row.job_id] = status
             elif endings and row.root:
-                lost[row.job_id] = endings[-1][0]
+                lost[row.job_id] = endings[-1].type
         return known, lost
 
     def _remember(self, endpoint_id: str, rows: Sequence[TreeRow], statuses: Mapping[str, str]) -> None:
@@ -258,7 +262,7 @@ class TreeReporter:
         now: datetime,
     ) -> None:
         record = jobs.get(root.job_id)
-        run = record.run if record is not None else root.run or "created:" + format_time(root.created_at)
+        run = record.run if record is not None else _unknown_run(root)
         ended = [job.ended_at for job in jobs.values() if job.ended_at is not None]
         ended_at = max(ended, default=None)
         result, truncated = self._result(root.job_id, record, verdict)
@@ -281,7 +285,6 @@ class TreeReporter:
             jobs=verdict.counts,
         )
         self._publish([IngestItem(occurrence, (endpoint_id,))])
-        storage.settle_tree(self._database, endpoint_id, run=run, now=now)
 
     def _result(self, root_id: str, root: JobRecord | None, verdict: TreeVerdict) -> tuple[Any, bool]:
         """Return what the root returned, where RQ still has it."""
@@ -299,6 +302,10 @@ class TreeReporter:
         results = read_results(self._redis, [first.job_id])[first.job_id]
         exc = next((result.exc for result in reversed(results) if result.type == "failure"), None)
         return error_from_text(exc or first.exc)
+
+
+def _unknown_run(root: TreeRow) -> str:
+    return root.run or "created:" + format_time(root.created_at)
 
 
 def _time_of(run: str) -> datetime | None:

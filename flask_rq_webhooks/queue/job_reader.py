@@ -91,7 +91,7 @@ class JobRecord:
     :param tokens: ids of the endpoints its callbacks report to.
     :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
     :param children: ids in meta under the prefix asked for.
-    :param results: RQ's results of the job at the same moment, oldest first; empty where not asked for.
+    :param results: RQ's results of the job at the same moment, oldest first; ``None`` where not asked for.
     """
 
     job_id: str
@@ -111,7 +111,7 @@ class JobRecord:
     exc: str | None = None
     tokens: frozenset[str] = frozenset()
     children: tuple[str, ...] = ()
-    results: tuple[JobResult, ...] = ()
+    results: tuple[JobResult, ...] | None = None
 
 
 class Jobs(dict[str, JobRecord]):
@@ -173,6 +173,12 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
         else (_bytes(answer[0]), _bytes(answer[1]), _bytes(answer[3]))
         for answer in answers
     ]
+
+
+def any_exists(redis: Redis, job_ids: Sequence[str]) -> bool:
+    """Say whether any of the jobs has a hash: one command for all, a tenth of the cost of a probe."""
+    prefix = job_key("")
+    return bool(job_ids) and bool(redis.exists(*[prefix + job_id for job_id in job_ids]))
 
 
 def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]:
@@ -259,7 +265,7 @@ def _read(
         try:
             if isinstance(values, Exception):
                 raise values
-            found = _results(job_id, entries)
+            found = tuple(_results(job_id, entries)) if results else None
             record = _record(job_id, dict(zip(fields, values, strict=True)), found, child_prefix)
         except Exception as exc:
             jobs.unreadable[job_id] = f"{type(exc).__name__}: {safe_text(exc, 200)}"
@@ -324,7 +330,7 @@ def _log_once(job_id: str, why: str) -> None:
 
 
 def _record(
-    job_id: str, fields: dict[str, Any], results: Sequence[JobResult], child_prefix: str | None
+    job_id: str, fields: dict[str, Any], results: tuple[JobResult, ...] | None, child_prefix: str | None
 ) -> JobRecord | None:
     if fields["created_at"] is None:  # a heartbeat that came late leaves a hash without it
         return None
@@ -350,7 +356,7 @@ def _record(
         exc=_inflated_text(fields["exc_info"]),
         tokens=_tokens(fields.get(name) for name in _CALLBACK_FIELDS),
         children=children,
-        results=tuple(results),
+        results=results,
     )
 
 

@@ -115,8 +115,8 @@ def recover_part(
     """
     after, endpoint_id, after_event = _read(cursor)
     if endpoint_id is None:
-        ready = ~in_flight(database)
-        part = _change(database, _recoverable(where), [ready], due_again(database), after, at_most)
+        ready = [~in_flight(database), Delivery.erased_at.is_(None)]
+        part = _change(database, _recoverable(where), ready, due_again(database), after, at_most)
         if part.cursor is not None or where.statuses is not None:
             return part
         return Part(part.done, _beginning(database, where, after=None))
@@ -244,6 +244,7 @@ def _make_missing(
         .where(
             Event.id > after,
             Event.type != WEBHOOK_PING,
+            Event.erased_at.is_(None),
             ~exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id == endpoint.id),
             *_event_conditions(where),
         )

@@ -20,7 +20,6 @@ from sqlalchemy import Executable, bindparam, delete, func, insert, select, upda
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from .bulk_insert import insert_or_ignore
 from .crypto import Cipher
 from .database import Database
 from .models import ALPHABET, OPEN, RESERVED, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
@@ -130,8 +129,8 @@ def confirm(
     :param unseen: ids of jobs created but not in Redis, such as those of a pipeline not yet executed:
         ``reserved``, until reconcile meets them.
     :param reserved_job_id: the id given to :func:`register`. Used by no job, its watch is ``closed``.
-    :param runs: the run each existing job is in, where it is known; a job that is lost is then told of under
-        it, and a callback's late word is not another ending.
+    :param runs: the run each job was enqueued for, where it is known: it was handed to RQ. A job that is lost
+        is then reported under it, and a callback's late report corrects that.
     :param counts_from: since when the runs of a job count, where that is before now: see :func:`register`.
     :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
         itself, in a transaction that ends only after we answer.
@@ -153,10 +152,10 @@ def confirm(
     if unseen:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
-             "missing_passes": 0, "created_at": since.get(job_id, now)}
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": since.get(job_id, now)}
             for job_id in unseen
         ]  # fmt: skip
-        statements.append((insert_or_ignore(database, Watch), rows))
+        statements.append((_INSERT_RESERVED[database.is_sqlite], rows))
     if reserved_job_id is not None and reserved_job_id not in existing and reserved_job_id not in unseen:
         close = (
             update(Watch)
@@ -465,13 +464,17 @@ def _insert_at_once(columns: tuple[tuple[str, tuple[str, ...]], ...]) -> Executa
 _WATCHES = Base.metadata.tables[Watch.__tablename__]
 
 
-def _insert_open(statement: Any) -> Executable:
-    changes = {name: statement.excluded[name] for name in ("status", "confirmed_at", "run")}
+def _insert_watch(statement: Any, *changed: str) -> Executable:
+    changes = {name: statement.excluded[name] for name in changed}
     insert: Executable = statement.on_conflict_do_update(
         index_elements=["job_id", "endpoint_id"], set_=changes, where=Watch.status == "reserved"
     )
     return insert
 
 
-#: Whether on SQLite → the statement that opens a watch, reserved or not.
-_INSERT_OPEN = {True: _insert_open(sqlite.insert(_WATCHES)), False: _insert_open(postgresql.insert(_WATCHES))}
+#: Whether on SQLite → the statement that opens a watch, or notes the run on one that is only reserved.
+_INSERT_OPEN, _INSERT_RESERVED = (
+    {True: _insert_watch(sqlite.insert(_WATCHES), *changed),
+     False: _insert_watch(postgresql.insert(_WATCHES), *changed)}
+    for changed in (("status", "confirmed_at", "run"), ("run",))
+)  # fmt: skip

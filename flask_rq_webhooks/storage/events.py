@@ -8,7 +8,7 @@ occurrences come from; a function it is given renders the bodies.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -39,12 +39,15 @@ Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
 class IngestItem:
     """One occurrence and who is known to want it.
 
-    :param endpoint_ids: endpoints named by whoever brings the word: they count whenever the run began.
-        Endpoints that watch the job, and standing ones, are found here. Ids that do not exist are ignored.
+    :param endpoint_ids: endpoints the report names: they count whenever the run began. Endpoints that watch
+        the job, and standing ones, are found here. Ids that do not exist are ignored.
+    :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Whoever can write
+        to Redis can write a report that names any endpoint.
     """
 
     occurrence: Occurrence
     endpoint_ids: tuple[str, ...] = ()
+    needs_watch: bool = False
 
 
 @dataclass(slots=True)
@@ -67,6 +70,8 @@ class StoredEvent:
 class IngestedEvent:
     """What became of an item.
 
+    :param event_id: empty where no watch stands and the item needs one: nothing was stored.
+    :param type: of the stored event, which may have been there with another one.
     :param created: ``False`` when the event was there already.
     :param deliveries: how many deliveries are new.
     """
@@ -111,8 +116,9 @@ def ingest(
     ]
     with database.write() as connection:
         now, position = first_position(database, connection)
-        by_item, stored = store_events(database, connection, prepared, now, position)
-        watches = watches_of(database, connection, stored)
+        watches = watches_of(database, connection, prepared)
+        believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
+        by_item, stored = store_events(database, connection, believed, now, position)
         endpoints = endpoints_of(database, connection, stored, watches)
         standing = standing_endpoints(connection) if any(event.created for event in stored) else []
         rows: list[dict[str, Any]] = []
@@ -136,20 +142,31 @@ def ingest(
         for event in stored:
             event.deliveries = made.get(event.id, 0)
         settle_watches(database, connection, stored, watches, endpoints, now)
-    first_seen: set[str] = set()
-    told = []
-    for event in by_item:
-        told.append(
+    seen: set[str] = set()
+    by_believed = dict(zip(map(id, believed), by_item, strict=True))
+    ingested = []
+    for item in prepared:
+        if id(item) not in by_believed:
+            what = item.occurrence
+            ingested.append(IngestedEvent("", what.type, what.job_id, created=False, deliveries=0))
+            continue
+        event = by_believed[id(item)]
+        ingested.append(
             IngestedEvent(
                 event_id=event.id,
                 type=event.occurrence.type,
                 job_id=event.occurrence.job_id,
-                created=event.created and event.id not in first_seen,
-                deliveries=event.deliveries if event.id not in first_seen else 0,
+                created=event.created and event.id not in seen,
+                deliveries=event.deliveries if event.id not in seen else 0,
             )
         )
-        first_seen.add(event.id)
-    return told
+        seen.add(event.id)
+    return ingested
+
+
+def _is_watched(item: IngestItem, watches: Mapping[str, Sequence[Any]]) -> bool:
+    rows = watches.get(item.occurrence.job_id or "", ())
+    return any(watch.endpoint_id in item.endpoint_ids for watch in rows)
 
 
 def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:

@@ -94,6 +94,7 @@ class EventView:
     supersedes: str | None
     occurred_at: datetime
     created_at: datetime
+    erased_at: datetime | None
     payload: str | None = field(default=None, repr=False)
 
 
@@ -119,6 +120,7 @@ class DeliveryView:
     error_code: str | None
     created_at: datetime
     finished_at: datetime | None
+    erased_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +312,7 @@ def delivery_detail(database: Database, delivery_id: str) -> DeliveryDetail | No
 #: What lists show of an event.
 EVENT_COLUMNS = (
     Event.id, Event.type, Event.job_id, Event.runid, Event.source, Event.supersedes, Event.occurred_at,
-    Event.created_at,
+    Event.created_at, Event.erased_at,
 )  # fmt: skip
 
 
@@ -327,7 +329,7 @@ def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[
             Delivery.endpoint_id, Endpoint.kind.label("endpoint_kind"), Endpoint.url, Delivery.host,
             Delivery.status, Delivery.trigger, Delivery.attempts, Delivery.max_attempts,
             Delivery.next_attempt_at, Delivery.status_code, Delivery.error_code, Delivery.created_at,
-            Delivery.finished_at,
+            Delivery.finished_at, Delivery.erased_at,
         )
         .join(Event, Event.id == Delivery.event_id)
         .join(Endpoint, Endpoint.id == Delivery.endpoint_id)

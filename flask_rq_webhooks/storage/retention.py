@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, case, delete, exists, or_, select, text, update
 
+from ..errors import ErasedError
 from .database import Database
 from .dispatchers import forget_dead
 from .models import (
@@ -49,15 +50,18 @@ def resend(database: Database, delivery_id: str) -> str | None:
 
     :returns: its status now: ``"pending"``; ``"sending"``, unchanged, where an attempt is under way; ``None``
         where there is no such delivery.
+    :raises ErasedError: when its body was erased.
     """
     with database.write() as connection:
         row = connection.execute(
-            select(Delivery.status, in_flight(database).label("in_flight"))
+            select(Delivery.status, Delivery.erased_at, in_flight(database).label("in_flight"))
             .where(Delivery.id == delivery_id)
             .with_for_update()
         ).one_or_none()
         if row is None:
             return None
+        if row.erased_at is not None:
+            raise ErasedError(delivery_id)
         if row.in_flight:
             return SENDING
         connection.execute(update(Delivery).where(Delivery.id == delivery_id).values(due_again(database)))

@@ -11,12 +11,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, select
 
-from ..protocol.events import TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
+from ..protocol.events import CLOCK_SKEW, TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
 from ..protocol.payloads import JSON, Rendered, as_rendered
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from .events import StoredEvent
 
 logger = logging.getLogger(__name__)
-
-#: A run may seem to begin this long before the registration that caused it: clocks of two machines.
-CLOCK_SKEW = timedelta(seconds=1)
 
 #: In the event list of an endpoint: every type there is, application types and optional ones included.
 EVERY_TYPE = "*"
@@ -155,7 +152,8 @@ def receivers_of(
         endpoint = endpoints.get(watch.endpoint_id)
         if endpoint is None or watch.status == CLOSED or occurrence.scope == "tree":
             continue  # a tree is told to the one endpoint it was evaluated for
-        if began is None or began >= endpoint.created_at - CLOCK_SKEW:
+        counts = began is None or began >= endpoint.created_at - CLOCK_SKEW
+        if counts or watch.run == occurrence.run:  # it was noted as one that counts, whatever the clocks say
             chosen[endpoint.id] = endpoint
     if event.created:
         chosen.update((endpoint.id, endpoint) for endpoint in standing)

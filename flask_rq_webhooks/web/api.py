@@ -76,6 +76,15 @@ def _add_open_routes(api: Api, state: State) -> None:
             ok = False
         return {"ok": ok}, 200 if ok else 503, {}
 
+    @api.route("GET", "/keys", None, schemas.KeysSchema)
+    def keys() -> Any:
+        """Return the public keys that verify v1a signatures, the one that signs first."""
+        found = [
+            {"key": key.public, "algorithm": "ed25519", "signs": number == 0}
+            for number, key in enumerate(state.signing_keys)
+        ]
+        return {"keys": found}, 200, {"Cache-Control": "public, max-age=300"}
+
     @api.route("GET", "/metrics", "read", "text/plain")
     def metrics() -> Any:
         """Return numbers for Prometheus."""
@@ -186,6 +195,11 @@ def _add_changes(api: Api, state: State) -> None:
         """Cancel deliveries that are not finished."""
         return operations.cancel(state, operations.delivery_filter(values), values.get("cursor"))
 
+    @api.route("POST", "/api/erase", "manage", schemas.ErasedSchema, body=schemas.EraseInput)
+    def erase(values: Mapping[str, Any]) -> Any:
+        """Erase bodies, results, answers and headers of a job, a run or a reference; the log stays."""
+        return operations.erase(state, values)
+
     @api.route("POST", "/api/pause", "manage", schemas.PausedSchema, body=schemas.NoInput)
     def pause_all() -> Any:
         """Stop all sending."""
@@ -274,7 +288,9 @@ def _with_payload(state: State, event: EventView) -> dict[str, Any]:
     """Return an event with its payload, as the format ``job`` renders it."""
     shown = {field.name: getattr(event, field.name) for field in fields(event)}
     del shown["payload"]
-    if event.payload is not None:
+    if event.erased_at is not None:
+        shown["payload"] = None
+    elif event.payload is not None:
         settings = state.settings
         shown["payload"] = job_payload(
             occurrence_from_json(event.payload),

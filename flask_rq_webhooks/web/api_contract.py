@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from flask import Blueprint, Flask, Response, jsonify, request
 from marshmallow import Schema
 
-from ..errors import RQWebhooksError, StorageUnavailableError
+from ..errors import ErasedError, RQWebhooksError, StorageUnavailableError
 from ..state import State
 from ..storage.queries import CursorError
 from . import operations
@@ -284,6 +284,10 @@ def _install(blueprint: Blueprint) -> None:
     @blueprint.errorhandler(operations.ReusedKeyError)
     def reused(exc: operations.ReusedKeyError) -> Response:
         return _refusal(409, "idempotency_key", "This Idempotency-Key was used for another endpoint.")
+
+    @blueprint.errorhandler(ErasedError)
+    def erased(exc: ErasedError) -> Response:
+        return _refusal(409, "erased", str(exc))
 
     @blueprint.errorhandler(CursorError)
     def bad_cursor(exc: CursorError) -> Response:

@@ -97,12 +97,13 @@ class EventSchema(Schema):
     supersedes = fields.String(allow_none=True)
     occurred_at = fields.DateTime()
     created_at = fields.DateTime()
+    erased_at = fields.DateTime(allow_none=True)
 
 
 class EventWithPayloadSchema(EventSchema):
-    """An event with its payload, as the payload format ``job`` renders it."""
+    """An event with its payload, as the payload format ``job`` renders it; ``null`` once it is erased."""
 
-    payload = fields.Dict(keys=fields.String())
+    payload = fields.Dict(keys=fields.String(), allow_none=True)
 
 
 class FeedSchema(Schema):
@@ -153,6 +154,7 @@ class DeliverySchema(Schema):
     error_code = fields.String(allow_none=True)
     created_at = fields.DateTime()
     finished_at = fields.DateTime(allow_none=True)
+    erased_at = fields.DateTime(allow_none=True)
 
 
 class AttemptSchema(Schema):
@@ -410,6 +412,42 @@ class ManyInput(FilterInput):
     def _check(self, data: Mapping[str, Any], **_kwargs: Any) -> None:
         if not data.get("all") and data.keys() <= {"all", "cursor"}:
             raise ValidationError('Name at least one condition, or send "all": true.', "all")
+
+
+class EraseInput(_Input):
+    """Whose content to erase: exactly one of the fields."""
+
+    job_id = Text(validate=validate.Length(min=1, max=512))
+    runid = Text(validate=validate.Length(min=1, max=512))
+    reference = Text(validate=validate.Length(min=1, max=512))
+
+    @validates_schema
+    def _check(self, data: Mapping[str, Any], **_kwargs: Any) -> None:
+        if len(data) != 1:
+            raise ValidationError("Name exactly one of job_id, runid and reference.")
+
+
+class ErasedSchema(Schema):
+    """What was erased, and what is left: send the request again until ``in_flight`` and ``running`` are 0."""
+
+    events = fields.Integer()
+    canceled = fields.Integer()
+    in_flight = fields.Integer()
+    running = fields.Integer()
+
+
+class PublicKeySchema(Schema):
+    """A public key of this server; of several, the one that signs now is marked."""
+
+    key = fields.String()
+    algorithm = fields.String()
+    signs = fields.Boolean()
+
+
+class KeysSchema(Schema):
+    """The public keys of this server."""
+
+    keys = fields.List(fields.Nested(PublicKeySchema))
 
 
 class FeedInput(_Input):

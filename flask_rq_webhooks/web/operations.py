@@ -17,13 +17,13 @@ from marshmallow import Schema, ValidationError
 
 from ..accept.request_schema import flat_details
 from ..errors import DecryptionError, RQWebhooksError
-from ..observe.host_hooks import safe_render
-from ..observe.publisher import Publisher
+from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from ..protocol.signatures import generate_secret
 from ..state import State
-from ..storage import bulk, dispatchers, endpoints, queries, retention
+from ..storage import bulk, dispatchers, endpoints, erasure, queries, retention
 from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
+from ..storage.erasure import Erasure
 from ..storage.events import IngestedEvent, IngestItem
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView
@@ -99,6 +99,7 @@ def resend(state: State, delivery_id: str) -> str:
 
     :returns: its status: ``"pending"``, or ``"sending"`` where an attempt is under way.
     :raises UnknownItemError: when there is no such delivery.
+    :raises ErasedError: when its body was erased.
     """
     status = retention.resend(state.database, delivery_id)
     if status is None:
@@ -165,6 +166,14 @@ def _some(step: bulk.Step, cursor: str | None, count_left: Callable[[str], int |
         part = step(cursor=part.cursor, at_most=min(PER_PART, AT_MOST - done))
         done += part.done
     return Progress(done) if part.cursor is None else Progress(done, part.cursor, count_left(part.cursor))
+
+
+def erase(state: State, values: Mapping[str, Any]) -> Erasure:
+    """Erase what was told of a job, a run or a reference, and keep the skeleton of the log.
+
+    :param values: checked values of an :class:`~.api_schemas.EraseInput`.
+    """
+    return erasure.erase(state.database, **values)
 
 
 def pause(state: State) -> None:

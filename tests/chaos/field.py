@@ -1,44 +1,59 @@
-"""One installation whose every part can be killed and started again: the field of the kill suite."""
+"""One installation whose every part can be killed and started again: the field of storms and kills.
+
+It keeps what the auditor wants to know: what clients were answered, what the receiver read, and the
+append-only file of Valkey. Everything is a process of its own but the clients and the receiver.
+"""
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
-import random
-import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import redis
-from rq.registry import StartedJobRegistry
-from sqlalchemy import func, select
+import sqlalchemy as sa
 
 from flask_rq_webhooks.state import get_state
-from flask_rq_webhooks.storage.models import Delivery, Watch
-from tests.acceptance.host_app import create_app, db
+from tests.acceptance.host_app import create_app
+from tests.chaos import aof
+from tests.chaos.auditor import Answer, Evidence, Receipt
 from tests.servers import PostgresHandle, Process, Received, Receiver, ValkeyHandle, free_port, wait_until
 
 FLASK = ("python", "-m", "flask", "--app", "tests.chaos.host_app")
+INTERVAL_S = 2
 SETTINGS = {
-    "RQ_WEBHOOKS_RECONCILE_INTERVAL": 2,
-    "RQ_WEBHOOKS_CLEAN_ABANDONED": True,
+    "RQ_WEBHOOKS_RECONCILE_INTERVAL": INTERVAL_S,
     "RQ_WEBHOOKS_RETRY_SCHEDULE": [0.5, 1, 1, 2, 2, 2, 5, 5, 5, 5, 5],
     "RQ_WEBHOOKS_TIMEOUT": 5,
+    "RQ_WEBHOOKS_TRACEBACK": "none",
 }
+#: The lease of a delivery: TIMEOUT and half a minute.
+LEASE_S = 35
+#: Nothing may be lost or written again in another form; times of every second.
+VALKEY = {
+    "appendonly": "yes",
+    "aof-timestamp-enabled": "yes",
+    "aof-use-rdb-preamble": "no",
+    "auto-aof-rewrite-percentage": "0",
+}
+#: The options of a stock worker, by what its process is called: one forks, and one runs jobs itself.
+WORKERS = {"worker": ("default",), "simple": ("--worker-class", "rq.SimpleWorker", "simple")}
+QUEUES = ("default", "simple", "parked")
 
 
 @dataclass
 class Field:
-    """The parts, by name, and what clients were promised.
+    """The parts, by name, and what clients were answered.
 
+    :param clean_abandoned: the setting of this name.
     :param die: environment that makes the next process die at a named step.
     """
 
@@ -46,36 +61,55 @@ class Field:
     valkey: ValkeyHandle
     database_url: str
     postgres: PostgresHandle | None = None
+    clean_abandoned: bool = True
     die: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.cleanup = ExitStack()
         self.port = free_port()
         self.processes: dict[str, Process] = {}
-        self.promised: dict[int, str] = {}
-        self.unanswered: list[int] = []
+        self.answers: list[Answer] = []
+        self.receipts: list[Receipt] = []
         self.kills: Counter[str] = Counter()
-        self.accepted: list[Received] = []
         self._lock = threading.RLock()
+        self.redis = redis.Redis.from_url(self.valkey.url, socket_timeout=5)
+        self._marker = redis.Redis.from_url(self.valkey.url, socket_timeout=1, retry=None)
+        self.respond: Callable[[Received], int | None] = lambda received: 204
         self.receiver = Receiver(self._receive)
-        self.cleanup.callback(lambda: self.receiver.close())
-        self.respond: Any = lambda received: 204
-        self.app = create_app(
-            {
-                "SQLALCHEMY_DATABASE_URI": self.database_url,
-                "RQ_WEBHOOKS_REDIS_URL": self.valkey.url,
-                **SETTINGS,
-            }
+        (self.folder / "logs").mkdir(exist_ok=True)
+        self.engine = sa.create_engine(self.database_url, poolclass=sa.NullPool)
+        self._create_tables()
+        with self.engine.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE IF NOT EXISTS held (id INTEGER)"))
+
+    def _create_tables(self) -> None:
+        """Create the product's tables by its command, in this process: another one takes seconds."""
+        app = create_app(
+            {"SQLALCHEMY_DATABASE_URI": self.database_url, "RQ_WEBHOOKS_REDIS_URL": self.valkey.url}
         )
-        self.state = get_state(self.app)
-        self.state.database.create_tables()
-        self.redis = redis.Redis.from_url(self.valkey.url)
+        done = app.test_cli_runner().invoke(args=["rq-webhooks", "init-db"])
+        assert done.exit_code == 0, done.output
+        get_state(app).database.dispose()
+        get_state(app).redis.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        settings = {**SETTINGS, "RQ_WEBHOOKS_CLEAN_ABANDONED": self.clean_abandoned}
+        return {
+            "TEST_DATABASE_URL": self.database_url,
+            "TEST_REDIS_URL": self.valkey.url,
+            "TEST_SETTINGS": json.dumps(settings),
+            **self.die,
+        }
 
     def _receive(self, received: Received) -> Any:
+        """Keep a request, and leave a mark in Valkey's file before it is answered."""
+        with self._lock:
+            receipt = Receipt(len(self.receipts), received.at, received.headers, received.body, 0)
+            self.receipts.append(receipt)
+        with suppress(redis.RedisError):  # the server is away: then the clock has to do
+            self._marker.set("storm:receipt", receipt.number)
         status = self.respond(received)
-        if status in (200, 204):
-            with self._lock:
-                self.accepted.append(received)
+        receipt.answer = status or 0
         return status
 
     # -- processes ------------------------------------------------------------------------------------
@@ -86,21 +120,15 @@ class Field:
             return (*FLASK, "run", "--port", str(self.port), "--no-reload")
         if kind == "dispatcher":
             return (*FLASK, "rq-webhooks", "worker")
-        return ("python", "-m", "rq.cli", "worker", "--url", self.valkey.url, "default")
+        return ("python", "-m", "rq.cli", "worker", "--url", self.valkey.url, *WORKERS[kind])
 
     def start(self, name: str) -> Process:
         """Start the process *name*: ``web``, ``dispatcher-1``, ``worker-1`` and so on."""
-        environment = {
-            "TEST_DATABASE_URL": self.database_url,
-            "TEST_REDIS_URL": self.valkey.url,
-            "TEST_SETTINGS": json.dumps(SETTINGS),
-            **self.die,
-        }
-        process = Process(*self.command(name), env=environment)
+        process = Process(*self.command(name), env=self.environment)
         with self._lock:
             self.processes[name] = process
         if name == "web":
-            wait_until(self.web_answers, timeout=30, what=f"the web process: {process.output}")
+            wait_until(self.web_answers, timeout=60, what=f"the web process: {process.output}")
         return process
 
     def web_answers(self) -> bool:
@@ -109,7 +137,7 @@ class Field:
         try:
             connection.request("GET", "/webhooks/health")
             connection.getresponse().read()
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
         finally:
             connection.close()
@@ -120,12 +148,15 @@ class Field:
         process = self.processes[name]
         process.kill()
         process.wait()
-        self.kills[name.partition("-")[0]] += 1
 
     def discard(self, name: str) -> None:
+        """End a process, if it has not ended, and keep what it printed."""
         process = self.processes.pop(name)
         process.stop()
-        Path(process.log.name).unlink(missing_ok=True)
+        log = Path(process.log.name)
+        with (self.folder / "logs" / f"{name}.log").open("a") as kept:
+            kept.write(log.read_text(errors="replace"))
+        log.unlink(missing_ok=True)
 
     def restart_dead(self) -> None:
         """Start again whatever has ended."""
@@ -134,7 +165,12 @@ class Field:
                 self.discard(name)
                 self.start(name)
 
+    def named(self, *kinds: str) -> list[str]:
+        """Return the names of the processes of these kinds."""
+        return [name for name in self.processes if name.partition("-")[0] in kinds]
+
     def horses(self, name: str) -> list[psutil.Process]:
+        """Return the work-horses of a worker."""
         try:
             return psutil.Process(self.processes[name].pid).children()
         except psutil.NoSuchProcess:
@@ -142,175 +178,125 @@ class Field:
 
     # -- clients --------------------------------------------------------------------------------------
 
-    def submit(self, number: int, name: str = "succeed", *, retries: int = 0) -> str | None:
-        """Ask for a job as a client does; return its id, or ``None`` when no answer came."""
-        body = json.dumps(
-            {
-                "number": number,
-                "retries": retries,
-                "webhook_url": self.receiver.url,
-                "webhook_secret": "a secret of the client",
-                "webhook_reference": str(number),
-            }
-        )
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
+    def submit(
+        self, number: int, kind: str = "succeed", *, result: dict[str, Any] | None = None, **order: Any
+    ) -> Answer:
+        """Ask for jobs as a client does, and keep the answer.
+
+        :param kind: what the audit calls it; one that begins with ``tree`` is asked for as a tree.
+        :param order: what the host app takes; ``function`` defaults to *kind*.
+        """
+        answer = Answer(number, kind, time.time(), f"the secret of client {number}", result=result or {})
+        body = {
+            "number": number,
+            "function": kind,
+            **order,
+            "webhook_url": self.receiver.url,
+            "webhook_secret": answer.secret,
+            "webhook_reference": str(number),
+        }
+        self.answers.append(answer)
+        path = "/trees" if kind.startswith("tree") else "/jobs"
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
-            connection.request("POST", f"/jobs/{name}", body, {"Content-Type": "application/json"})
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
-            answer = response.read()
+            content = response.read()
         except (OSError, http.client.HTTPException):
-            self.unanswered.append(number)
-            return None
+            return answer
         finally:
             connection.close()
-        if response.status != 200:
-            self.unanswered.append(number)
-            return None
-        job_id = str(json.loads(answer)["job_id"])
-        if response.headers["Webhook-Registered"] == "true":
-            self.promised[number] = job_id
-        else:
-            self.unanswered.append(number)
-        return job_id
+        answer.status = response.status
+        answer.registered = response.headers["Webhook-Registered"]
+        if response.status == 200:
+            answer.jobs = json.loads(content)["jobs"]
+        return answer
 
     # -- the end --------------------------------------------------------------------------------------
 
+    def expire_started(self, *, of_the_dead: bool) -> None:
+        """Let time pass for RQ's registry of started jobs: its entries end, as 90 s without a sign do it.
+
+        :param of_the_dead: only jobs of workers whose process is gone.
+        """
+        alive = {b""} if not of_the_dead else self._living_workers()
+        for queue in QUEUES:
+            for entry in self.redis.zrange(f"rq:wip:{queue}", 0, -1):
+                worker = self.redis.hget(b"rq:job:" + entry.partition(b":")[0], "worker_name")
+                if worker not in alive:
+                    self.redis.zadd(f"rq:wip:{queue}", {entry: time.time() - 1}, xx=True)
+
+    def _living_workers(self) -> set[bytes | None]:
+        pids = {str(self.processes[name].pid).encode() for name in self.named(*WORKERS)}
+        names = [key.rpartition(b":")[2] for key in self.redis.smembers("rq:workers")]
+        return {None, *(name for name in names if self.redis.hget(b"rq:worker:" + name, "pid") in pids)}
+
     def settle(self, timeout: float = 120) -> None:
-        """Let everything that can still happen happen: no more kills, all parts alive, no jobs left."""
-        for name in [name for name in self.processes if name.startswith("worker")]:
+        """Let RQ end everything: no more kills, all parts alive, no worker but new ones."""
+        for name in self.named(*WORKERS):
             self.discard(name)
-        self._bury_the_dead()
+        deadline = time.monotonic() + 15  # orphaned work-horses end by themselves
+        while time.monotonic() < deadline and any(self.redis.zcard(f"rq:wip:{queue}") for queue in QUEUES):
+            time.sleep(0.2)
+        self.expire_started(of_the_dead=False)
+        for queue in QUEUES:
+            # Jobs a worker had taken from the queue and not begun: RQ's clean-up calls them failed after a
+            # minute or two; here they are put back, as an operator would.
+            for job_id in self.redis.lrange(f"rq:queue:{queue}:intermediate", 0, -1):
+                if self.redis.hget(b"rq:job:" + job_id, "status") == b"queued":
+                    self.redis.rpush(f"rq:queue:{queue}", job_id)
+            self.redis.delete(f"rq:queue:{queue}:intermediate", f"rq:clean_registries:{queue}")
         self.restart_dead()
         self.start("worker-last")
+        self.start("simple-last")
         wait_until(self.rq_is_done, timeout=timeout, what="RQ to run every job")
-        wait_until(self.all_told, timeout=timeout, what="every event to be delivered")
-        # What RQ may still change its mind about, and what must not be sent twice.
-        time.sleep(2 * SETTINGS["RQ_WEBHOOKS_RECONCILE_INTERVAL"] + 1)
-        wait_until(self.all_told, timeout=timeout, what="every correction to be delivered")
-
-    def _bury_the_dead(self) -> None:
-        """Do at once what RQ does within minutes: no worker runs, so whatever is started is abandoned."""
-        registry = StartedJobRegistry("default", connection=self.redis)
-        deadline = time.time() + 5  # orphaned work-horses end by themselves
-        while time.time() < deadline and self.redis.zcard(registry.key):
-            time.sleep(0.2)
-        for entry in self.redis.zrange(registry.key, 0, -1):
-            self.redis.zadd(registry.key, {entry: time.time() - 1})
-        # Jobs a worker had taken from the queue and not begun: RQ's clean-up calls them failed after a
-        # minute or two; here they are put back, as an operator would.
-        for job_id in self.redis.lrange("rq:queue:default:intermediate", 0, -1):
-            if self.redis.hget(b"rq:job:" + job_id, "status") == b"queued":
-                self.redis.rpush("rq:queue:default", job_id)
-        self.redis.delete("rq:queue:default:intermediate")
 
     def rq_is_done(self) -> bool:
         """Say whether no job is queued or running."""
-        registry = StartedJobRegistry("default", connection=self.redis)
-        return not self.redis.llen("rq:queue:default") and not self.redis.zcard(registry.key)
+        # What is parked waits for an operator; the ids of jobs that expired there stay.
+        keys = [f"rq:queue:{queue}" for queue in QUEUES if queue != "parked"]
+        queued = [self.redis.llen(key) + self.redis.llen(f"{key}:intermediate") for key in keys]
+        return not any(queued) and not any(self.redis.zcard(f"rq:wip:{queue}") for queue in QUEUES)
 
-    def all_told(self) -> bool:
-        """Say whether no ending, no entry and no delivery is under way."""
-        with self.state.database.read() as connection:
-            waiting = connection.execute(
-                select(func.count())
-                .select_from(Watch)
-                .where(Watch.status == "open", Watch.settled_at.is_(None))
-            ).scalar_one()
-            due = connection.execute(
-                select(func.count()).select_from(Delivery).where(Delivery.status.in_(["pending", "sending"]))
-            ).scalar_one()
-        return not waiting and not due and not self.redis.xlen(self.state.outbox.key)
+    def evidence(self) -> Evidence:
+        """Return what the auditor may see."""
+        commands = aof.read(self.folder / "valkey" / "appendonlydir")
+        with self._lock:
+            return Evidence(list(self.answers), list(self.receipts), commands)
+
+    def logged(self, word: str) -> Iterator[str]:
+        """Give the lines of all processes that hold *word*."""
+        for name in list(self.processes):
+            for line in self.processes[name].output.splitlines():
+                if word in line:
+                    yield f"{name}: {line}"
+        for log in sorted((self.folder / "logs").iterdir()):
+            for line in log.read_text().splitlines():
+                if word in line:
+                    yield f"{log.stem}: {line}"
 
     def close(self) -> None:
         for name in list(self.processes):
             self.discard(name)
-        self.state.redis.close()
         self.redis.close()
-        self.state.database.dispose()
-        with self.app.app_context():
-            for engine in db.engines.values():
-                engine.dispose()
-        self.cleanup.close()
+        self._marker.close()
+        self.receiver.close()
 
 
 @contextmanager
-def open_field(folder: Path, *, postgres: PostgresHandle | None = None) -> Iterator[Field]:
+def open_field(
+    folder: Path, *, postgres: PostgresHandle | None = None, clean_abandoned: bool = True
+) -> Iterator[Field]:
     """Give a field with its own Valkey that keeps an append-only file."""
-    valkey = ValkeyHandle(data_dir=folder / "valkey", config={"appendonly": "yes"})
-    (folder / "valkey").mkdir()
+    (folder / "valkey").mkdir(parents=True)
+    valkey = ValkeyHandle(data_dir=folder / "valkey", config=dict(VALKEY))
     valkey.start()
     try:
         url = postgres.new_database() if postgres is not None else f"sqlite:///{folder / 'host.db'}"
-        opened = Field(folder, valkey, url, postgres)
+        opened = Field(folder, valkey, url, postgres, clean_abandoned)
         try:
             yield opened
         finally:
             opened.close()
     finally:
         valkey.stop()
-
-
-class Killer(threading.Thread):
-    """Kill parts of a field at random until told to stop, and start them again.
-
-    :param servers: also kill Valkey and restart PostgreSQL.
-    """
-
-    def __init__(self, target: Field, seed: int, *, servers: bool) -> None:
-        super().__init__(daemon=True)
-        self.field = target
-        self.random = random.Random(seed)
-        self.stopping = threading.Event()
-        self.victims = ["web", "dispatcher", "worker", "host", "horse", "horse", "receiver"]
-        if servers:
-            self.victims += ["valkey", "postgres"]
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            while not self.stopping.wait(self.random.uniform(0.3, 1.5)):
-                self._kill_one(self.random.choice(self.victims))
-        except BaseException as exc:  # reported by stop(), in the test's thread
-            self.error = exc
-
-    def stop(self) -> None:
-        self.stopping.set()
-        self.join(60)
-        if self.error is not None:
-            raise self.error
-
-    def _named(self, kind: str) -> str:
-        return self.random.choice([name for name in self.field.processes if name.startswith(kind)])
-
-    def _kill_one(self, victim: str) -> None:
-        target = self.field
-        if victim in ("web", "dispatcher", "worker"):
-            target.kill(self._named(victim))
-        elif victim == "horse":
-            for horse in target.horses(self._named("worker")):
-                os.kill(horse.pid, signal.SIGKILL)
-                target.kills["work-horse"] += 1
-        elif victim == "host":
-            name = self._named("worker")
-            horses = target.horses(name)
-            target.kill(name)
-            for horse in horses:
-                if horse.is_running():
-                    os.kill(horse.pid, signal.SIGKILL)
-            target.kills["worker and work-horse"] += 1
-            target.kills["worker"] -= 1
-        elif victim == "receiver":
-            until = time.time() + 1
-            target.respond = lambda received: 204 if time.time() > until else 503
-            target.kills["receiver (503 for 1 s)"] += 1
-        elif victim == "valkey":
-            os.kill(target.valkey.pid, signal.SIGKILL)
-            time.sleep(0.3)
-            target.valkey.stop()
-            target.valkey.start()
-            target.kills["valkey"] += 1
-        elif target.postgres is not None:
-            target.postgres.stop()
-            target.postgres.start()
-            target.kills["postgresql"] += 1
-        target.restart_dead()

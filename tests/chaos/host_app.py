@@ -1,4 +1,4 @@
-"""The host app of the kill suite: dies at a named step where it is told to.
+"""The host app of storms and kills: enqueues what it is asked for; dies at a named step where it is told to.
 
 ``TEST_DIE_AT`` names the step and ``TEST_DIE_ONCE`` a file that is made just before, so that the process
 started again afterwards lives.
@@ -14,11 +14,11 @@ from typing import Any
 import redis
 import rq
 from flask import Flask, request
+from sqlalchemy import text
 
 from flask_rq_webhooks import _steps
 from tests.acceptance import host_app
-from tests.acceptance.host_app import webhooks
-from tests.chaos import tasks
+from tests.acceptance.host_app import db, webhooks
 
 
 def _die_once(step: str) -> None:
@@ -30,20 +30,28 @@ def _die_once(step: str) -> None:
 
 def create_app() -> Flask:
     app = host_app.create_app()
-    queue_connection = redis.Redis.from_url(app.config["RQ_WEBHOOKS_REDIS_URL"], socket_timeout=5)
+    connection = redis.Redis.from_url(app.config["RQ_WEBHOOKS_REDIS_URL"], socket_timeout=5)
 
-    @app.post("/jobs/<name>")
-    @webhooks.accepts_webhook
-    def submit(name: str) -> Any:
+    def submit() -> Any:
+        """Enqueue ``times`` jobs; with ``hold``, leave a transaction of the host's own open."""
         body = request.get_json()
-        options: dict[str, Any] = {}
-        if body.get("retries"):
-            options["retry"] = rq.Retry(max=body["retries"])
-        job = rq.Queue(connection=queue_connection).enqueue_call(
-            getattr(tasks, name), (body["number"],), result_ttl=86400, **options
-        )
-        return {"job_id": job.id}
+        if body.get("hold"):
+            # Rolled back when the app context ends, which is after the webhook was confirmed.
+            db.session.execute(text("CREATE TABLE IF NOT EXISTS held (id INTEGER)"))
+            db.session.execute(text("INSERT INTO held VALUES (1)"))
+        options = dict(body.get("options", {}))
+        if "retry" in options:
+            options["retry"] = rq.Retry(max=options["retry"])
+        queue = rq.Queue(body.get("queue", "default"), connection=connection)
+        arguments = (body["number"], *body.get("arguments", []))
+        jobs = [
+            queue.enqueue_call(f"tests.chaos.tasks.{body['function']}", arguments, **options)
+            for _ in range(body.get("times", 1))
+        ]
+        return {"jobs": [job.id for job in jobs]}
 
+    app.add_url_rule("/jobs", "jobs", webhooks.accepts_webhook(submit), methods=["POST"])
+    app.add_url_rule("/trees", "trees", webhooks.accepts_webhook(scope="tree")(submit), methods=["POST"])
     if os.environ.get("TEST_DIE_AT"):
         _steps.install(_die_once)
     return app

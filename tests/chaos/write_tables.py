@@ -3,7 +3,7 @@
 Usage::
 
     RQ_WEBHOOKS_ENDINGS_FILE=endings.json python -m pytest tests/acceptance/test_endings.py
-    RQ_WEBHOOKS_CHAOS_FILE=chaos.jsonl python -m pytest tests/chaos -m "chaos or not chaos"
+    RQ_WEBHOOKS_CHAOS_FILE=chaos.jsonl python -m pytest tests/chaos -m "chaos or slow"
     python -m tests.chaos.write_tables endings.json chaos.jsonl
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,15 @@ def endings(measured: dict[str, Any]) -> str:
         )
     note = f"RQ {measured['rq']}, ``RECONCILE_INTERVAL = 2``; seconds from RQ's commit to receipt.\n\n"
     return note + table(
-        ("The job …", "Told", "Source", "After, s", "Bound, s", "RQ's ``Webhook``", "A callback that posts"),
+        (
+            "The job …",
+            "Reported",
+            "Source",
+            "After, s",
+            "Bound, s",
+            "RQ's ``Webhook``",
+            "A callback that posts",
+        ),
         rows,
     )
 
@@ -60,32 +69,62 @@ def words(said: Sequence[str]) -> str:
     return ", ".join(said) if said else "—"
 
 
+#: Faults, in the order of the tables' columns.
+FAULTS = ("lost", "untruthful", "doubled", "early", "altered")
+
+
 def kills(lines: Sequence[dict[str, Any]]) -> str:
-    rows = []
-    for line in lines:
-        name = line["name"]
-        if line.get("database"):
-            name += f", {line['database']}"
-        killed = ", ".join(f"{count} × {part}" for part, count in sorted(line["kills"].items()))
-        killed = killed or line.get("process", "")
-        told = ", ".join(
-            f"{count} {event.removeprefix('job.')}" for event, count in sorted(line["told"].items())
-        )
-        repeats = f"{line['repeats']} of {line['requests']}"
-        rows.append(
-            (
-                name, killed or "—", str(line["accepted"]), told,
-                str(line["by_source"].get("reconciled", 0)), str(line["corrections"]),
-                str(line["lost"]), str(line["untruthful"]), str(line["doubled"]), repeats,
-            )
-        )  # fmt: skip
-    return table(
+    rows = [
         (
-            "Run", "Killed", "Jobs", "Told", "By reconcile", "Corrections",
-            "Lost", "Untruthful", "Doubled", "Repeated requests",
-        ),
-        rows,
-    )  # fmt: skip
+            line["name"], counted(line["kills"]) or "—", str(line["accepted"]), reported(line["reported"]),
+            str(line["by_source"].get("reconciled", 0)), faults(line), repeats(line),
+        )
+        for line in lines
+    ]  # fmt: skip
+    return table(("Run", "Killed", "Jobs", "Reported", "By reconcile", "Faults", "Repeated requests"), rows)
+
+
+def storms(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the table of storms, what was hit in them all, and which kinds of jobs took part."""
+    lines = sorted(lines, key=lambda line: (line["profile"], line["seed"]))
+    rows = [
+        (
+            line["profile"], str(line["seed"]), f"{line['accepted']:,}", f"{sum(line['kills'].values()):,}",
+            f"{line['by_source'].get('reconciled', 0):,}", str(line["corrections"]),
+            *(str(line["faults"].get(kind, 0)) for kind in FAULTS), repeats(line),
+        )
+        for line in lines
+    ]  # fmt: skip
+    headers = ("Profile", "Seed", "Jobs", "Kills", "By reconcile", "Corrections",
+               *(kind.capitalize() for kind in FAULTS), "Repeated requests")  # fmt: skip
+    killed, kinds, events = (
+        sum((Counter(line[name]) for line in lines), Counter()) for name in ("kills", "kinds", "reported")
+    )
+    falsified = min(line["falsified"] for line in lines)
+    return (
+        f"{sum(line['accepted'] for line in lines):,} accepted jobs, {sum(killed.values()):,} kills.\n\n"
+        + table(headers, rows)
+        + f"\n*Hit*: {counted(killed)}.\n"
+        + f"\n*Jobs*: {counted(kinds)}.\n"
+        + f"\n*Reported*: {reported(events)}.\n"
+        + f"\nAt least {falsified} falsifications were put into each finished storm; each was counted.\n"
+    )
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} × {name}" for name, count in sorted(counts.items()))
+
+
+def reported(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {event.removeprefix('job.')}" for event, count in sorted(counts.items()))
+
+
+def faults(line: dict[str, Any]) -> str:
+    return counted(line["faults"]) or "none"
+
+
+def repeats(line: dict[str, Any]) -> str:
+    return f"{line['repeats']:,} of {line['requests']:,}"
 
 
 def main() -> None:
@@ -93,8 +132,10 @@ def main() -> None:
     TARGET.mkdir(exist_ok=True)
     (TARGET / "endings.inc").write_text(endings(json.loads(measured.read_text())))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    newest = {(line["name"], line.get("seed"), line.get("database")): line for line in lines}
-    (TARGET / "kills.inc").write_text(kills(list(newest.values())))
+    newest = {(line["name"], line.get("profile"), line.get("seed")): line for line in lines}
+    of_storms = [line for line in newest.values() if line["name"] == "storm"]
+    (TARGET / "kills.inc").write_text(kills([line for line in newest.values() if line not in of_storms]))
+    (TARGET / "storms.inc").write_text(storms(of_storms))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rq
 from flask import Flask, render_template_string, request
 from flask.testing import FlaskClient
 from flask_wtf.csrf import CSRFProtect
@@ -714,6 +715,17 @@ def test_alarms(client: FlaskClient, state: State, monkeypatch: pytest.MonkeyPat
         "1 outbox entries were set aside",
     ):
         assert sentence in text
+
+
+def test_the_state_of_the_job_in_rq(client: FlaskClient, state: State) -> None:
+    job = rq.Queue("low", connection=state.redis).enqueue(time.time)
+    endpoint_id = add_endpoint(state)
+    for job_id, shown in (
+        (job.id, "Job status queued in queue low"),
+        ("gone", "Job status no longer in Redis"),
+    ):
+        delivery_id = add_delivery(state, endpoint_id, job_id=job_id)
+        assert shown in page(client, f"/deliveries/{delivery_id}").text
 
 
 def test_redis_down_is_an_alarm_and_pages_go_on(sqlite_url: str, allowed: set[str]) -> None:

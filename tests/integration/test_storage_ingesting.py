@@ -25,7 +25,7 @@ from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Delivery, Event, Watch
-from flask_rq_webhooks.storage.settling import park_evidence
+from flask_rq_webhooks.storage.settling import ParkedReport, park_reports
 from tests.storage_rows import MAX_ATTEMPTS, new_endpoint, occurrence, row, rows, statements_of, tell
 
 
@@ -316,14 +316,15 @@ def test_text_that_sql_cannot_hold(database: Database) -> None:
 
 def test_parked_evidence_opens_the_watch_and_an_ending_clears_it(database: Database) -> None:
     endpoint_id = new_endpoint(database, job_id="job-1")
-    park_evidence(
+    park_reports(
         database,
         [
-            (endpoint_id, "job-1", '{"v": 1}'),
-            (endpoint_id, "job-2", '{"v": 2}'),
-            ("eptesttest_all", "job-3", '{"v": 3}'),
-            (None, "job-3", '{"v": 4}'),
-            ("epforeign_1", "job-4", "{}"),
+            ParkedReport(endpoint_id, "job-1", '{"v": 1}'),
+            ParkedReport(endpoint_id, "job-2", '{"v": 2}'),
+            ParkedReport("eptesttest_all", "job-3", '{"v": 3}'),
+            ParkedReport(None, "job-3", '{"v": 4}'),
+            ParkedReport("epforeign_1", "job-4", "{}"),
+            ParkedReport(endpoint_id, "job-5", "{}", needs_watch=True),
         ],
     )
     watches = {watch.job_id: watch for watch in rows(database, Watch)}
@@ -340,7 +341,7 @@ def test_evidence_of_a_new_run_opens_a_settled_watch(database: Database) -> None
     endpoint_id = new_endpoint(database, job_id="job-1")
     what = occurrence("job-1")
     tell(database, what)
-    park_evidence(database, [(endpoint_id, "job-1", "{}")])
+    park_reports(database, [ParkedReport(endpoint_id, "job-1", "{}")])
     watch = row(database, Watch)
     assert (watch.status, watch.run, watch.evidence) == ("open", what.run, "{}")
 

@@ -1,0 +1,229 @@
+"""Erase the content of events and keep the skeleton of the log: which events, deliveries and attempts were.
+
+Erased: results, errors and data of events; the bytes of deliveries; the answers of receivers and the headers
+of requests; a client's own headers and reference; callback reports kept as evidence. Kept: ids, types, times,
+statuses, URLs and signing secrets. ``erased_at`` of event and delivery marks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, exists, or_, select, text, update
+
+from ..protocol.payloads import occurrence_from_json, occurrence_to_json
+from .database import Database
+from .models import (
+    CANCELED,
+    CLOSED,
+    EXHAUSTED,
+    OPEN,
+    PENDING,
+    RESERVED,
+    SENDING,
+    SUCCEEDED,
+    Attempt,
+    Delivery,
+    Endpoint,
+    Event,
+    Watch,
+)
+from .retention import BATCH, in_flight
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Erasure:
+    """What one call of :func:`erase` did.
+
+    :param events: erased, with their deliveries and attempts.
+    :param canceled: deliveries that were not finished.
+    :param in_flight: events with a delivery that is being sent at this moment. It is canceled; another call
+        erases them once its attempt was recorded or given up.
+    :param running: jobs that have not ended; their endings will be reported, and another call erases these.
+    """
+
+    events: int = 0
+    canceled: int = 0
+    in_flight: int = 0
+    running: int = 0
+
+
+def erase(
+    database: Database,
+    *,
+    job_id: str | None = None,
+    runid: str | None = None,
+    reference: str | None = None,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+) -> Erasure:
+    """Erase the content of every event of a job, a run or a reference. May be stopped and called again.
+
+    Each transaction erases whole events, so that a crash leaves nothing half erased.
+
+    On SQLite the freed space is overwritten and the log of a database in WAL mode is emptied as soon as no
+    reader needs it. PostgreSQL overwrites it when it reuses the space after a vacuum.
+
+    :raises ValueError: unless exactly one of *job_id*, *runid* and *reference* is given.
+    """
+    if [job_id, runid, reference].count(None) != 2:
+        raise ValueError("name exactly one of job_id, runid and reference")
+    endpoints = _endpoints(job_id, runid, reference)
+    chosen = _events(job_id, runid, endpoints)
+    erased = canceled = 0
+    after = ""
+    while True:
+        with database.write() as connection:
+            _overwrite_freed_space(database, connection)
+            ids = _next(connection, [chosen, Event.erased_at.is_(None)], after, batch)
+            canceled += _cancel(database, connection, ids)
+            free = _not_in_flight(database, connection, ids)
+            _erase_events(database, connection, free)
+        erased += len(free)
+        if progress is not None and free:
+            progress(erased)
+        if len(ids) < batch:
+            break
+        after = ids[-1]
+    with database.write() as connection:
+        _overwrite_freed_space(database, connection)
+        left = len(_next(connection, [chosen, Event.erased_at.is_(None)], "", batch))
+        running = _forget_requests(database, connection, job_id, endpoints)
+    if database.is_sqlite:
+        _empty_log(database)
+    return Erasure(events=erased, canceled=canceled, in_flight=left, running=running)
+
+
+def erase_finished(database: Database, older_than: datetime, *, batch: int = BATCH) -> int:
+    """Erase the bodies and answers of deliveries that finished before *older_than*; return how many.
+
+    Then of events all of whose deliveries are erased.
+
+    :param older_than: aware.
+    """
+    finished = [
+        Delivery.erased_at.is_(None),
+        Delivery.finished_at < older_than,
+        Delivery.status.in_([SUCCEEDED, EXHAUSTED, CANCELED]),
+        ~in_flight(database),
+    ]
+    done = 0
+    while True:
+        with database.write() as connection:
+            query = select(Delivery.id).where(*finished).order_by(Delivery.finished_at).limit(batch)
+            ids = connection.execute(query.with_for_update(skip_locked=True)).scalars().all()
+            _erase_deliveries(database, connection, Delivery.id.in_(ids))
+        done += len(ids)
+        if len(ids) < batch:
+            break
+    readable = exists().where(Delivery.event_id == Event.id, Delivery.erased_at.is_(None))
+    while True:
+        with database.write() as connection:
+            conditions = [Event.erased_at.is_(None), Event.created_at < older_than, ~readable]
+            ids = _next(connection, conditions, "", batch)
+            _erase_events(database, connection, ids)
+        if len(ids) < batch:
+            return done
+
+
+def _endpoints(job_id: str | None, runid: str | None, reference: str | None) -> Any:
+    """Return the query for the endpoints that came with the requests meant."""
+    query = select(Endpoint.id).where(Endpoint.kind == "job")
+    if reference is not None:
+        return query.where(Endpoint.reference == reference)
+    watched = exists().where(Watch.endpoint_id == Endpoint.id, Watch.job_id == job_id)
+    return query.where(watched if job_id is not None else Endpoint.runid == runid)
+
+
+def _events(job_id: str | None, runid: str | None, endpoints: Any) -> ColumnElement[bool]:
+    if job_id is not None:
+        return Event.job_id == job_id
+    sent = exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id.in_(endpoints))
+    return sent if runid is None else or_(Event.runid == runid, sent)
+
+
+def _next(
+    connection: Connection, conditions: Sequence[ColumnElement[bool]], after: str, batch: int
+) -> list[str]:
+    query = select(Event.id).where(Event.id > after, *conditions).order_by(Event.id).limit(batch)
+    return list(connection.execute(query.with_for_update()).scalars())
+
+
+def _cancel(database: Database, connection: Connection, event_ids: Sequence[str]) -> int:
+    # The lease stays: the sender that holds it may still record its attempt.
+    values = {"status": CANCELED, "next_attempt_at": None, "finished_at": database.clock()}
+    return connection.execute(
+        update(Delivery)
+        .where(Delivery.event_id.in_(event_ids), Delivery.status.in_([PENDING, SENDING]))
+        .values(values)
+    ).rowcount
+
+
+def _not_in_flight(database: Database, connection: Connection, event_ids: Sequence[str]) -> list[str]:
+    """Return the events no delivery of which a sender holds: it could still record what was answered."""
+    held = select(Delivery.event_id).where(Delivery.event_id.in_(event_ids), in_flight(database))
+    busy = set(connection.execute(held).scalars())
+    return [event_id for event_id in event_ids if event_id not in busy]
+
+
+def _erase_events(database: Database, connection: Connection, event_ids: Sequence[str]) -> None:
+    _erase_deliveries(database, connection, Delivery.event_id.in_(event_ids))
+    for event_id, payload in connection.execute(
+        select(Event.id, Event.payload).where(Event.id.in_(event_ids))
+    ).all():
+        skeleton = replace(
+            occurrence_from_json(payload), result=None, error=None, data={}, result_truncated=False
+        )
+        connection.execute(
+            update(Event)
+            .where(Event.id == event_id)
+            .values(payload=occurrence_to_json(skeleton), erased_at=database.clock())
+        )
+
+
+def _erase_deliveries(database: Database, connection: Connection, chosen: ColumnElement[bool]) -> None:
+    connection.execute(
+        update(Attempt)
+        .where(Attempt.delivery_id.in_(select(Delivery.id).where(chosen)))
+        .values(request_headers=None, response_headers=None, response_body=None, error_detail=None)
+    )
+    connection.execute(
+        update(Delivery)
+        .where(chosen, Delivery.erased_at.is_(None))
+        .values(body=b"", content_type=None, erased_at=database.clock())
+    )
+
+
+def _forget_requests(database: Database, connection: Connection, job_id: str | None, endpoints: Any) -> int:
+    """Erase what came with the requests, where all their jobs have ended; return how many have not.
+
+    Their watches are closed: a correction would bring the result back.
+    """
+    ids = list(connection.execute(endpoints).scalars())
+    mine = Watch.endpoint_id.in_(ids) if job_id is None else Watch.job_id == job_id
+    waiting = Watch.status.in_([OPEN, RESERVED])
+    running = connection.execute(select(Watch.job_id).where(mine, waiting).distinct()).scalars().all()
+    connection.execute(update(Watch).where(mine, ~waiting).values(evidence=None, status=CLOSED))
+    still = exists().where(Watch.endpoint_id == Endpoint.id, waiting)
+    connection.execute(
+        update(Endpoint).where(Endpoint.id.in_(ids), ~still).values(headers=None, reference=None)
+    )
+    return len(running)
+
+
+def _overwrite_freed_space(database: Database, connection: Connection) -> None:
+    if database.is_sqlite:
+        connection.execute(text("PRAGMA secure_delete = ON"))
+
+
+def _empty_log(database: Database) -> None:
+    """Move the log into the database file and truncate it; where a reader needs it, SQLite leaves it."""
+    with database.read() as connection:
+        raw: Any = connection.connection.driver_connection
+        raw.rollback()
+        raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").close()

@@ -1,0 +1,117 @@
+"""What travels, as a receiver sees it: keys of the server, whole header names, content types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from flask_rq_webhooks import Queue
+from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
+from flask_rq_webhooks.errors import ConfigurationError, SignatureError
+from flask_rq_webhooks.protocol.signatures import SigningKey
+from flask_rq_webhooks.receiver import verify
+from tests.acceptance import tasks
+from tests.integration.hosts import Host
+from tests.servers import Received, Receiver
+
+NEW, OLD = SigningKey.generate(), SigningKey.generate()
+
+
+@contextmanager
+def host_with(sqlite_url: str, redis_url: str, **settings: Any) -> Iterator[Host]:
+    config = {f"RQ_WEBHOOKS_{name}": value for name, value in settings.items()}
+    host = Host(sqlite_url, redis_url, RQ_WEBHOOKS_ALLOW_HTTP=True, **config)
+    queue = Queue("default", connection=host.redis, is_async=False)
+
+    def job() -> Any:
+        return {"job_id": queue.enqueue(tasks.add, 1, 2).id}
+
+    host.route(job)
+    yield host
+    host.close()
+
+
+def deliver(host: Host, receiver: Receiver, **fields: Any) -> Received:
+    response = host.post("/job", json={"webhook_url": receiver.url, **fields})
+    assert response.headers["Webhook-Registered"] == "true", response.text
+    Dispatcher(host.state).run(burst=True)
+    return receiver.received[-1]
+
+
+def test_a_key_of_the_server_signs_every_delivery(
+    sqlite_url: str, redis_url: str, receiver: Receiver
+) -> None:
+    with host_with(sqlite_url, redis_url, SIGNING_KEYS=[NEW.text, OLD.text]) as host:
+        published = host.app.test_client().get("/webhooks/keys")
+        assert published.headers["Cache-Control"] == "public, max-age=300"
+        keys = published.get_json()["keys"]
+        assert [key["signs"] for key in keys] == [True, False]
+
+        unsigned = deliver(host, receiver)
+        assert verify(unsigned.body, unsigned.headers, keys[0]["key"]).scheme == "v1a"
+        with pytest.raises(SignatureError):
+            verify(unsigned.body, unsigned.headers, keys[1]["key"])
+        assert "X-Webhook-Signature" not in unsigned.headers
+
+        signed = deliver(host, receiver, webhook_secret="s3cret")
+        assert verify(signed.body, signed.headers, "s3cret").scheme == "v1"
+        assert verify(signed.body, signed.headers, keys[0]["key"]).scheme == "v1a"
+
+
+def test_without_a_key_there_is_none_to_publish(sqlite_url: str, redis_url: str) -> None:
+    with host_with(sqlite_url, redis_url) as host:
+        assert host.app.test_client().get("/webhooks/keys").get_json() == {"keys": []}
+
+
+def test_a_key_that_is_none_stops_the_app_and_is_not_shown(sqlite_url: str, redis_url: str) -> None:
+    with pytest.raises(ConfigurationError, match="SIGNING_KEYS") as caught:
+        Host(sqlite_url, redis_url, RQ_WEBHOOKS_SIGNING_KEYS=["whsk_c2VjcmV0"])
+    assert "c2VjcmV0" not in str(caught.value)
+
+
+def test_whole_header_names(sqlite_url: str, redis_url: str, receiver: Receiver) -> None:
+    names = {"SIGNATURE_HEADER": "Guard-Signature", "TIMESTAMP_HEADER": "Guard-Time"}
+    with host_with(sqlite_url, redis_url, **names) as host:
+        # A client cannot put its own in their place.
+        received = deliver(host, receiver, webhook_secret="s", webhook_headers={"guard-time": "0"})
+    assert "X-Webhook-Signature" not in received.headers
+    assert received.headers["Guard-Time"] == received.headers["webhook-timestamp"]
+    options: dict[str, Any] = {"signature_header": "Guard-Signature", "timestamp_header": "Guard-Time"}
+    plain = {name: value for name, value in received.headers.items() if name != "webhook-signature"}
+    assert verify(received.body, plain, "s", schemes=["sha256"], **options).scheme == "sha256"
+
+
+@pytest.mark.parametrize("name", ["webhook-signature", "Content-Type", "a b", "", "x" * 101, "é"])
+def test_header_names_that_are_refused(sqlite_url: str, redis_url: str, name: str) -> None:
+    with pytest.raises(ConfigurationError, match="SIGNATURE_HEADER"):
+        Host(sqlite_url, redis_url, RQ_WEBHOOKS_SIGNATURE_HEADER=name)
+
+
+def test_cloudevents_arrive_as_such(sqlite_url: str, redis_url: str, receiver: Receiver) -> None:
+    with host_with(sqlite_url, redis_url) as host:
+        received = deliver(host, receiver, webhook_secret="s", webhook_format="cloudevents")
+    assert received.headers["Content-Type"] == "application/cloudevents+json"
+    event = json.loads(received.body)
+    assert event["id"] == verify(received.body, received.headers, "s").id
+    assert (event["type"], event["data"]["result"]) == ("job.success", {"sum": 3})
+
+
+def test_the_content_type_of_a_format_is_kept_for_every_attempt(
+    sqlite_url: str, redis_url: str, receiver: Receiver
+) -> None:
+    xml = "application/xml; charset=utf-8"
+    answers = iter([503, 204])
+    receiver.respond = lambda received: next(answers)
+    with host_with(sqlite_url, redis_url, RETRY_SCHEDULE=[0.1]) as host:
+        host.webhooks.payload_format("xml")(lambda payload: (f"<{payload['event']}/>".encode(), xml))
+        deliver(host, receiver, webhook_format="xml", webhook_secret="s")
+        while len(receiver.received) < 2:
+            Dispatcher(host.state).run(burst=True)
+    first, second = receiver.received
+    assert first.body == second.body == b"<job.success/>"
+    assert first.headers["Content-Type"] == second.headers["Content-Type"] == xml
+    assert verify(second.body, second.headers, "s").id == first.headers["webhook-id"]
