@@ -220,7 +220,7 @@ class Settings:
     enabled: bool = setting(
         _boolean,
         True,
-        "Off: fields are stripped, nothing is registered; accepted deliveries go on.",
+        "Whether webhooks are accepted. Accepted deliveries continue when it is off.",
         env=("WEBHOOKS_ENABLED", "WEPPCLOUD_WEBHOOKS_ENABLED"),
     )
     redis_url: str = setting(
@@ -343,11 +343,13 @@ class Settings:
         "Keys for secrets and headers at rest, newest first; default: derived from SECRET_KEY.",
         secret=True,
     )
-    reconcile_interval: float = setting(_seconds, 15.0, "Seconds between looks for endings nobody reported.")
+    reconcile_interval: float = setting(
+        _seconds, 15.0, "Seconds between passes that find endings without a callback."
+    )
     clean_abandoned: bool = setting(
         _boolean,
         False,
-        "Clean RQ's registries ourselves: finds lost hosts in about 90 s, runs failure callbacks here.",
+        "Clean RQ's registries: finds lost hosts in about 90 s; the dispatcher runs failure callbacks.",
     )
     child_meta_prefix: str = setting(_text, "jobs:", "Keys of job.meta that name child jobs.")
     disable_after: int = setting(

@@ -80,7 +80,7 @@ class JobResult:
 class JobRecord:
     """One existing job's hash. Times are aware UTC.
 
-    :param status: RQ's word: ``"queued"``, ``"started"``, ``"finished"``, ``"failed"``, ``"stopped"``,
+    :param status: RQ's own: ``"queued"``, ``"started"``, ``"finished"``, ``"failed"``, ``"stopped"``,
         ``"canceled"``, ``"deferred"``, ``"scheduled"``, ``"created"``, from RQ 3 also
         ``"ready_to_enqueue"`` and ``"rate_limited"``.
     :param run: identity of the current run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.

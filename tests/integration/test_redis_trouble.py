@@ -252,3 +252,21 @@ def test_a_refusal_of_redis_is_no_sign_of_life(
         state.redis.set(state.outbox.key, "not a stream")
         with running(state):
             wait_until(lambda: "No heartbeat: ingest" in caplog.text)
+
+
+def test_an_event_that_cannot_be_stored_holds_no_other_of_its_page_up(
+    sqlite_url: str, redis_url: str, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_state(sqlite_url, redis_url, reconcile_interval=0.2) as state:
+        endpoint_id = add_endpoint(state, receiver.url)
+        for number in range(5):
+            watched(state, endpoint_id, f"job-{number}")
+        with state.database.write() as connection:
+            connection.exec_driver_sql(
+                "CREATE TRIGGER refuse BEFORE INSERT ON rq_webhooks_event WHEN new.job_id = 'job-2' "
+                "BEGIN SELECT RAISE(ABORT, 'refused by a test'); END"
+            )
+        with running(state):
+            wait_until(lambda: {got.json["job_id"] for got in receiver.received} >= {"job-0", "job-4"})
+            wait_until(lambda: "event of job 'job-2' cannot be stored" in caplog.text)
+        assert {got.json["job_id"] for got in receiver.received} == {"job-0", "job-1", "job-3", "job-4"}
