@@ -172,6 +172,22 @@ def _redis_url(value: Any) -> str:
     return text
 
 
+def _client_certs(value: Any) -> tuple[tuple[str, str, str], ...]:
+    if value == ():
+        return ()
+    if not isinstance(value, Mapping):
+        raise ValueError("expected a mapping of host names to (certificate file, key file)")
+    certs: list[tuple[str, str, str]] = []
+    for host, files in value.items():
+        pair = tuple(files) if isinstance(files, Sequence) and not isinstance(files, str) else ()
+        if not isinstance(host, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+            raise ValueError(f"{host!r} is not a host name; write it like 'hooks.example.com', without port")
+        if len(pair) != 2 or not all(isinstance(file, str) and file for file in pair):
+            raise ValueError(f"{host!r} needs (certificate file, key file), not {files!r}")
+        certs.append((host.lower().rstrip("."), pair[0], pair[1]))
+    return tuple(certs)
+
+
 def _proxy_url(value: Any) -> str:
     text = _text(value)
     if not text.startswith(("http://", "https://")):
@@ -305,6 +321,16 @@ class Settings:
     )
     proxy_url: str | None = setting(
         _optional(_proxy_url), None, "Egress proxy; it, not we, then pins addresses.", secret=True
+    )
+    ca_file: str | None = setting(
+        _optional(_text),
+        None,
+        "PEM file of certificate authorities that receivers may use beside the public ones.",
+    )
+    client_certs: tuple[tuple[str, str, str], ...] = setting(
+        _client_certs,
+        (),
+        "Client certificates: host name to (certificate file, key file); shown to that host and no other.",
     )
     format: str = setting(_text, "job", "Payload format where a request names none.")
     traceback: str = setting(

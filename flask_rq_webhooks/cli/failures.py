@@ -1,6 +1,6 @@
 """Errors of SQL, Redis and ports, as one sentence that says what to do.
 
-Every command uses it for what it cannot go on after, ``doctor`` for what its checks find.
+Commands use it for errors that end them, ``doctor`` for what its checks find.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from ..storage.models import PENDING, SENDING
 from ..storage.queries import DeliveryView
 from ..storage.statistics import FINISHED_WINDOW, statistics
 from . import formatting, operations
-from .api_schemas import STATUSES, ManyInput
+from .api_inputs import STATUSES, ManyInput
 from .charts import OUTCOMES, RANGES, endings
 from .forms import FilterForm, read_filter
 from .health import everywhere, of_numbers

@@ -39,6 +39,8 @@ from tests.dashboard_app import (
 )
 
 PREFIX = "/webhooks"
+#: Routes that need no permission: whether a dispatcher is alive, and public keys.
+OPEN = ("rq_webhooks.health", "rq_webhooks.keys")
 
 PAGES = (
     "/",
@@ -288,7 +290,7 @@ def test_no_route_of_the_blueprint_is_forgotten_here(host: tuple[Flask, State], 
     allowed.clear()
     client = app.test_client()
     for rule in app.url_map.iter_rules():
-        if not rule.endpoint.startswith("rq_webhooks.") or rule.endpoint == "rq_webhooks.health":
+        if not rule.endpoint.startswith("rq_webhooks.") or rule.endpoint in OPEN:
             continue
         address = re.sub(r"<[^>]*>", "unknown", rule.rule)
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
@@ -309,7 +311,7 @@ def test_database_down_is_a_page_that_says_so(tmp_path: Path, redis_url: str, al
     with open_host(f"sqlite:///{tmp_path / 'x.db'}", redis_url, allowed) as (app, state):
         state.database.dispose()
         state.database.url = state.database.url.set(database=str(tmp_path / "none" / "x.db"))
-        state.database.engine = state.database._create_engine({}, 1)
+        state.database.engine = state.database._create_engine(None, {}, 1)
         response = app.test_client().get(PREFIX + "/deliveries")
     assert response.status_code == 503
     assert "The database cannot be reached" in response.text
@@ -904,7 +906,7 @@ def test_a_hosts_job_page_without_webhook_or_database(
     with open_host(f"sqlite:///{tmp_path / 'x.db'}", redis_url, allowed) as (broken, state):
         state.database.dispose()
         state.database.url = state.database.url.set(database=str(tmp_path / "none" / "x.db"))
-        state.database.engine = state.database._create_engine({}, 1)
+        state.database.engine = state.database._create_engine(None, {}, 1)
         assert job_page(broken, "job-1").strip() == "<h1>Mine</h1>"
 
 
