@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
 from hashlib import blake2b
@@ -33,7 +33,7 @@ ROTATION_GRACE_S = 86400.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewEndpoint:
-    """An endpoint before it is stored; everything was validated.
+    """An endpoint before it is stored; everything was validated. Its attributes are columns, but ``secret``.
 
     :param url: normalised.
     :param host: the unit of fairness and limits, see :class:`~.models.Endpoint`.
@@ -247,11 +247,8 @@ def _id_of_key(namespace: str, idempotency_key: str) -> str:
     return f"ep{namespace}_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
 
 
-#: What :func:`update_standing` may change; the rest has functions of its own.
-CHANGEABLE = frozenset(
-    {"url", "host", "headers", "events", "format", "sign_payload", "timeout_s", "max_attempts",
-     "description", "reference", "runid"}
-)  # fmt: skip
+#: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
+CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {"secret", "kind", "scope"}
 
 
 def update_standing(database: Database, cipher: Cipher, endpoint_id: str, changes: Mapping[str, Any]) -> bool:
@@ -396,21 +393,11 @@ def _set_enabled(database: Database, endpoint_id: str, *, enabled: bool, reason:
 def _endpoint_values(
     cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime
 ) -> dict[str, Any]:
-    return {
+    given = {one.name: getattr(endpoint, one.name) for one in fields(NewEndpoint) if one.name != "secret"}
+    return given | {
         "id": endpoint_id,
-        "kind": endpoint.kind,
-        "url": endpoint.url,
-        "host": endpoint.host,
         "headers": _encrypted_headers(cipher, endpoint.headers),
         "events": _events_json(endpoint.events),
-        "scope": endpoint.scope,
-        "format": endpoint.format,
-        "sign_payload": endpoint.sign_payload,
-        "reference": endpoint.reference,
-        "runid": endpoint.runid,
-        "timeout_s": endpoint.timeout_s,
-        "max_attempts": endpoint.max_attempts,
-        "description": endpoint.description,
         "enabled": True,
         "failures": 0,
         "created_at": now,
