@@ -11,7 +11,7 @@ from flask import Flask
 from sqlalchemy import insert, select
 
 from flask_rq_webhooks import RQWebhooks
-from flask_rq_webhooks.observe.host_hooks import safe_render
+from flask_rq_webhooks.observe.publisher import safe_render
 from flask_rq_webhooks.protocol.events import JOB_FAILURE, Occurrence, format_time
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage.attempts import record_attempts

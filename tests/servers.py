@@ -275,12 +275,12 @@ class PostgresHandle:
 
 
 class Forwarder:
-    """TCP on loopback to a Unix socket that may be changed; open connections stay where they lead.
+    """TCP on loopback to a server that may be changed; open connections stay where they lead.
 
-    :param path: of the socket.
+    :param path: of a Unix socket, or a port of loopback.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | int) -> None:
         self.path = path
         self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self._server.getsockname()[1]
@@ -292,9 +292,10 @@ class Forwarder:
                 client, _ = self._server.accept()
             except OSError:
                 return
-            upstream = socket.socket(socket.AF_UNIX)
+            is_port = isinstance(self.path, int)
+            upstream = socket.socket(socket.AF_INET if is_port else socket.AF_UNIX)
             try:
-                upstream.connect(self.path)
+                upstream.connect(("127.0.0.1", self.path) if is_port else self.path)
             except OSError:
                 client.close()
                 upstream.close()

@@ -7,6 +7,7 @@ host holds open, or share its pooled connection.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -32,7 +33,7 @@ from rq.job import Job
 
 from .._steps import reached
 from ..errors import InvalidWebhookError, StorageUnavailableError
-from ..protocol.events import format_time, parse_time
+from ..protocol.events import format_time, parse_time, run_of
 from ..queue.job_callbacks import (
     Attachment,
     SameDatabase,
@@ -388,6 +389,8 @@ def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[
             # RQ took them, so they are promised: if Redis comes back without them, they are reported lost.
             logger.error("Redis cannot say whether the jobs %r were enqueued: %s", job_ids, exc)
             existing, unseen = handed_over, [job_id for job_id in job_ids if job_id not in handed_over]
+    runs = {job.id: run_of(job.enqueued_at, job.created_at) for job in jobs if job.id in handed_over}
+    on_their_way = [job_id for job_id in unseen if job_id in handed_over]
     try:
         endpoints.confirm(
             state.database,
@@ -395,24 +398,26 @@ def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[
             existing=existing,
             unseen=unseen,
             reserved_job_id=attachment.reserved_job_id if jobs is attachment.jobs else None,
-            runs={job.id: format_time(job.enqueued_at) for job in jobs if job.enqueued_at},
-            counts_from={
-                job.id: began for job in jobs if job.id in attachment.watched and (began := _began(job))
-            },
+            runs=runs,
             busy_timeout_s=CONFIRM_BUSY_TIMEOUT_S,
         )
     except (StorageUnavailableError, SQLAlchemyError) as exc:
         logger.info("Jobs %r are confirmed through the outbox: %s", job_ids, exc)
-        _confirm_later(state, attachment.endpoint_id, existing)
-    on_their_way = set(unseen).intersection(handed_over)
+        _confirm_later(state, attachment.endpoint_id, existing, on_their_way, runs)
     return [job_id for job_id in job_ids if job_id in existing or job_id in on_their_way]
 
 
-def _confirm_later(state: State, endpoint_id: str, job_ids: Sequence[str]) -> None:
+def _confirm_later(
+    state: State, endpoint_id: str, existing: Sequence[str], unseen: Sequence[str], runs: Mapping[str, str]
+) -> None:
+    job_ids = [*existing, *unseen]
     if not job_ids:
         return  # reconcile closes the reserved watch
+    # What this process saw is the only proof that a job existed which is gone when the entry is read.
+    known = {job_id: runs.get(job_id) for job_id in job_ids}
+    seal = state.cipher.encrypt(json.dumps([endpoint_id, known, list(unseen)]))
     try:
-        state.outbox.append(confirm_entry(endpoint_id, job_ids))
+        state.outbox.append(confirm_entry(endpoint_id, job_ids, seal=seal))
     except RedisError as exc:
         logger.error("Jobs %r could not be confirmed, reconcile will find them: %s", job_ids, exc)
 

@@ -27,7 +27,7 @@ from ..storage.models import SENDING
 from ..storage.retention import prune
 from ..storage.schema import upgrade_schema
 from ..web import operations
-from ..web.api_schemas import EraseInput, ManyInput
+from ..web.api_inputs import EraseInput, ManyInput
 from ..web.operations import InvalidInputError
 from .doctor import examine
 from .endpoint_commands import endpoints
@@ -244,8 +244,8 @@ def reconcile_command() -> None:
     report = reconcile_now(get_state())
     if report is None:
         raise click.ClickException("A dispatcher is reconciling at this moment; there is nothing left to do.")
-    click.echo(f"{report.looked_at} watches read, {sum(report.told.values())} events stored.")
-    for event_type, count in sorted(report.told.items()):
+    click.echo(f"{report.looked_at} watches read, {sum(report.reported.values())} events stored.")
+    for event_type, count in sorted(report.reported.items()):
         click.echo(f"  {event_type}: {count}")
 
 

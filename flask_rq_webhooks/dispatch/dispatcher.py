@@ -27,7 +27,6 @@ from ..errors import RQWebhooksError, StorageUnavailableError
 from ..observe.ingest import Ingest
 from ..observe.publisher import Publisher
 from ..observe.reconcile import Reconciler, ReconcileReport
-from ..protocol.events import JOB_SUCCESS
 from ..storage.claims import free_expired_leases
 from ..storage.dispatchers import drop_reconcile_lease, heartbeat, sign_off, take_reconcile_lease
 from ..storage.erasure import erase_finished
@@ -273,9 +272,9 @@ class Dispatcher:
         if not take_reconcile_lease(self._state.database, self.id, _lease_s(self._state)):
             return  # another dispatcher does it
         report = self._reconciler.run_once(should_stop)
-        if report.told:
-            logger.info("Reconcile told of endings that no callback reported: %s", dict(report.told))
-        self._notice_silent_callbacks(report.told[JOB_SUCCESS])
+        if report.reported:
+            logger.info("Reconcile reported endings that no callback had: %s", dict(report.reported))
+        self._notice_silent_callbacks(report.silent_successes)
 
     def _notice_silent_callbacks(self, count: int) -> None:
         """Say once that workers cannot write to the outbox: a callback reports every success."""

@@ -1,26 +1,33 @@
-"""From the outbox stream to events in SQL: read, confirm against RQ, store, and only then acknowledge.
+"""Ingest: outbox entries become events in SQL: read, confirm against RQ, store, and only then acknowledge.
 
-Owns the order of those steps. What RQ committed is read in :mod:`~flask_rq_webhooks.queue.job_reader`,
-what it means is decided in :mod:`~flask_rq_webhooks.observe.verdicts`, and SQL is in
-:mod:`~flask_rq_webhooks.storage.events`. Knows nothing of sending.
+Owns the order of those steps. :mod:`~flask_rq_webhooks.queue.job_reader` reads what RQ committed,
+:mod:`~flask_rq_webhooks.observe.outcomes` decides what it means, and
+:mod:`~flask_rq_webhooks.observe.publisher` stores events. Knows nothing of sending.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from .._steps import reached
-from ..queue.job_reader import JobResult, Jobs, read_endings, read_results
+from ..errors import DecryptionError
+from ..protocol.events import JOB_LOST, TERMINAL_TYPES, Occurrence
+from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
 from ..storage.endpoints import confirm
 from ..storage.events import IngestItem
-from ..storage.settling import park_evidence
+from ..storage.settling import ParkedReport, park_reports
 from ..storage.sql_errors import is_about_a_row
+from ..storage.subscriptions import is_endpoint
+from ..storage.watches import Reported, reported_endings
+from .occurrences import occurrence_of_report
+from .outcomes import Outcome, Undecided, news, outcome_of
 from .publisher import Publisher
-from .verdicts import Open, Verdict, judge, occurrence_of
 
 if TYPE_CHECKING:
     from ..queue.outbox import Entry
@@ -29,7 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds an entry may wait for RQ's commit before it is handed to reconcile.
+#: Seconds an entry may wait for RQ's commit before it is left to reconcile. RQ commits within milliseconds.
+#: Worse: reconcile reports the ending in its next pass.
 PATIENCE_S = 5.0
 #: The first and the longest pause between two looks at an uncommitted job, seconds.
 FIRST_LOOK_S, LONGEST_LOOK_S = 0.003, 0.1
@@ -39,13 +47,23 @@ MAX_WAITING = 5000
 
 @dataclass(slots=True)
 class _Waiting:
-    """An entry that was read and is still in the stream."""
+    """An entry that was read and is still in the stream.
+
+    :param since: when it was first looked at.
+    :param proven: whether the job's own hash names the entry's endpoint.
+    """
 
     id: str
     entry: OutboxEntry
     since: float
     look_at: float
     pause_s: float = FIRST_LOOK_S
+    proven: bool = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        milliseconds, _, number = self.id.partition("-")
+        return int(milliseconds), int(number)
 
 
 class Ingest:
@@ -70,15 +88,17 @@ class Ingest:
     ) -> None:
         self._state = state
         self._consumer = consumer
-        self._teller = publisher
+        self._publisher = publisher
         self._clock = clock
         self._waiting: dict[str, _Waiting] = {}
-        self._settled: list[str] = []
+        self._done: list[str] = []
+        #: When the stream was last read to its end.
+        self._caught_up_at = 0.0
 
     @property
     def waiting(self) -> int:
-        """Return how many entries were read and are not yet settled."""
-        return len(self._waiting) + len(self._settled)
+        """Return how many entries were read and are not yet done."""
+        return len(self._waiting) + len(self._done)
 
     def is_idle(self) -> bool:
         """Say whether nothing waits here and the stream is empty.
@@ -88,7 +108,7 @@ class Ingest:
         return not self.waiting and self._state.outbox.length() == 0
 
     def run_once(self, block_ms: int = 300) -> int:
-        """Read what has come, settle what can be settled, and return how many entries that were.
+        """Read what has come, store what can be stored, and return how many entries that were.
 
         :param block_ms: how long to wait for new entries; less while uncommitted ones are due for a look.
         :raises redis.RedisError: when Redis cannot be reached; nothing is lost, call again.
@@ -118,119 +138,223 @@ class Ingest:
             time.sleep(block_ms / 1000)
             return
         now = self._clock()
-        for read in self._state.outbox.read(self._consumer, count=room, block_ms=block_ms):
-            if read.entry is None:
-                self._set_aside(read, read.error or "not an outbox entry")
-            elif read.id not in self._waiting:
-                self._waiting[read.id] = _Waiting(id=read.id, entry=read.entry, since=now, look_at=now)
+        read = self._state.outbox.read(self._consumer, count=room, block_ms=block_ms)
+        for one in read:
+            if one.entry is None:
+                self._set_aside(one, one.error or "not an outbox entry")
+            elif one.id not in self._waiting:
+                self._waiting[one.id] = _Waiting(id=one.id, entry=one.entry, since=now, look_at=now)
+        if len(read) < room:
+            self._caught_up_at = self._clock()
 
     def _set_aside(self, read: Entry, why: str) -> None:
         logger.error("Outbox entry %s is set aside in %s: %s", read.id, self._state.outbox.rejected_key, why)
         self._state.outbox.reject(read.id, read.raw, why)
 
-    def _finish(self, settled: Iterable[_Waiting]) -> None:
-        for waiting in settled:
+    def _finish(self, done: Iterable[_Waiting]) -> None:
+        for waiting in done:
             if self._waiting.pop(waiting.id, None) is not None:
-                self._settled.append(waiting.id)
+                self._done.append(waiting.id)
 
     def _acknowledge(self) -> None:
-        if self._settled:
-            self._state.outbox.done(self._settled)
-            self._settled = []
+        if self._done:
+            self._state.outbox.done(self._done)
+            self._done = []
 
-    # -- settling -------------------------------------------------------------------------------------
+    # -- decisions ------------------------------------------------------------------------------------
 
     def _settle(self, due: Sequence[_Waiting]) -> None:
-        jobs = self._look(due)
-        told: list[tuple[_Waiting, Verdict]] = []
-        overdue: list[_Waiting] = []
-        needs_results: list[_Waiting] = []
         for waiting in due:
             if waiting.entry.kind == "confirm":
-                self._confirm(waiting, jobs)
+                self._confirm(waiting)
+        reports = [waiting for waiting in due if waiting.entry.kind != "confirm"]
+        jobs = read_endings(self._state.redis, list({waiting.entry.job_id for waiting in reports}))
+        following = self._following_reports(reports)
+        decided: list[tuple[_Waiting, Outcome]] = []
+        undecided: list[_Waiting] = []
+        close: list[_Waiting] = []
+        for waiting in reports:
+            job = _existing(jobs, waiting.entry.job_id)
+            outcome = self._outcome_of(waiting, job, following)
+            if job is None or outcome is Undecided.NEEDS_RESULTS:
+                close.append(waiting)
+            elif isinstance(outcome, Outcome):
+                decided.append((waiting, outcome))
+            else:
+                undecided.append(waiting)
+        if close:
+            more, left = self._look_closely(close, following)
+            decided += more
+            undecided += left
+        if decided:
+            self._store(decided)
+        self._look_again(undecided)
+
+    def _look_closely(
+        self, close: Sequence[_Waiting], following: Mapping[str, OutboxEntry]
+    ) -> tuple[list[tuple[_Waiting, Outcome]], list[_Waiting]]:
+        """Judge by RQ's results and by what was reported of the job; return what is decided, and what is not.
+
+        The job is read anew, together with its results: both have to be of one moment.
+        """
+        job_ids = list({waiting.entry.job_id for waiting in close})
+        jobs = read_endings(self._state.redis, job_ids, results=True)
+        reported = reported_endings(self._state.database, job_ids)
+        decided, undecided = [], []
+        now = datetime.now(UTC)
+        for waiting in close:
+            entry = waiting.entry
+            known = reported.get(entry.job_id, [])
+            job = _existing(jobs, entry.job_id)
+            if job is None and entry.retries_left and self._caught_up_at < waiting.since:
+                undecided.append(waiting)  # the report of a later run, which shows the retry, may come
                 continue
-            patient = self._clock() - waiting.since < PATIENCE_S
-            verdict = judge(waiting.entry, jobs.get(waiting.entry.job_id), patient=patient)
-            if verdict is Open.NEEDS_RESULTS:
-                needs_results.append(waiting)
-            elif isinstance(verdict, Verdict):
-                told.append((waiting, verdict))
-            elif patient:
+            outcome = self._outcome_of(waiting, job, following, known)
+            if isinstance(outcome, Outcome):
+                new = news(outcome, known, now=now)
+                if new is None and any(ending.run == outcome.run for ending in known):
+                    new = outcome  # the event is there; it may lack the delivery to this endpoint
+                if new is None:
+                    self._finish([waiting])
+                else:
+                    decided.append((waiting, new))
+            elif outcome is Undecided.REPORTED:
+                self._finish([waiting])
+            else:
+                undecided.append(waiting)
+        return decided, undecided
+
+    def _outcome_of(
+        self,
+        waiting: _Waiting,
+        job: JobRecord | None,
+        following: Mapping[str, OutboxEntry],
+        reported: Sequence[Reported] = (),
+    ) -> Outcome | Undecided:
+        return outcome_of(
+            waiting.entry.run,
+            job,
+            report=waiting.entry,
+            following=following.get(waiting.id),
+            reported=reported,
+            patient=self._is_patient(waiting),
+        )
+
+    def _is_patient(self, waiting: _Waiting) -> bool:
+        return self._clock() - waiting.since < PATIENCE_S
+
+    def _following_reports(self, reports: Sequence[_Waiting]) -> dict[str, OutboxEntry]:
+        """Return, by entry id, the report of the same job's next run, where it is at hand too."""
+        wanted = {waiting.entry.job_id for waiting in reports}
+        by_job: dict[str, list[_Waiting]] = {}
+        for waiting in self._waiting.values():
+            if waiting.entry.job_id in wanted:
+                by_job.setdefault(waiting.entry.job_id, []).append(waiting)
+        following = {}
+        for some in by_job.values():
+            if len(some) > 1:
+                some.sort(key=lambda waiting: waiting.order)
+                for number, waiting in enumerate(some):
+                    later = (one.entry for one in some[number + 1 :] if one.entry.run != waiting.entry.run)
+                    entry = next(later, None)
+                    if entry is not None:
+                        following[waiting.id] = entry
+        return following
+
+    def _look_again(self, undecided: Sequence[_Waiting]) -> None:
+        overdue = []
+        for waiting in undecided:
+            if self._is_patient(waiting):
                 waiting.look_at = self._clock() + waiting.pause_s
                 waiting.pause_s = min(waiting.pause_s * 1.6, LONGEST_LOOK_S)
             else:
                 overdue.append(waiting)
-        if needs_results:
-            told += self._judge_by_results(needs_results, jobs)
-        if told:
-            self._store(told)
         if overdue:
             self._park(overdue)
 
-    def _look(self, due: Sequence[_Waiting]) -> Jobs:
-        ids: dict[str, None] = {}
-        for waiting in due:
-            if waiting.entry.kind == "confirm":
-                ids.update(dict.fromkeys(waiting.entry.jobs))
-            else:
-                ids[waiting.entry.job_id] = None
-        return read_endings(self._state.redis, list(ids))
-
-    def _judge_by_results(self, undecided: Sequence[_Waiting], jobs: Jobs) -> list[tuple[_Waiting, Verdict]]:
-        ids = list({waiting.entry.job_id for waiting in undecided})
-        results: dict[str, list[JobResult]] = read_results(self._state.redis, ids)
-        told = []
-        for waiting in undecided:
-            job_id = waiting.entry.job_id
-            verdict = judge(waiting.entry, jobs.get(job_id), results.get(job_id, []), patient=False)
-            if isinstance(verdict, Verdict):  # always: nothing stays open once the results are known
-                told.append((waiting, verdict))
-        return told
-
-    def _confirm(self, waiting: _Waiting, jobs: Jobs) -> None:
-        entry = waiting.entry
-        confirm(
-            self._state.database,
-            entry.endpoint,
-            existing=[job_id for job_id in entry.jobs if job_id in jobs],
-            unseen=[job_id for job_id in entry.jobs if job_id not in jobs],
-            reserved_job_id=None,
-        )
-        self._finish([waiting])
-
     def _park(self, overdue: Sequence[_Waiting]) -> None:
+        self._prove(overdue)
         for waiting in overdue:
             logger.warning(
-                "RQ has not committed the end of job %r within %.0f s of its callback; reconcile will tell.",
+                "RQ has not committed the end of job %r within %.0f s of its callback; left to reconcile.",
                 waiting.entry.job_id, PATIENCE_S,
             )  # fmt: skip
-        park_evidence(
+        park_reports(
             self._state.database,
-            [(waiting.entry.endpoint, waiting.entry.job_id, waiting.entry.to_json()) for waiting in overdue],
+            [
+                ParkedReport(
+                    waiting.entry.endpoint,
+                    waiting.entry.job_id,
+                    waiting.entry.to_json(),
+                    needs_watch=_needs_watch(waiting),
+                )
+                for waiting in overdue
+            ],
         )
         self._finish(overdue)
 
+    # -- confirmations --------------------------------------------------------------------------------
+
+    def _confirm(self, waiting: _Waiting) -> None:
+        """Open the watches of the jobs that a web process saw in Redis.
+
+        The jobs may be gone by now; that they were there is proven by the seal. Without a valid one, only
+        those count whose own hash names the endpoint.
+        """
+        entry = waiting.entry
+        sealed = self._unsealed(entry)
+        if sealed is None:
+            jobs = read_jobs(self._state.redis, entry.jobs)
+            existing = [job_id for job_id in entry.jobs if _carries(jobs, job_id, entry.endpoint)]
+            runs: dict[str, str | None] = {}
+            unseen: list[str] = []
+            if len(existing) < len(entry.jobs):
+                logger.warning("Outbox entry %s confirms jobs that nothing proves; ignored.", waiting.id)
+        else:
+            runs, unseen = sealed
+            existing = [job_id for job_id in entry.jobs if job_id not in unseen]
+        confirm(
+            self._state.database,
+            entry.endpoint,
+            existing=existing,
+            unseen=unseen,
+            reserved_job_id=None,
+            runs={job_id: run for job_id, run in runs.items() if run is not None},
+        )
+        self._finish([waiting])
+
+    def _unsealed(self, entry: OutboxEntry) -> tuple[dict[str, str | None], list[str]] | None:
+        """Return the run of each job, and which ones were not in Redis yet; ``None`` without a valid seal."""
+        if entry.seal is None:
+            return None
+        try:
+            endpoint, runs, unseen = json.loads(self._state.cipher.decrypt(entry.seal))
+        except DecryptionError:
+            return None
+        return (runs, unseen) if endpoint == entry.endpoint and set(runs) == set(entry.jobs) else None
+
     # -- storing --------------------------------------------------------------------------------------
 
-    def _store(self, told: Sequence[tuple[_Waiting, Verdict]]) -> None:
-        settings = self._state.settings
+    def _store(self, decided: Sequence[tuple[_Waiting, Outcome]]) -> None:
         items: list[tuple[_Waiting, IngestItem]] = []
-        # Two callbacks may tell of one run (on_success timed out, then on_failure); the one that agrees with
+        # Two callbacks may report one run (on_success timed out, then on_failure); the one that agrees with
         # RQ knows more and goes first, the other is then a no-op.
-        for waiting, verdict in sorted(told, key=lambda pair: not _agrees(pair[0].entry, pair[1])):
-            occurrence = occurrence_of(
-                waiting.entry,
-                verdict,
-                include_result=settings.include_result,
-                max_payload_bytes=settings.max_payload_bytes,
-            )
-            items.append((waiting, IngestItem(occurrence, endpoint_ids=(waiting.entry.endpoint,))))
+        for waiting, outcome in sorted(decided, key=lambda pair: not _agrees(pair[0].entry, pair[1])):
+            occurrence = occurrence_of_report(waiting.entry, outcome, self._state.settings)
+            items.append((waiting, _item(waiting, occurrence)))
         self._store_items(items)
 
     def _store_items(self, items: Sequence[tuple[_Waiting, IngestItem]]) -> None:
         try:
             reached("entries read")
-            self._teller.publish([item for _waiting, item in items])
+            events = self._publisher.publish([item for _waiting, item in items])
+            corrections = [
+                (waiting, _correction(item, event.event_id))
+                for (waiting, item), event in zip(items, events, strict=True)
+                if _is_unforeseen_loss(item.occurrence, event.type, created=event.created)
+            ]
+            if corrections:
+                self._publisher.publish([item for _waiting, item in corrections])
         except Exception as exc:  # a bad entry must never block the stream
             if not is_about_a_row(exc):
                 raise  # everything stays in the stream
@@ -239,19 +363,76 @@ class Ingest:
                 self._store_items(items[:middle])
                 self._store_items(items[middle:])
                 return
-            self._reject(items[0][0], exc)
+            self._reject(items[0][0], f"{type(exc).__name__}: {exc}", exc)
             return
         reached("event stored")
-        self._finish(waiting for waiting, _item in items)
+        answered = zip(items, events, strict=True)
+        unproven = [pair for pair, event in answered if not event.event_id]
+        ids = {waiting.id for waiting, _item in unproven}
+        self._finish(waiting for waiting, _item in items if waiting.id not in ids)
+        if unproven:
+            self._demand_proof(unproven)
 
-    def _reject(self, waiting: _Waiting, exc: Exception) -> None:
+    def _demand_proof(self, unproven: Sequence[tuple[_Waiting, IngestItem]]) -> None:
+        """Believe reports without a watch only if the job's own hash names the endpoint.
+
+        The confirmation that makes the watch may be behind them in the stream.
+        """
+        self._prove([waiting for waiting, _item in unproven])
+        for waiting, _item in unproven:
+            if not waiting.proven and self._is_patient(waiting):
+                waiting.look_at = self._clock() + LONGEST_LOOK_S
+            elif not waiting.proven:
+                self._reject(waiting, "neither a watch nor the job's own callbacks name its endpoint")
+        proven = [(waiting, replace(item, needs_watch=False)) for waiting, item in unproven if waiting.proven]
+        if proven:
+            self._store_items(proven)
+
+    def _prove(self, some: Sequence[_Waiting]) -> None:
+        jobs = read_jobs(self._state.redis, {waiting.entry.job_id for waiting in some})
+        for waiting in some:
+            waiting.proven = _carries(jobs, waiting.entry.job_id, waiting.entry.endpoint)
+
+    def _reject(self, waiting: _Waiting, why: str, exc: Exception | None = None) -> None:
         logger.error(
-            "The event of job %r cannot be stored; outbox entry %s is set aside in %s.",
-            waiting.entry.job_id, waiting.id, self._state.outbox.rejected_key, exc_info=exc,
+            "The report on job %r cannot be stored; outbox entry %s is set aside in %s: %s",
+            waiting.entry.job_id, waiting.id, self._state.outbox.rejected_key, why, exc_info=exc,
         )  # fmt: skip
-        self._state.outbox.reject(waiting.id, waiting.entry.to_json(), f"{type(exc).__name__}: {exc}")
+        self._state.outbox.reject(waiting.id, waiting.entry.to_json(), why)
         self._waiting.pop(waiting.id, None)
 
 
-def _agrees(entry: OutboxEntry, verdict: Verdict) -> bool:
-    return verdict.type == f"job.{entry.kind}" or (entry.kind == "failure" and verdict.type == "job.retrying")
+def _existing(jobs: Jobs, job_id: str) -> JobRecord | None:
+    """Return the job, or ``None``: a write that came late leaves a hash without a status."""
+    job = jobs.get(job_id)
+    return job if job is not None and job.status is not None else None
+
+
+def _carries(jobs: Jobs, job_id: str, endpoint: str) -> bool:
+    return job_id in jobs and endpoint in jobs[job_id].tokens
+
+
+def _needs_watch(waiting: _Waiting) -> bool:
+    return not waiting.proven and is_endpoint(waiting.entry.endpoint)
+
+
+def _item(waiting: _Waiting, occurrence: Occurrence) -> IngestItem:
+    return IngestItem(occurrence, endpoint_ids=(waiting.entry.endpoint,), needs_watch=_needs_watch(waiting))
+
+
+def _is_unforeseen_loss(occurrence: Occurrence, stored_type: str, *, created: bool) -> bool:
+    """Say whether the run was reported as lost, and this is how it really ended."""
+    return (
+        not created
+        and stored_type == JOB_LOST
+        and occurrence.supersedes is None
+        and occurrence.type in TERMINAL_TYPES
+    )
+
+
+def _correction(item: IngestItem, event_id: str) -> IngestItem:
+    return replace(item, occurrence=replace(item.occurrence, supersedes=event_id))
+
+
+def _agrees(entry: OutboxEntry, outcome: Outcome) -> bool:
+    return outcome.type == f"job.{entry.kind}" or (entry.kind == "failure" and not outcome.is_final)

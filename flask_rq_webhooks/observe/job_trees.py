@@ -11,6 +11,7 @@ May run in several processes at once: the event of a tree is unique by its root'
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import RedisError
+
 from ..config import Settings
+from ..errors import StorageUnavailableError
 from ..protocol.events import (
     JOB_CANCELED,
     JOB_FAILURE,
@@ -45,12 +49,16 @@ from ..storage import tree_members as storage
 from ..storage.database import Database
 from ..storage.events import IngestItem
 from ..storage.models import RESERVED
+from ..storage.sql_errors import is_about_a_row
 from ..storage.tree_members import TreeRow
-from ..storage.watches import endings_of_job
-from .outcomes import RESERVED_GRACE, TYPE_OF_STATUS, is_blocked
+from ..storage.watches import reported_endings
+from .conclusions import RESERVED_GRACE, is_blocked
+from .outcomes import TYPE_OF_STATUS
 
 if TYPE_CHECKING:
     from redis import Redis
+
+logger = logging.getLogger(__name__)
 
 #: Jobs of one tree that are looked at.
 MAX_JOBS = 10_000
@@ -162,7 +170,15 @@ class TreeReporter:
     def _evaluate_all(self, endpoint_ids: Sequence[str]) -> list[str]:
         told = []
         for endpoint_id, rows in storage.load_trees(self._database, endpoint_ids).items():
-            event_type = self._evaluate(endpoint_id, rows)
+            try:
+                event_type = self._evaluate(endpoint_id, rows)
+            except (RedisError, StorageUnavailableError):
+                raise
+            except Exception as exc:
+                if not is_about_a_row(exc):
+                    raise
+                logger.exception("The tree of endpoint %s cannot be judged; it is left out.", endpoint_id)
+                continue
             if event_type is not None:
                 told.append(event_type)
         return told
@@ -193,6 +209,9 @@ class TreeReporter:
         # The first the request enqueued.
         root = min(present, key=lambda row: jobs[row.job_id].created_at) if present else roots[0]
         self._report(endpoint_id, root, jobs, verdict, now)
+        runs = {row.job_id: jobs[row.job_id].run for row in present}
+        run = runs.get(root.job_id) or _unknown_run(root)
+        storage.settle_tree(self._database, endpoint_id, run=run, runs=runs, now=now)
         return verdict.type
 
     def _walk(self, rows: Sequence[TreeRow]) -> dict[str, JobRecord]:
@@ -222,11 +241,11 @@ class TreeReporter:
             if row.last_status in TYPE_OF_STATUS:
                 known[row.job_id] = str(row.last_status)
                 continue
-            endings = endings_of_job(self._database, row.job_id)
-            if endings and (status := _STATUS_OF_TYPE.get(endings[-1][0])) is not None:
+            endings = reported_endings(self._database, [row.job_id]).get(row.job_id, [])
+            if endings and (status := _STATUS_OF_TYPE.get(endings[-1].type)) is not None:
                 known[row.job_id] = status
             elif endings and row.root:
-                lost[row.job_id] = endings[-1][0]
+                lost[row.job_id] = endings[-1].type
         return known, lost
 
     def _remember(self, endpoint_id: str, rows: Sequence[TreeRow], statuses: Mapping[str, str]) -> None:
@@ -258,7 +277,7 @@ class TreeReporter:
         now: datetime,
     ) -> None:
         record = jobs.get(root.job_id)
-        run = record.run if record is not None else root.run or "created:" + format_time(root.created_at)
+        run = record.run if record is not None else _unknown_run(root)
         ended = [job.ended_at for job in jobs.values() if job.ended_at is not None]
         ended_at = max(ended, default=None)
         result, truncated = self._result(root.job_id, record, verdict)
@@ -281,7 +300,6 @@ class TreeReporter:
             jobs=verdict.counts,
         )
         self._publish([IngestItem(occurrence, (endpoint_id,))])
-        storage.settle_tree(self._database, endpoint_id, run=run, now=now)
 
     def _result(self, root_id: str, root: JobRecord | None, verdict: TreeVerdict) -> tuple[Any, bool]:
         """Return what the root returned, where RQ still has it."""
@@ -299,6 +317,10 @@ class TreeReporter:
         results = read_results(self._redis, [first.job_id])[first.job_id]
         exc = next((result.exc for result in reversed(results) if result.type == "failure"), None)
         return error_from_text(exc or first.exc)
+
+
+def _unknown_run(root: TreeRow) -> str:
+    return root.run or "created:" + format_time(root.created_at)
 
 
 def _time_of(run: str) -> datetime | None:

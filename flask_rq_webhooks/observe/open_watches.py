@@ -1,257 +1,187 @@
-"""Watches that wait: open ones, whose job has not been told of, and reserved ones, whose job is yet to come.
+"""Open and reserved watches: jobs whose endings are not reported, and ids whose jobs are yet to come.
 
 Owns how a page of them is compared with RQ: cheaply first, closely where something is not simply waiting.
-What the facts mean is decided in :mod:`~flask_rq_webhooks.observe.outcomes`. What is noted of a watch is
-noted after its run was told, so that a pass may die anywhere.
+:mod:`~flask_rq_webhooks.observe.outcomes` decides what the facts mean. Updates of a watch are written after
+its events are stored, so that a pass may die anywhere.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
-from ..errors import OutboxEntryError
-from ..protocol.events import JOB_BLOCKED, JOB_RETRYING, format_time
-from ..queue.job_reader import JobRecord, JobResult, probe_jobs, read_jobs, read_results, read_statuses
-from ..queue.outbox import age_of_oldest
+from redis.exceptions import RedisError
+
+from ..errors import OutboxEntryError, StorageUnavailableError
+from ..protocol.events import JOB_BLOCKED, JOB_SUCCESS, Occurrence
+from ..queue.job_reader import JobRecord, probe_jobs, read_jobs, read_statuses
 from ..queue.outbox_entry import OutboxEntry, parse_entry
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.models import RESERVED
-from ..storage.watches import Glance, Notes, WatchRow
-from .occurrences import OccurrenceReader
-from .outcomes import (
-    CLOCK_SKEW,
-    TYPE_OF_STATUS,
-    Meaning,
+from ..storage.watches import Reported, WatchProbe, WatchRow, WatchUpdates
+from .conclusions import (
+    OutboxRead,
+    WatchAction,
     WatchFacts,
+    conclude,
     counts,
-    ending_of_superseded,
     is_blocked,
-    meaning_of,
-    occurrence_of_loss,
-    occurrence_of_state,
+    outcome_of_loss,
 )
-from .pending_events import Findings, Publish, ReconcileReport
+from .occurrences import OccurrenceReader, occurrence_of_loss, occurrence_of_report
+from .outcomes import TYPE_OF_STATUS, Outcome
+from .pending_events import PendingEvents, Publish, ReconcileReport
 
 if TYPE_CHECKING:
     from redis import Redis
 
 logger = logging.getLogger(__name__)
 
-#: The oldest outbox entry may be this old before absence of a job proves nothing.
-OUTBOX_LAG = timedelta(seconds=10)
-
 _ENDED = frozenset(status.encode() for status in TYPE_OF_STATUS)
 
 
-@dataclass(frozen=True, slots=True)
-class _Watch:
-    """One watch that is looked at closely.
-
-    :param meaning: what is to be done about it.
-    """
-
-    row: WatchRow
-    facts: WatchFacts
-    meaning: Meaning
-
-
-@dataclass(slots=True)
-class _Page:
-    """What comes of one page of them."""
-
-    now: datetime
-    findings: Findings
-    notes: Notes = field(default_factory=Notes)
-
-
-class WaitingWatches:
-    """Compare watches that wait with what RQ committed.
+class OpenWatches:
+    """Compare watches with what RQ committed.
 
     :param publish: stores occurrences as events and deliveries, each once.
-    :param outbox_key: the stream of callbacks' words; while old ones wait there, absence proves nothing.
-    :param clock: aware UTC now.
     """
 
     def __init__(
-        self,
-        database: Database,
-        redis: Redis,
-        *,
-        publish: Publish,
-        occurrences: OccurrenceReader,
-        outbox_key: str | None,
-        clock: Callable[[], datetime],
+        self, database: Database, redis: Redis, *, publish: Publish, occurrences: OccurrenceReader
     ) -> None:
         self._database = database
         self._redis = redis
         self._publish = publish
         self._occurrences = occurrences
-        self._outbox_key = outbox_key
-        self._clock = clock
+        self._settings = occurrences.settings
         self._without_dependency: set[str] = set()
 
-    def outbox_lags(self) -> bool:
-        """Say whether words of callbacks have waited long: their jobs may be gone by now."""
-        if self._outbox_key is None:
-            return False
-        age_s = age_of_oldest(self._redis, self._outbox_key)
-        return age_s is not None and age_s > OUTBOX_LAG.total_seconds()
-
     def pass_over(
-        self, page: Sequence[Glance], report: ReconcileReport, now: datetime, *, outbox_lags: bool
+        self, page: Sequence[WatchProbe], report: ReconcileReport, now: datetime, *, outbox: OutboxRead
     ) -> set[str]:
         """Look at a page as cheaply as can be, and closely at what is not simply waiting.
 
-        :param outbox_lags: :meth:`outbox_lags`, asked before anything was read.
         :returns: the queues of jobs that RQ calls started.
         """
         report.looked_at += len(page)
         queues: set[str] = set()
         close: list[str] = []
-        for glance, probe in zip(
-            page, probe_jobs(self._redis, [glance.job_id for glance in page]), strict=True
-        ):
-            if probe is None or glance.remarkable or glance.missing_passes or glance.run is None:
-                close.append(glance.id)
+        jobs = probe_jobs(self._redis, [watch.job_id for watch in page])
+        for watch, job in zip(page, jobs, strict=True):
+            if job is None or watch.needs_full_read or watch.missing_passes or watch.run is None:
+                close.append(watch.id)
                 continue
-            status, run, queue = probe
+            status, run, queue = job
             if status == b"started" and queue:
                 queues.add(queue.decode("utf-8", "replace"))
             if (
                 status in _ENDED
-                or run != glance.run.encode()
-                or (status == b"deferred" and glance.wants_blocked)
+                or run != watch.run.encode()
+                or (status == b"deferred" and watch.wants_blocked)
             ):
-                close.append(glance.id)
-        if close:
-            rows = storage.load_watches(self._database, close)
-            wants_blocked = {glance.id for glance in page if glance.wants_blocked}
-            self._judge(rows, report, now, outbox_lags=outbox_lags, wants_blocked=wants_blocked)
+                close.append(watch.id)
+        wants_blocked = {watch.id for watch in page if watch.wants_blocked}
+        self.look_closely(close, report, now, outbox=outbox, wants_blocked=wants_blocked)
         return queues
 
-    def _judge(
+    def look_closely(
         self,
-        rows: Sequence[WatchRow],
+        watch_ids: Sequence[str],
         report: ReconcileReport,
         now: datetime,
         *,
-        outbox_lags: bool,
-        wants_blocked: set[str],
+        outbox: OutboxRead,
+        wants_blocked: set[str] | None = None,
     ) -> None:
-        records = read_jobs(self._redis, [row.job_id for row in rows])
-        watches = []
-        for row in rows:
-            facts = _facts(row)
-            meaning = meaning_of(facts, records.get(row.job_id), now=now, outbox_lags=outbox_lags)
-            watches.append(_Watch(row, facts, meaning))
-        results = read_results(self._redis, _results_wanted(watches, records))
-        page = _Page(now, Findings(self._database))
+        """Judge these watches by all that RQ and SQL know of their jobs, and publish what is new.
+
+        :param wants_blocked: those whose endpoints subscribe to ``job.blocked``.
+        """
+        rows = storage.load_watches(self._database, watch_ids)
+        if not rows:
+            return
+        job_ids = list({row.job_id for row in rows})
+        jobs = read_jobs(self._redis, job_ids, results=True)
+        # After Redis: what ingest stores meanwhile is seen, and not taken for unreported.
+        reported = storage.reported_endings(self._database, job_ids)
+        events, updates = PendingEvents(self._database), WatchUpdates()
         blocked: list[tuple[WatchRow, JobRecord]] = []
-        # Those that know the run first: the others of the same job then tell of the same one.
-        for watch in sorted(watches, key=lambda watch: watch.row.run is None):
-            job = records.get(watch.row.job_id)
-            if job is None:
-                self._judge_absent(watch, page)
+        # Those that know the run first: the others of the same job then report the same one.
+        for row in sorted(rows, key=lambda row: row.run is None):
+            if row.job_id in jobs.unreadable:
+                continue  # a broken hash is no evidence of anything
+            job = jobs.get(row.job_id)
+            try:
+                self._judge(
+                    row, job, reported.get(row.job_id, ()), events, updates, report, now=now, outbox=outbox
+                )
+            except (RedisError, StorageUnavailableError):
+                raise
+            except Exception:
+                logger.exception("Job %r cannot be judged; it is left out of this pass.", row.job_id)
                 continue
-            self._judge_present(watch, job, results.get(job.job_id, []), page)
-            if watch.meaning is Meaning.WAIT and job.status == "deferred" and watch.row.id in wants_blocked:
-                blocked.append((watch.row, job))
-        self._find_blocked(blocked, page)
-        report.adopted += len(page.notes.adopted)
-        report.told.update(page.findings.publish(self._publish))
-        storage.write_notes(self._database, page.notes, now=now)
+            if job is not None and job.status == "deferred" and row.id in (wants_blocked or ()):
+                blocked.append((row, job))
+        self._find_blocked(blocked, events, now)
+        report.adopted += len(updates.adopted)
+        report.reported.update(events.publish(self._publish))
+        storage.write_updates(self._database, updates, now=now)
 
-    def _judge_absent(self, watch: _Watch, page: _Page) -> None:
-        row, facts, notes = watch.row, watch.facts, page.notes
-        if watch.meaning is Meaning.WORD and facts.evidence is not None:
-            page.findings.add(row, self._occurrences.of_word(facts.evidence))
-            notes.spent.add(row.id)
-        elif watch.meaning is Meaning.LOST:
-            page.findings.add_loss(row, occurrence_of_loss(facts, now=page.now))
-        elif watch.meaning is Meaning.MISSING:
-            notes.missing.add(row.id)
-        elif watch.meaning is Meaning.UNUSED:
-            notes.closed.add(row.id)
-        elif watch.meaning is Meaning.OVER:
-            notes.over.add(row.id)
-
-    def _judge_present(
-        self, watch: _Watch, job: JobRecord, results: Sequence[JobResult], page: _Page
+    def _judge(
+        self,
+        row: WatchRow,
+        job: JobRecord | None,
+        reported: Sequence[Reported],
+        events: PendingEvents,
+        updates: WatchUpdates,
+        report: ReconcileReport,
+        *,
+        now: datetime,
+        outbox: OutboxRead,
     ) -> None:
-        row, notes, evidence = watch.row, page.notes, watch.facts.evidence
-        if watch.meaning is Meaning.UNUSED:
-            notes.closed.add(row.id)
+        facts = _facts(row)
+        conclusion = conclude(facts, job, reported, now=now, outbox=outbox)
+        for outcome in conclusion.outcomes:
+            if job is not None and row.endpoint_id in job.tokens and facts.report is None:
+                report.silent_successes += outcome.type == JOB_SUCCESS and outcome.supersedes is None
+            events.add(row, self._occurrence(job, outcome, facts.report, now))
+        if conclusion.uses_report:
+            updates.decided.add(row.id)
+        if conclusion.action is WatchAction.MISSING:
+            updates.missing.add(row.id)
+        elif conclusion.action is WatchAction.LOST:
+            events.add_loss(row, occurrence_of_loss(row.job_id, outcome_of_loss(facts), now=now))
+        elif conclusion.action is WatchAction.UNUSED:
+            updates.closed.add(row.id)
+        if job is None:
             return
         if row.missing_passes:
-            notes.present.add(row.id)
-        if evidence is not None and evidence.run != job.run:
-            earlier = ending_of_superseded(evidence.run, job, results)
-            page.findings.add(
-                row,
-                self._occurrences.of_word(evidence)
-                if earlier is None
-                else self._occurrences.of_earlier_run(job, evidence.run, earlier, results),
-            )
-            notes.spent.add(row.id)
-        began_again = self._tell_earlier_run(watch, job, results, page)
-        if watch.meaning is Meaning.ENDED:
-            ending = self._occurrences.of_job(job, results, evidence=evidence, now=page.now)
-            page.findings.add(row, ending)
-        counted = counts(watch.facts, job)
-        if row.status == RESERVED and counted:
-            notes.adopted.add(row.id)
-        # A run that never was enqueued has no time that later runs could be compared with.
-        if counted and job.run != row.run and job.enqueued_at is not None and not began_again:
-            notes.seen[row.id] = job.run
+            updates.present.add(row.id)
+        if row.status == RESERVED and counts(facts, job):
+            updates.adopted.add(row.id)
+        if conclusion.action is WatchAction.BEGAN:
+            updates.began[row.id] = (row.run, job.run)
+        elif conclusion.action is WatchAction.CAUGHT_UP:
+            said = next(ending.type for ending in reported if ending.run == job.run)
+            updates.caught_up[row.id] = (row.run, job.run, said)
 
-    def _tell_earlier_run(
-        self, watch: _Watch, job: JobRecord, results: Sequence[JobResult], page: _Page
-    ) -> bool:
-        """Tell how the run before the current one ended, where nobody did; say whether one ending was told.
+    def _occurrence(
+        self, job: JobRecord | None, outcome: Outcome, report: OutboxEntry | None, now: datetime
+    ) -> Occurrence:
+        of_this_run = report if report is not None and outcome.supersedes is None else None
+        if of_this_run is not None and of_this_run.run != outcome.run:
+            of_this_run = None
+        if job is None or not outcome.committed:
+            assert report is not None  # noqa: S101  (who else would say so)
+            return occurrence_of_report(report, outcome, self._settings)
+        return self._occurrences.of_job(job, outcome, report=of_this_run, now=now)
 
-        That the job began again is then noted by a later pass, when the earlier run is settled.
-        """
-        row = watch.row
-        if watch.facts.told or row.run == job.run or job.enqueued_at is None:
-            return False
-        if row.run is None:
-            return self._tell_unseen_run(row, job, results, page)
-        earlier = ending_of_superseded(row.run, job, results)
-        if earlier is not None:
-            page.findings.add(row, self._occurrences.of_earlier_run(job, row.run, earlier, results))
-            return True
-        if job.retries_left is not None or any(result.type == "retried" for result in results):
-            page.findings.add(row, occurrence_of_state(job, JOB_RETRYING, now=page.now, run=row.run))
-        return False
-
-    def _tell_unseen_run(
-        self, row: WatchRow, job: JobRecord, results: Sequence[JobResult], page: _Page
-    ) -> bool:
-        """Tell of a run that ended and began again before any pass saw it, and that no callback told of.
-
-        Its own identity is not known any more; the one it gets is that of a job never enqueued.
-        """
-        if not _has_begun_again(job):
-            return False
-        run = "created:" + format_time(job.created_at)
-        earlier = ending_of_superseded(format_time(max(job.created_at, row.counts_from)), job, results)
-        if earlier is None or self._clock() - earlier.at < OUTBOX_LAG or self.outbox_lags():
-            return False
-        ended = format_time(earlier.at + CLOCK_SKEW)
-        if any(
-            key.split("|")[1] < ended
-            for _type, key, _at in storage.endings_of_job(self._database, job.job_id)
-        ):
-            return False
-        page.findings.add(row, self._occurrences.of_earlier_run(job, run, earlier, results))
-        return True
-
-    def _find_blocked(self, waiting: Sequence[tuple[WatchRow, JobRecord]], page: _Page) -> None:
+    def _find_blocked(
+        self, waiting: Sequence[tuple[WatchRow, JobRecord]], events: PendingEvents, now: datetime
+    ) -> None:
         if not waiting:
             self._without_dependency.clear()
             return
@@ -265,7 +195,8 @@ class WaitingWatches:
                 self._without_dependency.add(row.id)
                 if row.id not in absent_before:
                     continue
-            page.findings.add(row, occurrence_of_state(job, JOB_BLOCKED, now=page.now))
+            outcome = Outcome(type=JOB_BLOCKED, run=job.run)
+            events.add(row, self._occurrences.of_job(job, outcome, now=now))
 
 
 def _facts(row: WatchRow) -> WatchFacts:
@@ -276,35 +207,19 @@ def _facts(row: WatchRow) -> WatchFacts:
         created_at=row.created_at,
         counts_from=row.counts_from,
         run=row.run,
-        told=row.settled_at is not None,
+        settled=row.settled_at is not None,
         missing_passes=row.missing_passes,
-        evidence=_parsed(row),
+        report=_parked_report(row),
+        of_tree=row.scope == "tree",
     )
 
 
-def _parsed(row: WatchRow) -> OutboxEntry | None:
+def _parked_report(row: WatchRow) -> OutboxEntry | None:
     if row.evidence is None:
         return None
     try:
         entry = parse_entry(row.evidence.encode())
     except OutboxEntryError as exc:
-        logger.error("The evidence on watch %s cannot be read and is not used: %s", row.id, exc)
+        logger.error("The report on watch %s cannot be read and is not used: %s", row.id, exc)
         return None
     return entry if entry.kind != "confirm" else None
-
-
-def _results_wanted(watches: Sequence[_Watch], records: dict[str, JobRecord]) -> list[str]:
-    wanted: dict[str, None] = {}
-    for watch in watches:
-        row, job, evidence = watch.row, records.get(watch.row.job_id), watch.facts.evidence
-        if job is None:
-            continue
-        superseded = row.run != job.run if row.run is not None else _has_begun_again(job)
-        if watch.meaning is Meaning.ENDED or superseded or (evidence and evidence.run != job.run):
-            wanted[row.job_id] = None
-    return list(wanted)
-
-
-def _has_begun_again(job: JobRecord) -> bool:
-    """Say whether the current run is probably not the job's first."""
-    return job.enqueued_at is not None and job.enqueued_at - job.created_at > timedelta(seconds=1)

@@ -1,45 +1,49 @@
-"""What a watch and RQ's committed state mean together. Pure: everything is handed in.
+"""How a run of a job ended: the one rule book of ingest and reconcile. Pure: everything is handed in.
 
-The rules of reconcile, apart from where the facts come from and what is done with the answer: which runs
-count, how a run ended, when a missing job is lost, what is a correction.
+A callback reports *before* RQ commits, and the work-horse may die in between. So a report is evidence, and
+what RQ committed wins. A report stands alone only where RQ no longer knows.
+
+A job's hash shows its current run only. How an earlier run ended is in RQ's results, which do not name the
+run they belong to. These rules attribute them without trusting any two clocks more than they have to:
+
+* The hash and the results are of one moment, so the newest result is the current run's if the run is over,
+  and an earlier run's if it is not.
+* A retry leaves no result and takes one from ``retries_left``.
+* A callback's report and RQ's result are stamped by the same Redis server, the report first.
+* A result that an event was made of is not reported again.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from ..protocol.events import (
+    CLOCK_SKEW,
     JOB_CANCELED,
     JOB_FAILURE,
     JOB_LOST,
     JOB_RETRYING,
     JOB_STOPPED,
     JOB_SUCCESS,
-    SOURCE_CALLBACK,
-    SOURCE_RECONCILED,
     TERMINAL_TYPES,
-    Occurrence,
     format_time,
     parse_time,
 )
-from ..protocol.json_safe import dumps_capped
-from ..protocol.tracebacks import error_from_text
 from ..queue.job_reader import JobRecord, JobResult
 from ..queue.outbox_entry import OutboxEntry
-from ..queue.safe_pickle import UNKNOWN
+from ..storage.watches import Reported
 
-#: Passes that have to miss a confirmed job before it counts as lost.
-LOST_AFTER_PASSES = 2
-#: How long a reserved id may wait for its job: views that take minutes, pipelines executed later.
-RESERVED_GRACE = timedelta(minutes=15)
-#: How long a job that carries our callbacks is left to them after its end: they know its result.
-CALLBACK_GRACE = timedelta(seconds=1.5)
-#: How much the clocks of web hosts and workers may differ.
-CLOCK_SKEW = timedelta(seconds=1)
+#: How long RQ may change its mind about a run, such as when an orphaned work-horse finishes after all.
+#: Worse: the change is not reported.
+CORRECTIONS_FOR = timedelta(hours=24)
+#: How far apart the clocks of Redis and of those who enqueue may be, where nothing else tells whose a result
+#: is. Worse: a run that ended without a callback and began again between two passes is not reported.
+LARGE_CLOCK_SKEW = timedelta(minutes=2)
+#: Precision of the times in Redis' streams.
+_MILLISECOND = timedelta(milliseconds=1)
 
 TYPE_OF_STATUS = {
     "finished": JOB_SUCCESS,
@@ -53,278 +57,277 @@ _TYPE_OF_KIND = {
     "stopped": JOB_STOPPED,
     "retried": JOB_RETRYING,
 }
+#: A job between two runs that RQ starts by itself; ``enqueued_at`` is still that of the first.
+_BETWEEN_RUNS = frozenset({"scheduled", "queued", "deferred", "ready_to_enqueue", "rate_limited"})
+#: Of these, the job's current run has not begun.
+_NOT_BEGUN = frozenset({"queued", "deferred"})
 
 
-class Meaning(enum.Enum):
-    """What is to be done about an open watch."""
+class Undecided(enum.Enum):
+    """Why there is no outcome."""
 
-    #: Nothing has ended.
-    WAIT = enum.auto()
-    #: The run has ended; RQ says how.
-    ENDED = enum.auto()
-    #: RQ no longer knows; a callback's parked word stands.
-    WORD = enum.auto()
-    #: The job is not there; to be seen once more before it means anything.
-    MISSING = enum.auto()
-    #: The job is gone and nobody said how it ended.
-    LOST = enum.auto()
-    #: The id was reserved and never became a job of this request.
-    UNUSED = enum.auto()
-    #: The job is gone, and its last run has been told.
-    OVER = enum.auto()
+    #: RQ has not committed the end of the run.
+    UNCOMMITTED = enum.auto()
+    #: RQ's results must be read first.
+    NEEDS_RESULTS = enum.auto()
+    #: The ending was reported, as that of another run.
+    REPORTED = enum.auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WatchFacts:
-    """What SQL knows of a watch.
+class Outcome:
+    """How a run ended.
 
-    :param run: last run seen; told already where *told* says so.
-    :param counts_from: runs that began before do not count, unless the job carries our endpoint.
-    :param evidence: a callback's word that RQ had not committed.
+    :param type: event type; final if it is a terminal one.
+    :param run: identity of the run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.
+    :param ended_at: when, where RQ says so.
+    :param exc: traceback text that RQ kept of a failure.
+    :param committed: whether RQ says so; otherwise only the callback does, or nobody (``job.lost``).
+    :param result: the result it was taken from, where the job is in a newer run by now.
+    :param supersedes: id of the event it corrects.
     """
 
-    job_id: str
-    endpoint_id: str | None
-    status: str
-    created_at: datetime
-    counts_from: datetime
-    run: str | None = None
-    told: bool = False
-    missing_passes: int = 0
-    evidence: OutboxEntry | None = None
+    type: str
+    run: str
+    ended_at: datetime | None = None
+    exc: str | None = None
+    committed: bool = True
+    result: JobResult | None = None
+    supersedes: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Say whether the run is over."""
+        return self.type in TERMINAL_TYPES
 
 
-def meaning_of(
-    watch: WatchFacts, job: JobRecord | None, *, now: datetime, outbox_lags: bool = False
-) -> Meaning:
-    """Return what RQ's committed state means for an open or reserved watch.
+# -- one run ----------------------------------------------------------------------------------------------
 
-    :param job: ``None`` where RQ has no such job.
-    :param outbox_lags: callbacks' words are waiting to be read; absence proves nothing then.
+
+def outcome_of(
+    run: str,
+    job: JobRecord | None,
+    *,
+    report: OutboxEntry | None = None,
+    following: OutboxEntry | None = None,
+    reported: Sequence[Reported] = (),
+    patient: bool = True,
+) -> Outcome | Undecided:
+    """Return how *run* ended.
+
+    :param job: the job now, ``None`` where RQ has no such job; with its results, if they were read.
+    :param report: what the run's callback reported, of kind ``success``, ``failure`` or ``stopped``.
+    :param following: the report of a later run that comes next, where it is at hand.
+    :param reported: the job's endings that were reported already, oldest first; needed only where the job is
+        absent or in another run.
+    :param patient: whether the commit may still come. ``False`` accepts a job that stays ``canceled``, and a
+        hash whose run looks older than the report's: clocks of machines differ.
     """
     if job is None:
-        return _meaning_of_absence(watch, now=now, outbox_lags=outbox_lags)
-    if not counts(watch, job):
-        waited = watch.status == "reserved" and now - watch.created_at > RESERVED_GRACE
-        return Meaning.UNUSED if waited else Meaning.WAIT
-    if job.status not in TYPE_OF_STATUS or (watch.told and watch.run == job.run):
-        return Meaning.WAIT
-    return Meaning.WAIT if _callback_may_be_on_its_way(watch, job, now) else Meaning.ENDED
+        return Undecided.UNCOMMITTED if report is None else by_report(report, following)
+    if job.run == run:
+        return _of_current_run(run, job, report, following, reported, patient=patient)
+    if patient and job.run is not None and _began_before(job.run, run):
+        return Undecided.UNCOMMITTED  # the hash may have been overwritten with an older copy
+    if report is None:
+        return Undecided.UNCOMMITTED  # see unreported_outcomes
+    return _of_superseded_run(job, report, following, reported)
 
 
-def _callback_may_be_on_its_way(watch: WatchFacts, job: JobRecord, now: datetime) -> bool:
-    if job.ended_at is None or watch.evidence is not None or watch.endpoint_id not in job.tokens:
-        return False
-    return timedelta(0) <= now - job.ended_at < CALLBACK_GRACE
-
-
-def _meaning_of_absence(watch: WatchFacts, *, now: datetime, outbox_lags: bool) -> Meaning:
-    if watch.evidence is not None:
-        return Meaning.WORD
-    if watch.told:
-        return Meaning.OVER
-    if watch.status == "reserved":
-        return Meaning.UNUSED if now - watch.created_at > RESERVED_GRACE else Meaning.WAIT
-    if outbox_lags:
-        return Meaning.WAIT
-    return Meaning.LOST if watch.missing_passes + 1 >= LOST_AFTER_PASSES else Meaning.MISSING
-
-
-def counts(watch: WatchFacts, job: JobRecord) -> bool:
-    """Say whether the job's current run began after we promised to report it.
-
-    A job whose callbacks carry the endpoint was enqueued for it, whatever the clocks say.
-    """
-    if watch.endpoint_id is not None and watch.endpoint_id in job.tokens:
-        return True
-    return (job.enqueued_at or job.created_at) >= watch.counts_from - CLOCK_SKEW
-
-
-def ending_of_superseded(run: str, job: JobRecord, results: Sequence[JobResult]) -> JobResult | None:
-    """Return the result that ended *run*, where *job* is already in a newer run; ``None`` if RQ kept none.
-
-    Runs follow one another, so the result of one lies between its beginning and that of the next.
-
-    :param run: the run, by the time it was enqueued.
-    """
-    if run.startswith("created:") or job.enqueued_at is None:
-        return None
-    began = parse_time(run)
-    if results and _type_of(results[-1]) == TYPE_OF_STATUS.get(job.status or ""):
-        results = results[:-1]  # the current run's own
-    ended = [
-        result
-        for result in results
-        if began - CLOCK_SKEW <= result.at <= job.enqueued_at + CLOCK_SKEW and result.type != "retried"
-    ]
-    return ended[-1] if ended else None
-
-
-def is_correction(told_type: str, job: JobRecord, *, told_run: str, told_at: datetime) -> bool:
-    """Say whether RQ now says something else of a run than we told.
-
-    :param told_run: the run told; that of a lost job we never saw is not known and begins ``created:``.
-    :param told_at: when it was told.
-    """
-    committed = TYPE_OF_STATUS.get(job.status or "")
-    if committed is None or committed == told_type:
-        return False
-    if job.run == told_run:
-        return True
-    unknown = told_type == JOB_LOST and told_run.startswith("created:")
-    return unknown and (job.enqueued_at or job.created_at) <= told_at
-
-
-def is_blocked(
-    job: JobRecord, statuses: Mapping[str, str | None], *, blocked: frozenset[str] = frozenset()
-) -> bool:
-    """Say whether a deferred job waits for something that will not happen.
-
-    :param statuses: of the jobs it depends on; ``None`` for absent ones.
-    :param blocked: dependencies that are known to be blocked themselves.
-    """
-    if job.status != "deferred":
-        return False
-    for dependency in job.dependency_ids:
-        status = statuses.get(dependency)
-        if status in (None, "stopped", "canceled") or dependency in blocked:
-            return True
-        if status == "failed" and not job.allow_dependency_failures:
-            return True
-    return False
-
-
-# -- occurrences ------------------------------------------------------------------------------------------
-
-
-def occurrence_of_job(
-    job: JobRecord,
-    results: Sequence[JobResult],
-    *,
-    now: datetime,
-    max_payload_bytes: int,
-    value: Any = UNKNOWN,
-    evidence: OutboxEntry | None = None,
-    supersedes: str | None = None,
-    run: str | None = None,
-) -> Occurrence:
-    """Return how the job's current run ended, by what RQ committed.
-
-    :param value: what a successful run returned.
-    :param evidence: a callback's word on the same run, which may know the result better than RQ does.
-    :param supersedes: id of the event this corrects.
-    :param run: where the run was told under another identity.
-    """
-    event_type = TYPE_OF_STATUS[job.status or ""]
-    last = _last_of_run(job, results, event_type)
-    ended_at = _ended_at(job, last)
-    evidence = evidence if evidence is not None and evidence.run == job.run else None
-    result, truncated, error = None, False, None
-    if event_type == JOB_SUCCESS:
-        result, truncated = _result_of(value, evidence, max_payload_bytes)
-    elif event_type == JOB_FAILURE:
-        known = evidence.error if evidence is not None and evidence.kind == "failure" else None
-        error = known or error_from_text(last.exc if last is not None and last.exc else job.exc)
-    return _occurrence(
-        job, event_type, run or job.run, ended_at=ended_at, now=now,
-        result=result, result_truncated=truncated, error=error, supersedes=supersedes,
-    )  # fmt: skip
-
-
-def occurrence_of_result(
-    job: JobRecord, run: str, result: JobResult, *, max_payload_bytes: int, value: Any = UNKNOWN
-) -> Occurrence:
-    """Return how an earlier run of the job ended, by the result RQ kept of it."""
-    event_type = _type_of(result)
-    kept, truncated, error = None, False, None
-    if event_type == JOB_SUCCESS:
-        kept, truncated = _result_of(value, None, max_payload_bytes)
-    elif event_type == JOB_FAILURE:
-        error = error_from_text(result.exc)
-    return _occurrence(
-        job, event_type, run, ended_at=result.at, now=result.at,
-        result=kept, result_truncated=truncated, error=error, of_current_run=False,
-    )  # fmt: skip
-
-
-def occurrence_of_word(entry: OutboxEntry, *, max_payload_bytes: int) -> Occurrence:
-    """Return what a callback said of a run RQ no longer knows."""
-    ended_at = datetime.fromtimestamp(entry.at, UTC)
-    event_type = _TYPE_OF_KIND[entry.kind]
-    if entry.kind == "failure" and entry.retries_left:
-        event_type = JOB_RETRYING
-    result, truncated = None, False
-    if event_type == JOB_SUCCESS:
-        result, truncated = dumps_capped(entry.result, max_payload_bytes)
-    return Occurrence(
-        type=event_type,
-        occurred_at=ended_at,
-        source=SOURCE_CALLBACK,
-        job_id=entry.job_id,
-        run=entry.run,
-        runid=entry.runid,
-        func=entry.func,
-        queue=entry.queue,
-        enqueued_at=parse_time(entry.enqueued_at) if entry.enqueued_at else None,
-        started_at=parse_time(entry.started_at) if entry.started_at else None,
-        ended_at=ended_at,
-        result=result,
-        result_truncated=truncated or entry.result_truncated,
-        error=entry.error,
-    )
-
-
-def occurrence_of_loss(watch: WatchFacts, *, now: datetime) -> Occurrence:
-    """Return that the job of *watch* is gone without a word: outcome unknown."""
-    run = watch.run or "created:" + format_time(watch.created_at)
-    known = watch.run is not None and not watch.run.startswith("created:")
-    return Occurrence(
-        type=JOB_LOST,
-        occurred_at=now,
-        source=SOURCE_RECONCILED,
-        job_id=watch.job_id,
-        run=run,
-        enqueued_at=parse_time(run) if known else None,
-    )
-
-
-def occurrence_of_state(
-    job: JobRecord, event_type: str, *, now: datetime, run: str | None = None
-) -> Occurrence:
-    """Return a non-terminal occurrence: the job waits in vain, or its run ended and RQ began another."""
-    if event_type in TERMINAL_TYPES:
-        raise ValueError(f"{event_type} ends a run")
-    return _occurrence(job, event_type, run or job.run, ended_at=None, now=now, of_current_run=run is None)
-
-
-def _occurrence(
-    job: JobRecord,
-    event_type: str,
+def _of_current_run(
     run: str,
+    job: JobRecord,
+    report: OutboxEntry | None,
+    following: OutboxEntry | None,
+    reported: Sequence[Reported],
     *,
-    ended_at: datetime | None,
-    now: datetime,
-    of_current_run: bool = True,
-    **fields: Any,
-) -> Occurrence:
-    if of_current_run:
-        enqueued_at, started_at = job.enqueued_at, job.started_at
-    else:
-        enqueued_at, started_at = parse_time(run.removeprefix("created:")), None
-    return Occurrence(
-        type=event_type,
-        occurred_at=ended_at or now,
-        source=SOURCE_RECONCILED,
-        job_id=job.job_id,
-        run=run,
-        runid=job.runid,
-        func=job.func,
-        queue=job.queue,
-        enqueued_at=enqueued_at,
-        started_at=started_at,
-        ended_at=ended_at,
-        **fields,
+    patient: bool,
+) -> Outcome | Undecided:
+    committed = TYPE_OF_STATUS.get(job.status or "")
+    if committed is None:
+        if report is None or job.status not in _BETWEEN_RUNS:
+            return Undecided.UNCOMMITTED
+        if _expects_retry(report):
+            return Outcome(type=JOB_RETRYING, run=run)
+        if job.status in _NOT_BEGUN:
+            return Undecided.UNCOMMITTED
+        # Waits for its repetition, or for a retry after the work-horse died behind on_success.
+        return _of_superseded_run(job, report, following, reported)
+    if committed == JOB_CANCELED and report is not None and report.kind != "stopped" and patient:
+        return Undecided.UNCOMMITTED  # a job canceled while it runs becomes finished or failed at its commit
+    exc = None
+    own = own_result(job)
+    if committed == JOB_FAILURE and (report is None or report.kind != "failure"):
+        if job.results is None:
+            return Undecided.NEEDS_RESULTS
+        exc = (own.exc if own is not None else None) or job.exc
+    return Outcome(type=committed, run=run, ended_at=_ended_at(job, own), exc=exc)
+
+
+def _of_superseded_run(
+    job: JobRecord, report: OutboxEntry, following: OutboxEntry | None, reported: Sequence[Reported]
+) -> Outcome | Undecided:
+    retrying = Outcome(type=JOB_RETRYING, run=report.run)
+    if _was_retried(report, following):
+        return retrying
+    if _expects_retry(report) and _was_retried(report, job):
+        return retrying
+    if job.results is None:
+        return Undecided.NEEDS_RESULTS
+    result = _result_after(report, following, job)
+    if result is None:
+        return retrying if _was_retried(report, job) else by_report(report, following)
+    if _expects_retry(report) and _type_of(result) != JOB_STOPPED:
+        return retrying  # only a stop keeps RQ from retrying
+    if any(_is_claimed(result, ending) for ending in reported if ending.run != report.run):
+        return Undecided.REPORTED
+    return _by_result(report.run, result)
+
+
+def by_report(report: OutboxEntry, following: OutboxEntry | None = None) -> Outcome:
+    """Return what a callback reported of a run that RQ no longer knows."""
+    if _expects_retry(report) or _was_retried(report, following):
+        return Outcome(type=JOB_RETRYING, run=report.run, committed=False)
+    return Outcome(
+        type=_TYPE_OF_KIND[report.kind], run=report.run, ended_at=reported_at(report), committed=False
     )
+
+
+def _by_result(run: str, result: JobResult) -> Outcome:
+    return Outcome(
+        type=_type_of(result), run=run, ended_at=result.ended_at or result.at, exc=result.exc, result=result
+    )
+
+
+def _expects_retry(report: OutboxEntry) -> bool:
+    return report.kind == "failure" and bool(report.retries_left)
+
+
+def _was_retried(report: OutboxEntry, later: JobRecord | OutboxEntry | None) -> bool:
+    """Say whether RQ began the reported run again: every retry takes one from what is left."""
+    return (
+        later is not None
+        and report.retries_left is not None
+        and later.retries_left is not None
+        and later.retries_left < report.retries_left
+    )
+
+
+def _result_after(report: OutboxEntry, following: OutboxEntry | None, job: JobRecord) -> JobResult | None:
+    """Return the reported run's own result: the first one after the report, unless it is a later run's.
+
+    The execution of a run begins before its ``started_at``, on the same machine's clock.
+    """
+    own = own_result(job) if job.run != report.run else None
+    for result in job.results or ():
+        if result is own or result.at < reported_at(report) - _MILLISECOND:
+            continue
+        if following is not None and result.at > reported_at(following):
+            return None
+        if report.kind == "stopped" and result.type in ("success", "retried"):
+            return None  # a run that was stopped leaves a failure
+        if result.started_at is not None and report.started_at is not None:
+            return result if result.started_at <= parse_time(report.started_at) else None
+        return result
+    return None
+
+
+def reported_at(report: OutboxEntry) -> datetime:
+    """Return when Redis took the report."""
+    return datetime.fromtimestamp(report.at, UTC)
+
+
+def _began_before(run: str, other: str) -> bool:
+    """Say whether *run* looks older than *other*; never for a job that had not been enqueued."""
+    return not run.startswith("created:") and not other.startswith("created:") and run < other
+
+
+# -- RQ's results -----------------------------------------------------------------------------------------
+
+
+def own_result(job: JobRecord) -> JobResult | None:
+    """Return the result of the job's current run: the newest one, if it says what the hash says."""
+    if not job.results:
+        return None
+    last = job.results[-1]
+    # A job that waits for its repetition has committed a success.
+    committed = JOB_SUCCESS if job.status == "scheduled" else TYPE_OF_STATUS.get(job.status or "")
+    if committed is None or _type_of(last) != committed:
+        return None
+    if last.ended_at is not None and job.ended_at is not None:
+        return last if abs(last.ended_at - job.ended_at) <= _MILLISECOND else None
+    return last
+
+
+def unreported_outcomes(
+    run: str | None,
+    job: JobRecord,
+    reported: Sequence[Reported],
+    *,
+    since: datetime,
+    run_is_reported: bool,
+    taken: Sequence[JobResult] = (),
+) -> list[Outcome]:
+    """Return how runs before the job's current one ended, as far as RQ knows and no event says.
+
+    :param run: the run that was noted last, ``None`` where none was.
+    :param since: when the first run that counts began.
+    :param run_is_reported: whether an event says how *run* ended.
+    :param taken: results that belong to a report at hand.
+    """
+    own = own_result(job)
+    results = [
+        result
+        for result in job.results or ()
+        if result is not own
+        and result.type != "retried"
+        and result not in taken
+        and (result.ended_at is None or result.ended_at != job.ended_at)
+    ]
+    left = _unclaimed(results, reported)
+    if run is None:
+        found = [result for result in left if (result.started_at or result.at) >= since]
+    else:
+        since = max(since, parse_time(run))
+        found = [result for result in left if result.at >= since - CLOCK_SKEW]
+    open_run = None if run_is_reported else run
+    if not found and left and open_run is not None and not may_have_been_retried(job):
+        # It has ended, or the job could not be in a newer run: the clocks differ.
+        found = [result for result in left[-1:] if result.at >= since - LARGE_CLOCK_SKEW]
+    outcomes = []
+    for result in found:
+        # A run that nobody saw has no known identity; when it ended is as unique as when it was enqueued.
+        outcomes.append(_by_result(open_run or format_time(result.ended_at or result.at), result))
+        open_run = None
+    return outcomes
+
+
+def may_have_been_retried(job: JobRecord) -> bool:
+    """Say whether RQ may have begun a run of the job again that it did not commit."""
+    return job.retries_left is not None or any(result.type == "retried" for result in job.results or ())
+
+
+def _unclaimed(results: Sequence[JobResult], reported: Sequence[Reported]) -> list[JobResult]:
+    """Return the results that no reported ending was made of."""
+    left = list(results)
+    unmatched = []
+    for ending in reported:
+        same = next((result for result in left if _is_claimed(result, ending)), None)
+        if same is not None:
+            left.remove(same)
+        else:
+            unmatched.append(ending)
+    # Without RQ's own times: each ending takes the newest result of its type, the newest ending first.
+    for ending in reversed(unmatched):
+        same = next((r for r in reversed(left) if r.ended_at is None and _type_of(r) in ending.types), None)
+        if same is not None:
+            left.remove(same)
+    return left
+
+
+def _is_claimed(result: JobResult, ending: Reported) -> bool:
+    moment = result.ended_at or result.at
+    return any(abs(moment - ended_at) <= _MILLISECOND for ended_at in ending.ended_at)
 
 
 def _type_of(result: JobResult) -> str:
@@ -334,24 +337,38 @@ def _type_of(result: JobResult) -> str:
     return _TYPE_OF_KIND[result.type]
 
 
-def _last_of_run(job: JobRecord, results: Sequence[JobResult], event_type: str) -> JobResult | None:
-    """Return the newest result that says the same as the committed status, if it is of the run."""
-    for result in reversed(results):
-        if _type_of(result) == event_type:
-            began = job.enqueued_at
-            return result if began is None or result.at >= began - CLOCK_SKEW else None
-    return None
-
-
 def _ended_at(job: JobRecord, result: JobResult | None) -> datetime | None:
     ended_at = job.ended_at
-    if ended_at is not None and (job.enqueued_at is None or ended_at >= job.enqueued_at):
+    if ended_at is not None and (job.enqueued_at is None or ended_at >= job.enqueued_at - LARGE_CLOCK_SKEW):
         return ended_at
     return result.at if result is not None else None
 
 
-def _result_of(value: Any, evidence: OutboxEntry | None, max_payload_bytes: int) -> tuple[Any, bool]:
-    if evidence is not None and evidence.kind == "success":
-        kept, truncated = dumps_capped(evidence.result, max_payload_bytes)
-        return kept, truncated or evidence.result_truncated
-    return (None, True) if value is UNKNOWN else dumps_capped(value, max_payload_bytes)
+# -- corrections ------------------------------------------------------------------------------------------
+
+
+def news(outcome: Outcome, reported: Iterable[Reported], *, now: datetime) -> Outcome | None:
+    """Return *outcome* as it is to be published: as it is, as a correction, or not at all.
+
+    A run has one ending and at most one correction. Only what RQ committed corrects what RQ had committed;
+    ``job.lost`` means that nobody knew, so a callback's report corrects it too.
+    """
+    if not outcome.is_final:
+        return outcome
+    for ending in reported:
+        if ending.run != outcome.run and not is_loss_of(ending, outcome):
+            continue
+        if ending.type == outcome.type or ending.corrected or now - ending.stored_at > CORRECTIONS_FOR:
+            return None
+        if not outcome.committed and ending.type != JOB_LOST:
+            return None
+        return replace(outcome, run=ending.run, supersedes=ending.event_id)
+    return outcome
+
+
+def is_loss_of(ending: Reported, outcome: Outcome) -> bool:
+    """Say whether *ending* is a loss of a job that nobody had seen, and *outcome* how it really ended."""
+    if JOB_LOST not in ending.types or not ending.run.startswith("created:"):
+        return False
+    began = outcome.run.removeprefix("created:")
+    return parse_time(began) <= ending.stored_at + CLOCK_SKEW

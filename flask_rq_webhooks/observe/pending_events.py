@@ -1,11 +1,12 @@
-"""What reconcile has found and must tell: each run once, and only what is news to somebody.
+"""What reconcile found and has to publish: each run once, and only what is new to somebody.
 
-Owns how the occurrences of one page of watches become items for those who asked, and what a pass counts.
+Owns how the occurrences of one page of watches become items for their endpoints, and what a pass counts.
 Knows nothing of how they were found, nor of how they are stored.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,16 @@ from ..protocol.events import TERMINAL_TYPES, Occurrence
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.events import IngestItem
-from ..storage.watches import SettledRow, WatchRow
+from ..storage.sql_errors import is_about_a_row
+from ..storage.watches import WatchRow
+
+logger = logging.getLogger(__name__)
 
 #: Stores occurrences as events and deliveries, each once, in one transaction.
 Publish = Callable[[Sequence[IngestItem]], object]
 
-#: Occurrences told in one transaction.
-_TOLD_AT_ONCE = 200
+#: Occurrences published in one transaction.
+_AT_ONCE = 200
 
 
 @dataclass(slots=True)
@@ -29,18 +33,20 @@ class ReconcileReport:
     """What one pass did.
 
     :param looked_at: watches compared with RQ's state.
-    :param told: occurrences handed on, by type; some may have been told before.
+    :param reported: occurrences published, by type; some may have been published before.
+    :param silent_successes: jobs that carry our callbacks, finished, and were reported by no callback.
     :param adopted: reserved watches whose job was found.
     :param cleaned_queues: queues in which RQ ended jobs whose worker was gone.
     """
 
     looked_at: int = 0
-    told: Counter[str] = field(default_factory=Counter)
+    reported: Counter[str] = field(default_factory=Counter)
+    silent_successes: int = 0
     adopted: int = 0
     cleaned_queues: int = 0
 
 
-class Findings:
+class PendingEvents:
     """The occurrences of one page of watches."""
 
     def __init__(self, database: Database) -> None:
@@ -48,34 +54,32 @@ class Findings:
         self._found: dict[str, tuple[Occurrence, dict[str, bool]]] = {}
         self._losses: dict[str, Occurrence] = {}
 
-    def add(self, row: WatchRow | SettledRow, occurrence: Occurrence) -> None:
+    def add(self, row: WatchRow, occurrence: Occurrence) -> None:
         """Note that *occurrence* is for the endpoint of *row*."""
         key = occurrence.run_key or ""
         _first, receivers = self._found.setdefault(key, (occurrence, {}))
-        # A watch that stays open whatever is told would make us tell it again in every pass.
-        stays_open = isinstance(row, WatchRow) and (
-            row.scope == "tree" or occurrence.type not in TERMINAL_TYPES
-        )
-        receivers[row.endpoint_id or ""] = stays_open
+        # A watch that stays open would make us publish the event again in every pass.
+        receivers[row.endpoint_id or ""] = row.scope == "tree" or occurrence.type not in TERMINAL_TYPES
 
     def add_loss(self, row: WatchRow, occurrence: Occurrence) -> None:
         """Note that a job is lost: of one job the same run, whichever watch knows it."""
         self.add(row, self._losses.setdefault(row.job_id, occurrence))
 
     def publish(self, publish: Publish) -> Counter[str]:
-        """Hand on what is news, in batches.
+        """Publish what is new, in batches.
 
-        :returns: how many occurrences were handed on, by type.
+        :returns: how many occurrences were published, by type.
         """
-        items = self._news()
-        for start in range(0, len(items), _TOLD_AT_ONCE):
+        items = self._new_items()
+        published: list[IngestItem] = []
+        for start in range(0, len(items), _AT_ONCE):
             reached("reconcile found")
-            publish(items[start : start + _TOLD_AT_ONCE])
+            published += _publish_some(publish, items[start : start + _AT_ONCE])
             reached("reconcile told")
-        return Counter(item.occurrence.type for item in items)
+        return Counter(item.occurrence.type for item in published)
 
-    def _news(self) -> list[IngestItem]:
-        """Return the items, without those that were told and settle nothing."""
+    def _new_items(self) -> list[IngestItem]:
+        """Return the items, without those that are stored and settle nothing."""
         idle = [key for key, (_, receivers) in self._found.items() if all(receivers.values())]
         known = storage.known_keys(self._database, idle) if idle else set()
         return [
@@ -83,3 +87,18 @@ class Findings:
             for key, (occurrence, receivers) in self._found.items()
             if key not in known
         ]
+
+
+def _publish_some(publish: Publish, items: Sequence[IngestItem]) -> Sequence[IngestItem]:
+    """Publish *items*, and return those that could be: one that cannot be stored holds up no other."""
+    try:
+        publish(items)
+    except Exception as exc:
+        if not is_about_a_row(exc):
+            raise
+        if len(items) > 1:
+            middle = len(items) // 2
+            return [*_publish_some(publish, items[:middle]), *_publish_some(publish, items[middle:])]
+        logger.exception("The event of job %r cannot be stored; it is left out.", items[0].occurrence.job_id)
+        return []
+    return items

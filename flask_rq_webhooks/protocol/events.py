@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 JOB_SUCCESS = "job.success"
@@ -26,7 +26,12 @@ TERMINAL_TYPES = frozenset({JOB_SUCCESS, JOB_FAILURE, JOB_STOPPED, JOB_CANCELED,
 OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED})
 JOB_TYPES = TERMINAL_TYPES | OPTIONAL_TYPES
 
-#: Where the word comes from.
+#: How far apart the clocks of web hosts, workers and databases may be. A run may seem to begin this long
+#: before the registration that caused it. Worse: where only times can tell, which is for a job that does not
+#: carry our callbacks, a run that began just after registration may be taken for one before it.
+CLOCK_SKEW = timedelta(seconds=1)
+
+#: Who says so.
 SOURCE_CALLBACK = "callback"
 SOURCE_RECONCILED = "reconciled"
 SOURCE_APPLICATION = "application"
@@ -67,6 +72,11 @@ def parse_time(text: str) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
+def run_of(enqueued_at: datetime | None, created_at: datetime) -> str:
+    """Return the identity of a job's run, as callbacks report it and RQ's hash shows it."""
+    return f"created:{format_time(created_at)}" if enqueued_at is None else format_time(enqueued_at)
+
+
 def run_key(job_id: str, run: str, event_type: str, *, correction: bool = False) -> str:
     """Return the key that makes an event of one run unique in SQL.
 
@@ -96,6 +106,7 @@ class Occurrence:
     :param jobs: for trees, counts by status.
     :param supersedes: id of the event this one corrects.
     :param data: an application event's own object.
+    :param sequence: 1, 2, 3 … of the job's events, given when it is stored.
     """
 
     type: str
@@ -112,6 +123,7 @@ class Occurrence:
     result: Any = None
     result_truncated: bool = False
     error: Mapping[str, str] | None = None
+    sequence: int | None = None
     scope: str = "job"
     jobs: Mapping[str, int] | None = None
     supersedes: str | None = None

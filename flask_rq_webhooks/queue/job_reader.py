@@ -80,7 +80,7 @@ class JobResult:
 class JobRecord:
     """One existing job's hash. Times are aware UTC.
 
-    :param status: RQ's word: ``"queued"``, ``"started"``, ``"finished"``, ``"failed"``, ``"stopped"``,
+    :param status: RQ's own: ``"queued"``, ``"started"``, ``"finished"``, ``"failed"``, ``"stopped"``,
         ``"canceled"``, ``"deferred"``, ``"scheduled"``, ``"created"``, from RQ 3 also
         ``"ready_to_enqueue"`` and ``"rate_limited"``.
     :param run: identity of the current run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.
@@ -91,7 +91,7 @@ class JobRecord:
     :param tokens: ids of the endpoints its callbacks report to.
     :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
     :param children: ids in meta under the prefix asked for.
-    :param results: RQ's results of the job at the same moment, oldest first; empty where not asked for.
+    :param results: RQ's results of the job at the same moment, oldest first; ``None`` where not asked for.
     """
 
     job_id: str
@@ -111,7 +111,7 @@ class JobRecord:
     exc: str | None = None
     tokens: frozenset[str] = frozenset()
     children: tuple[str, ...] = ()
-    results: tuple[JobResult, ...] = ()
+    results: tuple[JobResult, ...] | None = None
 
 
 class Jobs(dict[str, JobRecord]):
@@ -145,10 +145,7 @@ def read_jobs(
 def read_endings(redis: Redis, job_ids: Iterable[str], *, results: bool = False) -> Jobs:
     """Return the jobs that exist, with the fields that say how the run ended and no others.
 
-    For ingest, which reads very many jobs: half of the work of :func:`read_jobs`.
-
-    :param results: see :func:`read_jobs`.
-    :raises redis.RedisError: when Redis cannot be asked.
+    For ingest, which reads very many jobs: half of the work of :func:`read_jobs`, whose parameters it has.
     """
     return _read(redis, job_ids, _ENDING_FIELDS, results=results)
 
@@ -175,6 +172,12 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
     ]
 
 
+def any_exists(redis: Redis, job_ids: Sequence[str]) -> bool:
+    """Say whether any of the jobs has a hash: one command for all, a tenth of the cost of a probe."""
+    prefix = job_key("")
+    return bool(job_ids) and bool(redis.exists(*[prefix + job_id for job_id in job_ids]))
+
+
 def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]:
     """Return the status of each job, ``None`` for absent ones, in one round trip."""
     ids = list(dict.fromkeys(job_ids))
@@ -194,8 +197,6 @@ def read_result_value(redis: Redis, job_id: str) -> Any:
     """Return the return value of a job's latest success, or :data:`~.safe_pickle.UNKNOWN`.
 
     Only plain values are read: texts, numbers, containers, dates, ``Decimal``, ``UUID``, paths as texts.
-
-    :raises redis.RedisError: when Redis cannot be asked.
     """
     ((_chunk, (entries,)),) = _pipelined(redis, [job_id], _last_results)
     for _entry_id, raw in [] if isinstance(entries, Exception) else entries or []:  # newest first
@@ -259,7 +260,7 @@ def _read(
         try:
             if isinstance(values, Exception):
                 raise values
-            found = _results(job_id, entries)
+            found = tuple(_results(job_id, entries)) if results else None
             record = _record(job_id, dict(zip(fields, values, strict=True)), found, child_prefix)
         except Exception as exc:
             jobs.unreadable[job_id] = f"{type(exc).__name__}: {safe_text(exc, 200)}"
@@ -324,7 +325,7 @@ def _log_once(job_id: str, why: str) -> None:
 
 
 def _record(
-    job_id: str, fields: dict[str, Any], results: Sequence[JobResult], child_prefix: str | None
+    job_id: str, fields: dict[str, Any], results: tuple[JobResult, ...] | None, child_prefix: str | None
 ) -> JobRecord | None:
     if fields["created_at"] is None:  # a heartbeat that came late leaves a hash without it
         return None
@@ -350,7 +351,7 @@ def _record(
         exc=_inflated_text(fields["exc_info"]),
         tokens=_tokens(fields.get(name) for name in _CALLBACK_FIELDS),
         children=children,
-        results=tuple(results),
+        results=results,
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from redis import Redis
@@ -108,7 +109,7 @@ class Outbox:
         """Return up to *count* entries: first what this reader left unfinished before a restart, then what a
         dead reader left, then new ones.
 
-        An entry may be returned again until it is done; whoever uses it has to bear that.
+        An entry may be returned again until it is done; processing it twice must do no harm.
 
         :param consumer: name of this reader, unique among living ones.
         :param block_ms: how long to wait for a new entry; kept below the client's socket timeout.
@@ -234,7 +235,10 @@ class Outbox:
             )
         raw = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else bytes(raw)
         try:
-            entry = parse_entry(raw)
+            taken_at = _milliseconds(entry_id) / 1000
+            if not 1e9 <= taken_at < 1e10:
+                raise OutboxEntryError("its id is no time of this epoch.")
+            entry = replace(parse_entry(raw), at=taken_at)
             if not entry.endpoint.startswith(self._prefix):
                 raise OutboxEntryError(f"its endpoint {entry.endpoint!r} belongs to another database.")
         except OutboxEntryError as exc:
@@ -272,6 +276,32 @@ def age_of_oldest(redis: Redis, key: str) -> float | None:
         return None
     now_s = int(seconds) + int(microseconds) / 1e6
     return now_s - int(_text(oldest[0][0]).partition("-")[0]) / 1000
+
+
+def read_until(redis: Redis, key: str | None) -> datetime | None:
+    """Return when Redis took the oldest entry that is not done: every earlier one is stored in SQL by now.
+
+    Entries stay until then, whether nobody has read them yet or a reader died that had.
+
+    :param key: the stream's, :attr:`Outbox.key`.
+    :returns: ``None`` where the stream is empty.
+    """
+    oldest: Any = redis.xrange(key, count=1) if key is not None else []
+    if not oldest:
+        return None
+    milliseconds = min(_milliseconds(_text(oldest[0][0])), 10**13)  # an id may be any number
+    return datetime.fromtimestamp(milliseconds // 1000, UTC) + timedelta(milliseconds=milliseconds % 1000)
+
+
+def server_time(redis: Redis) -> datetime:
+    """Return the time on Redis' clock."""
+    answer: Any = redis.time()
+    seconds, microseconds = answer
+    return datetime.fromtimestamp(int(seconds), UTC) + timedelta(microseconds=int(microseconds))
+
+
+def _milliseconds(entry_id: str) -> int:
+    return int(entry_id.partition("-")[0])
 
 
 def _only_stream(answer: Any) -> Any:

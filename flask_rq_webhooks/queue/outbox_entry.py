@@ -18,6 +18,8 @@ from ..protocol.events import parse_time
 
 #: Bytes of a valid entry: a result of 1 MiB, a traceback of 64 Ki characters escaped, and the rest.
 MAX_ENTRY_BYTES = 2 * 2**20
+#: Lists and objects of an entry, with the brackets in its texts: an empty one takes thirty times its bytes.
+MAX_CONTAINERS = 200_000
 #: Containers within containers. Results come cut at 50.
 MAX_DEPTH = 60
 #: Characters of a job's id: what an index of PostgreSQL holds beside the rest of its row.
@@ -41,16 +43,17 @@ _CONFIRM_FIELDS = ("v", "kind", "endpoint", "jobs")
 class OutboxEntry:
     """One valid entry. Times are texts as RQ writes them, or ``None``.
 
-    :param kind: ``"success"``, ``"failure"``, ``"stopped"``: a callback's word on a job; ``"confirm"``: jobs
-        whose watches the web process could not confirm in SQL.
-    :param endpoint: endpoint id, or ``ep<namespace>_all`` for a job only standing endpoints hear of.
+    :param kind: ``"success"``, ``"failure"``, ``"stopped"``: a callback's report; ``"confirm"``: jobs whose
+        watches the web process could not confirm in SQL.
+    :param endpoint: endpoint id, or ``ep<namespace>_all`` for a job of standing endpoints only.
     :param job_id: RQ's id; empty for ``"confirm"``.
     :param run: identity of the run, see :func:`~flask_rq_webhooks.protocol.events.run_key`; empty for
         ``"confirm"``.
-    :param at: when the callback ran, unix seconds.
+    :param at: when Redis took the entry, unix seconds: RQ's results are stamped by the same clock.
     :param retries_left: as the failing run left it; more than 0 means RQ will retry.
     :param error: ``{"type", "message", "traceback"}`` with kind ``"failure"``.
     :param jobs: job ids, only with ``"confirm"``.
+    :param seal: what a web process encrypted, only with ``"confirm"``; see :func:`confirm_entry`.
     :param size: bytes of the JSON it was read from; 0 where it was not.
     """
 
@@ -70,23 +73,28 @@ class OutboxEntry:
     result_truncated: bool = False
     error: Mapping[str, str] | None = None
     jobs: tuple[str, ...] = ()
+    seal: str | None = None
     size: int = field(default=0, compare=False)
 
     def to_json(self) -> str:
         """Return the entry as :func:`parse_entry` reads it."""
         if self.kind == "confirm":
-            return dump_entry(confirm_entry(self.endpoint, self.jobs))
+            return dump_entry(confirm_entry(self.endpoint, self.jobs, seal=self.seal))
         fields = {name: getattr(self, name) for name in _JOB_FIELDS if name != "v"}
         return dump_entry({"v": ENTRY_VERSION, **fields})
 
 
-def confirm_entry(endpoint: str, jobs: Sequence[str]) -> dict[str, Any]:
+def confirm_entry(endpoint: str, jobs: Sequence[str], *, seal: str | None = None) -> dict[str, Any]:
     """Return the entry by which a web process that cannot write to SQL asks for its watches' confirmation.
 
     :param endpoint: endpoint id.
     :param jobs: ids of the jobs the request enqueued.
+    :param seal: the same once more, encrypted, with each job's run and the ids of those that were not in
+        Redis yet: proof that the entry comes from a web process. Without it, it counts only for jobs whose
+        own hash names the endpoint.
     """
-    return {"v": ENTRY_VERSION, "kind": "confirm", "endpoint": endpoint, "jobs": list(jobs)}
+    entry = {"v": ENTRY_VERSION, "kind": "confirm", "endpoint": endpoint, "jobs": list(jobs)}
+    return entry if seal is None else {**entry, "seal": seal}
 
 
 def dump_entry(entry: Mapping[str, Any]) -> str:
@@ -139,16 +147,23 @@ def parse_entry(raw: bytes) -> OutboxEntry:
 
 
 def _parse_confirm(fields: dict[str, Any]) -> OutboxEntry:
+    seal = fields.pop("seal", None)
+    if seal is not None and not isinstance(seal, str):
+        raise OutboxEntryError("its seal is no text.")
     _check_names(fields, _CONFIRM_FIELDS)
     jobs = fields["jobs"]
     if not isinstance(jobs, list) or not 0 < len(jobs) <= MAX_JOBS:
         raise OutboxEntryError(f"its jobs are not a list of 1 to {MAX_JOBS} ids.")
-    return OutboxEntry(kind="confirm", endpoint=_endpoint(fields), jobs=tuple(_job_id(job) for job in jobs))
+    return OutboxEntry(
+        kind="confirm", endpoint=_endpoint(fields), jobs=tuple(_job_id(job) for job in jobs), seal=seal
+    )
 
 
 def _loads(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_ENTRY_BYTES:
         raise OutboxEntryError(f"it has {len(raw)} bytes, more than {MAX_ENTRY_BYTES}.")
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
+        raise OutboxEntryError(f"it has more than {MAX_CONTAINERS} lists and objects.")
     try:
         # Text first: bytes would also be accepted as UTF-16 or UTF-32.
         fields = _DECODER.decode(raw.decode("ascii"))

@@ -8,16 +8,16 @@ occurrences come from; a function it is given renders the bodies.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select, text
 
 from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, Occurrence
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
-from .bulk_insert import chunks_of, insert_new
+from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
 from .feed import first_position
 from .models import Event, new_id
@@ -39,12 +39,15 @@ Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
 class IngestItem:
     """One occurrence and who is known to want it.
 
-    :param endpoint_ids: endpoints named by whoever brings the word: they count whenever the run began.
-        Endpoints that watch the job, and standing ones, are found here. Ids that do not exist are ignored.
+    :param endpoint_ids: endpoints the report names: they count whenever the run began. Endpoints that watch
+        the job, and standing ones, are found here. Ids that do not exist are ignored.
+    :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Whoever can write
+        to Redis can write a report that names any endpoint.
     """
 
     occurrence: Occurrence
     endpoint_ids: tuple[str, ...] = ()
+    needs_watch: bool = False
 
 
 @dataclass(slots=True)
@@ -67,6 +70,8 @@ class StoredEvent:
 class IngestedEvent:
     """What became of an item.
 
+    :param event_id: empty where no watch stands and the item needs one: nothing was stored.
+    :param type: of the stored event, which may have been there with another one.
     :param created: ``False`` when the event was there already.
     :param deliveries: how many deliveries are new.
     """
@@ -111,8 +116,9 @@ def ingest(
     ]
     with database.write() as connection:
         now, position = first_position(database, connection)
-        by_item, stored = store_events(database, connection, prepared, now, position)
-        watches = watches_of(database, connection, stored)
+        watches = watches_of(database, connection, prepared)
+        believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
+        by_item, stored = store_events(database, connection, believed, now, position)
         endpoints = endpoints_of(database, connection, stored, watches)
         standing = standing_endpoints(connection) if any(event.created for event in stored) else []
         rows: list[dict[str, Any]] = []
@@ -136,20 +142,31 @@ def ingest(
         for event in stored:
             event.deliveries = made.get(event.id, 0)
         settle_watches(database, connection, stored, watches, endpoints, now)
-    first_seen: set[str] = set()
-    told = []
-    for event in by_item:
-        told.append(
+    seen: set[str] = set()
+    by_believed = dict(zip(map(id, believed), by_item, strict=True))
+    ingested = []
+    for item in prepared:
+        if id(item) not in by_believed:
+            what = item.occurrence
+            ingested.append(IngestedEvent("", what.type, what.job_id, created=False, deliveries=0))
+            continue
+        event = by_believed[id(item)]
+        ingested.append(
             IngestedEvent(
                 event_id=event.id,
                 type=event.occurrence.type,
                 job_id=event.occurrence.job_id,
-                created=event.created and event.id not in first_seen,
-                deliveries=event.deliveries if event.id not in first_seen else 0,
+                created=event.created and event.id not in seen,
+                deliveries=event.deliveries if event.id not in seen else 0,
             )
         )
-        first_seen.add(event.id)
-    return told
+        seen.add(event.id)
+    return ingested
+
+
+def _is_watched(item: IngestItem, watches: Mapping[str, Sequence[Any]]) -> bool:
+    rows = watches.get(item.occurrence.job_id or "", ())
+    return any(watch.endpoint_id in item.endpoint_ids for watch in rows)
 
 
 def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:
@@ -195,6 +212,7 @@ def store_events(
         by_item.append(event)
     stored = list({event.id: event for event in by_item}.values())
     place = {event.id: number for number, event in enumerate(stored)}
+    _number(database, connection, stored)
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
     rows = [_event_values(event, now, position + place[event.id]) for event in stored]
@@ -210,6 +228,38 @@ def store_events(
             event = by_key[str(key)]
             event.id, event.created, event.occurrence = event_id, False, occurrence_from_json(payload)
     return by_item, stored
+
+
+def _number(database: Database, connection: Connection, events: Sequence[StoredEvent]) -> None:
+    """Give each event its place among those of its job.
+
+    Whoever stores events of the same job waits here, so that no two get the same place. Everybody takes the
+    locks in one order.
+    """
+    jobs = sorted({event.occurrence.job_id for event in events if event.occurrence.job_id is not None})
+    counts: dict[str, int] = {}
+    for chunk in chunks_of(jobs):
+        if not database.is_sqlite:
+            connection.execute(_LOCK_JOBS, {"class": JOB_LOCK_CLASS, "jobs": list(chunk)})
+        query = (
+            select(Event.job_id, func.count())
+            .where(one_of(database, Event.job_id, "jobs"))
+            .group_by(Event.job_id)
+        )
+        counts.update((str(job_id), count) for job_id, count in connection.execute(query, {"jobs": chunk}))
+    for event in events:
+        job_id = event.occurrence.job_id
+        if job_id is not None:
+            counts[job_id] = counts.get(job_id, 0) + 1
+            event.occurrence = replace(event.occurrence, sequence=counts[job_id])
+
+
+#: First key of the advisory locks of :func:`_number`; any number that nobody else uses.
+JOB_LOCK_CLASS = 0x7271_7770
+_LOCK_JOBS = text("""
+SELECT pg_advisory_xact_lock(:class, key)
+FROM (SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key) AS keys
+""")
 
 
 def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:

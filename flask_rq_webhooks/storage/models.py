@@ -175,9 +175,10 @@ class Watch(Base):
 
     ``status``: ``reserved`` (id handed out, job not yet seen) → ``open`` (job exists) → ``settled`` (its
     ending is an event) or ``closed`` (nothing to report); ``member`` is a job found below the root of a tree.
-    ``run`` is the last run seen, told where ``settled_at`` is set; ``evidence`` a callback's word that RQ has
-    not yet committed (JSON outbox entry), or a member's last status. ``endpoint_id`` is ``None`` for a job
-    only standing endpoints hear of.
+    ``run`` is the last run noted; where ``settled_at`` is set, ``outcome`` is the event type it was reported
+    with. ``recheck_at`` is set while RQ keeps the job of a settled watch: every pass looks whether it runs
+    again. ``evidence`` is a callback's report that RQ has not yet committed (JSON outbox entry), or a
+    member's last status. ``endpoint_id`` is ``None`` for a job that only standing endpoints subscribe to.
     """
 
     __tablename__ = "rq_webhooks_watch"
@@ -192,12 +193,20 @@ class Watch(Base):
     created_at: Mapped[datetime]
     confirmed_at: Mapped[datetime | None]
     settled_at: Mapped[datetime | None]
+    outcome: Mapped[str | None] = mapped_column(String(20))
+    recheck_at: Mapped[datetime | None]
 
     __table_args__ = (
         UniqueConstraint("job_id", "endpoint_id", name=conv("uq_rq_webhooks_watch_job_endpoint")),
         Index(conv("ix_rq_webhooks_watch_endpoint"), "endpoint_id"),
         Index(conv("ix_rq_webhooks_watch_status"), "status", "id"),
         Index(conv("ix_rq_webhooks_watch_settled"), "settled_at"),
+        Index(
+            conv("ix_rq_webhooks_watch_recheck"),
+            "id",
+            postgresql_where=text("recheck_at IS NOT NULL"),
+            sqlite_where=text("recheck_at IS NOT NULL"),
+        ),
     )
 
 

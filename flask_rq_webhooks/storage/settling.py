@@ -1,4 +1,4 @@
-"""Watches, once an ending is known: settled with the run that was told, or open with a word to be proved.
+"""Watches, once an ending is reported: settled, or open with a report that RQ has yet to commit.
 
 Owns what ingest writes to watches. Knows nothing of deliveries.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, String, bindparam, select, text
+from sqlalchemy import Connection, String, bindparam, select, text, update
 
 from ..protocol.events import TERMINAL_TYPES
 from .bulk_insert import chunks_of, insert_into, insert_or_ignore, one_of
@@ -22,16 +23,16 @@ from .models import CLOSED, OPEN, SETTLED, UTCDateTime, Watch, new_id
 from .subscriptions import EndpointRow, existing_endpoints, is_endpoint
 
 if TYPE_CHECKING:
-    from .events import StoredEvent
+    from .events import IngestItem, StoredEvent
 
 logger = logging.getLogger(__name__)
 
 
 def watches_of(
-    database: Database, connection: Connection, stored: Sequence[StoredEvent]
+    database: Database, connection: Connection, items: Iterable[IngestItem]
 ) -> dict[str, list[Any]]:
-    """Return the watches on the events' jobs, by job id."""
-    jobs = sorted({event.occurrence.job_id for event in stored if event.occurrence.job_id is not None})
+    """Return the watches on the items' jobs, by job id."""
+    jobs = sorted({item.occurrence.job_id for item in items if item.occurrence.job_id is not None})
     columns = (Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run)
     query = select(*columns).where(one_of(database, Watch.job_id, "jobs"))
     watches: dict[str, list[Any]] = defaultdict(list)
@@ -49,8 +50,8 @@ def settle_watches(
     endpoints: Mapping[str, EndpointRow],
     now: datetime,
 ) -> None:
-    """Note on the watches which run was told; make those that a callback proves to be missing."""
-    told: dict[str, str] = {}
+    """Note on the watches which run was reported and how; make those that a callback proves to be missing."""
+    settled: dict[str, tuple[str, str | None]] = {}
     missing: dict[str, dict[str, Any]] = {}
     for event in stored:
         occurrence = event.occurrence
@@ -65,47 +66,64 @@ def settle_watches(
             only_named = watch.status == CLOSED or occurrence.scope == "tree"
             if only_named and watch.endpoint_id not in event.named:
                 continue
-            # Runs sort by time; the word of an older one, brought late, does not hide a newer one.
-            if (told.get(watch.id) or watch.run or "") <= run or run.startswith("created:"):
-                told[watch.id] = run
+            noted = settled[watch.id][0] if watch.id in settled else watch.run
+            if noted is None or _is_as_late(run, noted):
+                # A root's own run may have ended otherwise than its tree.
+                settled[watch.id] = (run, occurrence.type if occurrence.scope == "job" else None)
         for endpoint_id in named:
             if _scope_of(endpoint_id, endpoints) != occurrence.scope:
                 continue
             watch_id = unbound_watch_id(job_id) if endpoint_id is None else new_id("wat")
             missing[f"{job_id} {endpoint_id}"] = {
                 "id": watch_id, "endpoint_id": endpoint_id, "job_id": job_id, "status": SETTLED, "run": run,
-                "missing_passes": 0, "created_at": now, "confirmed_at": now, "settled_at": now,
+                "outcome": occurrence.type, "missing_passes": 0, "created_at": now, "confirmed_at": now,
+                "settled_at": now, "recheck_at": now,
             }  # fmt: skip
-    if told:
+    if settled:
         statement = _SETTLE_SQLITE if database.is_sqlite else _SETTLE_POSTGRESQL
-        rows = [{"id": watch_id, "run": run} for watch_id, run in told.items()]
-        connection.execute(statement, {"told": json.dumps(rows), "now": now})
+        rows = [
+            {"id": watch_id, "run": run, "outcome": outcome} for watch_id, (run, outcome) in settled.items()
+        ]
+        connection.execute(statement, {"settled": json.dumps(rows), "now": now})
     for chunk in chunks_of([missing[key] for key in sorted(missing)]):
         connection.execute(insert_or_ignore(database, Watch), chunk)
+
+
+def _is_as_late(run: str, noted: str) -> bool:
+    """Say whether *run* is the one that was noted, or a later one by the clocks of those who enqueued them.
+
+    The late report of an earlier run does not hide a newer one. Where clocks differ by more than the time
+    between two runs, a pass over the settled watches finds the newer run all the same.
+    """
+    if run == noted or noted.startswith("created:"):
+        return True
+    return not run.startswith("created:") and run > noted
 
 
 # One statement for a batch, as in recording; PostgreSQL locks in the order of ids.
 
 _SETTLE_POSTGRESQL = text("""
-WITH told AS MATERIALIZED (
-    SELECT * FROM json_to_recordset(CAST(:told AS json)) AS (id text, run text)
+WITH settled AS MATERIALIZED (
+    SELECT * FROM json_to_recordset(CAST(:settled AS json)) AS (id text, run text, outcome text)
 ),
 held AS MATERIALIZED (
-    SELECT id FROM rq_webhooks_watch WHERE id IN (SELECT id FROM told) ORDER BY id FOR UPDATE
+    SELECT id FROM rq_webhooks_watch WHERE id IN (SELECT id FROM settled) ORDER BY id FOR UPDATE
 )
 UPDATE rq_webhooks_watch AS w
-SET status = 'settled', run = t.run, evidence = NULL, missing_passes = 0, settled_at = :now,
-    confirmed_at = coalesce(w.confirmed_at, :now)
-FROM told t JOIN held h ON h.id = t.id
+SET status = 'settled', run = t.run, outcome = t.outcome, evidence = NULL, missing_passes = 0,
+    settled_at = :now, recheck_at = :now, confirmed_at = coalesce(w.confirmed_at, :now)
+FROM settled t JOIN held h ON h.id = t.id
 WHERE w.id = t.id
-""").bindparams(bindparam("told", type_=String), bindparam("now", type_=UTCDateTime))
+""").bindparams(bindparam("settled", type_=String), bindparam("now", type_=UTCDateTime))
 
 _SETTLE_SQLITE = text("""
 UPDATE rq_webhooks_watch AS w
-SET status = 'settled', run = t.run, evidence = NULL, missing_passes = 0, settled_at = :now,
-    confirmed_at = coalesce(w.confirmed_at, :now)
+SET status = 'settled', run = t.run, outcome = t.outcome, evidence = NULL, missing_passes = 0,
+    settled_at = :now, recheck_at = :now, confirmed_at = coalesce(w.confirmed_at, :now)
 FROM (
-    SELECT json_extract(value, '$.id') AS id, json_extract(value, '$.run') AS run FROM json_each(:told)
+    SELECT json_extract(value, '$.id') AS id, json_extract(value, '$.run') AS run,
+        json_extract(value, '$.outcome') AS outcome
+    FROM json_each(:settled)
 ) t
 WHERE w.id = t.id
 """).bindparams(bindparam("now", type_=UTCDateTime))
@@ -118,45 +136,64 @@ def _scope_of(endpoint_id: str | None, endpoints: Mapping[str, EndpointRow]) -> 
     return None if endpoint is None or endpoint.kind != "job" else endpoint.scope
 
 
-def park_evidence(
-    database: Database, items: Sequence[tuple[str | None, str, str]], *, now: datetime | None = None
-) -> None:
-    """Keep a callback's word that RQ has not committed, for reconcile; the watch is open (again) then.
+@dataclass(frozen=True, slots=True)
+class ParkedReport:
+    """A callback's report that RQ has not committed.
 
-    :param items: endpoint id (``None`` or one that ends in ``_all``: no endpoint), job id, outbox entry as
-        JSON. Endpoints that do not exist are ignored.
+    :param endpoint_id: ``None``, or one that ends in ``_all``: no endpoint.
+    :param entry: outbox entry as JSON.
+    :param needs_watch: ignore it where no watch of the endpoint on the job stands.
     """
-    if not items:
+
+    endpoint_id: str | None
+    job_id: str
+    entry: str
+    needs_watch: bool = False
+
+
+def park_reports(database: Database, reports: Sequence[ParkedReport], *, now: datetime | None = None) -> None:
+    """Keep reports for reconcile; their watches are open (again) then.
+
+    Reports for endpoints that do not exist are ignored.
+    """
+    if not reports:
         return
     with database.write() as connection:
         now = now or database.now(connection)
-        words = [
-            (endpoint_id if is_endpoint(endpoint_id) else None, job_id, entry)
-            for endpoint_id, job_id, entry in items
-        ]
-        existing = existing_endpoints(connection, {endpoint_id for endpoint_id, _job_id, _entry in words})
+        existing = existing_endpoints(
+            connection, {report.endpoint_id for report in reports if is_endpoint(report.endpoint_id)}
+        )
         # In one order everywhere, so that two dispatchers never wait in a circle.
-        for endpoint_id, job_id, entry in sorted(words, key=lambda word: (word[1], word[0] or "")):
-            bound = endpoint_id is not None
-            if bound and endpoint_id not in existing:
-                logger.warning("The endpoint %r of job %r does not exist here; ignored.", endpoint_id, job_id)
+        for report in sorted(reports, key=_order):
+            bound = is_endpoint(report.endpoint_id)
+            if bound and report.endpoint_id not in existing:
+                logger.warning(
+                    "The endpoint %r of job %r does not exist here; its report is ignored.",
+                    report.endpoint_id, report.job_id,
+                )  # fmt: skip
+                continue
+            changes = {"status": OPEN, "evidence": report.entry, "missing_passes": 0}
+            if report.needs_watch:
+                this = (Watch.job_id == report.job_id, Watch.endpoint_id == report.endpoint_id)
+                connection.execute(update(Watch).where(*this).values(changes))
                 continue
             statement = insert_into(database, Watch).values(
-                id=new_id("wat") if bound else unbound_watch_id(job_id),
-                endpoint_id=endpoint_id if bound else None,
-                job_id=job_id,
-                status=OPEN,
-                evidence=entry,
-                missing_passes=0,
+                id=new_id("wat") if bound else unbound_watch_id(report.job_id),
+                endpoint_id=report.endpoint_id if bound else None,
+                job_id=report.job_id,
                 created_at=now,
                 confirmed_at=now,
+                **changes,
             )
             connection.execute(
                 statement.on_conflict_do_update(
-                    index_elements=["job_id", "endpoint_id"] if bound else ["id"],
-                    set_={"status": OPEN, "evidence": entry, "missing_passes": 0},
+                    index_elements=["job_id", "endpoint_id"] if bound else ["id"], set_=changes
                 )
             )
+
+
+def _order(report: ParkedReport) -> tuple[str, str]:
+    return report.job_id, (report.endpoint_id or "") if is_endpoint(report.endpoint_id) else ""
 
 
 def unbound_watch_id(job_id: str) -> str:

@@ -10,13 +10,13 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from dataclasses import dataclass, fields
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, select
 
-from ..protocol.events import TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
+from ..protocol.events import CLOCK_SKEW, TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
 from ..protocol.payloads import JSON, Rendered, as_rendered
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from .events import StoredEvent
 
 logger = logging.getLogger(__name__)
-
-#: A run may seem to begin this long before the registration that caused it: clocks of two machines.
-CLOCK_SKEW = timedelta(seconds=1)
 
 #: In the event list of an endpoint: every type there is, application types and optional ones included.
 EVERY_TYPE = "*"
@@ -70,24 +67,10 @@ def is_endpoint(endpoint_id: str | None) -> bool:
 def endpoint_row(row: Any) -> EndpointRow:
     """Return what rendering may know, from a row of :data:`ENDPOINT_COLUMNS`."""
     events = None if row.events is None else tuple(json.loads(row.events))
-    return EndpointRow(
-        id=row.id,
-        kind=row.kind,
-        host=row.host,
-        events=events,
-        scope=row.scope,
-        format=row.format,
-        reference=row.reference,
-        runid=row.runid,
-        max_attempts=row.max_attempts,
-        created_at=row.created_at,
-    )
+    return EndpointRow(**{**row._mapping, "events": events})
 
 
-ENDPOINT_COLUMNS = (
-    Endpoint.id, Endpoint.kind, Endpoint.host, Endpoint.events, Endpoint.scope, Endpoint.format,
-    Endpoint.reference, Endpoint.runid, Endpoint.max_attempts, Endpoint.created_at,
-)  # fmt: skip
+ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointRow))
 
 
 def endpoints_of(
@@ -155,7 +138,8 @@ def receivers_of(
         endpoint = endpoints.get(watch.endpoint_id)
         if endpoint is None or watch.status == CLOSED or occurrence.scope == "tree":
             continue  # a tree is told to the one endpoint it was evaluated for
-        if began is None or began >= endpoint.created_at - CLOCK_SKEW:
+        counts = began is None or began >= endpoint.created_at - CLOCK_SKEW
+        if counts or watch.run == occurrence.run:  # it was noted as one that counts, whatever the clocks say
             chosen[endpoint.id] = endpoint
     if event.created:
         chosen.update((endpoint.id, endpoint) for endpoint in standing)

@@ -132,16 +132,22 @@ def remember_members(
             )
 
 
-def settle_tree(database: Database, endpoint_id: str, *, run: str, now: datetime | None = None) -> None:
-    """Note that a tree was told: its roots are settled, its members need no look any more."""
+def settle_tree(
+    database: Database, endpoint_id: str, *, run: str, runs: Mapping[str, str], now: datetime | None = None
+) -> None:
+    """Note that a tree was reported: its roots are settled, its members need no look any more.
+
+    :param run: the run the tree was reported under, of roots that nothing else is known of.
+    :param runs: job id → the run a root was in.
+    """
     now = now or datetime.now(UTC)
     of_tree = Watch.endpoint_id == endpoint_id
     with database.write() as connection:
-        connection.execute(
-            update(Watch)
-            .where(of_tree, Watch.status.in_([OPEN, RESERVED]))
-            .values(status=SETTLED, settled_at=now, missing_passes=0, run=func.coalesce(Watch.run, run))
-        )
+        roots = update(Watch).where(of_tree, Watch.status.in_([OPEN, RESERVED]))
+        settled = {"status": SETTLED, "settled_at": now, "missing_passes": 0, "recheck_at": now}
+        for job_id, current in sorted(runs.items()):
+            connection.execute(roots.where(Watch.job_id == job_id).values(run=current, **settled))
+        connection.execute(roots.values(run=func.coalesce(Watch.run, run), **settled))
         connection.execute(
             update(Watch).where(of_tree, Watch.status == MEMBER).values(status=CLOSED, settled_at=now)
         )

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from flask import request, session
 from flask_wtf import CSRFProtect
 
-from flask_rq_webhooks.observe.host_hooks import safe_render
+from flask_rq_webhooks.observe.publisher import safe_render
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.storage.dispatchers import is_paused
 from flask_rq_webhooks.storage.events import IngestItem, ingest
@@ -102,7 +102,7 @@ CHANGES = [
     ("POST", "deliveries/x/resend"), ("POST", "recover"), ("POST", "cancel"), ("POST", "pause"),
     ("POST", "resume"), ("POST", "endpoints"), ("PATCH", "endpoints/x"), ("DELETE", "endpoints/x"),
     ("POST", "endpoints/x/rotate"), ("POST", "endpoints/x/test"), ("POST", "endpoints/x/enable"),
-    ("POST", "endpoints/x/disable"),
+    ("POST", "endpoints/x/disable"), ("POST", "erase"),
 ]  # fmt: skip
 
 

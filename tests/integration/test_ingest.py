@@ -66,7 +66,12 @@ def append(state: State, kind: str, endpoint_id: str, **fields: Any) -> dict[str
 
 def set_hash(state: State, entry: dict[str, Any], status: str) -> None:
     """Write the fields of a job's hash that matter here."""
-    fields = {"status": status, "created_at": entry["created_at"], "enqueued_at": entry["run"]}
+    fields = {
+        "status": status,
+        "created_at": entry["created_at"],
+        "enqueued_at": entry["run"],
+        "success_callback_name": f"flask_rq_webhooks.callbacks.success.{entry['endpoint']}",
+    }
     state.redis.hset(f"rq:job:{entry['job_id']}", mapping=fields)
 
 
@@ -327,18 +332,79 @@ def test_failing_format_tells_at_least_how_the_job_ended(
     assert "'unregistered'" in caplog.text
 
 
-def test_confirmation_through_the_outbox_opens_the_watches(state: State, redis_client: redis.Redis) -> None:
+def confirmation(state: State, endpoint_id: str, runs: dict[str, str], unseen: list[str]) -> dict[str, Any]:
+    """Return the entry of a web process that could not confirm in SQL."""
+    seal = state.cipher.encrypt(json.dumps([endpoint_id, runs, unseen]))
+    return confirm_entry(endpoint_id, list(runs), seal=seal)
+
+
+def test_confirmation_through_the_outbox_opens_the_watches(state: State) -> None:
     endpoint_id = add_endpoint(state, URL)
-    redis_client.hset(
-        "rq:job:there", mapping={"status": "queued", "created_at": format_time(datetime.now(UTC))}
-    )
-    state.outbox.append(confirm_entry(endpoint_id, ["there", "absent"]))
+    run = format_time(datetime.now(UTC))
+    state.outbox.append(confirmation(state, endpoint_id, {"seen": run, "on its way": run}, ["on its way"]))
 
     ingest_of(state).run_once(block_ms=1)
 
-    found = {watch.job_id: watch.status for watch in rows(state, Watch)}
-    assert found == {"there": "open", "absent": "reserved"}
+    found = {watch.job_id: (watch.status, watch.run) for watch in rows(state, Watch)}
+    assert found == {"seen": ("open", run), "on its way": ("reserved", run)}
     assert state.outbox.length() == 0
+
+
+def test_confirmation_without_a_seal_counts_only_for_jobs_that_carry_the_endpoint(
+    state: State, redis_client: redis.Redis
+) -> None:
+    endpoint_id, other = add_endpoint(state, URL), add_endpoint(state, URL)
+    created = format_time(datetime.now(UTC))
+    callback = f"flask_rq_webhooks.callbacks.success.{endpoint_id}"
+    carries = {"status": "queued", "created_at": created, "success_callback_name": callback}
+    redis_client.hset("rq:job:carries", mapping=carries)
+    redis_client.hset("rq:job:foreign", mapping={"status": "queued", "created_at": created})
+    state.outbox.append(confirm_entry(endpoint_id, ["carries", "foreign", "absent"]))
+    stolen = confirmation(state, other, {"absent": created}, [])["seal"]
+    state.outbox.append(confirm_entry(endpoint_id, ["absent"], seal=stolen))
+    state.outbox.append(confirm_entry(endpoint_id, ["absent"], seal="not one"))
+
+    ingest_of(state).run_once(block_ms=1)
+
+    assert [watch.job_id for watch in rows(state, Watch)] == ["carries"]
+    assert state.outbox.length() == 0
+
+
+def test_report_that_nothing_proves_is_set_aside(state: State, caplog: pytest.LogCaptureFixture) -> None:
+    """A redis writer names a victim's endpoint for a job that never was."""
+    clock = Clock()
+    ingest = ingest_of(state, clock=clock)
+    victim = add_endpoint(state, URL)
+    forged = append(state, "success", victim)
+    other = append(state, "success", add_endpoint(state, URL))
+    set_hash(state, other, "finished")
+    state.outbox.append({**other, "endpoint": victim})
+    ingest.run_once(block_ms=1)
+    clock.now += PATIENCE_S + 0.1
+
+    ingest.run_once(block_ms=1)
+
+    assert [(event.type, event.job_id) for event in events(state)] == [("job.success", other["job_id"])]
+    assert [delivery.endpoint_id for delivery in deliveries(state)] == [other["endpoint"]]
+    assert state.redis.xlen(state.outbox.rejected_key) == 2
+    assert forged["job_id"] in caplog.text
+    assert ingest.is_idle()
+
+
+def test_report_before_its_confirmation_is_believed(state: State) -> None:
+    """The second job of a request leaves nothing in Redis, and SQL was away when it was enqueued."""
+    endpoint_id = add_endpoint(state, URL)
+    ingest = ingest_of(state)
+    entry = append(state, "success", endpoint_id)
+    ingest.run_once(block_ms=1)
+    assert events(state) == []
+    state.outbox.append(confirmation(state, endpoint_id, {entry["job_id"]: entry["run"]}, [entry["job_id"]]))
+
+    deadline = time.monotonic() + 2
+    while not ingest.is_idle() and time.monotonic() < deadline:
+        ingest.run_once(block_ms=20)
+
+    assert [(event.type, event.job_id) for event in events(state)] == [("job.success", entry["job_id"])]
 
 
 def test_listeners_hear_of_new_events_only(state: State) -> None:

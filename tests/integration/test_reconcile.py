@@ -23,7 +23,7 @@ from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_standing, register
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Event, Watch
-from flask_rq_webhooks.storage.settling import park_evidence
+from flask_rq_webhooks.storage.settling import ParkedReport, park_reports
 from tests.jobs import Callbacks
 from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
 
@@ -243,9 +243,7 @@ def test_lost_job_with_two_endpoints_is_one_event(state: State, reconciler: Reco
     assert len(deliveries(state)) == 2
 
 
-def test_late_word_on_a_lost_job_no_pass_had_seen_is_no_second_ending(
-    state: State, reconciler: Reconciler
-) -> None:
+def test_late_report_of_a_lost_job_corrects_it(state: State, reconciler: Reconciler) -> None:
     endpoint_id = add_endpoint(state, URL)
     job = queue(state).enqueue("tests.jobs.add", 1, 2)
     run = format_time(job.enqueued_at)
@@ -257,11 +255,14 @@ def test_late_word_on_a_lost_job_no_pass_had_seen_is_no_second_ending(
         reconciler.run_once()
 
     entry = OutboxEntry(kind="success", endpoint=endpoint_id, job_id=job.id, run=run, at=time.time())
-    park_evidence(state.database, [(endpoint_id, job.id, entry.to_json())])
-    reconciler.run_once()
+    for _ in range(2):
+        park_reports(state.database, [ParkedReport(endpoint_id, job.id, entry.to_json())])
+        reconciler.run_once()
 
-    assert [event.run_key for event in events(state)] == [f"{job.id}|{run}|end"]
-    assert told(state) == [("job.lost", job.id)]
+    lost, correction = events(state)
+    assert (lost.type, lost.run_key) == ("job.lost", f"{job.id}|{run}|end")
+    assert (correction.type, correction.supersedes) == ("job.success", lost.id)
+    assert statuses(state) == ["settled"]
 
 
 def test_heartbeat_ghost_counts_as_absent(state: State, reconciler: Reconciler) -> None:
@@ -416,7 +417,7 @@ def test_retry_is_no_ending_and_is_told_to_those_who_asked(state: State, reconci
     assert len(deliveries(state)) == 2
 
 
-def test_repeated_job_stays_watched_until_it_is_gone(state: State, reconciler: Reconciler) -> None:
+def test_every_run_of_a_repeated_job_is_told(state: State, reconciler: Reconciler) -> None:
     repeat = pytest.importorskip("rq.repeat").Repeat
     endpoint_id = add_endpoint(state, URL)
     job = queue(state).enqueue("tests.jobs.add", 1, 2, repeat=repeat(times=1, interval=3600))
@@ -517,7 +518,7 @@ def word(state: State, job: Job, kind: str = "success", **values: Any) -> Outbox
         enqueued_at=run,
         **values,
     )
-    park_evidence(state.database, [(entry.endpoint, job.id, entry.to_json())])
+    park_reports(state.database, [ParkedReport(entry.endpoint, job.id, entry.to_json())])
     return entry
 
 
@@ -755,40 +756,45 @@ def test_more_watches_than_a_page(
     assert sorted(event.job_id for event in events(state)) == sorted(jobs)
     report = reconciler.run_once()
     assert report.looked_at == 20  # the settled ones
-    assert not report.told
+    assert not report.reported
 
 
-def test_a_pass_holds_no_more_told_runs_in_memory_than_rq_has(
-    state: State, clock: Clock, monkeypatch: pytest.MonkeyPatch
+def test_settled_watches_are_kept_as_long_as_rq_keeps_the_job(
+    state: State, reconciler: Reconciler, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [promise(state, "tests.jobs.add", number, 1) for number in range(9)]
     work(state)
-    new_reconciler(state, clock).run_once()
+    reconciler.run_once()
     for job in jobs[2:]:
         job.delete()
     clock.ahead = timedelta(minutes=20)
     monkeypatch.setattr(reconcile, "PAGE", 2)
-    held: list[int] = []
-    late = new_reconciler(state, clock)
-    probe = settled_watches.probe_jobs
 
-    def counting(redis: redis.Redis, job_ids: Sequence[str]) -> Any:
-        held.append(len(late._settled._settled))
-        return probe(redis, job_ids)
+    assert reconciler.run_once().looked_at == 9
+    kept = {watch.job_id for watch in rows(state, Watch) if watch.recheck_at is not None}
+    assert kept == {job.id for job in jobs[:2]}
+    assert reconciler.run_once().looked_at == 2
 
-    monkeypatch.setattr(settled_watches, "probe_jobs", counting)
-    assert late.run_once().looked_at == 9
-    assert max(held) <= 2 + 2
-    assert len(late._settled._settled) == 2
-    held.clear()
-    late.run_once()
-    assert held == []  # a success that old is looked at more rarely
 
-    Job.fetch(jobs[0].id, connection=state.redis).delete()
-    clock.ahead = timedelta(minutes=40)
-    late.run_once()
-    assert len(late._settled._settled) == 1
-    assert statuses(state) == ["settled"] * 9
+def test_forgotten_job_that_is_back_under_its_id_is_found_by_the_sweep(
+    state: State, reconciler: Reconciler, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "PAGE", 2)
+    monkeypatch.setattr(settled_watches, "FORGOTTEN_AT_ONCE", 2)
+    jobs = [promise(state, "tests.jobs.add", number, 1) for number in range(6)]
+    work(state)
+    reconciler.run_once()
+    for job in jobs:
+        job.delete()
+    clock.ahead = timedelta(days=9)
+    reconciler.run_once()
+    queue(state).enqueue_call("tests.jobs.add", (1, 2), job_id=jobs[4].id)
+    work(state)
+
+    for _ in range(4):
+        reconciler.run_once()
+
+    assert told(state)[6:] == [("job.success", jobs[4].id)]
 
 
 def test_pass_that_dies_before_noting_repeats_without_harm(
@@ -802,7 +808,7 @@ def test_pass_that_dies_before_noting_repeats_without_harm(
         raise redis.ConnectionError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flask_rq_webhooks.storage.watches.write_notes", die)
+        patch.setattr("flask_rq_webhooks.storage.watches.write_updates", die)
         with pytest.raises(redis.ConnectionError):
             reconciler.run_once()
     reconciler.run_once()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from flask_rq_webhooks.observe.host_hooks import safe_render
+from flask_rq_webhooks.observe.publisher import safe_render
 from flask_rq_webhooks.protocol.events import JOB_FAILURE, Occurrence, format_time
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from tests.integration.hosts import Host

@@ -25,7 +25,7 @@ from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Delivery, Event, Watch
-from flask_rq_webhooks.storage.settling import park_evidence
+from flask_rq_webhooks.storage.settling import ParkedReport, park_reports
 from tests.storage_rows import MAX_ATTEMPTS, new_endpoint, occurrence, row, rows, statements_of, tell
 
 
@@ -37,7 +37,7 @@ def test_event_and_delivery_of_a_watched_job(database: Database) -> None:
     assert (told.event_id, told.type, told.job_id) == (event.id, "job.success", "job-1")
     assert (told.created, told.deliveries) == (True, 1)
     assert (event.type, event.job_id, event.run_key) == ("job.success", "job-1", what.run_key)
-    assert occurrence_from_json(event.payload) == what
+    assert occurrence_from_json(event.payload) == replace(what, sequence=1)
     assert (delivery.event_id, delivery.endpoint_id) == (event.id, endpoint_id)
     assert delivery.body == json.dumps([event.id, "job.success", "job-1", "ref", {"answer": 42}]).encode()
     assert (delivery.status, delivery.attempts, delivery.max_attempts) == ("pending", 0, MAX_ATTEMPTS)
@@ -57,6 +57,40 @@ def test_telling_again_changes_nothing(database: Database) -> None:
     assert (third.event_id, third.type, third.created) == (first.event_id, "job.success", False)
     assert (rows(database, Event), rows(database, Delivery)) == before[:2]
     assert [watch.id for watch in rows(database, Watch)] == [watch.id for watch in before[2]]
+
+
+def sequences(database: Database, job_id: str = "job-1") -> list[int | None]:
+    stored = rows(database, Event, Event.job_id == job_id)
+    stored.sort(key=lambda event: event.position)
+    return [occurrence_from_json(event.payload).sequence for event in stored]
+
+
+def test_events_of_a_job_are_numbered(database: Database) -> None:
+    endpoint_id = new_endpoint(database, job_id="job-1")
+    first = occurrence("job-1", begun_s_ago=60)
+    retried = replace(first, type=JOB_RETRYING, result=None)
+    (told,) = tell(database, IngestItem(retried, (endpoint_id,)))
+    tell(database, IngestItem(retried, (endpoint_id,)), occurrence("another"))
+    ended = occurrence("job-1")
+    tell(database, ended, replace(ended, type=JOB_FAILURE, result=None, supersedes=told.event_id))
+    tell(database, occurrence(None, type="run.archived", source=SOURCE_APPLICATION, result=None))
+    assert sequences(database) == [1, 2, 3]
+    assert sequences(database, "another") == [1]
+
+
+def test_two_dispatchers_never_number_alike(database: Database) -> None:
+    def store(first: int) -> None:
+        for number in range(first, 20, 2):
+            tell(database, *(occurrence(f"job-{n}", begun_s_ago=number + 1) for n in (number % 3, 1)))
+
+    threads = [threading.Thread(target=store, args=(first,)) for first in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for job_id in ("job-0", "job-1", "job-2"):
+        found = sequences(database, job_id)
+        assert sorted(found) == list(range(1, len(found) + 1)), job_id
 
 
 def test_one_run_twice_in_one_batch(database: Database) -> None:
@@ -316,14 +350,15 @@ def test_text_that_sql_cannot_hold(database: Database) -> None:
 
 def test_parked_evidence_opens_the_watch_and_an_ending_clears_it(database: Database) -> None:
     endpoint_id = new_endpoint(database, job_id="job-1")
-    park_evidence(
+    park_reports(
         database,
         [
-            (endpoint_id, "job-1", '{"v": 1}'),
-            (endpoint_id, "job-2", '{"v": 2}'),
-            ("eptesttest_all", "job-3", '{"v": 3}'),
-            (None, "job-3", '{"v": 4}'),
-            ("epforeign_1", "job-4", "{}"),
+            ParkedReport(endpoint_id, "job-1", '{"v": 1}'),
+            ParkedReport(endpoint_id, "job-2", '{"v": 2}'),
+            ParkedReport("eptesttest_all", "job-3", '{"v": 3}'),
+            ParkedReport(None, "job-3", '{"v": 4}'),
+            ParkedReport("epforeign_1", "job-4", "{}"),
+            ParkedReport(endpoint_id, "job-5", "{}", needs_watch=True),
         ],
     )
     watches = {watch.job_id: watch for watch in rows(database, Watch)}
@@ -340,7 +375,7 @@ def test_evidence_of_a_new_run_opens_a_settled_watch(database: Database) -> None
     endpoint_id = new_endpoint(database, job_id="job-1")
     what = occurrence("job-1")
     tell(database, what)
-    park_evidence(database, [(endpoint_id, "job-1", "{}")])
+    park_reports(database, [ParkedReport(endpoint_id, "job-1", "{}")])
     watch = row(database, Watch)
     assert (watch.status, watch.run, watch.evidence) == ("open", what.run, "{}")
 
@@ -388,7 +423,7 @@ def test_texts_of_any_script_and_bodies_of_any_bytes(database: Database) -> None
     event = row(database, Event)
     assert (told.created, told.deliveries) == (True, 1)
     assert (event.job_id, event.runid, event.run_key) == (job_id, runid, what.run_key)
-    assert occurrence_from_json(event.payload) == what
+    assert occurrence_from_json(event.payload) == replace(what, sequence=1)
     assert row(database, Delivery).body == body
     assert row(database, Watch).status == "settled"
 

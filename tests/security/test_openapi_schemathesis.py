@@ -20,7 +20,7 @@ from schemathesis.checks import (
 from schemathesis.generation import GenerationMode
 
 from flask_rq_webhooks import RQWebhooks
-from flask_rq_webhooks.observe.host_hooks import safe_render
+from flask_rq_webhooks.observe.publisher import safe_render
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.storage.dispatchers import heartbeat
 from flask_rq_webhooks.storage.events import IngestItem, ingest

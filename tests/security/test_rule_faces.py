@@ -477,7 +477,7 @@ def test_what_a_job_calls_its_run_fits_every_database(
         report = reconcile_now(state)
 
         assert report is not None
-        assert dict(report.told) == {"job.success": 1}
+        assert dict(report.reported) == {"job.success": 1}
         (event,) = events(state)
         assert event.job_id == job_id
         assert event.runid is not None
