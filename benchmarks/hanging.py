@@ -1,10 +1,15 @@
-"""Healthy hosts while one of ten hangs."""
+"""Healthy hosts while others hang: one of ten, and a stranger's thousands."""
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from .harness import Report, Size
+from tests.servers import wait_until
+
+from .harness import Report, Size, percentile
 from .installation import Installation, servers
 from .receiver import RunningReceiver, receiver
 
@@ -55,3 +60,67 @@ def _seconds(installation: Installation, target: RunningReceiver, each: int, *, 
         dispatcher.kill()  # asked to stop, it would wait for the host that hangs
     assert [count for count, _last in done] == [each] * (HOSTS - 1), hosts
     return float(max(last for _count, last in done)) - began
+
+
+#: Healthy hosts, and their deliveries a second, beside those of a stranger.
+HONEST, RATE = 20, 20
+
+
+def strangers(size: Size) -> Report:
+    """Deliver to healthy hosts while thousands of hosts of one stranger hang, all of them due at once.
+
+    The healthy ones have received before. A dispatcher that starts later, among the hanging ones, is measured
+    as well: it has to know them from SQL.
+    """
+    report = Report(
+        f"{size['hosts']:,} hosts of one stranger hang, {HONEST} healthy ones get {RATE} deliveries/s, "
+        "SQLite, TIMEOUT = 15 s"
+    )
+    with servers() as some, receiver(HONEST) as target, deaf_listener() as port:
+        installation = some.installation()
+        healthy = [target.url(host, name="latency") for host in range(HONEST)]
+        numbers = range(size["hosts"])
+        hang = [f"http://127.1.{number // 250}.{1 + number % 250}:{port}/" for number in numbers]
+        with installation.dispatcher() as dispatcher:
+            dispatcher.wait_for_output("started")
+            installation.seed_outbox(HONEST, healthy, result={"ended": time.time()})
+            wait_until(lambda: target.ask("/count") >= HONEST, timeout=60, what="the first deliveries")
+            installation.wait_until_recorded(HONEST)
+            installation.seed_due(size["hosts"], hang)
+            _tell(report, "all due at once", _latencies(installation, target, healthy, size["count"]))
+            dispatcher.kill()
+        with installation.dispatcher() as dispatcher:
+            dispatcher.wait_for_output("started")
+            _tell(report, "after a restart", _latencies(installation, target, healthy, size["count"]))
+            dispatcher.kill()
+    return report
+
+
+@contextmanager
+def deaf_listener() -> Iterator[int]:
+    """Listen on every loopback address, let the kernel accept connections, and never read; give the port."""
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))  # noqa: S104  (127.0.0.0/8 is as far as it is asked)
+        listener.listen(4096)
+        yield listener.getsockname()[1]
+
+
+def _latencies(
+    installation: Installation, target: RunningReceiver, urls: list[str], count: int
+) -> list[float]:
+    """Return the seconds from the end of each job until it is received."""
+    target.ask("/reset")
+    begin = time.monotonic()
+    for number in range(count):
+        time.sleep(max(0.0, begin + number / RATE - time.monotonic()))
+        installation.seed_outbox(1, [urls[number % len(urls)]], result={"ended": time.time()})
+    wait_until(lambda: target.ask("/count") >= count, timeout=600, what="deliveries to healthy hosts")
+    latencies: list[float] = target.ask("/latencies")
+    return latencies
+
+
+def _tell(report: Report, when: str, latencies: list[float]) -> None:
+    p50, p95 = percentile(latencies, 0.5), percentile(latencies, 0.95)
+    report.data[when] = {"p50": p50, "p95": p95, "max": max(latencies)}
+    report.add(f"{when}: p50", p50, "s")
+    report.add(f"{when}: p95", p95, "s", promise="strangers", at_most=2)

@@ -74,12 +74,12 @@ class Installation:
 
     # -- work -----------------------------------------------------------------------------------------
 
-    def seed_outbox(self, count: int, urls: Sequence[str]) -> None:
+    def seed_outbox(self, count: int, urls: Sequence[str], *, result: Any = RESULT) -> None:
         """Leave *count* finished jobs, their watches and their outbox entries."""
         for start in range(0, count, _CHUNK):
-            self._seed_outbox(min(_CHUNK, count - start), urls, start)
+            self._seed_outbox(min(_CHUNK, count - start), urls, start, result)
 
-    def _seed_outbox(self, count: int, urls: Sequence[str], start: int) -> None:
+    def _seed_outbox(self, count: int, urls: Sequence[str], start: int, result: Any) -> None:
         now = datetime.now(UTC)
         endpoints = self._endpoints(count, urls, start, now)
         began = format_time(now)
@@ -99,7 +99,7 @@ class Installation:
             entry = {"v": 1, "kind": "success", "endpoint": endpoint_id, "job_id": job_id, "run": began,
                      "at": time.time(), "func": "tasks.run_model", "queue": "default", "created_at": began,
                      "enqueued_at": began, "started_at": began, "runid": "basin-7", "retries_left": None,
-                     "result": RESULT, "result_truncated": False, "error": None}  # fmt: skip
+                     "result": result, "result_truncated": False, "error": None}  # fmt: skip
             pipeline.xadd(self.state.outbox.key, {"entry": json.dumps(entry)})
         with self.state.database.write() as connection:
             connection.execute(insert(Watch), watches)

@@ -20,6 +20,7 @@ PROMISES: Final[dict[str, str]] = {
     "route-unused": "A decorated route without ``webhook_url`` against undecorated, median",
     "latency": "From the end of a job until it is received, 20 jobs a second",
     "hanging": "Healthy hosts while one of ten hangs: time to finish against that without it",
+    "strangers": "Healthy hosts while 4,000 hosts of a stranger hang: time until received",
     "growth": "Rate of claim and record with a long history, and with a long backlog, against 10,000 rows",
     "memory": "Resident memory of a dispatcher with a long backlog",
     "two-dispatchers": "Two dispatchers against one, receivers of 50 ms, PostgreSQL, CPU not saturated",

@@ -60,6 +60,12 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         quick={"rounds": 1, "each": 100},
         promises=("hanging",),
     ),
+    "strangers": Benchmark(
+        hanging.strangers,
+        full={"hosts": 4000, "count": 800},
+        quick={"hosts": 1000, "count": 200},
+        promises=("strangers",),
+    ),
     "growth": Benchmark(
         scale.growth,
         full={"rounds": 5, "claims": 100, "rows": 1_000_000},

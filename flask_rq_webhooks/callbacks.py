@@ -52,11 +52,11 @@ MAX_NAME_CHARS = 512
 #: Characters of a first argument that may name a run; a longer one is content.
 MAX_ARGUMENT_CHARS = 128
 #: Seconds our part may take to turn the outcome into JSON, and to hand it to Redis. redis-py's own retries
-#: hold a caller for 4.4 s when Redis refuses connections, and a silent server for ever.
+#: hold a caller for 4.4 s when Redis refuses connections, and a silent server without end.
 RENDER_LIMIT_S, APPEND_LIMIT_S = 2.0, 3.0
 
 _KINDS = ("success", "failure", "stopped")
-#: Values and characters, and containers within containers, of a result that may be told as it stands.
+#: Values and characters, and containers within containers, of a result that may be reported as it stands.
 _PLAIN_SIZE, _PLAIN_DEPTH = 20_000, 10
 
 #: The callback ``hasattr`` has just built; RQ asks for the same name with ``getattr`` right after.
@@ -110,18 +110,18 @@ def _build(kind: str, token: str, user_path: str) -> Callable[..., None]:
         if user is not None:
             user(job, connection, *outcome)
 
-    def tell_success(job: Job, connection: Redis, *outcome: Any) -> None:
+    def report_success(job: Job, connection: Redis, *outcome: Any) -> None:
         run_user_callback(job, connection, outcome)
         # Only now: when the user's callback raises, RQ calls the job failed and runs on_failure.
         _append(kind, token, job, connection, outcome)
 
-    def tell(job: Job, connection: Redis, *outcome: Any) -> None:
+    def report(job: Job, connection: Redis, *outcome: Any) -> None:
         try:
             run_user_callback(job, connection, outcome)
         finally:
             _append(kind, token, job, connection, outcome)
 
-    return tell_success if kind == "success" else tell
+    return report_success if kind == "success" else report
 
 
 def _refusal(kind: str, user: Any) -> TypeError | None:
@@ -302,7 +302,7 @@ def _name(value: Any) -> str | None:
 
 
 def _get(job: Job, name: str) -> Any:
-    """Return an attribute of *job*, or ``None`` where the job cannot tell."""
+    """Return an attribute of *job*, or ``None`` where it cannot be read."""
     try:
         return getattr(job, name)
     except Exception:

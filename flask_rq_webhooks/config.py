@@ -172,6 +172,22 @@ def _redis_url(value: Any) -> str:
     return text
 
 
+def _client_certs(value: Any) -> tuple[tuple[str, str, str], ...]:
+    if value == ():
+        return ()
+    if not isinstance(value, Mapping):
+        raise ValueError("expected a mapping of host names to (certificate file, key file)")
+    certs: list[tuple[str, str, str]] = []
+    for host, files in value.items():
+        pair = tuple(files) if isinstance(files, Sequence) and not isinstance(files, str) else ()
+        if not isinstance(host, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+            raise ValueError(f"{host!r} is not a host name; write it like 'hooks.example.com', without port")
+        if len(pair) != 2 or not all(isinstance(file, str) and file for file in pair):
+            raise ValueError(f"{host!r} needs (certificate file, key file), not {files!r}")
+        certs.append((host.lower().rstrip("."), pair[0], pair[1]))
+    return tuple(certs)
+
+
 def _proxy_url(value: Any) -> str:
     text = _text(value)
     if not text.startswith(("http://", "https://")):
@@ -220,7 +236,7 @@ class Settings:
     enabled: bool = setting(
         _boolean,
         True,
-        "Off: fields are stripped, nothing is registered; accepted deliveries go on.",
+        "Whether webhooks are accepted. Accepted deliveries continue when it is off.",
         env=("WEBHOOKS_ENABLED", "WEPPCLOUD_WEBHOOKS_ENABLED"),
     )
     redis_url: str = setting(
@@ -306,6 +322,16 @@ class Settings:
     proxy_url: str | None = setting(
         _optional(_proxy_url), None, "Egress proxy; it, not we, then pins addresses.", secret=True
     )
+    ca_file: str | None = setting(
+        _optional(_text),
+        None,
+        "PEM file of certificate authorities that receivers may use beside the public ones.",
+    )
+    client_certs: tuple[tuple[str, str, str], ...] = setting(
+        _client_certs,
+        (),
+        "Client certificates: host name to (certificate file, key file); shown to that host and no other.",
+    )
     format: str = setting(_text, "job", "Payload format where a request names none.")
     traceback: str = setting(
         _choice("full", "last", "none"), "full", "How much of a traceback a failure payload carries."
@@ -343,11 +369,13 @@ class Settings:
         "Keys for secrets and headers at rest, newest first; default: derived from SECRET_KEY.",
         secret=True,
     )
-    reconcile_interval: float = setting(_seconds, 15.0, "Seconds between looks for endings nobody reported.")
+    reconcile_interval: float = setting(
+        _seconds, 15.0, "Seconds between passes that find endings without a callback."
+    )
     clean_abandoned: bool = setting(
         _boolean,
         False,
-        "Clean RQ's registries ourselves: finds lost hosts in about 90 s, runs failure callbacks here.",
+        "Clean RQ's registries: finds lost hosts in about 90 s; the dispatcher runs failure callbacks.",
     )
     child_meta_prefix: str = setting(_text, "jobs:", "Keys of job.meta that name child jobs.")
     disable_after: int = setting(

@@ -148,7 +148,7 @@ class State:
 
     @property
     def namespace(self) -> str:
-        """Return what tells our keys in Redis from those of another database's dispatchers."""
+        """Return the part of our Redis keys that belongs to this SQL database alone."""
         return cast(str, self._once("namespace", lambda: shared_namespace(self.database)))
 
     @property

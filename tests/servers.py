@@ -73,9 +73,12 @@ class Process:
     """A child process whose output is kept, and which ends with its owner.
 
     :param arguments: command line; ``"python"`` as the first word is this interpreter.
+    :param own_group: start it in a process group of its own. RQ's stop command kills the group of the
+        work-horse, which is still the worker's own in the moment after the fork.
     """
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | str = ROOT) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | str = ROOT,
+                 own_group: bool = False) -> None:  # fmt: skip
         command = [sys.executable, *arguments[1:]] if arguments[0] == "python" else list(arguments)
         self.log = tempfile.NamedTemporaryFile(suffix=".log", delete=False)  # noqa: SIM115  (closed by stop)
         self.popen = subprocess.Popen(
@@ -85,6 +88,7 @@ class Process:
             stdin=subprocess.DEVNULL,
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})},
+            start_new_session=own_group,
         )
         self._guard = guard(self.popen.pid)
 
@@ -275,12 +279,12 @@ class PostgresHandle:
 
 
 class Forwarder:
-    """TCP on loopback to a Unix socket that may be changed; open connections stay where they lead.
+    """TCP on loopback to a server that may be changed; open connections stay where they lead.
 
-    :param path: of the socket.
+    :param path: of a Unix socket, or a port of loopback.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | int) -> None:
         self.path = path
         self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self._server.getsockname()[1]
@@ -292,9 +296,10 @@ class Forwarder:
                 client, _ = self._server.accept()
             except OSError:
                 return
-            upstream = socket.socket(socket.AF_UNIX)
+            is_port = isinstance(self.path, int)
+            upstream = socket.socket(socket.AF_INET if is_port else socket.AF_UNIX)
             try:
-                upstream.connect(self.path)
+                upstream.connect(("127.0.0.1", self.path) if is_port else self.path)
             except OSError:
                 client.close()
                 upstream.close()

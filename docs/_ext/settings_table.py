@@ -54,7 +54,7 @@ def describe(setting: Setting) -> list[str]:
         f".. _setting-{setting.name.lower().replace('_', '-')}:",
         "",
         f"``{PREFIX}{setting.name}``",
-        f"    {setting.about}",
+        "    " + setting.about.replace("_", r"\_"),  # plain text, no reStructuredText
         "",
         f"    Default: {default}.",
     ]

@@ -33,7 +33,7 @@ def test_what_a_client_refused_is_recovered_with_a_command(
 ) -> None:
     client.post(f"{RUN}/build_soils", json={"webhook_url": "https://wrong.example/hooks"})
     work()
-    assert len(deliver_all(app, InMemoryReceiver(404))) == 1
+    assert len(deliver_all(app, InMemoryReceiver(410))) == 1
     runner = app.test_cli_runner()
     recovered = runner.invoke(args=["rq-webhooks", "recover", "--host", "wrong.example"])
     assert recovered.output == "1 deliveries are due now.\n"

@@ -27,7 +27,7 @@ from ..storage.models import SENDING
 from ..storage.retention import prune
 from ..storage.schema import upgrade_schema
 from ..web import operations
-from ..web.api_schemas import EraseInput, ManyInput
+from ..web.api_inputs import EraseInput, ManyInput
 from ..web.operations import InvalidInputError
 from .doctor import examine
 from .endpoint_commands import endpoints

@@ -13,7 +13,7 @@ from ..state import get_state
 from ..storage.endpoints import ROTATION_GRACE_S
 from ..storage.queries import EndpointView, list_endpoints
 from ..web import operations
-from ..web.api_schemas import RotateInput
+from ..web.api_inputs import RotateInput
 from ..web.forms import header_pairs
 from .options import as_json, cleaned, echo_json
 

@@ -1,6 +1,6 @@
 """Errors of SQL, Redis and ports, as one sentence that says what to do.
 
-Every command uses it for what it cannot go on after, ``doctor`` for what its checks find.
+Commands use it for errors that end them, ``doctor`` for what its checks find.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from ..errors import RQWebhooksError
+from ..errors import RQWebhooksError, StorageUnavailableError
 from ..queue.redis_database import database_name
-from ..storage.sql_errors import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from ..storage.sql_errors import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 if TYPE_CHECKING:
     from ..state import State
@@ -30,7 +30,7 @@ def explain(exc: Exception, state: State | None) -> str:
     """
     if isinstance(exc, RQWebhooksError):
         text = str(exc)
-        if isinstance(exc.__cause__, DBAPIError) and state is not None and "init-db" not in text:
+        if state is not None and isinstance(exc, StorageUnavailableError) and "cannot be used now" in text:
             text = f"{text.rstrip('.')}; start the database, or correct {sql_source(state)}."
     elif state is None:
         text = f"{type(exc).__name__}: {exc}"
@@ -77,23 +77,10 @@ def of_sql(exc: Exception, state: State) -> str:
             "sqlite:///file."
         )
     said = str(getattr(exc, "orig", exc)).strip().partition("\n")[0]
-    if _sqlstate(exc) == "42501":
-        role = state.database.url.username or "our user"
-        return (
-            f"the database refused ({said}); as the owner of the schema run "
-            f'`GRANT USAGE, CREATE ON SCHEMA public TO "{role}"` for init-db, and `GRANT SELECT, INSERT, '
-            f'UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "{role}"` for everything else.'
-        )
     return (
         f"the database refused ({type(exc).__name__}: {said}); allow our user to use our tables, or correct "
         f"{where}."
     )
-
-
-def _sqlstate(exc: Exception) -> str | None:
-    """Return the SQLSTATE of a driver's error: psycopg 3 calls it sqlstate, psycopg2 pgcode."""
-    cause = getattr(exc, "orig", None)
-    return getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
 
 
 def sql_source(state: State) -> str:

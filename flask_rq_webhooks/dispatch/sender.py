@@ -1,9 +1,8 @@
-"""Claim what is due, sign it, and give it to the transport, in one thread.
+"""Claim what is due, sign it, and hand it to the transport, in one thread.
 
-Owns when it is worth asking SQL for more, and how much. SQL is the truth: behind everything in memory here
-stands a lease, and what is lost here is sent again under the same ``webhook-id``. Knows nothing of RQ, of the
-outbox, of how bytes travel (:class:`~flask_rq_webhooks.dispatch.http.Transport`), nor of what becomes
-of an answer (:mod:`~flask_rq_webhooks.dispatch.recorder`).
+Owns when to ask SQL for more, how much, and how hosts that fail share the places. SQL is the truth:
+everything in memory here is covered by a lease, and what is lost here is sent again under the same
+``webhook-id``. What a result means is decided in :mod:`~flask_rq_webhooks.dispatch.recorder`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from .._steps import reached
 from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
+from ..storage.attempts import latest_outcomes
 from ..storage.claims import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
 from ..storage.models import new_id
 from .http import AttemptRequest, AttemptResult, Transport
@@ -34,25 +34,34 @@ logger = logging.getLogger(__name__)
 
 #: Seconds a lease lasts beyond the deadline of the attempt it covers.
 LEASE_MARGIN_S = 30.0
-#: Longest time without a look at SQL: what other processes made due is seen at the latest then.
+#: Longest time without a look at SQL, where other processes may have made something due.
 LONGEST_SLEEP_S = 1.0
-#: The same while some host has all the requests in flight it may have.
+#: The same while a host has as many requests in flight as it may have.
 CAPPED_SLEEP_S = 0.25
-#: Seconds a delivery waits that cannot be signed or opened (wrong key); no attempt is spent.
+#: Seconds a delivery waits that cannot be signed or decrypted; no attempt is spent.
 UNSENDABLE_S = 60.0
-#: Work claimed ahead of the transport, in seconds of the pace it keeps, so that it never waits for SQL.
-#: Slow receivers mean a slow pace, and next to nothing claimed ahead.
+#: Work claimed ahead of the transport, in seconds of its pace, so that it never waits for SQL.
 AHEAD_S = 0.1
 #: The same as a multiple of the concurrency, at most.
 AHEAD_MAX = 2
-#: Seconds the transport may take to begin what was claimed ahead; then it is given back.
+#: Seconds within which the transport has to begin what was claimed ahead; then it is released.
 QUEUED_S = 5.0
 #: Seconds over which the transport's pace is measured, at least.
 PACE_S = 0.1
-#: Seconds for which free places gather, so that they share a claim, where nothing is claimed ahead.
+#: Seconds for which free places add up to one claim, where nothing is claimed ahead.
 GATHER_S = 0.004
 #: First and longest pause while deliveries are due that cannot be claimed (host's minute full).
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
+#: What is known of a host: its latest attempt succeeded; it failed, after others that succeeded; or none ever
+#: succeeded, a host nobody sent to yet included.
+PROVEN, FAILING, UNPROVEN = "proven", "failing", "unproven"
+#: Share of the requests in flight for all hosts that are not proven, and within it for the unproven ones: a
+#: stranger's thousand names that hang must not make others wait (SECURITY 24).
+FAILING_SHARE, UNPROVEN_SHARE = 0.5, 0.25
+#: Seconds for which a delivery beyond the share is put off.
+SHORTEST_HOLD_S, LONGEST_HOLD_S = 0.05, 60.0
+#: Latest attempts that are read at start, and hosts that are remembered.
+RECENT_ATTEMPTS, MOST_HOSTS = 5000, 50_000
 
 
 class Sender:
@@ -61,7 +70,7 @@ class Sender:
     :param state: the app's state.
     :param transport: sends; its futures may be resolved in any thread.
     :param limiter: asked before every request.
-    :param recorder: gets every answer.
+    :param recorder: gets every result.
     :param concurrency: requests in flight at once.
     """
 
@@ -84,6 +93,9 @@ class Sender:
         self._fresh = True  # something may have become due; set by any thread
         self._freed = False  # a host has a place again that had none; set by any thread
         self._in_flight = _InFlight()
+        self._hosts = _HostRecords()
+        self._held: dict[str, float] = {}  # hosts beyond their share, and until when they were put off
+        self._sweeps = False  # the latest claim met mostly such hosts: larger claims put them off faster
         self._queued: deque[tuple[float, Future[AttemptResult], ClaimedDelivery]] = deque()
         self._capped: frozenset[str] = frozenset()
         self._unwanted: list[ClaimedDelivery] = []  # to be given back
@@ -121,6 +133,8 @@ class Sender:
         """
         self._woken.clear()
         self._enough_at = -1
+        if not self._hosts.restored:
+            self._hosts.restore(latest_outcomes(self._state.database, RECENT_ATTEMPTS))
         began = time.monotonic()
         self._take_back(began)
         self._pace.measure(self._in_flight.answered, began)
@@ -128,7 +142,8 @@ class Sender:
         if room > 0 and (self._fresh or self._freed or began >= self._claim_at):
             self._fresh = self._freed = False
             try:
-                self._send_due(min(room, self._state.settings.batch), began)
+                batch = self._state.settings.batch
+                self._send_due(batch if self._sweeps else min(room, batch), began)
             except BaseException:
                 self._fresh = True
                 raise
@@ -172,8 +187,6 @@ class Sender:
                 len(self._recorder) + len(self._in_flight), exc,
             )  # fmt: skip
 
-    # -- how much -------------------------------------------------------------------------------------
-
     def _ahead(self) -> int:
         """Return how many to claim beyond the concurrency, so that the transport never waits for a claim."""
         return min(AHEAD_MAX * self._concurrency, int(self._pace.per_second * AHEAD_S))
@@ -188,7 +201,7 @@ class Sender:
         return bool(len(self._in_flight) or len(self._recorder))
 
     def _take_back(self, now: float) -> None:
-        """Give back what the transport has not begun for long: its lease covers the request, not a queue."""
+        """Release what the transport has not begun in time: the lease covers the request, not a queue."""
         while self._queued:
             since, future, delivery = self._queued[0]
             if not (future.running() or future.done()):
@@ -204,8 +217,6 @@ class Sender:
         if self._unwanted:
             release(self._state.database, self._unwanted)
             self._unwanted.clear()
-
-    # -- claim and send -------------------------------------------------------------------------------
 
     def _send_due(self, limit: int, began: float) -> None:
         settings = self._state.settings
@@ -262,7 +273,8 @@ class Sender:
         busy = self._is_busy()
         if due_in is None or due_in > 0:
             self._pause_s = FIRST_PAUSE_S
-            self.idle_since = None if busy else began
+            waits = any(until > began for until in self._held.values())
+            self.idle_since = None if busy or waits else began
             return LONGEST_SLEEP_S if due_in is None else min(due_in, LONGEST_SLEEP_S)
         if claimed_some:
             return 0.0
@@ -273,9 +285,13 @@ class Sender:
 
     def _submit(self, claimed: Sequence[ClaimedDelivery]) -> None:
         over_limit: dict[str, list[ClaimedDelivery]] = {}
+        held: list[ClaimedDelivery] = []
         unsendable: list[ClaimedDelivery] = []
         cause: Exception | None = None
         for number, delivery in enumerate(claimed):
+            if not self._has_place(delivery.host):
+                held.append(delivery)
+                continue
             if self._limiter.wait_s(delivery.host) > 0:
                 over_limit.setdefault(delivery.host, []).append(delivery)
                 continue
@@ -285,17 +301,20 @@ class Sender:
                 unsendable.append(delivery)
                 cause = exc
                 continue
-            self._in_flight.add(delivery)
+            self._in_flight.add(delivery, self._hosts.kind(delivery.host))
             try:
                 future = self._transport.submit(request)
             except BaseException:
                 self._in_flight.remove(delivery, answered=False)
-                self._unwanted += [*claimed[number:], *unsendable, *chain(*over_limit.values())]
+                self._unwanted += [*claimed[number:], *held, *unsendable, *chain(*over_limit.values())]
                 raise
             self._queued.append((time.monotonic(), future, delivery))
             future.add_done_callback(self._collector(delivery, request))
         for host, deliveries in over_limit.items():
             self._put_off(host, deliveries)
+        self._sweeps = 2 * len(held) > len(claimed)
+        if held:
+            self._hold_back(held)
         if unsendable:
             endpoints = sorted({delivery.endpoint_id for delivery in unsendable})
             logger.error(
@@ -304,13 +323,44 @@ class Sender:
             )  # fmt: skip
             defer(self._state.database, unsendable, delay_s=UNSENDABLE_S)
 
+    def _has_place(self, host: str) -> bool:
+        """Say whether one more request may go to *host*, as hosts that fail share the places."""
+        kind = self._hosts.kind(host)
+        if kind == PROVEN:
+            return True
+        counts = self._in_flight.per_kind
+        if counts[FAILING] + counts[UNPROVEN] >= max(1, int(self._concurrency * FAILING_SHARE)):
+            return False
+        return kind == FAILING or counts[UNPROVEN] < max(1, int(self._concurrency * UNPROVEN_SHARE))
+
+    def _hold_back(self, deliveries: Sequence[ClaimedDelivery]) -> None:
+        """Put off what is beyond the share, about as long as the hosts before it need.
+
+        Out of the way of others in SQL, too: a claim would meet thousands of them first.
+        """
+        now = time.monotonic()
+        self._held = {host: until for host, until in self._held.items() if until > now}
+        places = max(1, int(self._concurrency * UNPROVEN_SHARE))
+        waiting = len(self._held) + len(deliveries)
+        delay_s = min(max(waiting / places * self._hosts.unproven_s, SHORTEST_HOLD_S), LONGEST_HOLD_S)
+        if not self._held:
+            logger.warning(
+                "Hosts that fail or never succeeded take their whole share of the requests in flight; %d "
+                "deliveries to such hosts wait. No attempt is spent, and other hosts are not held up.",
+                len(deliveries),
+            )
+        self._held |= dict.fromkeys((delivery.host for delivery in deliveries), now + delay_s)
+        defer(self._state.database, deliveries, delay_s=delay_s)
+
     def _collector(
         self, delivery: ClaimedDelivery, request: AttemptRequest
     ) -> Callable[[Future[AttemptResult]], None]:
         def collect(future: Future[AttemptResult]) -> None:
             if future.cancelled():
                 return  # taken back
-            self._recorder.add(delivery, request, future.result())
+            result = future.result()
+            self._hosts.note(delivery.host, result)
+            self._recorder.add(delivery, request, result)
             self._in_flight.remove(delivery, answered=True)
             if delivery.host in self._capped:
                 self._freed = True
@@ -338,6 +388,45 @@ class Sender:
             self._woken.set()  # there was no room because too much waited to be recorded
 
 
+class _HostRecords:
+    """How the latest attempt to each host ended, and whether one ever succeeded; as far as it is known."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kinds: dict[str, str] = {}
+        #: Seconds that an attempt to a host takes which is not proven, on average.
+        self.unproven_s = 0.25
+        self.restored = False
+
+    def restore(self, latest: Mapping[str, bool]) -> None:
+        """Take what SQL knows, so that a restart forgets nothing.
+
+        :param latest: hosts with whether their latest attempt succeeded.
+        """
+        with self._lock:
+            known = {host: PROVEN if succeeded else FAILING for host, succeeded in latest.items()}
+            self._kinds = known | self._kinds
+            self.restored = True
+
+    def kind(self, host: str) -> str:
+        """Return what share of the places *host* has a part in."""
+        return self._kinds.get(host, UNPROVEN)
+
+    def note(self, host: str, result: AttemptResult) -> None:
+        """Take the result of an attempt, from any thread."""
+        with self._lock:
+            if self._kinds.get(host) != PROVEN:
+                self.unproven_s += (result.duration_ms / 1000 - self.unproven_s) / 8
+            if result.error_code is None and result.status_code is not None and result.status_code < 300:
+                self._kinds.pop(host, None)  # so that the oldest come first
+                self._kinds[host] = PROVEN
+                if len(self._kinds) > MOST_HOSTS:
+                    del self._kinds[next(iter(self._kinds))]
+                return
+            if host in self._kinds:
+                self._kinds[host] = FAILING
+
+
 class _Pace:
     """How many answers come a second."""
 
@@ -362,7 +451,10 @@ class _InFlight:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._deliveries: dict[tuple[str, str], ClaimedDelivery] = {}
+        self._kinds: dict[tuple[str, str], str] = {}
         self._per_host: Counter[str] = Counter()
+        #: The count by kind of host.
+        self.per_kind: Counter[str] = Counter()
         #: Results that arrived since the start.
         self.answered = 0
 
@@ -379,9 +471,14 @@ class _InFlight:
         with self._lock:
             return list(self._deliveries.values())
 
-    def add(self, delivery: ClaimedDelivery) -> None:
-        """Count *delivery*."""
+    def add(self, delivery: ClaimedDelivery, kind: str) -> None:
+        """Count *delivery*.
+
+        :param kind: of its host; it may change until :meth:`remove`.
+        """
         with self._lock:
+            self._kinds[delivery.id, delivery.lease_id] = kind
+            self.per_kind[kind] += 1
             self._deliveries[delivery.id, delivery.lease_id] = delivery
             self._per_host[delivery.host] += 1
 
@@ -392,6 +489,7 @@ class _InFlight:
         """
         with self._lock:
             del self._deliveries[delivery.id, delivery.lease_id]
+            self.per_kind[self._kinds.pop((delivery.id, delivery.lease_id))] -= 1
             self.answered += answered
             left = self._per_host[delivery.host] - 1
             if left:

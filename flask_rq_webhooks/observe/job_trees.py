@@ -11,6 +11,7 @@ May run in several processes at once: the event of a tree is unique by its root'
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import RedisError
+
 from ..config import Settings
+from ..errors import StorageUnavailableError
 from ..protocol.events import (
     JOB_CANCELED,
     JOB_FAILURE,
@@ -45,6 +49,7 @@ from ..storage import tree_members as storage
 from ..storage.database import Database
 from ..storage.events import IngestItem
 from ..storage.models import RESERVED
+from ..storage.sql_errors import is_about_a_row
 from ..storage.tree_members import TreeRow
 from ..storage.watches import reported_endings
 from .conclusions import RESERVED_GRACE, is_blocked
@@ -52,6 +57,8 @@ from .outcomes import TYPE_OF_STATUS
 
 if TYPE_CHECKING:
     from redis import Redis
+
+logger = logging.getLogger(__name__)
 
 #: Jobs of one tree that are looked at.
 MAX_JOBS = 10_000
@@ -163,7 +170,15 @@ class TreeReporter:
     def _evaluate_all(self, endpoint_ids: Sequence[str]) -> list[str]:
         told = []
         for endpoint_id, rows in storage.load_trees(self._database, endpoint_ids).items():
-            event_type = self._evaluate(endpoint_id, rows)
+            try:
+                event_type = self._evaluate(endpoint_id, rows)
+            except (RedisError, StorageUnavailableError):
+                raise
+            except Exception as exc:
+                if not is_about_a_row(exc):
+                    raise
+                logger.exception("The tree of endpoint %s cannot be judged; it is left out.", endpoint_id)
+                continue
             if event_type is not None:
                 told.append(event_type)
         return told

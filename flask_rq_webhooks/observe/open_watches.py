@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from ..errors import OutboxEntryError
+from redis.exceptions import RedisError
+
+from ..errors import OutboxEntryError, StorageUnavailableError
 from ..protocol.events import JOB_BLOCKED, JOB_SUCCESS, Occurrence
 from ..queue.job_reader import JobRecord, probe_jobs, read_jobs, read_statuses
 from ..queue.outbox_entry import OutboxEntry, parse_entry
@@ -112,9 +114,15 @@ class OpenWatches:
             if row.job_id in jobs.unreadable:
                 continue  # a broken hash is no evidence of anything
             job = jobs.get(row.job_id)
-            self._judge(
-                row, job, reported.get(row.job_id, ()), events, updates, report, now=now, outbox=outbox
-            )
+            try:
+                self._judge(
+                    row, job, reported.get(row.job_id, ()), events, updates, report, now=now, outbox=outbox
+                )
+            except (RedisError, StorageUnavailableError):
+                raise
+            except Exception:
+                logger.exception("Job %r cannot be judged; it is left out of this pass.", row.job_id)
+                continue
             if job is not None and job.status == "deferred" and row.id in (wants_blocked or ()):
                 blocked.append((row, job))
         self._find_blocked(blocked, events, now)

@@ -6,6 +6,7 @@ Knows nothing of how they were found, nor of how they are stored.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ from ..protocol.events import TERMINAL_TYPES, Occurrence
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.events import IngestItem
+from ..storage.sql_errors import is_about_a_row
 from ..storage.watches import WatchRow
+
+logger = logging.getLogger(__name__)
 
 #: Stores occurrences as events and deliveries, each once, in one transaction.
 Publish = Callable[[Sequence[IngestItem]], object]
@@ -67,11 +71,12 @@ class PendingEvents:
         :returns: how many occurrences were published, by type.
         """
         items = self._new_items()
+        published: list[IngestItem] = []
         for start in range(0, len(items), _AT_ONCE):
             reached("reconcile found")
-            publish(items[start : start + _AT_ONCE])
+            published += _publish_some(publish, items[start : start + _AT_ONCE])
             reached("reconcile told")
-        return Counter(item.occurrence.type for item in items)
+        return Counter(item.occurrence.type for item in published)
 
     def _new_items(self) -> list[IngestItem]:
         """Return the items, without those that are stored and settle nothing."""
@@ -82,3 +87,18 @@ class PendingEvents:
             for key, (occurrence, receivers) in self._found.items()
             if key not in known
         ]
+
+
+def _publish_some(publish: Publish, items: Sequence[IngestItem]) -> Sequence[IngestItem]:
+    """Publish *items*, and return those that could be: one that cannot be stored holds up no other."""
+    try:
+        publish(items)
+    except Exception as exc:
+        if not is_about_a_row(exc):
+            raise
+        if len(items) > 1:
+            middle = len(items) // 2
+            return [*_publish_some(publish, items[:middle]), *_publish_some(publish, items[middle:])]
+        logger.exception("The event of job %r cannot be stored; it is left out.", items[0].occurrence.job_id)
+        return []
+    return items

@@ -106,6 +106,7 @@ class Occurrence:
     :param jobs: for trees, counts by status.
     :param supersedes: id of the event this one corrects.
     :param data: an application event's own object.
+    :param sequence: 1, 2, 3 … of the job's events, given when it is stored.
     """
 
     type: str
@@ -122,6 +123,7 @@ class Occurrence:
     result: Any = None
     result_truncated: bool = False
     error: Mapping[str, str] | None = None
+    sequence: int | None = None
     scope: str = "job"
     jobs: Mapping[str, int] | None = None
     supersedes: str | None = None

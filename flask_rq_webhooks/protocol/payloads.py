@@ -409,6 +409,8 @@ def _particulars(occurrence: Occurrence, context: RenderContext) -> dict[str, An
     if occurrence.scope == "tree":
         payload["scope"] = occurrence.scope
         payload["jobs"] = dict(occurrence.jobs or {})
+    if occurrence.sequence is not None:
+        payload["sequence"] = occurrence.sequence
     return payload
 
 

@@ -1,7 +1,6 @@
-"""Abandoned jobs: those that RQ calls started and whose worker is gone.
+"""Abandoned jobs: RQ calls them started, but their worker is gone (``CLEAN_ABANDONED``).
 
-Owns when RQ is made to end them (``CLEAN_ABANDONED``). What ends they come to is RQ's to say, and the
-callbacks that it runs for them are no business of ours.
+Decides when RQ cleans its registry. How the jobs end, and which callbacks run, is up to RQ.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
     :returns: how many queues had any.
     """
     if threading.current_thread() is not threading.main_thread():
-        # RQ before 3.0 raises there, and 3.0 loses the callback for ever.
+        # RQ before 3.0 raises there, and 3.0 never runs the callback.
         logger.warning("Abandoned jobs are cleaned in the main thread only; this pass leaves them.")
         return 0
     cleaned = 0

@@ -1,7 +1,6 @@
-"""Every job that is enqueued in a stretch of code, whoever enqueues it; for tests.
+"""Observe every job that a piece of code enqueues, in any way; for tests.
 
-Owns wrappers around the three methods of a queue through which RQ makes and enqueues jobs, for as long as
-somebody looks. Knows nothing of requests.
+Wraps the three methods of a queue through which RQ creates and enqueues jobs, while the code runs.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def observe(note: Callable[[SeenJob], None]) -> Iterator[None]:
     finally:
         watcher.active = False
         for name, wrapper in wrappers.items():
-            # Where somebody has wrapped ours since then, it stays inside, without effect.
+            # If our wrapper was wrapped in turn, it stays inside, without effect.
             if rq.Queue.__dict__.get(name) is wrapper:
                 setattr(rq.Queue, name, originals[name])
 

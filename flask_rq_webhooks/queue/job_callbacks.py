@@ -49,7 +49,7 @@ _REFUSED_KEY = "rq_webhooks:refused"
 class Attachment:
     """What jobs made now are attached to.
 
-    :param endpoint_id: id of the endpoint; ``None`` for jobs only standing endpoints hear of.
+    :param endpoint_id: id of the endpoint; ``None`` for jobs that are reported to standing endpoints only.
     :param token: the endpoint's part of the dotted name, see :func:`make_token`.
     :param reserved_job_id: id for the first job that is made without one.
     :param same_database: says whether a queue's connection leads to the configured database;
@@ -305,8 +305,8 @@ def _chained(option: str, kind: str, token: str, callback: Any) -> Callback:
 class SameDatabase:
     """Says whether a connection leads to the configured Redis database.
 
-    By run id and database number, so that one server under two names is one. Where a server does not tell
-    its run id, both must have been told the same address.
+    By run id and database number, so that one server under two names is one. Where a server hides
+    its run id, both clients must use the same address.
 
     :param configured: a client for ``RQ_WEBHOOKS_REDIS_URL``.
     """

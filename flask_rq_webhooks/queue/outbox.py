@@ -109,7 +109,7 @@ class Outbox:
         """Return up to *count* entries: first what this reader left unfinished before a restart, then what a
         dead reader left, then new ones.
 
-        An entry may be returned again until it is done; whoever uses it has to bear that.
+        An entry may be returned again until it is done; processing it twice must do no harm.
 
         :param consumer: name of this reader, unique among living ones.
         :param block_ms: how long to wait for a new entry; kept below the client's socket timeout.

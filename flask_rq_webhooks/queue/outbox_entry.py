@@ -18,6 +18,8 @@ from ..protocol.events import parse_time
 
 #: Bytes of a valid entry: a result of 1 MiB, a traceback of 64 Ki characters escaped, and the rest.
 MAX_ENTRY_BYTES = 2 * 2**20
+#: Lists and objects of an entry, with the brackets in its texts: an empty one takes thirty times its bytes.
+MAX_CONTAINERS = 200_000
 #: Containers within containers. Results come cut at 50.
 MAX_DEPTH = 60
 #: Characters of a job's id: what an index of PostgreSQL holds beside the rest of its row.
@@ -160,6 +162,8 @@ def _parse_confirm(fields: dict[str, Any]) -> OutboxEntry:
 def _loads(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_ENTRY_BYTES:
         raise OutboxEntryError(f"it has {len(raw)} bytes, more than {MAX_ENTRY_BYTES}.")
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
+        raise OutboxEntryError(f"it has more than {MAX_CONTAINERS} lists and objects.")
     try:
         # Text first: bytes would also be accepted as UTF-16 or UTF-32.
         fields = _DECODER.decode(raw.decode("ascii"))

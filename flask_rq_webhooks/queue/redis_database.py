@@ -12,11 +12,11 @@ from redis.retry import Retry
 
 
 def redis_identity(connection: Redis) -> str | None:
-    """Return what tells one Redis database from all others: the server's run id and the database number.
+    """Return what identifies a Redis database: the server's run id and the database number.
 
     A restarted server has a new one, so it is good for comparing, not for keeping.
 
-    :returns: ``None`` where the server does not tell (an ACL or a proxy forbids ``INFO``, fakeredis).
+    :returns: ``None`` where the server hides it (an ACL or a proxy forbids ``INFO``, fakeredis).
     :raises redis.RedisError: when Redis cannot be reached.
     """
     try:
@@ -29,7 +29,7 @@ def redis_identity(connection: Redis) -> str | None:
 
 
 def redis_parameters(connection: Redis) -> tuple[Any, ...]:
-    """Return what *connection* was told to connect to; equal for two clients of one database.
+    """Return the address *connection* was made for; equal for two clients of one database.
 
     Unequal ones may still lead to one database, by another name.
     """
@@ -78,6 +78,7 @@ def connect(url: str) -> Redis:
         health_check_interval=30,
         # The client's own default retries hold a caller for seconds while Redis is down.
         retry=Retry(NoBackoff(), 1),
+        retry_on_error=[RedisConnectionError],  # redis-py before 6 retries nothing by itself
     )
     pool = client.connection_pool
     pool.connection_class = type("WritableConnection", (_ClosedByReadOnly, pool.connection_class), {})

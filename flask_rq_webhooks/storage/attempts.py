@@ -18,7 +18,7 @@ from ..protocol.retry import Decision
 from .bulk_insert import insert_or_ignore
 from .claims import ClaimedDelivery
 from .database import Database
-from .models import SUCCEEDED, Attempt, Endpoint, UTCDateTime, new_id
+from .models import SUCCEEDED, Attempt, Delivery, Endpoint, UTCDateTime, new_id
 
 #: A standing endpoint is disabled only when it has failed for this long, however many attempts that were.
 FAILING_FOR = timedelta(hours=24)
@@ -61,6 +61,30 @@ class RecordResult:
     recorded: Mapping[str, str]
     stale: tuple[str, ...]
     disabled: Mapping[str, str]
+
+
+def latest_outcomes(database: Database, limit: int) -> dict[str, bool]:
+    """Return hosts with whether their latest attempt succeeded, as far as one ever did.
+
+    :param limit: latest attempts that are looked at.
+    """
+    latest = (
+        select(Attempt.delivery_id, Attempt.status, Attempt.started_at)
+        .order_by(Attempt.started_at.desc())
+        .limit(limit)
+        .subquery()
+    )
+    query = (
+        select(Delivery.host, latest.c.status)
+        .join(latest, latest.c.delivery_id == Delivery.id)
+        .order_by(latest.c.started_at)
+    )
+    outcomes: dict[str, bool] = {}
+    with database.read() as connection:
+        for host, status in connection.execute(query):
+            if status == SUCCEEDED or host in outcomes:
+                outcomes[host] = status == SUCCEEDED
+    return outcomes
 
 
 def record_attempts(

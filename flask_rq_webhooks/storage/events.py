@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select, text
 
 from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, Occurrence
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
-from .bulk_insert import chunks_of, insert_new
+from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
 from .feed import first_position
 from .models import Event, new_id
@@ -212,6 +212,7 @@ def store_events(
         by_item.append(event)
     stored = list({event.id: event for event in by_item}.values())
     place = {event.id: number for number, event in enumerate(stored)}
+    _number(database, connection, stored)
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
     rows = [_event_values(event, now, position + place[event.id]) for event in stored]
@@ -227,6 +228,38 @@ def store_events(
             event = by_key[str(key)]
             event.id, event.created, event.occurrence = event_id, False, occurrence_from_json(payload)
     return by_item, stored
+
+
+def _number(database: Database, connection: Connection, events: Sequence[StoredEvent]) -> None:
+    """Give each event its place among those of its job.
+
+    Whoever stores events of the same job waits here, so that no two get the same place. Everybody takes the
+    locks in one order.
+    """
+    jobs = sorted({event.occurrence.job_id for event in events if event.occurrence.job_id is not None})
+    counts: dict[str, int] = {}
+    for chunk in chunks_of(jobs):
+        if not database.is_sqlite:
+            connection.execute(_LOCK_JOBS, {"class": JOB_LOCK_CLASS, "jobs": list(chunk)})
+        query = (
+            select(Event.job_id, func.count())
+            .where(one_of(database, Event.job_id, "jobs"))
+            .group_by(Event.job_id)
+        )
+        counts.update((str(job_id), count) for job_id, count in connection.execute(query, {"jobs": chunk}))
+    for event in events:
+        job_id = event.occurrence.job_id
+        if job_id is not None:
+            counts[job_id] = counts.get(job_id, 0) + 1
+            event.occurrence = replace(event.occurrence, sequence=counts[job_id])
+
+
+#: First key of the advisory locks of :func:`_number`; any number that nobody else uses.
+JOB_LOCK_CLASS = 0x7271_7770
+_LOCK_JOBS = text("""
+SELECT pg_advisory_xact_lock(:class, key)
+FROM (SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key) AS keys
+""")
 
 
 def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..storage.endpoints import ROTATION_GRACE_S
 from ..storage.feed import events_after
 from ..storage.queries import EndpointView, EventView, Page
 from ..storage.statistics import statistics
+from . import api_inputs as inputs
 from . import api_schemas as schemas
 from . import operations
 from .api_contract import Api, ApiError, not_found, routes_of
@@ -110,7 +111,7 @@ def _add_open_routes(api: Api, state: State) -> None:
 
 
 def _add_reads(api: Api, state: State) -> None:
-    @api.route("GET", "/api/events", "read", schemas.FeedSchema, query=schemas.FeedInput, asks_itself=True)
+    @api.route("GET", "/api/events", "read", schemas.FeedSchema, query=inputs.FeedInput, asks_itself=True)
     def events(wanted: Mapping[str, Any]) -> Any:
         """Return events in the order they were stored; with a runid, the permission status is enough."""
         runid = wanted.get("runid")
@@ -134,7 +135,7 @@ def _add_reads(api: Api, state: State) -> None:
             raise not_found("event")
         return _with_payload(state, found)
 
-    @api.route("GET", "/api/deliveries", "read", schemas.DeliveriesSchema, query=schemas.DeliveriesInput)
+    @api.route("GET", "/api/deliveries", "read", schemas.DeliveriesSchema, query=inputs.DeliveriesInput)
     def deliveries(wanted: Mapping[str, Any]) -> Any:
         """Return deliveries, newest first."""
         where = operations.delivery_filter(wanted)
@@ -154,7 +155,7 @@ def _add_reads(api: Api, state: State) -> None:
             "endpoint": endpoint, "body": found.body,
         }  # fmt: skip
 
-    @api.route("GET", "/api/endpoints", "read", schemas.EndpointsSchema, query=schemas.EndpointsInput)
+    @api.route("GET", "/api/endpoints", "read", schemas.EndpointsSchema, query=inputs.EndpointsInput)
     def endpoints(wanted: Mapping[str, Any]) -> Any:
         """Return endpoints, newest first."""
         page: Page[EndpointView] = queries.list_endpoints(
@@ -170,7 +171,7 @@ def _add_reads(api: Api, state: State) -> None:
         """Return one endpoint."""
         return _endpoint(state, endpoint_id)
 
-    @api.route("GET", "/api/stats", "read", schemas.StatisticsSchema, query=schemas.StatsInput)
+    @api.route("GET", "/api/stats", "read", schemas.StatisticsSchema, query=inputs.StatsInput)
     def stats(wanted: Mapping[str, Any]) -> Any:
         """Return the numbers of the overview."""
         return statistics(state.database, hours=wanted.get("hours", 24))
@@ -179,34 +180,34 @@ def _add_reads(api: Api, state: State) -> None:
 def _add_changes(api: Api, state: State) -> None:
     @api.route(
         "POST", "/api/deliveries/<delivery_id>/resend", "manage", schemas.ResentSchema, status=202,
-        body=schemas.NoInput,
+        body=inputs.NoInput,
     )  # fmt: skip
     def resend_delivery(delivery_id: str) -> Any:
         """Make a delivery due now: same event, same bytes."""
         return {"id": delivery_id, "status": operations.resend(state, delivery_id)}
 
-    @api.route("POST", "/api/recover", "manage", schemas.RecoveredSchema, body=schemas.ManyInput)
+    @api.route("POST", "/api/recover", "manage", schemas.RecoveredSchema, body=inputs.ManyInput)
     def recover_many(values: Mapping[str, Any]) -> Any:
         """Make many deliveries due now."""
         return operations.recover(state, operations.delivery_filter(values), values.get("cursor"))
 
-    @api.route("POST", "/api/cancel", "manage", schemas.CanceledSchema, body=schemas.ManyInput)
+    @api.route("POST", "/api/cancel", "manage", schemas.CanceledSchema, body=inputs.ManyInput)
     def cancel_many(values: Mapping[str, Any]) -> Any:
         """Cancel deliveries that are not finished."""
         return operations.cancel(state, operations.delivery_filter(values), values.get("cursor"))
 
-    @api.route("POST", "/api/erase", "manage", schemas.ErasedSchema, body=schemas.EraseInput)
+    @api.route("POST", "/api/erase", "manage", schemas.ErasedSchema, body=inputs.EraseInput)
     def erase(values: Mapping[str, Any]) -> Any:
         """Erase bodies, results, answers and headers of a job, a run or a reference; the log stays."""
         return operations.erase(state, values)
 
-    @api.route("POST", "/api/pause", "manage", schemas.PausedSchema, body=schemas.NoInput)
+    @api.route("POST", "/api/pause", "manage", schemas.PausedSchema, body=inputs.NoInput)
     def pause_all() -> Any:
         """Stop all sending."""
         operations.pause(state)
         return {"paused": True}
 
-    @api.route("POST", "/api/resume", "manage", schemas.PausedSchema, body=schemas.NoInput)
+    @api.route("POST", "/api/resume", "manage", schemas.PausedSchema, body=inputs.NoInput)
     def resume_all() -> Any:
         """Resume sending."""
         operations.resume(state)
@@ -246,24 +247,24 @@ def _add_endpoint_changes(api: Api, state: State) -> None:
             return None
         return _endpoint(state, endpoint_id), 202, {}
 
-    @api.route("POST", f"{one}/rotate", "manage", schemas.RotatedSchema, body=schemas.RotateInput)
+    @api.route("POST", f"{one}/rotate", "manage", schemas.RotatedSchema, body=inputs.RotateInput)
     def rotate_endpoint(values: dict[str, Any], endpoint_id: str) -> Any:
         """Give it a new secret; the old ones sign beside it for a while."""
         values.setdefault("grace_s", ROTATION_GRACE_S)
         return {"id": endpoint_id, **values, "secret": operations.rotate(state, endpoint_id, **values)}
 
-    @api.route("POST", f"{one}/test", "manage", schemas.PingedSchema, status=202, body=schemas.NoInput)
+    @api.route("POST", f"{one}/test", "manage", schemas.PingedSchema, status=202, body=inputs.NoInput)
     def test_endpoint(endpoint_id: str) -> Any:
         """Send it a webhook.ping."""
         return operations.ping(state, endpoint_id)
 
-    @api.route("POST", f"{one}/enable", "manage", schemas.EndpointSchema, body=schemas.NoInput)
+    @api.route("POST", f"{one}/enable", "manage", schemas.EndpointSchema, body=inputs.NoInput)
     def enable_endpoint(endpoint_id: str) -> Any:
         """Let it get deliveries again."""
         operations.enable(state, endpoint_id)
         return _endpoint(state, endpoint_id)
 
-    @api.route("POST", f"{one}/disable", "manage", schemas.EndpointSchema, body=schemas.NoInput)
+    @api.route("POST", f"{one}/disable", "manage", schemas.EndpointSchema, body=inputs.NoInput)
     def disable_endpoint(endpoint_id: str) -> Any:
         """Stop it from getting new deliveries."""
         operations.disable(state, endpoint_id)

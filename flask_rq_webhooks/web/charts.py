@@ -1,6 +1,6 @@
-"""The geometry of the overview's charts: numbers in, rectangles out.
+"""The geometry of the overview's chart: numbers in, rectangles out.
 
-A chart is drawn by a template as inline SVG beside a table of the same numbers. Knows nothing of storage.
+A template draws it as inline SVG beside a table of the same numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rectangle:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What ended within one slice of time."""
+    """The deliveries that finished within one slice of time."""
 
     start: datetime
     label: str
@@ -57,9 +57,9 @@ class Chart:
 
 
 def endings(hours: Sequence[Hour], *, now: datetime, back: int = 24) -> Chart:
-    """Return the chart of what ended over time.
+    """Return the chart of finished deliveries over time.
 
-    :param hours: hours with any ending.
+    :param hours: hours in which any finished.
     :param back: one of :data:`RANGES`.
     """
     size_s = RANGES[back] * 3600
@@ -87,7 +87,7 @@ def endings(hours: Sequence[Hour], *, now: datetime, back: int = 24) -> Chart:
 def nice_top(most: int) -> int:
     """Return the smallest of 4, 6, 8, 10, 16, 20, 30, 40, 60, 80, 100, … that is not below *most*.
 
-    Even ones: the line in the middle stands for a whole number, too.
+    All even, so that the line in the middle also stands for a whole number.
     """
     scale = 1
     while True:
@@ -102,7 +102,7 @@ def _stack(numbers: dict[str, int], x: float, slot: float, top: int) -> tuple[Re
     base = HEIGHT
     for outcome in OUTCOMES:
         if numbers[outcome]:
-            # A single failure among thousands is still to be seen.
+            # A single failure among thousands stays visible.
             height = max(2.0, HEIGHT * numbers[outcome] / top)
             base -= height
             left, width = round(x + slot * 0.12, 2), round(slot * 0.76, 2)

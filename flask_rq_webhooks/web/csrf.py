@@ -1,9 +1,9 @@
-"""Forged requests: a change needs a token wherever a browser may vouch for the caller by itself.
+"""Forged requests: a change needs a token where a browser authenticates the caller by itself.
 
-A browser adds cookies to whatever other sites make it send. So a caller who comes with cookies, or from
-another site, must show a token that only our own pages hold; one who brings credentials in a header of its
-own is judged by the permission function alone. Works with and without Flask-WTF's ``CSRFProtect``, whose
-check is replaced by this one for our routes.
+A browser adds cookies to requests that other sites make it send. So a request with cookies, or from another
+site, must carry a token that only our own pages contain; a caller that sends credentials in a header is
+judged by the permission function alone. Works with and without Flask-WTF's ``CSRFProtect``, whose check is
+replaced by this one for our routes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SALT = "rq-webhooks-csrf"
 
 
 def csrf_token() -> str:
-    """Return the token that changes from this session must show; empty where the app has no sessions."""
+    """Return the token that changes from this session must carry; empty where the app has no sessions."""
     if not current_app.secret_key:
         return ""
     if _SESSION_KEY not in session:
@@ -34,14 +34,14 @@ def csrf_token() -> str:
 
 
 def is_forgeable() -> bool:
-    """Say whether this request may have been made by another site and shows no valid token."""
+    """Say whether another site may have made this request; it carries no valid token then."""
     return (bool(request.cookies) or _is_from_another_site()) and not _is_token_valid()
 
 
 def replace_csrf_protect(blueprint: Blueprint) -> None:
-    """Let this module, not a ``CSRFProtect`` the host may have, check the requests to *blueprint*.
+    """Let this module, not a ``CSRFProtect`` of the host, check the requests to *blueprint*.
 
-    Asked again with each request to us, since the host may initialise its ``CSRFProtect`` after us.
+    Repeated with each request to us, since the host may initialise its ``CSRFProtect`` after us.
     """
 
     def exempt(app: App) -> None:
@@ -85,5 +85,5 @@ def _is_token_valid() -> bool:
 
 
 def _serializer() -> URLSafeSerializer:
-    assert current_app.secret_key is not None  # noqa: S101  (both callers have asked)
+    assert current_app.secret_key is not None  # noqa: S101  (both callers have checked)
     return URLSafeSerializer(current_app.secret_key, salt=_SALT)

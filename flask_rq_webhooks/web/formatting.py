@@ -1,6 +1,6 @@
-"""How values are written on pages: times, spans, numbers, and text that strangers wrote.
+"""Values as pages show them: times, spans, numbers, and text that strangers wrote.
 
-Everything here returns plain text, which templates escape. Knows nothing of requests and of storage.
+Every function returns plain text, which templates escape. Knows nothing of requests and of storage.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from base64 import b64encode
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
-#: What a terminal, an editor or a reader's eye could be deceived by: control characters, and those that
-#: turn the direction of text.
+#: What could deceive a terminal, an editor or a reader: control characters, and those that change the
+#: direction of text.
 _DECEPTIVE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
 )
@@ -24,7 +24,7 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def readable(value: object) -> str:
-    """Return text of a stranger with every character that does not show itself written as ``\\u202e``."""
+    """Return text of a stranger with every deceptive character written as ``\\u202e``."""
     text = str(value).replace("\r\n", "\n")
     return _DECEPTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -64,7 +64,7 @@ def distance(value: datetime, now: datetime) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Return a duration as people say it."""
+    """Return a duration in its usual unit."""
     if value is None:
         return "–"
     if value < 1000:
@@ -73,7 +73,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def number(value: int, cap: int | None = None) -> str:
-    """Return a count with thousands apart; above *cap* it stands for "more than that"."""
+    """Return a count with thousands separated; above *cap*, the cap and a plus."""
     if cap is not None and value > cap:
         return f"{cap:,}+"
     return f"{value:,}"
@@ -94,7 +94,7 @@ def as_curl(url: str, headers: Mapping[str, str], body: bytes) -> str:
     except UnicodeDecodeError:
         text = None
     if text is None or _DECEPTIVE.search(text):
-        # What no terminal takes as typed.
+        # No terminal takes this as typed.
         encoded = shlex.quote(b64encode(body).decode())
         return f"printf %s {encoded} | base64 -d | " + " \\\n  ".join([*lines, "--data-binary @-"])
     return " \\\n  ".join([*lines, f"--data-raw {shlex.quote(text)}"])

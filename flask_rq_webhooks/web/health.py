@@ -1,4 +1,4 @@
-"""What nobody would be told about: the conditions under which webhooks silently do not arrive.
+"""Alarms: conditions under which webhooks do not arrive although nothing fails.
 
 Owns their sentences, each with what to do. Those of :func:`everywhere` are cheap enough for every page.
 """
@@ -16,7 +16,7 @@ from ..storage.dispatchers import dispatcher_alive, paused_since
 from ..storage.statistics import COUNT_CAP, Statistics
 from .formatting import moment, number, span
 
-#: Entries in the outbox that a living dispatcher never lets come together.
+#: Entries in the outbox that a live dispatcher never lets accumulate.
 OUTBOX_LONG = 500
 #: Seconds a report may wait in the outbox. A dispatcher that gets through hands it on within 5.
 STUCK_S = 60.0
@@ -30,7 +30,7 @@ LATE_S = 60.0
 class Alarm:
     """One condition.
 
-    :param text: what is the case.
+    :param text: the condition.
     :param advice: what to do.
     :param severe: nothing is delivered.
     """
@@ -43,7 +43,7 @@ class Alarm:
 def everywhere(state: State) -> list[Alarm]:
     """Return what stops or endangers all deliveries now.
 
-    :raises StorageUnavailableError: when SQL cannot be asked.
+    :raises StorageUnavailableError: when SQL cannot be reached.
     """
     found = []
     if not dispatcher_alive(state.database):
@@ -61,7 +61,9 @@ def everywhere(state: State) -> list[Alarm]:
         )
     if not state.settings.enabled:
         found.append(
-            Alarm("RQ_WEBHOOKS_ENABLED is off: no webhooks are accepted.", "Accepted deliveries go on.")
+            Alarm(
+                "RQ_WEBHOOKS_ENABLED is off: no webhooks are accepted.", "Accepted ones are still delivered."
+            )
         )
     try:
         waiting = state.outbox.length()
@@ -70,8 +72,8 @@ def everywhere(state: State) -> list[Alarm]:
     except RedisError:
         found.append(
             Alarm(
-                "Redis cannot be reached: endings of jobs are not seen.",
-                "See flask rq-webhooks doctor.",
+                "Redis cannot be reached: outcomes of jobs are not seen.",
+                "Run flask rq-webhooks doctor for the cause.",
                 True,
             )
         )
@@ -103,7 +105,7 @@ def everywhere(state: State) -> list[Alarm]:
         found.append(
             Alarm(
                 f"{number(rejected)} outbox entries were set aside because they are malformed.",
-                "See the dispatcher's log: somebody else writes to this Redis, or versions differ.",
+                "See the dispatcher's log: another program writes to this Redis, or versions differ.",
             )
         )
     return found
@@ -119,7 +121,7 @@ def nothing_comes_of_reports(state: State) -> bool:
 
 
 def of_numbers(numbers: Statistics, now: datetime) -> list[Alarm]:
-    """Return what the overview's numbers warn of."""
+    """Return alarms that follow from the overview's numbers."""
     found = []
     if numbers.oldest_due_s is not None and numbers.oldest_due_s > LATE_S and numbers.paused_since is None:
         found.append(
@@ -132,7 +134,7 @@ def of_numbers(numbers: Statistics, now: datetime) -> list[Alarm]:
         found.append(
             Alarm(
                 f"{number(numbers.endpoints_disabled, COUNT_CAP)} standing endpoints are disabled.",
-                "What happens meanwhile can be recovered when they are enabled.",
+                "Events missed meanwhile can be recovered when they are enabled.",
             )
         )
     age = None if numbers.oldest_watch is None else now - numbers.oldest_watch

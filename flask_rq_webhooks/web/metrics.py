@@ -1,7 +1,7 @@
-"""Numbers for Prometheus, from SQL and Redis: the same whichever process is asked, and right with many.
+"""Metrics for Prometheus, read from SQL and Redis: the same in every process, and correct with many.
 
-Owns the names of the metrics. Nothing is counted in memory, so there is nothing to add up, and nothing that a
-restart loses. No label holds a host or a job: clients choose those. Knows nothing of permissions.
+Owns the names of the metrics. Nothing is counted in memory, so nothing has to be summed and a restart loses
+nothing. No label holds a host or a job: clients choose those. Knows nothing of permissions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What is written, as Prometheus asks for it.
+#: Content type of the answer.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -46,7 +46,7 @@ def metrics_text(state: State) -> bytes:
 
 
 class _Collector:
-    """Reads everything anew for one answer.
+    """Read everything for one answer.
 
     :param state: the app's state.
     """
@@ -55,7 +55,7 @@ class _Collector:
         self._state = state
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: whoever registers this need not ask SQL for the names."""
+        """Return nothing, so that registering this reads no names from SQL."""
         return ()
 
     def collect(self) -> Iterable[Metric]:

@@ -27,7 +27,7 @@ from ..storage.erasure import Erasure
 from ..storage.events import IngestedEvent, IngestItem
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView
-from .api_schemas import endpoint_input
+from .api_inputs import endpoint_input
 
 #: Deliveries that one call changes at most, and how many in one transaction.
 AT_MOST, PER_PART = 1000, 500
@@ -84,7 +84,7 @@ def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = No
 
 
 def delivery_filter(values: Mapping[str, Any]) -> DeliveryFilter:
-    """Return the filter that checked values of a :class:`~.api_schemas.FilterInput` describe."""
+    """Return the filter that checked values of a :class:`~.api_inputs.FilterInput` describe."""
     status = values.get("status")
     names = ("since", "until", "endpoint_id", "host", "event_id", "job_id", "runid")
     return DeliveryFilter(
@@ -169,7 +169,7 @@ def _some(step: bulk.Step, cursor: str | None, count_left: Callable[[str], int |
 
 
 def erase(state: State, values: Mapping[str, Any]) -> Erasure:
-    """Erase what was told of a job, a run or a reference, and keep the skeleton of the log.
+    """Erase what is stored of a job, a run or a reference, and keep the skeleton of the log.
 
     :param values: checked values of an :class:`~.api_schemas.EraseInput`.
     """
@@ -279,7 +279,7 @@ def rotate(
 ) -> str:
     """Give a standing endpoint a new secret; the old ones sign beside it for *grace_s* seconds.
 
-    Arguments are checked by :class:`~.api_schemas.RotateInput`.
+    Arguments are checked by :class:`~.api_inputs.RotateInput`.
 
     :param secret: generated if omitted.
     :returns: the new secret.
@@ -320,7 +320,7 @@ def missed_since(state: State, before: EndpointView) -> datetime:
     :param before: what :func:`enable` returned.
     """
     if before.failing_since is not None:
-        # The delivery that failed first is older than that: at most as old as retries go on.
+        # The delivery that failed first is older than that: at most as old as the retry schedule is long.
         return before.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
     return before.disabled_at or before.created_at
 

@@ -19,7 +19,7 @@ from werkzeug.datastructures import MultiDict
 
 from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
 from ..protocol.urls import redact_url
-from ..queue.job_reader import JobRecord, read_jobs
+from ..queue.job_reader import read_jobs
 from ..state import State
 from ..storage import queries
 from ..storage.filters import DeliveryFilter
@@ -27,7 +27,7 @@ from ..storage.models import PENDING, SENDING
 from ..storage.queries import DeliveryView
 from ..storage.statistics import FINISHED_WINDOW, statistics
 from . import formatting, operations
-from .api_schemas import STATUSES, ManyInput
+from .api_inputs import STATUSES, ManyInput
 from .charts import OUTCOMES, RANGES, endings
 from .forms import FilterForm, read_filter
 from .health import everywhere, of_numbers
@@ -153,7 +153,7 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             "delivery.html",
             found=found,
             delivery=found.delivery,
-            job=_job(state, found.delivery.job_id),
+            job_status=_job_status(state, found.delivery.job_id),
             curl=formatting.as_curl(
                 redact_url(found.delivery.url),
                 last.request_headers if last else {"Content-Type": "application/json"},
@@ -182,7 +182,7 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             event=found,
             listed=listed,
             payload=_indented(found.payload),
-            job=_job(state, found.job_id),
+            job_status=_job_status(state, found.job_id),
             refresh_s=refresh_s(listed.items),
         )
 
@@ -250,15 +250,16 @@ def _host(text: str) -> str:
         return text
 
 
-def _job(state: State, job_id: str | None) -> JobRecord | None:
-    """Return RQ's state of a job; ``None`` where there is none or Redis cannot be asked."""
-    if job_id is None:
-        return None
+def _job_status(state: State, job_id: str | None) -> str:
+    """Return RQ's state of a job, in words."""
     try:
-        return read_jobs(state.redis, [job_id]).get(job_id)
+        found = None if job_id is None else read_jobs(state.redis, [job_id]).get(job_id)
     except RedisError as exc:
         logger.warning("The status of job %r is unknown: %s", job_id, exc)
-        return None
+        return "unknown"
+    if found is None:
+        return "no longer in Redis"
+    return f"{found.status or 'unknown'} in queue {found.queue}" if found.queue else found.status or "unknown"
 
 
 def _target(url: str) -> str:

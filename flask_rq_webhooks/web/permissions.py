@@ -1,9 +1,9 @@
-"""Who may see and do what: the host's own function decides, and nobody may anything until there is one.
+"""Permissions: the host's own function decides, and until there is one everything is refused.
 
 ``status``
-    what became of the webhook of one job or run (``job_id``, ``runid``)
+    see the state of the webhook of one job or run (``job_id``, ``runid``)
 ``read``
-    everything of every webhook, details of failures included
+    see everything about every webhook, details of failures included
 ``manage``
     change, resend, cancel, pause
 """
@@ -34,14 +34,14 @@ def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
     function = state.hooks.authorize_function
     if function is None:
         logger.warning(
-            "%r was refused: nothing of flask_rq_webhooks is served until the app says who may see it. "
+            "%r was refused: flask_rq_webhooks serves nothing until the app defines who may see it. "
             "Register a function (permission, **what) -> bool with @webhooks.authorize.",
             permission,
         )
         return False
     answer: Any = function(permission, **what)
     if inspect.isawaitable(answer) or isinstance(answer, Response | tuple):
-        # Each is true as a condition, and none says yes.
+        # Each is true as a condition, and none means yes.
         if inspect.iscoroutine(answer):
             answer.close()
         logger.error(

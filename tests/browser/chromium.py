@@ -115,10 +115,13 @@ def look(
     )  # fmt: skip
 
 
-def axe_violations(driver: webdriver.Chrome, axe: str, *, rules: Sequence[str] = ()) -> list[str]:
+def axe_violations(
+    driver: webdriver.Chrome, axe: str, *, rules: Sequence[str] = (), within: str = "html"
+) -> list[str]:
     """Return what axe finds on the page, one line each; nothing without its source.
 
     :param rules: only these; all of them by default.
+    :param within: selector of the part that is looked at.
     """
     if not axe:
         return []
@@ -128,9 +131,10 @@ def axe_violations(driver: webdriver.Chrome, axe: str, *, rules: Sequence[str] =
     found: Any = driver.execute_async_script(
         "const done = arguments[arguments.length - 1];"
         "const options = arguments[0].length ? {runOnly: arguments[0]} : {};"
-        "axe.run(document, options).then((r) => done(r.violations.flatMap((v) => v.nodes.map((n) =>"
+        "axe.run(arguments[1], options).then((r) => done(r.violations.flatMap((v) => v.nodes.map((n) =>"
         " v.id + ': ' + n.html.slice(0, 200) + ' – ' + n.failureSummary))), (e) => done([String(e)]));",
         list(rules),
+        within,
     )
     return [str(line) for line in found]
 

@@ -102,7 +102,7 @@ CHANGES = [
     ("POST", "deliveries/x/resend"), ("POST", "recover"), ("POST", "cancel"), ("POST", "pause"),
     ("POST", "resume"), ("POST", "endpoints"), ("PATCH", "endpoints/x"), ("DELETE", "endpoints/x"),
     ("POST", "endpoints/x/rotate"), ("POST", "endpoints/x/test"), ("POST", "endpoints/x/enable"),
-    ("POST", "endpoints/x/disable"),
+    ("POST", "endpoints/x/disable"), ("POST", "erase"),
 ]  # fmt: skip
 
 

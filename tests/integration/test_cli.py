@@ -5,28 +5,35 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import redis
 import requests
+import sqlalchemy as sa
 from click.testing import CliRunner, Result
 from flask import Flask
 from flask.cli import FlaskGroup
 
 from flask_rq_webhooks import RQWebhooks
+from flask_rq_webhooks.cli import cli
 from flask_rq_webhooks.observe.outcomes import CALLBACK_GRACE
 from flask_rq_webhooks.protocol.signatures import signature_headers
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage import dispatchers
+from flask_rq_webhooks.storage.database import Database
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, create_standing
 from flask_rq_webhooks.storage.queries import list_endpoints
 from tests.pipeline import add_endpoint, attempts, deliveries, enqueue
-from tests.servers import ROOT, Process, Receiver, free_port
+from tests.servers import ROOT, PostgresHandle, Process, Receiver, free_port
 
 
 @pytest.fixture
@@ -281,3 +288,131 @@ def test_listen_prints_and_verifies(listener: tuple[Process, str]) -> None:
     assert "s3cret" not in process.output
     process.kill(signal.SIGINT)
     assert process.wait(10) == 0
+
+
+# -- what commands say where something is missing -----------------------------------------------------------
+
+
+@contextmanager
+def unprivileged(postgres_url: str, *, made: bool = False) -> Iterator[Flask]:
+    """Give a host whose database user may do nothing; with *made*, in a database that has our tables."""
+    role = f"app_{uuid.uuid4().hex[:8]}"
+    admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE ROLE {role} LOGIN"))
+        connection.execute(sa.text("REVOKE CREATE ON SCHEMA public FROM PUBLIC"))
+    if made:
+        database = Database(postgres_url)
+        database.create_tables()
+        database.dispose()
+    app = Flask("host")
+    app.config.update(
+        SECRET_KEY="a key for tests only",
+        RQ_WEBHOOKS_DATABASE_URI=sa.make_url(postgres_url).set(username=role).render_as_string(False),
+        RQ_WEBHOOKS_REDIS_URL="redis://127.0.0.1:1/0",
+    )
+    RQWebhooks(app)
+    try:
+        yield app
+    finally:
+        get_state(app).database.dispose()
+        with admin.connect() as connection:
+            connection.execute(sa.text(f"DROP ROLE {role}"))
+        admin.dispose()
+
+
+def one_sentence(result: Result, *said: str) -> None:
+    assert result.exit_code == 1
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    assert len(result.output.strip().splitlines()) == 1, result.output
+    assert "Traceback" not in result.output
+    for words in said:
+        assert words in result.output, result.output
+
+
+@pytest.mark.parametrize("command", [["init-db"], ["worker", "--burst"], ["endpoints", "list"], ["pause"]])
+def test_without_rights_every_command_names_the_grant(postgres: PostgresHandle, command: list[str]) -> None:
+    with unprivileged(postgres.new_database(), made=command != ["init-db"]) as app:
+        one_sentence(run(app, *command), "permission denied", "GRANT", "SCHEMA public TO app_")
+
+
+@pytest.mark.parametrize(
+    "command", [["init-db"], ["worker", "--burst"], ["endpoints", "list"], ["recover", "--all"], ["resume"],
+                ["resend", "dlv_1"], ["prune"], ["rekey"], ["reconcile"]]
+)  # fmt: skip
+def test_without_a_database_every_command_says_which_setting(redis_url: str, command: list[str]) -> None:
+    app = Flask("host")
+    app.config.update(
+        SECRET_KEY="a key for tests only",
+        RQ_WEBHOOKS_DATABASE_URI=f"postgresql+psycopg://u:hidden@127.0.0.1:{free_port()}/db",
+        RQ_WEBHOOKS_REDIS_URL=redis_url,
+    )
+    RQWebhooks(app)
+    result = run(app, *command)
+    get_state(app).database.dispose()
+    one_sentence(result, "cannot be used now", "start the database, or correct RQ_WEBHOOKS_DATABASE_URI")
+    assert "hidden" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (
+            "postgres://u:hidden@localhost/db",
+            "is not usable (no such dialect); write it as postgresql+psycopg://",
+        ),
+        ("postgresql+psycopg2cffi://u:hidden@localhost/db", "needs the driver 'psycopg2cffi'"),
+        ("//hidden@localhost/db", "is not usable (ArgumentError)"),
+    ],
+    ids=["dialect", "driver", "malformed"],
+)
+def test_unusable_urls_are_named(redis_url: str, url: str, said: str) -> None:
+    app = Flask("host")
+    app.config.update(
+        SECRET_KEY="a key for tests only", RQ_WEBHOOKS_DATABASE_URI=url, RQ_WEBHOOKS_REDIS_URL=redis_url
+    )
+    RQWebhooks(app)
+    result = run(app, "init-db")
+    one_sentence(result, "RQ_WEBHOOKS_DATABASE_URI", said)
+    assert "hidden" not in result.output
+
+
+def test_without_redis_the_command_says_which_setting(sqlite_url: str) -> None:
+    app = Flask("host")
+    app.config.update(
+        SECRET_KEY="a key for tests only",
+        RQ_WEBHOOKS_DATABASE_URI=sqlite_url,
+        RQ_WEBHOOKS_REDIS_URL="redis://127.0.0.1:1/0",
+    )
+    RQWebhooks(app)
+    get_state(app).database.create_tables()
+    result = run(app, "reconcile")
+    get_state(app).database.dispose()
+    one_sentence(result, "does not answer", "start it, or correct RQ_WEBHOOKS_REDIS_URL")
+
+
+def test_listen_on_a_taken_port_says_so() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(cli, ["listen", "--port", str(port)])
+    one_sentence(result, f"Port {port} on 127.0.0.1 is in use by another process", "--port")
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "no-such-host.invalid"])
+def test_listen_on_an_address_of_somebody_else_says_so(address: str) -> None:
+    one_sentence(CliRunner().invoke(cli, ["listen", "--host", address]), "not an address of this machine")
+
+
+def test_control_characters_reach_no_terminal(host: Flask, state: State) -> None:
+    hostile = "a\x1b[2J\x9b1m\u202eb\r\nc"
+    values = {"description": hostile, "events": ("own.type",), "format": "job"}
+    endpoint = NewEndpoint(url="https://a.example/", host="a.example\x1b]0;x\x07", kind="standing", **values)
+    create_standing(state.database, state.cipher, endpoint, namespace=state.namespace)
+    listed = run(host, "endpoints", "list").output
+    assert len(listed.splitlines()) == 1
+    assert listed.strip().isprintable()
+    assert "\\x1b[2J" in listed
+    (shown,) = json.loads(run(host, "endpoints", "list", "--json").output)
+    assert shown["description"] == hostile  # programs get what is stored

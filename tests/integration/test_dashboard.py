@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rq
 from flask import Flask, render_template_string, request
 from flask.testing import FlaskClient
 from flask_wtf.csrf import CSRFProtect
@@ -38,6 +39,8 @@ from tests.dashboard_app import (
 )
 
 PREFIX = "/webhooks"
+#: Routes that need no permission: whether a dispatcher is alive, and public keys.
+OPEN = ("rq_webhooks.health", "rq_webhooks.keys")
 
 PAGES = (
     "/",
@@ -287,7 +290,7 @@ def test_no_route_of_the_blueprint_is_forgotten_here(host: tuple[Flask, State], 
     allowed.clear()
     client = app.test_client()
     for rule in app.url_map.iter_rules():
-        if not rule.endpoint.startswith("rq_webhooks.") or rule.endpoint == "rq_webhooks.health":
+        if not rule.endpoint.startswith("rq_webhooks.") or rule.endpoint in OPEN:
             continue
         address = re.sub(r"<[^>]*>", "unknown", rule.rule)
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
@@ -308,7 +311,7 @@ def test_database_down_is_a_page_that_says_so(tmp_path: Path, redis_url: str, al
     with open_host(f"sqlite:///{tmp_path / 'x.db'}", redis_url, allowed) as (app, state):
         state.database.dispose()
         state.database.url = state.database.url.set(database=str(tmp_path / "none" / "x.db"))
-        state.database.engine = state.database._create_engine({}, 1)
+        state.database.engine = state.database._create_engine(None, {}, 1)
         response = app.test_client().get(PREFIX + "/deliveries")
     assert response.status_code == 503
     assert "The database cannot be reached" in response.text
@@ -716,6 +719,17 @@ def test_alarms(client: FlaskClient, state: State, monkeypatch: pytest.MonkeyPat
         assert sentence in text
 
 
+def test_the_state_of_the_job_in_rq(client: FlaskClient, state: State) -> None:
+    job = rq.Queue("low", connection=state.redis).enqueue(time.time)
+    endpoint_id = add_endpoint(state)
+    for job_id, shown in (
+        (job.id, "Job status queued in queue low"),
+        ("gone", "Job status no longer in Redis"),
+    ):
+        delivery_id = add_delivery(state, endpoint_id, job_id=job_id)
+        assert shown in page(client, f"/deliveries/{delivery_id}").text
+
+
 def test_redis_down_is_an_alarm_and_pages_go_on(sqlite_url: str, allowed: set[str]) -> None:
     with open_host(sqlite_url, "redis://127.0.0.1:1/0", allowed) as (app, state):
         delivery_id = add_delivery(state, add_endpoint(state))
@@ -892,7 +906,7 @@ def test_a_hosts_job_page_without_webhook_or_database(
     with open_host(f"sqlite:///{tmp_path / 'x.db'}", redis_url, allowed) as (broken, state):
         state.database.dispose()
         state.database.url = state.database.url.set(database=str(tmp_path / "none" / "x.db"))
-        state.database.engine = state.database._create_engine({}, 1)
+        state.database.engine = state.database._create_engine(None, {}, 1)
         assert job_page(broken, "job-1").strip() == "<h1>Mine</h1>"
 
 

@@ -37,7 +37,7 @@ def test_event_and_delivery_of_a_watched_job(database: Database) -> None:
     assert (told.event_id, told.type, told.job_id) == (event.id, "job.success", "job-1")
     assert (told.created, told.deliveries) == (True, 1)
     assert (event.type, event.job_id, event.run_key) == ("job.success", "job-1", what.run_key)
-    assert occurrence_from_json(event.payload) == what
+    assert occurrence_from_json(event.payload) == replace(what, sequence=1)
     assert (delivery.event_id, delivery.endpoint_id) == (event.id, endpoint_id)
     assert delivery.body == json.dumps([event.id, "job.success", "job-1", "ref", {"answer": 42}]).encode()
     assert (delivery.status, delivery.attempts, delivery.max_attempts) == ("pending", 0, MAX_ATTEMPTS)
@@ -57,6 +57,40 @@ def test_telling_again_changes_nothing(database: Database) -> None:
     assert (third.event_id, third.type, third.created) == (first.event_id, "job.success", False)
     assert (rows(database, Event), rows(database, Delivery)) == before[:2]
     assert [watch.id for watch in rows(database, Watch)] == [watch.id for watch in before[2]]
+
+
+def sequences(database: Database, job_id: str = "job-1") -> list[int | None]:
+    stored = rows(database, Event, Event.job_id == job_id)
+    stored.sort(key=lambda event: event.position)
+    return [occurrence_from_json(event.payload).sequence for event in stored]
+
+
+def test_events_of_a_job_are_numbered(database: Database) -> None:
+    endpoint_id = new_endpoint(database, job_id="job-1")
+    first = occurrence("job-1", begun_s_ago=60)
+    retried = replace(first, type=JOB_RETRYING, result=None)
+    (told,) = tell(database, IngestItem(retried, (endpoint_id,)))
+    tell(database, IngestItem(retried, (endpoint_id,)), occurrence("another"))
+    ended = occurrence("job-1")
+    tell(database, ended, replace(ended, type=JOB_FAILURE, result=None, supersedes=told.event_id))
+    tell(database, occurrence(None, type="run.archived", source=SOURCE_APPLICATION, result=None))
+    assert sequences(database) == [1, 2, 3]
+    assert sequences(database, "another") == [1]
+
+
+def test_two_dispatchers_never_number_alike(database: Database) -> None:
+    def store(first: int) -> None:
+        for number in range(first, 20, 2):
+            tell(database, *(occurrence(f"job-{n}", begun_s_ago=number + 1) for n in (number % 3, 1)))
+
+    threads = [threading.Thread(target=store, args=(first,)) for first in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for job_id in ("job-0", "job-1", "job-2"):
+        found = sequences(database, job_id)
+        assert sorted(found) == list(range(1, len(found) + 1)), job_id
 
 
 def test_one_run_twice_in_one_batch(database: Database) -> None:
@@ -389,7 +423,7 @@ def test_texts_of_any_script_and_bodies_of_any_bytes(database: Database) -> None
     event = row(database, Event)
     assert (told.created, told.deliveries) == (True, 1)
     assert (event.job_id, event.runid, event.run_key) == (job_id, runid, what.run_key)
-    assert occurrence_from_json(event.payload) == what
+    assert occurrence_from_json(event.payload) == replace(what, sequence=1)
     assert row(database, Delivery).body == body
     assert row(database, Watch).status == "settled"
 

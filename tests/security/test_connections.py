@@ -19,8 +19,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flask_rq_webhooks.dispatch.http import Transport
+from flask_rq_webhooks.config import load_settings
+from flask_rq_webhooks.dispatch.http import Transport, default_ssl_context, open_transport
 from flask_rq_webhooks.dispatch.http.dns import alternate
+from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, elapsed, read_request, silence
 from tests.security.conftest import Send, request_to, sender
@@ -340,6 +342,8 @@ class CA:
         )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(file)
+        #: Certificate and key, which may stand for a client's, too.
+        self.latest = str(file)
         return context
 
 
@@ -684,3 +688,48 @@ def test_the_prefix_is_looked_up_once_and_only_for_names_with_ipv6(make_transpor
         for host in ("four.localhost", "six.localhost", "six2.localhost"):
             send(f"http://{host}:{server.port}/")
     assert asked == ["four.localhost", "six.localhost", "ipv4only.arpa", "six2.localhost"]
+
+
+# --- authorities and client certificates ------------------------------------------------------------------
+
+
+def test_an_own_authority_is_believed_beside_the_public_ones(ca: CA) -> None:
+    public, both = default_ssl_context(), default_ssl_context(str(ca.file))
+    assert both.cert_store_stats()["x509_ca"] == public.cert_store_stats()["x509_ca"] + 1
+
+
+@pytest.mark.parametrize("host", ["bank.example.com", "other.example.com", "sub.bank.example.com"])
+def test_a_client_certificate_is_shown_to_its_host_and_no_other(
+    make_transport: MakeTransport, ca: CA, host: str
+) -> None:
+    shown: list[bytes | None] = []
+
+    def script(connection: socket.socket) -> None:
+        assert isinstance(connection, ssl.SSLSocket)
+        shown.append(connection.getpeercert(binary_form=True))
+        after_request(OK)(connection)
+
+    ca.server_context("client")
+    files = (ca.latest, ca.latest)
+    context = ca.server_context(host)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    context.load_verify_locations(ca.file)
+    policy = UrlPolicy(allow_networks=["127.0.0.0/8"])
+    transport = make_transport(
+        policy,
+        resolver=FakeDNS(["127.0.0.1"]),
+        ca_file=str(ca.file),
+        client_certs={"bank.example.com": files},
+    )
+    with Attacker(script, context=context) as server:
+        result = sender(transport)(f"https://{host}:{server.port}/hook")
+        assert result.status_code == 200, result
+    assert [one is not None for one in shown] == [host == "bank.example.com"]
+
+
+def test_unusable_files_are_named(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.pem")
+    for name, value in (("CA_FILE", missing), ("CLIENT_CERTS", {"a.example": (missing, missing)})):
+        settings = load_settings({f"RQ_WEBHOOKS_{name}": value}, {})
+        with pytest.raises(ConfigurationError, match=rf"{name}.*missing\.pem"):
+            open_transport(settings, UrlPolicy(), concurrency=1)

@@ -33,6 +33,8 @@ DEFAULTS: dict[str, Any] = {
     "deny_networks": (),
     "blocked_ports": (),
     "allow_nat64": False,
+    "ca_file": None,
+    "client_certs": (),
     "max_waiting_per_host": 0,
     "proxy_url": None,
     "format": "job",
@@ -297,3 +299,26 @@ def test_connect_deadline_beyond_the_total_one_is_refused() -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().timeout = 3  # type: ignore[misc]
+
+
+def test_client_certificates_are_files_by_host() -> None:
+    settings = load_settings(
+        {"RQ_WEBHOOKS_CLIENT_CERTS": {"Hooks.Bank.example.": ("/etc/c.pem", "/etc/k.pem")}}, {}
+    )
+    assert settings.client_certs == (("hooks.bank.example", "/etc/c.pem", "/etc/k.pem"),)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a",
+        ["a"],
+        {"https://a.example": ("c", "k")},
+        {"a.example": "c"},
+        {"a.example": ("c",)},
+        {1: ("c", "k")},
+    ],
+)
+def test_other_client_certificates_are_refused(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="CLIENT_CERTS"):
+        load_settings({"RQ_WEBHOOKS_CLIENT_CERTS": value}, {})

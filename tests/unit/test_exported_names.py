@@ -63,7 +63,7 @@ def test_every_error_has_the_one_root_and_a_message_of_its_own() -> None:
         for value in vars(errors).values()
         if isinstance(value, type) and value.__module__ == errors.__name__
     ]
-    assert len(classes) == 8
+    assert len(classes) == 9
     for error in classes:
         assert issubclass(error, errors.RQWebhooksError)
         assert str(error()) == (error.__doc__ or "").splitlines()[0]

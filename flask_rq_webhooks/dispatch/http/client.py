@@ -14,10 +14,11 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 from requests import PreparedRequest, Response
@@ -25,13 +26,14 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPResponse
 
 from ...config import Settings
+from ...errors import ConfigurationError
 from ...protocol.urls import UrlPolicy, redact_url
 from . import pool
 from .address_guard import AddressGuard
 from .contract import AttemptRequest, AttemptResult
 from .deadline import RunningAttempt, Watchdog
 from .dns import Lookups, Resolver, system_resolver
-from .pool import ConnectionPool, PinnedConnection, verifying_context
+from .pool import ConnectionPool, PinnedConnection, default_ssl_context, verifying_context
 from .request_encoding import request_bytes, wire_headers
 from .response_parser import BODY_CAP, BoundedResponse, clean, head_of
 from .transport_errors import NETWORK_ERRORS, Failure, failure_of
@@ -46,8 +48,22 @@ def open_transport(settings: Settings, policy: UrlPolicy, *, concurrency: int) -
     """Return a transport as *settings* ask for, to be closed by the caller.
 
     :param concurrency: requests in flight at most.
+    :raises ConfigurationError: when a file of certificates cannot be used.
     """
-    return RequestsTransport(policy, concurrency=concurrency, proxy_url=settings.proxy_url)
+    try:
+        return RequestsTransport(
+            policy,
+            concurrency=concurrency,
+            proxy_url=settings.proxy_url,
+            ca_file=settings.ca_file,
+            client_certs={host: (cert, key) for host, cert, key in settings.client_certs},
+        )
+    except OSError as exc:  # ssl.SSLError is one
+        raise ConfigurationError(
+            f"A file of RQ_WEBHOOKS_CA_FILE ({settings.ca_file!r}) or RQ_WEBHOOKS_CLIENT_CERTS "
+            f"({settings.client_certs!r}) cannot be used: {exc}. Each has to be a PEM file that this "
+            "process may read, and a key has to belong to its certificate and have no password."
+        ) from exc
 
 
 class RequestsTransport:
@@ -59,7 +75,8 @@ class RequestsTransport:
     :param resolver: ``(host, port) -> addresses``; may block and raise :exc:`OSError`. Called in a thread of
         its own, since a look-up cannot be given a deadline.
     :param ssl_context: instead of :func:`.default_ssl_context`; has to verify names.
-    :param ca_file: PEM bundle for :func:`.default_ssl_context`.
+    :param ca_file: PEM file of authorities that are believed beside the public ones.
+    :param client_certs: files of certificate and key by host; shown to no other host.
     :param body_cap: bytes of a response body that are kept.
     :raises ValueError: for a context that does not verify certificates and names.
     """
@@ -73,13 +90,18 @@ class RequestsTransport:
         resolver: Resolver = system_resolver,
         ssl_context: ssl.SSLContext | None = None,
         ca_file: str | None = None,
+        client_certs: Mapping[str, tuple[str, str]] = MappingProxyType({}),
         body_cap: int = BODY_CAP,
     ) -> None:
         context = verifying_context(ssl_context, ca_file)
         self._lookups = Lookups(resolver, limit=max(8, 2 * concurrency))
         self._guard = AddressGuard(policy, self._lookups)
         self._pool = ConnectionPool(
-            self._guard, concurrency=concurrency, ssl_context=context, proxy_url=proxy_url
+            self._guard,
+            concurrency=concurrency,
+            ssl_context=context,
+            proxy_url=proxy_url,
+            host_contexts={host: default_ssl_context(ca_file, files) for host, files in client_certs.items()},
         )
         self._adapter = WebhookAdapter(self._pool, body_cap)
         self._watchdog = Watchdog(on_idle=self._pool.close_idle, idle_s=pool.MAX_IDLE_S)

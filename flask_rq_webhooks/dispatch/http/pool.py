@@ -183,12 +183,20 @@ class ConnectionPool:
     :param concurrency: requests in flight at most; decides how many connections are kept.
     :param ssl_context: TLS verification settings, to receivers and to the proxy.
     :param proxy_url: proxy that every connection goes through.
+    :param host_contexts: the same for single hosts, which get a client certificate.
     """
 
     def __init__(
-        self, guard: AddressGuard, *, concurrency: int, ssl_context: ssl.SSLContext, proxy_url: str | None
+        self,
+        guard: AddressGuard,
+        *,
+        concurrency: int,
+        ssl_context: ssl.SSLContext,
+        proxy_url: str | None,
+        host_contexts: Mapping[str, ssl.SSLContext],
     ) -> None:
         self._guard = guard
+        self._host_contexts = host_contexts
         self._kept = KeptConnections(most_kept(concurrency))
         #: Headers for the proxy, sent with a request that it has to forward.
         self.forwarding_headers: Mapping[str, str] = {}
@@ -216,7 +224,10 @@ class ConnectionPool:
         key = (checked.scheme, checked.host, checked.port)
         if not attempt.wants_new_connection and (kept := self._kept.take(key)) is not None:
             return self._reuse(kept, attempt)
-        pool = self._manager.connection_from_host(checked.host, checked.port, checked.scheme)
+        own = self._host_contexts.get(checked.host) if checked.scheme == "https" else None
+        pool = self._manager.connection_from_host(
+            checked.host, checked.port, checked.scheme, pool_kwargs={"ssl_context": own} if own else None
+        )
         connection = cast(PinnedConnection, pool._new_conn())
         connection.key = key
         connection.guard = self._guard
@@ -280,15 +291,25 @@ def _file_limit() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
-def default_ssl_context(ca_file: str | None = None) -> ssl.SSLContext:
+def default_ssl_context(
+    ca_file: str | None = None, client_cert: tuple[str, str] | None = None
+) -> ssl.SSLContext:
     """Return a context that verifies certificate and name, whatever the environment says.
 
-    :param ca_file: PEM bundle instead of certifi's. ``ssl.create_default_context`` is not used because it
-        obeys ``SSLKEYLOGFILE``, nor the system's store because it obeys ``SSL_CERT_FILE``.
+    ``ssl.create_default_context`` is not used because it obeys ``SSLKEYLOGFILE``, nor the system's store
+    because it obeys ``SSL_CERT_FILE``.
+
+    :param ca_file: PEM file of authorities beside certifi's.
+    :param client_cert: files of certificate and key, shown to a receiver that asks for one.
+    :raises OSError: for a file that cannot be read, or is not what it should be.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_verify_locations(cafile=ca_file or DEFAULT_CA_BUNDLE_PATH)
+    context.load_verify_locations(cafile=DEFAULT_CA_BUNDLE_PATH)
+    if ca_file is not None:
+        context.load_verify_locations(cafile=ca_file)
+    if client_cert is not None:
+        context.load_cert_chain(*client_cert)
     return context
 
 
