@@ -399,9 +399,6 @@ def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[
             unseen=unseen,
             reserved_job_id=attachment.reserved_job_id if jobs is attachment.jobs else None,
             runs=runs,
-            counts_from={
-                job.id: began for job in jobs if job.id in attachment.watched and (began := _began(job))
-            },
             busy_timeout_s=CONFIRM_BUSY_TIMEOUT_S,
         )
     except (StorageUnavailableError, SQLAlchemyError) as exc:

@@ -145,10 +145,7 @@ def read_jobs(
 def read_endings(redis: Redis, job_ids: Iterable[str], *, results: bool = False) -> Jobs:
     """Return the jobs that exist, with the fields that say how the run ended and no others.
 
-    For ingest, which reads very many jobs: half of the work of :func:`read_jobs`.
-
-    :param results: see :func:`read_jobs`.
-    :raises redis.RedisError: when Redis cannot be asked.
+    For ingest, which reads very many jobs: half of the work of :func:`read_jobs`, whose parameters it has.
     """
     return _read(redis, job_ids, _ENDING_FIELDS, results=results)
 
@@ -200,8 +197,6 @@ def read_result_value(redis: Redis, job_id: str) -> Any:
     """Return the return value of a job's latest success, or :data:`~.safe_pickle.UNKNOWN`.
 
     Only plain values are read: texts, numbers, containers, dates, ``Decimal``, ``UUID``, paths as texts.
-
-    :raises redis.RedisError: when Redis cannot be asked.
     """
     ((_chunk, (entries,)),) = _pipelined(redis, [job_id], _last_results)
     for _entry_id, raw in [] if isinstance(entries, Exception) else entries or []:  # newest first

@@ -78,6 +78,7 @@ def connect(url: str) -> Redis:
         health_check_interval=30,
         # The client's own default retries hold a caller for seconds while Redis is down.
         retry=Retry(NoBackoff(), 1),
+        retry_on_error=[RedisConnectionError],  # redis-py before 6 retries nothing by itself
     )
     pool = client.connection_pool
     pool.connection_class = type("WritableConnection", (_ClosedByReadOnly, pool.connection_class), {})

@@ -131,10 +131,10 @@ def claim_due(
     else:
         with database.write(single_statement=True, durable=False, repeated=True) as connection:
             rows = connection.execute(_CLAIM_POSTGRESQL, parameters | {"lease_s": lease_s}).all()
-            # Not told from the hosts themselves: how they sort is the database's own affair.
-            turns = [(row.wrapped, row.turn) for row in rows]
+            # Not by the names of the hosts: the database's collation may differ.
+            turns = [(False, row.turn) for row in rows]
     if rows:
-        # Whom the walk met last it met after starting over, if it met anyone then.
+        # The last host of the walk; those it met after starting over come after all others.
         database.claim_after = rows[max(range(len(rows)), key=turns.__getitem__)].host
     return _claimed(rows, lease_id)
 
@@ -254,11 +254,12 @@ def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
 
 
 # The statements. A lease need not outlive the machine, so no commit waits for the disk. 'pending' is
-# written out, not a parameter: only then do they match the partial indexes. In the two walks ``found`` counts
-# the due hosts before the row. SQLite is told which index to take: it prefers (status, id), and then sorts a
-# million rows. The live secrets of an endpoint come newest first: the one that does not expire, then the one
-# that expires last. PostgreSQL looks up what belongs to a claimed row in subqueries it cannot flatten
-# (OFFSET 0): it does not know how few rows are claimed, and would read whole tables instead.
+# written out, not a parameter: only then do they match the partial indexes. In a walk ``found`` counts the
+# due hosts before the row, and ``wrapped`` says that it started over. SQLite is told which index to take: it
+# prefers (status, id), and then sorts a million rows. The live secrets of an endpoint come newest first: the
+# one that does not expire, then the one that expires last. PostgreSQL looks up what belongs to a claimed row
+# in subqueries it cannot flatten (OFFSET 0): it does not know how few rows are claimed, and would read whole
+# tables instead.
 
 _LOADED = {"body": LargeBinary, "sign_payload": Boolean}
 
@@ -288,43 +289,37 @@ oldest AS MATERIALIZED (
 many AS MATERIALIZED (
     SELECT count(*) = :window AS yes, set_config('synchronous_commit', 'off', true) FROM oldest
 ),
-ahead(host, due, found, turn) AS (
-    SELECT CAST(:after AS text), false, 0, 0 FROM many WHERE yes
+walk(host, due, found, turn, wrapped) AS (
+    SELECT CAST(:after AS text), false, 0, 0, false FROM many WHERE yes
     UNION ALL
-    SELECT n.host, n.due, a.found + a.due::integer, a.turn + 1
-    FROM ahead a CROSS JOIN LATERAL (
-        SELECT h.host,
+    SELECT n.host, n.due, w.found + w.due::integer, w.turn + 1, n.wrapped
+    FROM walk w CROSS JOIN LATERAL (
+        SELECT h.host, h.wrapped,
                EXISTS (SELECT FROM rq_webhooks_delivery d
                        WHERE d.status = 'pending' AND d.host = h.host
                          AND d.next_attempt_at <= statement_timestamp())
                AND NOT EXISTS (SELECT FROM busy b WHERE b.host = h.host AND b.requests >= :per_host) AS due
-        FROM (SELECT d.host FROM rq_webhooks_delivery d
-              WHERE d.status = 'pending' AND d.host > a.host ORDER BY d.host LIMIT 1) h
-    ) n
-    WHERE a.found + a.due::integer < :limit
-),
-wrapped(host, due, found, turn) AS (
-    SELECT CAST('' AS text), false, (SELECT max(found + due::integer) FROM ahead), 0 FROM many WHERE yes
-    UNION ALL
-    SELECT n.host, n.due, w.found + w.due::integer, w.turn + 1
-    FROM wrapped w CROSS JOIN LATERAL (
-        SELECT h.host,
-               EXISTS (SELECT FROM rq_webhooks_delivery d
-                       WHERE d.status = 'pending' AND d.host = h.host
-                         AND d.next_attempt_at <= statement_timestamp())
-               AND NOT EXISTS (SELECT FROM busy b WHERE b.host = h.host AND b.requests >= :per_host) AS due
-        FROM (SELECT d.host FROM rq_webhooks_delivery d
-              WHERE d.status = 'pending' AND d.host > w.host AND d.host <= :after ORDER BY d.host LIMIT 1) h
+        FROM (
+            SELECT f.host, w.wrapped FROM (
+                SELECT d.host FROM rq_webhooks_delivery d
+                WHERE d.status = 'pending' AND d.host > w.host ORDER BY d.host LIMIT 1
+            ) f WHERE NOT w.wrapped OR f.host <= :after
+            UNION ALL
+            SELECT f.host, true FROM (
+                SELECT d.host FROM rq_webhooks_delivery d
+                WHERE d.status = 'pending' AND NOT w.wrapped ORDER BY d.host LIMIT 1
+            ) f WHERE f.host <= :after
+            LIMIT 1
+        ) h
     ) n
     WHERE w.found + w.due::integer < :limit
 ),
-candidates(host, wrapped, turn) AS (
-    SELECT DISTINCT o.host::text, false, 0 FROM oldest o, many WHERE NOT many.yes
-    UNION ALL SELECT host, false, turn FROM ahead WHERE due
-    UNION ALL SELECT host, true, turn FROM wrapped WHERE due
+candidates(host, turn) AS (
+    SELECT DISTINCT o.host::text, 0 FROM oldest o, many WHERE NOT many.yes
+    UNION ALL SELECT host, turn FROM walk WHERE due
 ),
 slots AS (
-    SELECT c.host, c.wrapped, c.turn, r.next_attempt_at,
+    SELECT c.host, c.turn, r.next_attempt_at,
            coalesce(b.requests, 0)
            + row_number() OVER (PARTITION BY c.host ORDER BY r.next_attempt_at) AS rank
     FROM candidates c
@@ -337,12 +332,12 @@ slots AS (
     ) r
 ),
 quotas AS (
-    SELECT s.host, s.wrapped, s.turn, count(*) AS rows
+    SELECT s.host, s.turn, count(*) AS rows
     FROM (SELECT * FROM slots ORDER BY rank, next_attempt_at LIMIT :limit) s
-    GROUP BY s.host, s.wrapped, s.turn
+    GROUP BY s.host, s.turn
 ),
 picked AS (
-    SELECT r.id, q.wrapped, q.turn
+    SELECT r.id, q.turn
     FROM quotas q CROSS JOIN LATERAL (
         SELECT d.id FROM rq_webhooks_delivery d
         WHERE d.status = 'pending' AND d.host = q.host AND d.next_attempt_at <= statement_timestamp()
@@ -356,10 +351,10 @@ claimed AS (
         lease_until = clock_timestamp() + make_interval(secs => :lease_s)
     FROM picked
     WHERE delivery.id = picked.id AND delivery.status = 'pending'
-    RETURNING delivery.*, picked.wrapped, picked.turn
+    RETURNING delivery.*, picked.turn
 )
 SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
-       c.endpoint_id, c.wrapped, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
+       c.endpoint_id, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
        e.kind, e.url, e.headers, e.sign_payload, e.format, e.timeout_s, s.secret
 FROM claimed c
 CROSS JOIN LATERAL (
@@ -398,36 +393,25 @@ oldest(host) AS MATERIALIZED (
     ORDER BY d.next_attempt_at LIMIT :window
 ),
 many(yes) AS MATERIALIZED (SELECT count(*) = :window FROM oldest),
-ahead(host, due, found) AS (
-    SELECT :after, 0, 0 FROM many WHERE yes
+walk(host, due, found, wrapped) AS (
+    SELECT :after, 0, 0, 0 FROM many WHERE yes
     UNION ALL
     SELECT n.host,
            EXISTS (SELECT 1 FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
                    WHERE d.status = 'pending' AND d.host = n.host AND d.next_attempt_at <= :now)
            AND NOT EXISTS (SELECT 1 FROM busy b WHERE b.host = n.host AND b.requests >= :per_host),
-           a.found + a.due
-    FROM ahead a CROSS JOIN rq_webhooks_delivery n ON n.rowid = (
-        SELECT d.rowid FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
-        WHERE d.status = 'pending' AND d.host > a.host ORDER BY d.host LIMIT 1)
-    WHERE a.found + a.due < :limit
-),
-wrapped(host, due, found) AS (
-    SELECT '', 0, (SELECT max(found + due) FROM ahead) FROM many WHERE yes
-    UNION ALL
-    SELECT n.host,
-           EXISTS (SELECT 1 FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
-                   WHERE d.status = 'pending' AND d.host = n.host AND d.next_attempt_at <= :now)
-           AND NOT EXISTS (SELECT 1 FROM busy b WHERE b.host = n.host AND b.requests >= :per_host),
-           w.found + w.due
-    FROM wrapped w CROSS JOIN rq_webhooks_delivery n ON n.rowid = (
-        SELECT d.rowid FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
-        WHERE d.status = 'pending' AND d.host > w.host AND d.host <= :after ORDER BY d.host LIMIT 1)
-    WHERE w.found + w.due < :limit
+           w.found + w.due,
+           w.wrapped OR n.host <= w.host
+    FROM walk w CROSS JOIN rq_webhooks_delivery n ON n.rowid = coalesce(
+        (SELECT d.rowid FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
+         WHERE d.status = 'pending' AND d.host > w.host ORDER BY d.host LIMIT 1),
+        (SELECT d.rowid FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_due
+         WHERE d.status = 'pending' AND NOT w.wrapped ORDER BY d.host LIMIT 1))
+    WHERE w.found + w.due < :limit AND NOT ((w.wrapped OR n.host <= w.host) AND n.host > :after)
 ),
 candidates(host) AS (
     SELECT DISTINCT o.host FROM oldest o, many WHERE NOT many.yes
-    UNION ALL SELECT host FROM ahead WHERE due
-    UNION ALL SELECT host FROM wrapped WHERE due
+    UNION ALL SELECT host FROM walk WHERE due
 ),
 slots(row, rank, next_attempt_at) AS (
     SELECT r.rowid,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
 from hashlib import blake2b
@@ -20,6 +20,7 @@ from sqlalchemy import Executable, bindparam, delete, func, insert, select, upda
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
+from ..protocol.events import parse_time
 from .crypto import Cipher
 from .database import Database
 from .models import ALPHABET, OPEN, RESERVED, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
@@ -32,7 +33,7 @@ ROTATION_GRACE_S = 86400.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewEndpoint:
-    """An endpoint before it is stored; everything was validated.
+    """An endpoint before it is stored; everything was validated. Its attributes are columns, but ``secret``.
 
     :param url: normalised.
     :param host: the unit of fairness and limits, see :class:`~.models.Endpoint`.
@@ -120,7 +121,6 @@ def confirm(
     unseen: Sequence[str],
     reserved_job_id: str | None,
     runs: Mapping[str, str] | None = None,
-    counts_from: Mapping[str, datetime] | None = None,
     busy_timeout_s: float | None = None,
 ) -> None:
     """Note which jobs the view really enqueued. May be repeated; no watch ever goes backwards.
@@ -131,13 +131,14 @@ def confirm(
     :param reserved_job_id: the id given to :func:`register`. Used by no job, its watch is ``closed``.
     :param runs: the run each job was enqueued for, where it is known: it was handed to RQ. A job that is lost
         is then reported under it, and a callback's late report corrects that.
-    :param counts_from: since when the runs of a job count, where that is before now: see :func:`register`.
     :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
         itself, in a transaction that ends only after we answer.
     :raises StorageUnavailableError: when the database cannot be written now; the caller then leaves the
         word in the outbox.
     """
-    now, since = datetime.now(UTC), counts_from or {}
+    now = datetime.now(UTC)
+    # The run that is confirmed counts, also that of a watched job which began before the request.
+    since = {job_id: min(now, _began(run)) for job_id, run in (runs or {}).items()}
     existing = list(dict.fromkeys(existing))
     unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
     statements: list[tuple[Executable, Any]] = []
@@ -246,11 +247,8 @@ def _id_of_key(namespace: str, idempotency_key: str) -> str:
     return f"ep{namespace}_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
 
 
-#: What :func:`update_standing` may change; the rest has functions of its own.
-CHANGEABLE = frozenset(
-    {"url", "host", "headers", "events", "format", "sign_payload", "timeout_s", "max_attempts",
-     "description", "reference", "runid"}
-)  # fmt: skip
+#: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
+CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {"secret", "kind", "scope"}
 
 
 def update_standing(database: Database, cipher: Cipher, endpoint_id: str, changes: Mapping[str, Any]) -> bool:
@@ -395,21 +393,11 @@ def _set_enabled(database: Database, endpoint_id: str, *, enabled: bool, reason:
 def _endpoint_values(
     cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime
 ) -> dict[str, Any]:
-    return {
+    given = {one.name: getattr(endpoint, one.name) for one in fields(NewEndpoint) if one.name != "secret"}
+    return given | {
         "id": endpoint_id,
-        "kind": endpoint.kind,
-        "url": endpoint.url,
-        "host": endpoint.host,
         "headers": _encrypted_headers(cipher, endpoint.headers),
         "events": _events_json(endpoint.events),
-        "scope": endpoint.scope,
-        "format": endpoint.format,
-        "sign_payload": endpoint.sign_payload,
-        "reference": endpoint.reference,
-        "runid": endpoint.runid,
-        "timeout_s": endpoint.timeout_s,
-        "max_attempts": endpoint.max_attempts,
-        "description": endpoint.description,
         "enabled": True,
         "failures": 0,
         "created_at": now,
@@ -428,6 +416,10 @@ def _secret_values(cipher: Cipher, secret: str, endpoint_id: str, now: datetime)
 
 def _encrypted_headers(cipher: Cipher, headers: Mapping[str, str]) -> str | None:
     return cipher.encrypt(json.dumps(dict(headers))) if headers else None
+
+
+def _began(run: str) -> datetime:
+    return parse_time(run.removeprefix("created:"))
 
 
 def _events_json(events: Sequence[str] | None) -> str | None:

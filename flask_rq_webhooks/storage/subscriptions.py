@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -67,24 +67,10 @@ def is_endpoint(endpoint_id: str | None) -> bool:
 def endpoint_row(row: Any) -> EndpointRow:
     """Return what rendering may know, from a row of :data:`ENDPOINT_COLUMNS`."""
     events = None if row.events is None else tuple(json.loads(row.events))
-    return EndpointRow(
-        id=row.id,
-        kind=row.kind,
-        host=row.host,
-        events=events,
-        scope=row.scope,
-        format=row.format,
-        reference=row.reference,
-        runid=row.runid,
-        max_attempts=row.max_attempts,
-        created_at=row.created_at,
-    )
+    return EndpointRow(**{**row._mapping, "events": events})
 
 
-ENDPOINT_COLUMNS = (
-    Endpoint.id, Endpoint.kind, Endpoint.host, Endpoint.events, Endpoint.scope, Endpoint.format,
-    Endpoint.reference, Endpoint.runid, Endpoint.max_attempts, Endpoint.created_at,
-)  # fmt: skip
+ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointRow))
 
 
 def endpoints_of(

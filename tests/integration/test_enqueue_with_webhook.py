@@ -18,7 +18,11 @@ from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage.models import Endpoint, Event, Watch
 from flask_rq_webhooks.testing import InMemoryReceiver, deliver_all
 from tests.acceptance import tasks
+from tests.integration.hosts import Host
 from tests.storage_rows import statements_of
+
+#: RQ 1.16's workers use what it has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(push|pop)_connection.*:DeprecationWarning")
 
 URL = "https://hooks.example.com/in"
 ASKED = {"webhook_url": URL, "webhook_secret": "s3cret", "other": 1}
@@ -258,6 +262,37 @@ def test_watch_without_url_is_the_requests_webhook(make_state: Any, redis_client
         ("job.success", job_id)
     ]
     delivered[0].verify("s3cret")
+
+
+def test_watched_job_of_an_earlier_request_counts_also_where_sql_is_busy(
+    sqlite_url: str, redis_url: str, redis_client: Redis
+) -> None:
+    """The host holds a write transaction past the view, so the watch is confirmed through the outbox."""
+    host = Host(sqlite_url, redis_url)
+    earlier = rq.Queue(connection=redis_client).enqueue(tasks.add, 1, 2)
+    redis_client.hset(earlier.key, "enqueued_at", "2024-01-01T00:00:00.000000Z")
+    earlier = Job.fetch(earlier.id, connection=redis_client)
+    with host.app.app_context():
+        host.db.session.execute(sa.text("CREATE TABLE own (id INTEGER PRIMARY KEY)"))
+        host.db.session.commit()
+
+    def build() -> Any:
+        host.db.session.execute(sa.text("INSERT INTO own VALUES (1)"))
+        host.webhooks.watch(earlier)
+        return {}
+
+    host.route(build)
+    answer = host.post()
+    waiting = host.state.outbox.length()
+    ingested = deliver_all(host.app)
+    work(redis_client)
+    # A worker would write a time of its own only for a run that it enqueues.
+    delivered = [webhook for _ in range(2) for webhook in deliver_all(host.app)]
+    host.close()
+
+    assert answer.headers["Webhook-Job-Id"] == earlier.id
+    assert (waiting, ingested) == (1, [])
+    assert [webhook.json["job_id"] for webhook in delivered] == [earlier.id]
 
 
 @pytest.mark.parametrize("where", ["thread", "after_request"])
