@@ -61,9 +61,6 @@ class StorageUnavailableError(RQWebhooksError):
 class ErasedError(RQWebhooksError):
     """The body of this delivery was erased, so it cannot be sent again."""
 
-    def __init__(self, delivery_id: str) -> None:
-        super().__init__(f"The body of delivery {delivery_id} was erased; it cannot be sent again.")
-
 
 class OutboxEntryError(RQWebhooksError):
     """An entry of the outbox stream is malformed."""
