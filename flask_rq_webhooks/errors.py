@@ -62,10 +62,6 @@ class StorageUnavailableError(RQWebhooksError):
 class ErasedError(RQWebhooksError):
     """The body of this delivery was erased, so it cannot be sent again."""
 
-    def __init__(self, delivery_id: str | None = None) -> None:
-        named = f"The body of delivery {delivery_id} was erased, so it cannot be sent again."
-        super().__init__(named if delivery_id else None)
-
 
 class OutboxEntryError(RQWebhooksError):
     """An entry of the outbox stream is malformed."""

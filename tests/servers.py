@@ -73,9 +73,12 @@ class Process:
     """A child process whose output is kept, and which ends with its owner.
 
     :param arguments: command line; ``"python"`` as the first word is this interpreter.
+    :param own_group: start it in a process group of its own. RQ's stop command kills the group of the
+        work-horse, which is still the worker's own in the moment after the fork.
     """
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | str = ROOT) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | str = ROOT,
+                 own_group: bool = False) -> None:  # fmt: skip
         command = [sys.executable, *arguments[1:]] if arguments[0] == "python" else list(arguments)
         self.log = tempfile.NamedTemporaryFile(suffix=".log", delete=False)  # noqa: SIM115  (closed by stop)
         self.popen = subprocess.Popen(
@@ -85,6 +88,7 @@ class Process:
             stdin=subprocess.DEVNULL,
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})},
+            start_new_session=own_group,
         )
         self._guard = guard(self.popen.pid)
 

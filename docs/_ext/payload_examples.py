@@ -32,6 +32,7 @@ SUCCESS = Occurrence(
     started_at=ENDED_AT - timedelta(seconds=4),
     ended_at=ENDED_AT,
     result={"depth_factor": 1.0, "capacity_mm": {"1": 162.0, "2": 112.0}},
+    sequence=1,
 )
 ENDINGS = {
     "success": SUCCESS,
@@ -65,7 +66,9 @@ ENDINGS = {
         scope="tree",
         jobs={"finished": 3, "failed": 1, "deferred": 1},
     ),
-    "correction": replace(SUCCESS, source="reconciled", supersedes="evt_01hk1g5t00zz9yx8wv7ut6sr5q"),
+    "correction": replace(
+        SUCCESS, source="reconciled", sequence=2, supersedes="evt_01hk1g5t00zz9yx8wv7ut6sr5q"
+    ),
     "application": Occurrence(
         type="model.published",
         occurred_at=ENDED_AT,

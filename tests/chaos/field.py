@@ -124,7 +124,7 @@ class Field:
 
     def start(self, name: str) -> Process:
         """Start the process *name*: ``web``, ``dispatcher-1``, ``worker-1`` and so on."""
-        process = Process(*self.command(name), env=self.environment)
+        process = Process(*self.command(name), env=self.environment, own_group=True)
         with self._lock:
             self.processes[name] = process
         if name == "web":

@@ -181,7 +181,8 @@ class Clients:
             )
             for job_id in answer.jobs if action else ():
                 self._operator.order(action, job_id)
-            if answer.status is None:
+            if answer.status != 200:
+                time.sleep(0.5)
                 with suppress(AssertionError):
                     wait_until(self._field.web_answers, timeout=60)
 
