@@ -7,6 +7,7 @@
     ├── InvalidWebhookError       a client's webhook fields are not acceptable (HTTP 400)
     ├── BlockedURLError           a URL or address is refused by policy; has a stable ``code``
     ├── StorageUnavailableError   our SQL database cannot be reached (HTTP 503)
+    ├── ErasedError               the body of a delivery was erased (HTTP 409)
     ├── OutboxEntryError          an outbox entry is malformed; it is set aside
     ├── DecryptionError           no configured key opens a stored secret
     └── SignatureError            a received webhook could not be verified
