@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo quick test bench bench-quick chaos screenshots lint format types docs links package installed oldest clean
+.PHONY: help games demo quick test bench bench-quick chaos screenshots lint format types docs links package installed oldest clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,6 +37,12 @@ chaos: $(VENV)/.dev  ## storms and kills, a quarter of an hour, LONG=1 an hour a
 	RQ_WEBHOOKS_CHAOS_LONG=$(LONG) RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -v -n 2 --dist loadfile \
 		tests/chaos -m "chaos or slow" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.chaos.write_tables .endings.json .chaos.jsonl
+
+games: $(VENV)/.dev  ## 20,000 games of one job against ingest and reconcile; then negate each rule in turn
+	RQ_WEBHOOKS_GAMES=$(GAMES) $(BIN)/python -m pytest -q -s tests/unit/test_observe_machine.py $(PYTEST_ARGS)
+	$(BIN)/python -m tests.mutants
+
+GAMES ?= 20000
 
 bench: .venv-bench/.bench  ## measure everything, a quarter of an hour, and write it into the documentation; BENCH="name …" measures only those
 	@status=0; $(BENCHMARKS) $(BENCH) --json $(if $(BENCH),.bench.json,benchmarks/results.json) || status=$$?; \

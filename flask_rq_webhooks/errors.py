@@ -7,6 +7,7 @@
     ├── InvalidWebhookError       a client's webhook fields are not acceptable (HTTP 400)
     ├── BlockedURLError           a URL or address is refused by policy; has a stable ``code``
     ├── StorageUnavailableError   our SQL database cannot be reached (HTTP 503)
+    ├── ErasedError               the body of a delivery was erased (HTTP 409)
     ├── OutboxEntryError          an outbox entry is malformed; it is set aside
     ├── DecryptionError           no configured key opens a stored secret
     └── SignatureError            a received webhook could not be verified
@@ -60,9 +61,6 @@ class StorageUnavailableError(RQWebhooksError):
 
 class ErasedError(RQWebhooksError):
     """The body of this delivery was erased, so it cannot be sent again."""
-
-    def __init__(self, delivery_id: str) -> None:
-        super().__init__(f"The body of delivery {delivery_id} was erased; it cannot be sent again.")
 
 
 class OutboxEntryError(RQWebhooksError):

@@ -369,10 +369,11 @@ def _connect_as(host: Engine, record: ConnectionPoolEntry) -> Any:
     creator: Any = host.pool._creator
     # What create_engine made has no other way to its arguments; a creator of the host's own has none of them.
     made = getclosurevars(creator).nonlocals if isfunction(creator) else {}
-    if not {"dialect", "cargs_tup", "cparams"} <= made.keys():
+    given = made.get("cargs_tup", made.get("cargs"))  # older versions call them cargs
+    if given is None or not {"dialect", "cparams"} <= made.keys():
         return host.pool._invoke_creator(record)
     dialect = made["dialect"]
-    arguments, parameters = list(made["cargs_tup"]), _timeouts(host.url) | dict(made["cparams"])
+    arguments, parameters = list(given), _timeouts(host.url) | dict(made["cparams"])
     for listener in dialect.dispatch.do_connect:
         connection = listener(dialect, record, arguments, parameters)
         if connection is not None:

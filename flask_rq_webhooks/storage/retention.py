@@ -61,7 +61,7 @@ def resend(database: Database, delivery_id: str) -> str | None:
         if row is None:
             return None
         if row.erased_at is not None:
-            raise ErasedError(delivery_id)
+            raise ErasedError(f"The body of delivery {delivery_id} was erased; it cannot be sent again.")
         if row.in_flight:
             return SENDING
         connection.execute(update(Delivery).where(Delivery.id == delivery_id).values(due_again(database)))

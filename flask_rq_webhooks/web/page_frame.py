@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from flask import Response, abort, make_response, redirect, render_template, request, url_for
 from jinja2 import BaseLoader, ChoiceLoader, Environment, FileSystemLoader
 
-from ..errors import StorageUnavailableError
+from ..errors import ErasedError, StorageUnavailableError
 from ..protocol.urls import redact_url
 from ..state import State
 from ..storage.queries import CursorError
@@ -72,6 +72,8 @@ def page(state: State, permission: Permission = "read") -> Callable[[View], View
                 abort(404)
             except InvalidInputError as exc:
                 abort(400, str(exc))
+            except ErasedError as exc:
+                abort(409, str(exc))
             except CursorError:
                 abort(400 if request.method == "POST" else 404)
             except StorageUnavailableError as exc:

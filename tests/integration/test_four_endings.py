@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psutil
 import pytest
 import redis
 import rq
 from rq.job import Job
 
+from benchmarks.settled_watches import fill
 from flask_rq_webhooks.observe.ingest import PATIENCE_S, Ingest
 from flask_rq_webhooks.observe.publisher import Publisher
 from flask_rq_webhooks.observe.reconcile import Reconciler
@@ -321,3 +323,63 @@ def test_late_reports_of_a_run_and_its_retry_that_left_nothing_are_one_ending(st
         passes.run_once()
 
     assert reported(state) == [("job.success", False)]
+
+
+# -- Clocks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attached", [True, False], ids=["callbacks", "reconcile alone"])
+@pytest.mark.parametrize("web_s", [-60, 60])
+@pytest.mark.parametrize("dispatcher_s", [-60, 60])
+def test_clocks_a_minute_apart_lose_and_double_nothing(
+    state: State, attached: bool, web_s: int, dispatcher_s: int
+) -> None:
+    """Web and dispatcher are a minute off; worker, Redis and SQL are not. The job fails and is requeued."""
+    endpoint_id = add_endpoint(state, URL)
+    ours = {name: rq.Callback(path) for name, path in callbacks(endpoint_id).items()} if attached else {}
+    job = rq.Queue(connection=state.redis).enqueue("tests.jobs.fail", "dry", **ours)
+    run = format_time(job.enqueued_at + timedelta(seconds=web_s))
+    state.redis.hset(job.key, mapping={"enqueued_at": run, "created_at": run})
+    confirm(
+        state.database, endpoint_id, existing=[job.id], unseen=[], reserved_job_id=None, runs={job.id: run}
+    )
+    passes = Reconciler(
+        state.database,
+        state.redis,
+        publish=Publisher(state).publish,
+        settings=state.settings,
+        outbox_key=state.outbox.key,
+        clock=lambda: datetime.now(UTC) + timedelta(seconds=dispatcher_s),
+    )
+    passes.run_once()
+    one_job(state)
+    Job.fetch(job.id, state.redis).requeue()
+    for _ in range(2):
+        passes.run_once()
+        ingest_all(state)
+    one_job(state)
+    for _ in range(3):
+        passes.run_once()
+        ingest_all(state)
+
+    assert reported(state) == [("job.failure", False)] * 2
+    assert len(deliveries(state)) == 2
+
+
+def test_memory_is_flat_and_a_new_run_of_an_old_job_is_found_in_a_pass(state: State) -> None:
+    """20,000 settled runs whose jobs RQ keeps, over a restart. ``benchmarks/settled_watches.py``: 200,000."""
+    fill(state.database, state.redis, 20_000)
+    process = psutil.Process()
+    reconciler(state).run_once()
+    before = process.memory_info().rss
+
+    passes = reconciler(state)
+    for _ in range(2):
+        passes.run_once()
+    grown = process.memory_info().rss - before
+    again = {"enqueued_at": format_time(datetime.now(UTC)), "status": "failed"}
+    state.redis.hset("rq:job:job-19999", mapping=again)
+    passes.run_once()
+
+    assert grown < 4 * 2**20
+    assert reported(state) == [("job.failure", False)]

@@ -87,7 +87,7 @@ def test_the_bytes_on_the_wire(transport: RequestsTransport) -> None:
         )
         assert transport.submit(request).result(10).status_code == 200
     assert got[0] == (
-        b"POST /a/../p%C3%A4th%2F?q=%7Bx%7D HTTP/1.1\r\n"
+        b"POST /a/../p%C3%A4th%2f?q=%7Bx%7D HTTP/1.1\r\n"
         + b"Host: 127.0.0.1:%d\r\n" % server_port(request)
         + b"Content-Type: application/json\r\n"
         b"User-Agent: flask-rq-webhooks/test\r\n"

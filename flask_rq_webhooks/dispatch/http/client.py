@@ -201,12 +201,16 @@ class _IncomingResponse(Response):
     """
 
     def __init__(self, request: PreparedRequest, outcome: dict[str, Any]) -> None:
-        super().__init__()
+        # Not the base class's: its cookie jar costs as much as the rest of the adapter.
         self.request = request
         self.url = cast(str, request.url)
         self.status_code = outcome["status_code"]
-        self.headers.update(outcome["response_headers"])
+        self.headers = outcome["response_headers"]
         self._content = outcome.get("response_body", b"")
+        self._content_consumed = True
+        self.encoding = self.raw = None
+        self.reason = ""
+        self.history = []
         self.outcome = outcome
 
 
