@@ -25,6 +25,7 @@ from ..protocol.urls import redact_url
 from ..storage.attempts import AttemptRecord, RecordResult, record_attempts
 from ..storage.claims import ClaimedDelivery
 from ..storage.events import IngestedEvent
+from ..storage.models import EXHAUSTED
 from ..storage.sql_errors import DataError
 from .http import AttemptRequest, AttemptResult
 from .operator_events import publish_for_operators
@@ -191,7 +192,9 @@ class Recorder:
         published: list[IngestedEvent] = []
 
         def publish(connection: Connection, outcome: RecordResult) -> None:
-            published[:] = publish_for_operators(self._publisher, connection, records, outcome)
+            published.clear()
+            if outcome.disabled or EXHAUSTED in outcome.recorded.values():
+                published.extend(publish_for_operators(self._publisher, connection, records, outcome))
 
         outcome = record_attempts(
             self._state.database,
