@@ -24,7 +24,7 @@ from flask.cli import FlaskGroup
 
 from flask_rq_webhooks import RQWebhooks
 from flask_rq_webhooks.cli import cli
-from flask_rq_webhooks.observe.outcomes import CALLBACK_GRACE
+from flask_rq_webhooks.observe.conclusions import CALLBACK_GRACE
 from flask_rq_webhooks.protocol.signatures import signature_headers
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State, get_state
