@@ -171,7 +171,7 @@ def _some(step: bulk.Step, cursor: str | None, count_left: Callable[[str], int |
 def erase(state: State, values: Mapping[str, Any]) -> Erasure:
     """Erase what is stored of a job, a run or a reference, and keep the skeleton of the log.
 
-    :param values: checked values of an :class:`~.api_schemas.EraseInput`.
+    :param values: checked values of an :class:`~.api_inputs.EraseInput`.
     """
     return erasure.erase(state.database, **values)
 
