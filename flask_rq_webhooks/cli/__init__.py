@@ -51,7 +51,8 @@ class _Commands(AppGroup):
         except EXPLAINED as exc:
             error = click.ClickException(explain(exc, _state(ctx)))
             error.__cause__ = exc
-        error.message = "\n".join(cleaned(line) for line in error.message.splitlines())
+        text = "\n".join(cleaned(line) for line in error.message.splitlines())
+        error.message = text  # type: ignore[misc]
         raise error
 
 

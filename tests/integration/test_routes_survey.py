@@ -190,7 +190,7 @@ def test_table_and_exit_status() -> None:
     assert run(app, "--check").exit_code == 1
     every = {line.split()[2]: line for line in run(app, "--all").output.splitlines()[1:-1]}
     assert " cannot tell     may: q.enqueue (" in every["may_untyped"]
-    assert every["decorated"].endswith(" cannot tell     nothing that can be seen")
+    assert every["decorated"].endswith(" cannot tell     nothing found")
     assert every["none_reads"].endswith(" -")
 
 
