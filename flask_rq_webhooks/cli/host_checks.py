@@ -168,9 +168,9 @@ def layout(state: State) -> str:
     for block, consequence in BLOCKS.items():
         if blocks is not None and block not in blocks:
             raise WrongError(
-                f"RQ_WEBHOOKS_BASE_TEMPLATE {base!r} has no block {block!r}, so {consequence}; add {{% "
-                f"block {block} %}}{{% endblock %}} to it, or name a template that extends it and has the "
-                "blocks title, head and content."
+                f"RQ_WEBHOOKS_BASE_TEMPLATE {base!r} has no block {block!r}, so {consequence}; add "
+                f"{{% block {block} %}}{{% endblock %}} to it, or name a template that extends it and has "
+                "the blocks title, head and content."
             )
     return _rendered(state, base)
 

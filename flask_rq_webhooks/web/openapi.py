@@ -101,10 +101,7 @@ def _described(route: Route) -> dict[str, Any]:
         "parameters": list(_parameters(route)),
         "responses": {
             **{str(status): _answer(*answer) for status, answer in route.answers.items()},
-            "default": {
-                "description": "Refused.",
-                "content": {"application/json": {"schema": "Error"}},
-            },
+            "default": {"description": "Refused.", "content": {"application/json": {"schema": "Error"}}},
         },
     }
     if route.body is not None:

@@ -235,11 +235,7 @@ def create(state: State, values: Mapping[str, Any], *, idempotency_key: str | No
     endpoint = NewEndpoint(kind="standing", **stored)
     try:
         endpoint_id = endpoints.create_standing(
-            state.database,
-            state.cipher,
-            endpoint,
-            namespace=state.namespace,
-            idempotency_key=idempotency_key,
+            state.database, state.cipher, endpoint, namespace=state.namespace, idempotency_key=idempotency_key
         )
     except endpoints.ExistsError as exc:
         found = queries.endpoint_detail(state.database, exc.endpoint_id)

@@ -105,10 +105,7 @@ def _add_deliveries(pages: Pages, state: State) -> None:
             if found is not None:
                 return found
         listed = queries.list_deliveries(
-            state.database,
-            wanted.where,
-            cursor=request.args.get("cursor") or None,
-            limit=PAGE_ITEMS,
+            state.database, wanted.where, cursor=request.args.get("cursor") or None, limit=PAGE_ITEMS
         )
         return render(
             state,
