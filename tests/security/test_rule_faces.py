@@ -32,7 +32,7 @@ from tests.security.conftest import MakeHost
 from tests.servers import Receiver
 
 #: Open to everybody: says whether a dispatcher is alive; our own style sheet and script.
-OPEN = {"rq_webhooks.health", "rq_webhooks.static"}
+OPEN = {"rq_webhooks.health", "rq_webhooks.keys", "rq_webhooks.static"}
 
 
 @pytest.fixture
