@@ -96,7 +96,7 @@ def ingest(
     A run has one terminal event, whoever tells of it and however many do so at once; an endpoint named for
     an event that is already there gets its missing delivery, rendered from what was stored. Standing
     endpoints get a delivery of new events only, and only while enabled: what happens while one is disabled
-    is left to :func:`~.bulk.recover`.
+    is left to :func:`~.bulk.recover_part`.
 
     All or nothing: where *render* or *scrub* raises, nothing of the batch is stored. The caller then
     brings the items one by one, so that one that cannot be told never holds up the others.
