@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from redis.exceptions import RedisError
 
 from ..errors import OutboxEntryError, StorageUnavailableError
-from ..protocol.events import JOB_BLOCKED, JOB_SUCCESS, Occurrence
+from ..protocol.events import JOB_BLOCKED, JOB_SUCCESS, RUNNING_TYPES, Occurrence
 from ..queue.job_reader import JobRecord, probe_jobs, read_jobs, read_statuses
 from ..queue.outbox_entry import OutboxEntry, parse_entry
 from ..storage import watches as storage
@@ -34,6 +34,7 @@ from .conclusions import (
 from .occurrences import OccurrenceReader, occurrence_of_loss, occurrence_of_report
 from .outcomes import TYPE_OF_STATUS, Outcome
 from .pending_events import PendingEvents, Publish, ReconcileReport
+from .running_jobs import RunningJob, RunningJobs
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -57,6 +58,7 @@ class OpenWatches:
         self._publish = publish
         self._occurrences = occurrences
         self._settings = occurrences.settings
+        self._running = RunningJobs(database, redis, publish=publish, occurrences=occurrences)
         self._without_dependency: set[str] = set()
 
     def pass_over(
@@ -70,7 +72,11 @@ class OpenWatches:
         queues: set[str] = set()
         close: list[str] = []
         jobs = probe_jobs(self._redis, [watch.job_id for watch in page])
+        running: list[RunningJob] = []
         for watch, job in zip(page, jobs, strict=True):
+            if job is not None and job[0] == b"started" and not watch.wants.isdisjoint(RUNNING_TYPES):
+                its_run, its_queue = (one.decode("utf-8", "replace") for one in job[1:])
+                running.append(RunningJob(watch.job_id, its_run, its_queue, watch.wants))
             if job is None or watch.needs_full_read or watch.missing_passes or watch.run is None:
                 close.append(watch.id)
                 continue
@@ -80,11 +86,13 @@ class OpenWatches:
             if (
                 status in _ENDED
                 or run != watch.run.encode()
-                or (status == b"deferred" and watch.wants_blocked)
+                or (status == b"deferred" and JOB_BLOCKED in watch.wants)
             ):
                 close.append(watch.id)
-        wants_blocked = {watch.id for watch in page if watch.wants_blocked}
+        wants_blocked = {watch.id for watch in page if JOB_BLOCKED in watch.wants}
         self.look_closely(close, report, now, outbox=outbox, wants_blocked=wants_blocked)
+        if running:
+            report.reported.update(self._running.publish_new(running, now))
         return queues
 
     def look_closely(

@@ -74,7 +74,7 @@ class PendingEvents:
         published: list[IngestItem] = []
         for start in range(0, len(items), _AT_ONCE):
             reached("reconcile found")
-            published += _publish_some(publish, items[start : start + _AT_ONCE])
+            published += publish_some(publish, items[start : start + _AT_ONCE])
             reached("reconcile told")
         return Counter(item.occurrence.type for item in published)
 
@@ -89,7 +89,7 @@ class PendingEvents:
         ]
 
 
-def _publish_some(publish: Publish, items: Sequence[IngestItem]) -> Sequence[IngestItem]:
+def publish_some(publish: Publish, items: Sequence[IngestItem]) -> Sequence[IngestItem]:
     """Publish *items*, and return those that could be: one that cannot be stored holds up no other."""
     try:
         publish(items)
@@ -98,7 +98,7 @@ def _publish_some(publish: Publish, items: Sequence[IngestItem]) -> Sequence[Ing
             raise
         if len(items) > 1:
             middle = len(items) // 2
-            return [*_publish_some(publish, items[:middle]), *_publish_some(publish, items[middle:])]
+            return [*publish_some(publish, items[:middle]), *publish_some(publish, items[middle:])]
         logger.exception("The event of job %r cannot be stored; it is left out.", items[0].occurrence.job_id)
         return []
     return items

@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ..config import Settings
-from ..protocol.events import JOB_BLOCKED
 from ..queue.abandoned_jobs import end_abandoned
 from ..queue.outbox import read_until, server_time
 from ..storage import watches as storage
@@ -113,12 +112,12 @@ class Reconciler:
         return OutboxRead(until=until or absent_since, absent_since=absent_since)
 
     def _waiting_pages(self) -> Iterator[list[WatchProbe]]:
-        all_want_blocked = storage.any_standing_wants(self._database, JOB_BLOCKED)
+        standing_want = storage.optional_types_of_standing(self._database)
         for status in (OPEN, RESERVED):
             after = ""
             while True:
                 page = storage.probe_waiting(
-                    self._database, status, after=after, limit=PAGE, all_want_blocked=all_want_blocked
+                    self._database, status, after=after, limit=PAGE, standing_want=standing_want
                 )
                 if page:
                     yield page

@@ -18,6 +18,8 @@ JOB_CANCELED = "job.canceled"
 JOB_LOST = "job.lost"
 JOB_RETRYING = "job.retrying"
 JOB_BLOCKED = "job.blocked"
+JOB_STARTED = "job.started"
+JOB_STALLED = "job.stalled"
 WEBHOOK_PING = "webhook.ping"
 ENDPOINT_DISABLED = "webhook.endpoint_disabled"
 DELIVERY_EXHAUSTED = "webhook.delivery_exhausted"
@@ -25,7 +27,9 @@ DELIVERY_EXHAUSTED = "webhook.delivery_exhausted"
 #: One of these ends every run.
 TERMINAL_TYPES = frozenset({JOB_SUCCESS, JOB_FAILURE, JOB_STOPPED, JOB_CANCELED, JOB_LOST})
 #: Sent only to those who ask for them by name.
-OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED})
+OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED, JOB_STARTED, JOB_STALLED})
+#: About a run that is under way: never stored after its ending.
+RUNNING_TYPES = frozenset({JOB_STARTED, JOB_STALLED})
 JOB_TYPES = TERMINAL_TYPES | OPTIONAL_TYPES
 #: About deliveries, for the standing endpoints of operators that ask for them by name.
 OPERATOR_TYPES = frozenset({ENDPOINT_DISABLED, DELIVERY_EXHAUSTED})

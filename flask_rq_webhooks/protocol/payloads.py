@@ -24,6 +24,8 @@ from .events import (
     JOB_FAILURE,
     JOB_LOST,
     JOB_RETRYING,
+    JOB_STALLED,
+    JOB_STARTED,
     JOB_STOPPED,
     JOB_SUCCESS,
     JOB_TYPES,
@@ -83,6 +85,8 @@ _TASK_WORDS = MappingProxyType(
         JOB_CANCELED: ("task.cancelled", "REVOKED"),
         JOB_RETRYING: ("task.retrying", "RETRY"),
         JOB_BLOCKED: ("task.blocked", "PENDING"),
+        JOB_STARTED: ("task.started", "STARTED"),
+        JOB_STALLED: ("task.stalled", "STARTED"),
     }
 )
 
@@ -95,6 +99,8 @@ _MESSAGES = MappingProxyType(
         JOB_CANCELED: "The job was canceled.",
         JOB_RETRYING: "The job failed and will be tried again.",
         JOB_BLOCKED: "The job waits for a job that did not succeed.",
+        JOB_STARTED: "",
+        JOB_STALLED: "The worker of the job gives no sign of life.",
     }
 )
 
@@ -124,7 +130,8 @@ def render_task(occurrence: Occurrence, context: RenderContext) -> bytes:
     ``event_type``, ``timestamp`` (ISO 8601, UTC), ``task`` with ``id``, ``name`` (last component of the
     function) and ``status``; then ``result`` of a success, else ``error``, a message. A stopped or
     canceled job is ``task.cancelled``, a lost one ``task.failed`` with a message that says the outcome is
-    unknown; ``task.retrying`` (``RETRY``) and ``task.blocked`` (``PENDING``) only for those who ask for
+    unknown; ``task.retrying`` (``RETRY``), ``task.blocked`` (``PENDING``), ``task.started`` and
+    ``task.stalled`` (``STARTED``) only for those who ask for
     them. Application events and pings have ``event_type``, ``timestamp`` and ``data``. ``reference`` and
     ``supersedes`` are added where there is one.
     """
@@ -342,7 +349,7 @@ def _task(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
         payload["task"] = {"id": occurrence.job_id, "name": name, "status": status}
         if occurrence.type == JOB_SUCCESS:
             payload.update(_outcome(occurrence, context))
-        else:
+        elif occurrence.type != JOB_STARTED:
             payload["error"] = (occurrence.error or {}).get("message") or _MESSAGES[occurrence.type]
     else:
         payload["event_type"] = occurrence.type

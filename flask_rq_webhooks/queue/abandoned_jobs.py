@@ -14,7 +14,9 @@ from redis import Redis
 from rq.registry import StartedJobRegistry
 from rq.serializers import DefaultSerializer, JSONSerializer
 
+from ..protocol.events import CLOCK_SKEW
 from .job_reader import inflated, job_key
+from .outbox import server_time
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,21 @@ def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
         else:
             cleaned += 1
     return cleaned
+
+
+def expired_jobs(redis: Redis, queue: str) -> set[str]:
+    """Return the started jobs of *queue* whose worker gives no sign of life: RQ has yet to clean them."""
+    key = StartedJobRegistry(queue, connection=redis).key
+    # Workers write these times by their own clocks.
+    until = (server_time(redis) - CLOCK_SKEW).timestamp()
+    expired = _job_ids(redis.zrangebyscore(key, "-inf", until))
+    return expired - _job_ids(redis.zrangebyscore(key, f"({until}", "+inf")) if expired else expired
+
+
+def _job_ids(entries: Any) -> set[str]:
+    """Return the ids that *entries* stand for: ``<job id>``, from RQ 2 on ``<job id>:<execution id>``."""
+    texts = [entry.decode("utf-8", "replace") if isinstance(entry, bytes) else entry for entry in entries]
+    return {id_ for text in texts for id_ in (text, text.rpartition(":")[0]) if id_}
 
 
 def _uses_pickle(redis: Redis, queue: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select, text
 
-from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, Occurrence
+from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, RUNNING_TYPES, Occurrence, run_key
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
@@ -133,6 +133,9 @@ def ingest_within(
     now, position = first_position(database, connection)
     watches = watches_of(database, connection, prepared)
     believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
+    _lock_jobs(database, connection, believed)
+    over = _ended_runs(connection, believed)
+    believed = [item for item in believed if _end_key(item.occurrence) not in over]
     by_item, stored = store_events(database, connection, believed, now, position)
     endpoints = endpoints_of(database, connection, stored, watches)
     standing = standing_endpoints(connection) if any(event.created for event in stored) else []
@@ -243,17 +246,36 @@ def store_events(
     return by_item, stored
 
 
-def _number(database: Database, connection: Connection, events: Sequence[StoredEvent]) -> None:
-    """Give each event its place among those of its job.
+def _lock_jobs(database: Database, connection: Connection, items: Sequence[IngestItem]) -> None:
+    """Wait for others who store events of the same jobs. Everybody takes the locks in one order."""
+    jobs = sorted({item.occurrence.job_id for item in items if item.occurrence.job_id is not None})
+    if not database.is_sqlite:
+        for chunk in chunks_of(jobs):
+            connection.execute(_LOCK_JOBS, {"class": JOB_LOCK_CLASS, "jobs": list(chunk)})
 
-    Whoever stores events of the same job waits here, so that no two get the same place. Everybody takes the
-    locks in one order.
-    """
+
+def _end_key(occurrence: Occurrence) -> str | None:
+    """Return the key of the ending after which *occurrence* is not stored; ``None`` where it always is."""
+    if occurrence.type not in RUNNING_TYPES or occurrence.job_id is None or occurrence.run is None:
+        return None
+    return run_key(occurrence.job_id, occurrence.run, JOB_SUCCESS)
+
+
+def _ended_runs(connection: Connection, items: Sequence[IngestItem]) -> set[str]:
+    """Return the keys of the endings that are stored, or are about to be, of runs said to be under way."""
+    keys = {key for item in items if (key := _end_key(item.occurrence)) is not None}
+    ended = {key for item in items if (key := item.occurrence.run_key) is not None and key in keys}
+    for chunk in chunks_of(sorted(keys)):
+        found = connection.execute(select(Event.run_key).where(Event.run_key.in_(chunk))).scalars()
+        ended.update(key for key in found if key is not None)
+    return ended
+
+
+def _number(database: Database, connection: Connection, events: Sequence[StoredEvent]) -> None:
+    """Give each event its place among those of its job."""
     jobs = sorted({event.occurrence.job_id for event in events if event.occurrence.job_id is not None})
     counts: dict[str, int] = {}
     for chunk in chunks_of(jobs):
-        if not database.is_sqlite:
-            connection.execute(_LOCK_JOBS, {"class": JOB_LOCK_CLASS, "jobs": list(chunk)})
         query = (
             select(Event.job_id, func.count())
             .where(one_of(database, Event.job_id, "jobs"))
@@ -267,7 +289,7 @@ def _number(database: Database, connection: Connection, events: Sequence[StoredE
             event.occurrence = replace(event.occurrence, sequence=counts[job_id])
 
 
-#: First key of the advisory locks of :func:`_number`; any number that nobody else uses.
+#: First key of the advisory locks of :func:`_lock_jobs`; any number that nobody else uses.
 JOB_LOCK_CLASS = 0x7271_7770
 _LOCK_JOBS = text("""
 SELECT pg_advisory_xact_lock(:class, key)

@@ -7,14 +7,16 @@ and deliveries are made in :mod:`~flask_rq_webhooks.storage.events` alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Executable, and_, bindparam, or_, select, text, update
+from sqlalchemy import Connection, Executable, bindparam, or_, select, text, update
 
-from ..protocol.events import TERMINAL_TYPES
+from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
 from .bulk_insert import chunks_of, one_of
 from .database import Database
 from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch
@@ -26,6 +28,7 @@ class WatchProbe:
     """As little of an open or reserved watch as a pass over many of them needs.
 
     :param needs_full_read: it holds a report, or a run of its job was reported before.
+    :param wants: optional types that somebody asks for.
     """
 
     id: str
@@ -33,7 +36,7 @@ class WatchProbe:
     run: str | None
     missing_passes: int
     needs_full_read: bool
-    wants_blocked: bool
+    wants: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +124,13 @@ class WatchUpdates:
 
 
 def probe_waiting(
-    database: Database, status: str, *, after: str, limit: int, all_want_blocked: bool = False
+    database: Database, status: str, *, after: str, limit: int, standing_want: frozenset[str] = frozenset()
 ) -> list[WatchProbe]:
     """Return one page of the watches with *status* (``open`` or ``reserved``), by id.
 
     :param after: id of the last one of the page before; empty for the first page.
-    :param all_want_blocked: some standing endpoint subscribes to blocked jobs.
+    :param standing_want: optional types that standing endpoints subscribe to.
     """
-    blocked = or_(Endpoint.events.like('%"job.blocked"%'), Endpoint.events.like(f'%"{EVERY_TYPE}"%'))
     query = (
         select(
             Watch.id,
@@ -136,7 +138,7 @@ def probe_waiting(
             Watch.run,
             Watch.missing_passes,
             or_(Watch.evidence.is_not(None), Watch.settled_at.is_not(None)),
-            and_(Endpoint.events.is_not(None), blocked),
+            Endpoint.events,
         )
         .outerjoin(Endpoint, Endpoint.id == Watch.endpoint_id)
         .where(Watch.status == status, Watch.id > after)
@@ -145,9 +147,15 @@ def probe_waiting(
     )
     with database.read() as connection:
         return [
-            WatchProbe(id_, job_id, run, missing, bool(full), all_want_blocked or bool(wants_blocked))
-            for id_, job_id, run, missing, full, wants_blocked in connection.execute(query)
+            WatchProbe(id_, job_id, run, missing, bool(full), standing_want | _optional_types(events))
+            for id_, job_id, run, missing, full, events in connection.execute(query)
         ]
+
+
+@lru_cache(maxsize=256)
+def _optional_types(events: str | None) -> frozenset[str]:
+    named = frozenset(json.loads(events or "[]"))
+    return OPTIONAL_TYPES if EVERY_TYPE in named else OPTIONAL_TYPES & named
 
 
 def probe_settled(database: Database, *, kept: bool, after: str, limit: int) -> list[SettledProbe]:
@@ -239,10 +247,10 @@ def _reported(run: str, rows: Sequence[Any]) -> Reported:
     )
 
 
-def any_standing_wants(database: Database, event_type: str) -> bool:
-    """Say whether an enabled standing endpoint subscribes to *event_type*, one of the optional types."""
+def optional_types_of_standing(database: Database) -> frozenset[str]:
+    """Return the optional types that enabled standing endpoints subscribe to."""
     with database.read() as connection:
-        return event_type in wanted_by_standing(connection, {event_type})
+        return wanted_by_standing(connection, OPTIONAL_TYPES)
 
 
 def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | None = None) -> None:
