@@ -356,7 +356,7 @@ class World:
         if watch["status"] != status or after:
             return []
         full = watch["evidence"] is not None or watch["settled_at"] is not None
-        return [WatchProbe("wat", JOB, watch["run"], watch["missing"], full, False)]
+        return [WatchProbe("wat", JOB, watch["run"], watch["missing"], full, frozenset())]
 
     def probe_settled(self, _database: Any, *, kept: bool, after: str, limit: int) -> list[SettledProbe]:
         watch = self.watch
@@ -463,7 +463,7 @@ def instead_of_redis_and_sql(world: World) -> Iterator[None]:
             f"{watches}.probe_waiting": world.probe_waiting,
             f"{watches}.probe_settled": world.probe_settled,
             f"{watches}.write_updates": world.write_updates,
-            f"{watches}.any_standing_wants": lambda *_arguments: False,
+            f"{watches}.optional_types_of_standing": lambda *_arguments: frozenset(),
             f"{watches}.known_keys": lambda *_arguments: {one["key"] for one in world.events},
         }.items():
             stack.enter_context(patch(target, replacement))
