@@ -23,7 +23,19 @@ from sqlalchemy.exc import IntegrityError
 from ..protocol.events import parse_time
 from .crypto import Cipher
 from .database import Database
-from .models import ALPHABET, OPEN, RESERVED, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
+from .models import (
+    ALPHABET,
+    OPEN,
+    RESERVED,
+    Attempt,
+    Base,
+    Delivery,
+    Endpoint,
+    EndpointFields,
+    Secret,
+    Watch,
+    new_id,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +44,15 @@ ROTATION_GRACE_S = 86400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NewEndpoint:
-    """An endpoint before it is stored; everything was validated. Its attributes are columns, but ``secret``.
+class NewEndpoint(EndpointFields):
+    """An endpoint before it is stored; everything was validated.
 
-    :param url: normalised.
-    :param host: the unit of fairness and limits, see :class:`~.models.Endpoint`.
     :param headers: custom headers, in the clear.
     :param secret: signs every delivery; ``None`` for none of its own.
-    :param events: types it hears of; ``None`` for all terminal ones. ``"*"`` on a standing endpoint: every
-        type there is.
     """
 
-    url: str
-    host: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     secret: str | None = field(default=None, repr=False)
-    events: tuple[str, ...] | None = None
-    scope: str = "job"
-    format: str = "job"
-    sign_payload: bool = False
-    reference: str | None = None
-    runid: str | None = None
-    timeout_s: float | None = None
-    max_attempts: int | None = None
-    kind: str = "job"
-    description: str | None = None
 
 
 def register(

@@ -27,6 +27,7 @@ from .models import (
     Attempt,
     Delivery,
     Endpoint,
+    EndpointFields,
     Event,
     Secret,
     Watch,
@@ -55,23 +56,11 @@ class Page(Generic[Item]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointView:
+class EndpointView(EndpointFields):
     """An endpoint. ``headers`` is encrypted; ``secrets`` says how many are live."""
 
     id: str
-    kind: str
-    url: str = field(repr=False)
-    host: str
     headers: str | None = field(repr=False)
-    events: tuple[str, ...] | None
-    scope: str
-    format: str
-    sign_payload: bool
-    reference: str | None
-    runid: str | None
-    timeout_s: float | None
-    max_attempts: int | None
-    description: str | None
     enabled: bool
     disabled_at: datetime | None
     disabled_reason: str | None
