@@ -93,7 +93,7 @@ def test_nothing_is_lost_and_nothing_is_enqueued_unregistered(
         dispatcher.wait_for_output("started")
     client = Client(stack, pause_s=0.03)
     try:
-        stack.receiver.wait_for(20, timeout=150)
+        stack.receiver.wait_for(20, timeout=60)
         gone_at = time.monotonic()
         own_postgres.stop(immediately=ending == "crashed")
         down_at = time.monotonic()
@@ -194,13 +194,13 @@ def test_dispatcher_started_before_sql_waits_for_it(
     stack.call("add", 1, 2)
     own_postgres.stop()
     parent = stack.start_dispatcher(*options)
-    wait_until(lambda: parent.output.count("Waiting for SQL; ") == count, timeout=150)
+    wait_until(lambda: parent.output.count("Waiting for SQL; ") == count, timeout=60)
     pids = {child.pid for child in psutil.Process(parent.pid).children()} or {parent.pid}
     time.sleep(5)  # it tries every two seconds
     assert parent.output.count("Waiting for SQL; ") == count, "one line each"
     assert " started: up to " not in parent.output
     own_postgres.start()
-    wait_until(lambda: parent.output.count(" started: up to ") == count, timeout=150)
+    wait_until(lambda: parent.output.count(" started: up to ") == count, timeout=60)
     assert ({child.pid for child in psutil.Process(parent.pid).children()} or {parent.pid}) == pids
     assert "Next start in" not in parent.output  # no child ended meanwhile
     stack.start_worker(burst=True)
@@ -215,7 +215,7 @@ def test_dispatcher_that_waits_for_sql_is_stopped_at_once(
     try:
         for options in ((), ("--processes", "2")):
             parent = outage_stack.start_dispatcher(*options)
-            wait_until(lambda one=parent: "Waiting for SQL; " in one.output, timeout=150)
+            wait_until(lambda one=parent: "Waiting for SQL; " in one.output, timeout=60)
             began = time.monotonic()
             assert parent.stop() == 0, parent.output
             assert time.monotonic() - began < 10
