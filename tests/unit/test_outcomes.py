@@ -387,7 +387,7 @@ def test_hash_that_looks_older_is_waited_for_then_judged_by_results() -> None:
 @pytest.mark.parametrize(
     ("results", "following", "expected"),
     [
-        pytest.param([result("success", 30)], None, "job.success", id="only one of a run before"),
+        pytest.param([result("failure", 30)], None, "job.success", id="only one of a run before"),
         pytest.param([result("failure", 9, exc=EXC)], None, "job.failure", id="its own"),
         pytest.param(
             [result("failure", 7, exc=EXC)],
