@@ -2,7 +2,7 @@
 
 Owns the rows that a request's webhook fields become (register, before the view), the confirmation of the
 jobs the view enqueued (after it), and the standing endpoints operators make. Knows nothing of requests
-and of Redis: it is told which jobs exist.
+and of Redis: its callers say which jobs exist.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def confirm(
     :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
         itself, in a transaction that ends only after we answer.
     :raises StorageUnavailableError: when the database cannot be written now; the caller then leaves the
-        word in the outbox.
+        confirmation in the outbox.
     """
     now = datetime.now(UTC)
     # The run that is confirmed counts, also that of a watched job which began before the request.
@@ -163,7 +163,7 @@ def confirm(
         )
         statements.append((close, None))
     try:
-        # Durable: of all jobs but the one whose id was reserved, this is the only word there is.
+        # Durable: of all jobs but the one whose id was reserved, this is the only record there is.
         database.execute(statements, busy_timeout_s=busy_timeout_s)
     except IntegrityError:
         # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.

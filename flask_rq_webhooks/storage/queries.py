@@ -1,8 +1,8 @@
 """Reads for people: the status of a job's webhook, lists, details, numbers.
 
 Owns what pages, API and command line show, with cursors and bounded cost: no query here reads more rows
-than it shows, or than one of the windows below. URLs are given as they are stored; whoever shows them
-redacts them.
+than it shows, or than one of the windows below. URLs are given as they are stored; callers redact
+them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class EventView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryView:
-    """A delivery with what is told of its event and endpoint."""
+    """A delivery with what is shown of its event and endpoint."""
 
     id: str
     event_id: str
