@@ -110,38 +110,51 @@ def ingest(
     """
     if not items:
         return []
+    with database.write() as connection:
+        return ingest_within(
+            database, connection, items, render=render, max_attempts=max_attempts, scrub=scrub
+        )
+
+
+def ingest_within(
+    database: Database,
+    connection: Connection,
+    items: Sequence[IngestItem],
+    *,
+    render: Render,
+    max_attempts: int,
+    scrub: Scrub | None = None,
+) -> list[IngestedEvent]:
+    """Do what :func:`ingest` does as a part of the caller's transaction."""
     prepared = [
         item if scrub is None else replace(item, occurrence=_scrubbed(item.occurrence, scrub))
         for item in items
     ]
-    with database.write() as connection:
-        now, position = first_position(database, connection)
-        watches = watches_of(database, connection, prepared)
-        believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
-        by_item, stored = store_events(database, connection, believed, now, position)
-        endpoints = endpoints_of(database, connection, stored, watches)
-        standing = standing_endpoints(connection) if any(event.created for event in stored) else []
-        rows: list[dict[str, Any]] = []
-        for event in stored:
-            receivers = receivers_of(
-                event, watches.get(event.occurrence.job_id or "", []), endpoints, standing
-            )
-            for endpoint in receivers:
-                rendered = render(endpoint, event.id, event.occurrence)
-                rows.append(
-                    delivery_values(
-                        event.id,
-                        event.occurrence.type,
-                        endpoint,
-                        rendered,
-                        max_attempts=max_attempts,
-                        now=now,
-                    )
+    now, position = first_position(database, connection)
+    watches = watches_of(database, connection, prepared)
+    believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
+    by_item, stored = store_events(database, connection, believed, now, position)
+    endpoints = endpoints_of(database, connection, stored, watches)
+    standing = standing_endpoints(connection) if any(event.created for event in stored) else []
+    rows: list[dict[str, Any]] = []
+    for event in stored:
+        receivers = receivers_of(event, watches.get(event.occurrence.job_id or "", []), endpoints, standing)
+        for endpoint in receivers:
+            rendered = render(endpoint, event.id, event.occurrence)
+            rows.append(
+                delivery_values(
+                    event.id,
+                    event.occurrence.type,
+                    endpoint,
+                    rendered,
+                    max_attempts=max_attempts,
+                    now=now,
                 )
-        made = store_deliveries(database, connection, rows)
-        for event in stored:
-            event.deliveries = made.get(event.id, 0)
-        settle_watches(database, connection, stored, watches, endpoints, now)
+            )
+    made = store_deliveries(database, connection, rows)
+    for event in stored:
+        event.deliveries = made.get(event.id, 0)
+    settle_watches(database, connection, stored, watches, endpoints, now)
     seen: set[str] = set()
     by_believed = dict(zip(map(id, believed), by_item, strict=True))
     ingested = []

@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint, abort, request
 from werkzeug.datastructures import MultiDict
 
-from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
+from ..protocol.events import OPERATOR_TYPES, OPTIONAL_TYPES, TERMINAL_TYPES
 from ..state import State
 from ..storage import queries
 from ..storage.endpoints import ROTATION_GRACE_S
@@ -144,7 +144,7 @@ def _form(state: State, endpoint: EndpointView | None, errors: Any) -> str:
         sent=request.form if request.method == "POST" else None,
         header_names=[] if endpoint is None else _header_names(state, endpoint),
         terminal_types=sorted(TERMINAL_TYPES),
-        optional_types=sorted(OPTIONAL_TYPES),
+        optional_types=sorted(OPTIONAL_TYPES | OPERATOR_TYPES),
         every_type=EVERY_TYPE,
         formats=sorted(state.formats),
         settings=state.settings,

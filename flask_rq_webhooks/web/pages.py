@@ -17,7 +17,7 @@ from flask import Blueprint, Response, abort, make_response, redirect, request, 
 from redis.exceptions import RedisError
 from werkzeug.datastructures import MultiDict
 
-from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
+from ..protocol.events import OPERATOR_TYPES, OPTIONAL_TYPES, TERMINAL_TYPES
 from ..protocol.urls import redact_url
 from ..queue.job_reader import read_jobs
 from ..state import State
@@ -114,7 +114,7 @@ def _add_deliveries(pages: Pages, state: State) -> None:
             listed=listed,
             page_items=PAGE_ITEMS,
             statuses=STATUSES,
-            event_types=sorted(TERMINAL_TYPES | OPTIONAL_TYPES),
+            event_types=sorted(TERMINAL_TYPES | OPTIONAL_TYPES | OPERATOR_TYPES),
             q=text,
             next_part=request.args.get("next", ""),
             left=request.args.get("left", type=int),

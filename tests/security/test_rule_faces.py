@@ -31,7 +31,7 @@ from tests.pipeline import (
 from tests.security.conftest import MakeHost
 from tests.servers import Receiver
 
-#: Open to everybody: whether a dispatcher is alive, the public keys, our own style sheet and script.
+#: Open to everybody: says whether a dispatcher is alive; our own style sheet and script.
 OPEN = {"rq_webhooks.health", "rq_webhooks.keys", "rq_webhooks.static"}
 
 
