@@ -1,6 +1,6 @@
 """From a name to the addresses worth a connection: look-ups under a deadline, and the order of answers.
 
-Knows nothing of connections, nor of which addresses are allowed (:mod:`.destinations`).
+Knows nothing of connections, nor of which addresses are allowed (:mod:`.address_guard`).
 """
 
 from __future__ import annotations
