@@ -1,7 +1,7 @@
-"""The last stage: what came back is recorded, and told to whoever listens.
+"""Record what came of attempts, and report it to signals and status notices.
 
-Owns answers from their arrival until SQL has them, what they mean for their delivery, and in how large
-batches they are written. Knows nothing of what is due, nor of how bytes travel.
+Owns results from their arrival until they are in SQL, what they mean for their delivery, and the size of
+the batches in which they are written. Knows nothing of what is due, nor of how requests are sent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Seconds for which answers gather while others are still to come, so that they share a transaction.
-#: Nobody waits for it: the answers' places were free for others when they came.
+#: No request waits for it: a place is free as soon as its answer has come.
 GATHER_S = 0.02
 #: Longest time without a look.
 LONGEST_SLEEP_S = 1.0
@@ -71,11 +71,11 @@ class Recorder:
     """Record answers, step by step, in one thread.
 
     :param state: the app's state.
-    :param notices: told after every recorded attempt.
+    :param notices: publish every recorded attempt; ``None`` publishes nothing.
     :param dispatcher_id: written into every attempt.
     """
 
-    def __init__(self, state: State, *, notices: Notices, dispatcher_id: str) -> None:
+    def __init__(self, state: State, *, notices: Notices | None, dispatcher_id: str) -> None:
         self._state = state
         self._notices = notices
         self._dispatcher_id = dispatcher_id
@@ -128,7 +128,7 @@ class Recorder:
     def step(self, *, more_to_come: Callable[[], object] = lambda: False) -> None:
         """Wait for answers and record them.
 
-        :param more_to_come: says whether requests are still under way.
+        :param more_to_come: says whether requests are still in flight.
         :raises StorageUnavailableError: when SQL cannot be reached; the answers are kept, call again.
         """
         self.wait(LONGEST_SLEEP_S)
@@ -166,7 +166,7 @@ class Recorder:
                 for record in batch:
                     self._record_batch([record])
                 return
-            # What a receiver sent cannot be stored; the outcome must be, or the attempt is made for ever.
+            # What a receiver sent cannot be stored. The outcome must be, or the attempt is repeated.
             logger.error(
                 "The answer to delivery %s cannot be stored, only its outcome: %s", batch[0].delivery.id, exc
             )
@@ -188,26 +188,26 @@ class Recorder:
             dispatcher_id=self._dispatcher_id,
             disable_after=self._state.settings.disable_after,
         )
-        told = [(record, outcome.recorded.get(record.delivery.id)) for record in records]
-        recorded = [(record, status) for record, status in told if status is not None]
+        known = [(record, outcome.recorded.get(record.delivery.id)) for record in records]
+        recorded = [(record, status) for record, status in known if status is not None]
         if outcome.stale:
             logger.warning(
                 "%d attempts are not recorded: they are already, or their delivery was deleted, or they "
                 "were made under a lease that had run out; then they are made again, same webhook-id: %s",
                 len(outcome.stale), ", ".join(outcome.stale[:5]),
             )  # fmt: skip
-        if self._notices.enabled:
+        if self._notices is not None:
             self._notices.publish(recorded)
         self._emit(recorded, outcome.disabled)
 
     def _emit(self, recorded: Iterable[tuple[AttemptRecord, str]], disabled: Mapping[str, str]) -> None:
-        heard = (
+        has_receivers = (
             signals.delivery_succeeded.receivers
             or signals.attempt_failed.receivers
             or signals.delivery_exhausted.receivers
             or signals.endpoint_disabled.receivers
         )
-        if not heard:
+        if not has_receivers:
             return
         app = self._state.app
         with app.app_context():

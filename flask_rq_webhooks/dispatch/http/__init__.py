@@ -19,9 +19,10 @@ A :class:`Transport` is an object handed to the dispatcher; tests hand in anothe
 
 from __future__ import annotations
 
+from .address_guard import NAT64_WAIT_S, find_nat64
 from .client import RequestsTransport, open_transport
 from .contract import AttemptRequest, AttemptResult, Transport
-from .dns import MAX_ADDRESSES, Resolver, system_resolver
+from .dns import MAX_ADDRESSES, Lookups, Resolver, system_resolver
 from .pool import default_ssl_context
 from .wire_format import BODY_CAP, KEPT_HEADERS, MAX_HEADER_BYTES
 
@@ -30,12 +31,15 @@ __all__ = [
     "KEPT_HEADERS",
     "MAX_ADDRESSES",
     "MAX_HEADER_BYTES",
+    "NAT64_WAIT_S",
     "AttemptRequest",
     "AttemptResult",
+    "Lookups",
     "RequestsTransport",
     "Resolver",
     "Transport",
     "default_ssl_context",
+    "find_nat64",
     "open_transport",
     "system_resolver",
 ]
