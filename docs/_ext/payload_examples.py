@@ -69,6 +69,32 @@ ENDINGS = {
     "correction": replace(
         SUCCESS, source="reconciled", sequence=2, supersedes="evt_01hk1g5t00zz9yx8wv7ut6sr5q"
     ),
+    "exhausted": Occurrence(
+        type="webhook.delivery_exhausted",
+        occurred_at=ENDED_AT,
+        source="application",
+        data={
+            "delivery_id": "dlv_01hk1g8w00cd3ef4gh5jk6mn7p",
+            "event_id": "evt_01hk1g5t00zz9yx8wv7ut6sr5q",
+            "event": "job.success",
+            "job_id": SUCCESS.job_id,
+            "endpoint_id": "ep0_01hk1g5s00ef3gh4jk5mn6pq7r",
+            "url": "https://client.example/hook",
+            "attempts": 12,
+            "error_code": "http_5xx",
+            "status_code": 503,
+        },
+    ),
+    "disabled": Occurrence(
+        type="webhook.endpoint_disabled",
+        occurred_at=ENDED_AT,
+        source="application",
+        data={
+            "endpoint_id": "ep0_01hk1g5s00ef3gh4jk5mn6pq7r",
+            "url": "https://client.example/hook",
+            "reason": "failing",
+        },
+    ),
     "application": Occurrence(
         type="model.published",
         occurred_at=ENDED_AT,

@@ -33,7 +33,7 @@ from .doctor import examine
 from .endpoint_commands import endpoints
 from .failures import EXPLAINED, explain
 from .listen import listen
-from .options import MOMENT, ProcessCount, as_json, echo_json, progress_to_stderr
+from .options import MOMENT, ProcessCount, as_json, cleaned, echo, echo_json, progress_to_stderr
 from .route_commands import routes
 
 
@@ -43,10 +43,17 @@ class _Commands(AppGroup):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.ClickException as exc:
+            error = exc
         except InvalidInputError as exc:
-            raise click.UsageError(str(exc)) from exc
+            error = click.UsageError(str(exc))
+            error.__cause__ = exc
         except EXPLAINED as exc:
-            raise click.ClickException(explain(exc, _state(ctx))) from exc
+            error = click.ClickException(explain(exc, _state(ctx)))
+            error.__cause__ = exc
+        text = "\n".join(cleaned(line) for line in error.message.splitlines())
+        error.message = text  # type: ignore[misc]
+        raise error
 
 
 def _state(ctx: click.Context) -> State | None:
@@ -101,8 +108,8 @@ def init_db() -> None:
     """Create our tables, or upgrade them; for hosts without Flask-Migrate."""
     made = upgrade_schema(get_state().database)
     for line in made.lines():
-        click.echo(f"created {line}")
-    click.echo("The tables are up to date.")
+        echo(f"created {line}")
+    echo("The tables are up to date.")
 
 
 @cli.command()
@@ -113,7 +120,7 @@ def doctor(json_wanted: bool) -> None:
     for finding in examine(get_state()):
         found.append(finding)
         if not json_wanted:
-            click.echo(f"{finding.status:4} {finding.name}: {finding.text}")
+            echo(f"{finding.status:4} {finding.name}: {finding.text}")
     if json_wanted:
         echo_json([asdict(finding) for finding in found])
     if any(finding.status != "ok" for finding in found):
@@ -134,13 +141,13 @@ def trigger(url: str, secret: str | None, payload_format: str | None) -> None:
         transport.close(wait=True)
     result = ping.result
     signed = "signed" if "webhook-signature" in ping.request.headers else "not signed"
-    click.echo(f"sent {ping.request.headers['webhook-id']} ({len(ping.request.body)} bytes, {signed})")
+    echo(f"sent {ping.request.headers['webhook-id']} ({len(ping.request.body)} bytes, {signed})")
     if result.status_code is not None:
-        click.echo(f"answer {result.status_code} after {result.duration_ms:.0f} ms")
+        echo(f"answer {result.status_code} after {result.duration_ms:.0f} ms")
     if result.error_code is not None:
-        click.echo(f"error {result.error_code}: {result.error_detail}")
+        echo(f"error {result.error_code}: {result.error_detail}")
     if result.response_body:
-        click.echo(f"body {result.response_body[:500]!r}")
+        echo(f"body {result.response_body[:500]!r}")
     if result.status_code is None or not 200 <= result.status_code < 300:
         raise SystemExit(1)
 
@@ -150,7 +157,7 @@ def trigger(url: str, secret: str | None, payload_format: str | None) -> None:
 def resend(delivery_id: str) -> None:
     """Make the delivery ID due now, whatever its status: same event id, same bytes."""
     status = operations.resend(get_state(), delivery_id)
-    click.echo("An attempt is in progress." if status == SENDING else "Due now.")
+    echo("An attempt is in progress." if status == SENDING else "Due now.")
 
 
 def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -189,14 +196,14 @@ def _change_many(action: Callable[..., operations.Progress], options: Mapping[st
 @_filter_options
 def recover(**options: Any) -> None:
     """Make deliveries due again: exhausted and canceled ones, unless --status says otherwise."""
-    click.echo(f"{_change_many(operations.recover, options)} deliveries are due now.")
+    echo(f"{_change_many(operations.recover, options)} deliveries are due now.")
 
 
 @cli.command()
 @_filter_options
 def cancel(**options: Any) -> None:
     """Cancel deliveries that are not finished."""
-    click.echo(f"{_change_many(operations.cancel, options)} deliveries canceled.")
+    echo(f"{_change_many(operations.cancel, options)} deliveries canceled.")
 
 
 @cli.command()
@@ -218,23 +225,23 @@ def erase(**options: Any) -> None:
         time.sleep(1)
         did = operations.erase(state, values)
         events, canceled = events + did.events, canceled + did.canceled
-    click.echo(f"{events} events erased; {canceled} of their deliveries were unfinished and are canceled.")
+    echo(f"{events} events erased; {canceled} of their deliveries were unfinished and are canceled.")
     if did.running:
-        click.echo(f"{did.running} jobs have not ended; erase again when they have.")
+        echo(f"{did.running} jobs have not ended; erase again when they have.")
 
 
 @cli.command()
 def pause() -> None:
     """Stop all sending, on every dispatcher. Jobs are still watched, webhooks still accepted."""
     operations.pause(get_state())
-    click.echo("Paused. Requests in flight finish. `flask rq-webhooks resume` resumes sending.")
+    echo("Paused. Requests in flight finish. `flask rq-webhooks resume` resumes sending.")
 
 
 @cli.command()
 def resume() -> None:
     """Resume sending."""
     operations.resume(get_state())
-    click.echo("Sending is resumed.")
+    echo("Sending is resumed.")
 
 
 @cli.command("reconcile")
@@ -244,9 +251,9 @@ def reconcile_command() -> None:
     report = reconcile_now(get_state())
     if report is None:
         raise click.ClickException("A dispatcher is reconciling at this moment; there is nothing left to do.")
-    click.echo(f"{report.looked_at} watches read, {sum(report.reported.values())} events stored.")
+    echo(f"{report.looked_at} watches read, {sum(report.reported.values())} events stored.")
     for event_type, count in sorted(report.reported.items()):
-        click.echo(f"  {event_type}: {count}")
+        echo(f"  {event_type}: {count}")
 
 
 @cli.command("prune")
@@ -256,7 +263,7 @@ def prune_command(days: int | None) -> None:
     state = get_state()
     older_than = datetime.now(UTC) - timedelta(days=days or state.settings.retention_days)
     pruned = prune(state.database, older_than, progress=progress_to_stderr)
-    click.echo(
+    echo(
         f"Deleted {pruned.deliveries} deliveries, {pruned.events} events, {pruned.watches} watches and "
         f"{pruned.endpoints} endpoints from before {older_than:%Y-%m-%d %H:%M} UTC."
     )
@@ -267,7 +274,7 @@ def rekey_command() -> None:
     """Encrypt all secrets and headers again with the first key, so that older keys can be removed."""
     state = get_state()
     done = rekey(state.database, state.cipher, progress=progress_to_stderr)
-    click.echo(f"{done} values are encrypted with the first key.")
+    echo(f"{done} values are encrypted with the first key.")
 
 
 def _log_to_stderr() -> None:

@@ -93,8 +93,7 @@ def _redis(state: State) -> str:
     if state.redis.get_encoder().decode_responses:
         raise WrongError(
             "the client has decode_responses=True, with which RQ cannot read its jobs; create it without, "
-            "for "
-            "RQ and for us."
+            "for RQ and for us."
         )
     policy = str(facts.get("maxmemory_policy", "noeviction"))
     if int(facts.get("maxmemory", 0)) and policy.startswith("allkeys"):

@@ -15,7 +15,7 @@ from ..storage.queries import EndpointView, list_endpoints
 from ..web import operations
 from ..web.api_inputs import RotateInput
 from ..web.forms import header_pairs
-from .options import as_json, cleaned, echo_json
+from .options import as_json, echo, echo_json
 
 #: What ``list --json`` leaves out: headers are secret, the kind is always the same.
 _NOT_LISTED = frozenset({"headers", "kind", "updated_at"})
@@ -38,7 +38,7 @@ def list_command(json_wanted: bool) -> None:
             if json_wanted:
                 listed.append(_as_json(endpoint))
             else:
-                click.echo(_line(endpoint))
+                echo(_line(endpoint))
         cursor = page.cursor
         if cursor is None:
             break
@@ -70,9 +70,9 @@ def create(events: tuple[str, ...], headers: tuple[str, ...], **options: Any) ->
     raw = {**options, "headers": pairs or None, "events": list(events) or None}
     raw = {name: value for name, value in raw.items() if value is not None}
     created = operations.create(state, operations.checked(operations.endpoint_schema(state), raw))
-    click.echo(created.endpoint_id)
+    echo(created.endpoint_id)
     if created.generated:
-        click.echo(f"secret {created.secret} (shown only now)")
+        echo(f"secret {created.secret} (shown only now)")
 
 
 @endpoints.command()
@@ -84,9 +84,9 @@ def rotate(endpoint_id: str, secret: str | None, grace_hours: float) -> None:
     """Give the endpoint ID a new secret."""
     raw = {"grace_s": grace_hours * 3600} | ({} if secret is None else {"secret": secret})
     chosen = operations.rotate(get_state(), endpoint_id, **operations.checked(RotateInput(), raw))
-    click.echo(f"The old secret also signs for {grace_hours:g} h.")
+    echo(f"The old secret also signs for {grace_hours:g} h.")
     if secret is None:
-        click.echo(f"secret {chosen} (shown only now)")
+        echo(f"secret {chosen} (shown only now)")
 
 
 @endpoints.command()
@@ -94,7 +94,7 @@ def rotate(endpoint_id: str, secret: str | None, grace_hours: float) -> None:
 def enable(endpoint_id: str) -> None:
     """Let the endpoint ID get deliveries again."""
     operations.enable(get_state(), endpoint_id)
-    click.echo(f"Enabled. `flask rq-webhooks recover --endpoint {endpoint_id}` sends what it missed.")
+    echo(f"Enabled. `flask rq-webhooks recover --endpoint {endpoint_id}` sends what it missed.")
 
 
 @endpoints.command()
@@ -102,7 +102,7 @@ def enable(endpoint_id: str) -> None:
 def disable(endpoint_id: str) -> None:
     """Stop the endpoint ID from getting new deliveries."""
     operations.disable(get_state(), endpoint_id)
-    click.echo(f"Disabled. `flask rq-webhooks cancel --endpoint {endpoint_id}` cancels what is pending.")
+    echo(f"Disabled. `flask rq-webhooks cancel --endpoint {endpoint_id}` cancels what is pending.")
 
 
 @endpoints.command()
@@ -113,7 +113,7 @@ def delete(endpoint_id: str) -> None:
     state, deleted = get_state(), False
     while not deleted:  # each call deletes as many deliveries as it may
         deleted = operations.delete(state, endpoint_id)
-    click.echo("Deleted.")
+    echo("Deleted.")
 
 
 def _as_json(endpoint: EndpointView) -> dict[str, Any]:
@@ -126,4 +126,4 @@ def _line(endpoint: EndpointView) -> str:
     status = "enabled" if endpoint.enabled else f"disabled ({endpoint.disabled_reason or 'unknown'})"
     events = "every outcome" if endpoint.events is None else ",".join(endpoint.events)
     description = f"  {endpoint.description}" if endpoint.description else ""
-    return cleaned(f"{endpoint.id}  {endpoint.host}  {status}  {endpoint.format}  {events}{description}")
+    return f"{endpoint.id}  {endpoint.host}  {status}  {endpoint.format}  {events}{description}"

@@ -13,7 +13,8 @@ from werkzeug.routing import Map, Rule
 from werkzeug.routing.exceptions import RequestRedirect
 
 from ..web.blueprint import HOST_PART
-from ..web.page_frame import environment
+from ..web.page_frame import environment, render
+from ..web.permissions import is_allowed
 
 if TYPE_CHECKING:
     from ..state import State
@@ -47,8 +48,7 @@ def permission_function(state: State) -> str:
     if inspect.iscoroutinefunction(function):
         raise WrongError(
             "it is `async def`, which is not awaited, so every request is answered 403; make it a plain "
-            "`def` "
-            "that returns True or False."
+            "`def` that returns True or False."
         )
     try:
         inspect.signature(function).bind("status", job_id=None, runid=None)
@@ -106,8 +106,7 @@ def routes(state: State) -> str:
         shown = ", ".join(dict.fromkeys(hidden[:5])) + (", …" if len(hidden) > 5 else "")
         raise WrongError(
             f"the app has routes of its own where ours are: {shown}; set RQ_WEBHOOKS_URL_PREFIX to a path "
-            f"that "
-            "is free, such as /rq-webhooks."
+            "that is free, such as /rq-webhooks."
         )
     where = " of every host name (host_matching is on)" if url_map.host_matching else ""
     return f"served under {prefix or '/'}{where}"
@@ -146,9 +145,8 @@ def layout(state: State) -> str:
     except TemplateNotFound:
         raise WrongError(
             "the app's Jinja loader does not find templates of blueprints, so its own templates cannot "
-            "import "
-            "rq_webhooks/_macros.html (our pages do without); let it be "
-            "ChoiceLoader([yours, app.create_global_jinja_loader()])."
+            "import rq_webhooks/_macros.html (our pages do without); let it be ChoiceLoader([yours, "
+            "app.create_global_jinja_loader()])."
         ) from None
     if base is None:
         return "pages appear in our own layout"
@@ -160,8 +158,7 @@ def layout(state: State) -> str:
         )
         raise WrongError(
             f"RQ_WEBHOOKS_BASE_TEMPLATE is {base!r}, but {missing}, so pages appear in our own layout; "
-            f"correct "
-            "the name, or put the file into the app's templates folder."
+            "correct the name, or put the file into the app's templates folder."
         ) from None
     except TemplateSyntaxError as exc:
         raise WrongError(
@@ -173,10 +170,31 @@ def layout(state: State) -> str:
             raise WrongError(
                 f"RQ_WEBHOOKS_BASE_TEMPLATE {base!r} has no block {block!r}, so {consequence}; add "
                 f"{{% block {block} %}}{{% endblock %}} to it, or name a template that extends it and has "
-                f"the "
-                "blocks title, head and content."
+                "the blocks title, head and content."
             )
-    return f"pages appear in {base!r}"
+    return _rendered(state, base)
+
+
+def _rendered(state: State, base: str) -> str:
+    """Render a page in the layout as for a visitor who is not logged in."""
+    text = f"pages appear in {base!r}"
+    with state.app.test_request_context(f"{state.settings.url_prefix.rstrip('/')}/"):
+        allowed = False
+        try:
+            if state.app.preprocess_request() is not None:
+                return f"{text}; not rendered here, as the app wants a login first"
+            allowed = is_allowed(state, "read")
+            render(state, "unavailable.html", strict=True)
+        except Exception as exc:  # the host's layout and what it calls may raise anything
+            why = f"{type(exc).__name__}: {exc}"
+            if allowed:
+                raise WrongError(
+                    f"RQ_WEBHOOKS_BASE_TEMPLATE {base!r} cannot be rendered ({why}), so pages appear in our "
+                    "own layout; correct it."
+                ) from None
+            # It may depend on a login, which there is none of here.
+            return f"{text}, except for visitors who are not logged in ({why})"
+    return text
 
 
 def _blocks(templates: Environment, name: str) -> set[str] | None:

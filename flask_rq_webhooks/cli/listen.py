@@ -15,7 +15,7 @@ import click
 from ..errors import SignatureError
 from ..receiver import ALL_SCHEMES, verify
 from .failures import of_port
-from .options import cleaned
+from .options import cleaned, echo
 
 #: Bytes of a body that are read.
 MAX_BODY_BYTES = 16 * 2**20
@@ -40,11 +40,11 @@ def listen(host: str, port: int, secrets: tuple[str, ...], header_prefix: str, s
         raise click.ClickException(of_port(exc, host, port)) from exc
     with server:
         shown_host = f"[{host}]" if ":" in host else host
-        click.echo(f"Listening on http://{shown_host}:{server.server_address[1]}/ (Ctrl-C ends)")
+        echo(f"Listening on http://{shown_host}:{server.server_address[1]}/ (Ctrl-C ends)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            click.echo("")
+            echo("")
 
 
 def _handler(
@@ -62,7 +62,7 @@ def _handler(
             body = self.rfile.read(max(0, length))
             headers = list(self.headers.items())
             for line in describe(self.path, headers, body, secrets, header_prefix=header_prefix):
-                click.echo(line)
+                echo(line)
             answer = b"" if status in (204, 304) else b"{}"
             self.send_response(status)
             self.send_header("Content-Length", str(len(answer)))
@@ -90,9 +90,9 @@ def describe(
     by_name = {name.lower(): value for name, value in headers}
     now = now or datetime.now().astimezone()
     event = by_name.get(f"{header_prefix.lower()}-event", "no event header")
-    lines = [f"{now:%H:%M:%S} POST {cleaned(path)}  {cleaned(event)}  {len(body)} bytes"]
+    lines = [f"{now:%H:%M:%S} POST {path}  {event}  {len(body)} bytes"]
     lines += [
-        f"  {cleaned(name)}: {cleaned(value)}"
+        f"  {name}: {value}"
         for name, value in headers
         if name.lower().startswith(("webhook-", header_prefix.lower() + "-"))
     ]
@@ -103,7 +103,7 @@ def describe(
             )
             lines.append(f"  verified ({verified.scheme})")
         except SignatureError as exc:
-            lines.append(f"  NOT VERIFIED: {cleaned(str(exc))}")
+            lines.append(f"  NOT VERIFIED: {exc}")
     elif any(name in by_name for name in ("webhook-signature", f"{header_prefix.lower()}-signature")):
         lines.append("  signed; give --secret to verify")
     else:
@@ -113,4 +113,4 @@ def describe(
     except ValueError:
         text = cleaned(body.decode("utf-8", "backslashreplace"))
     lines += [f"  {line}" for line in text.splitlines()]
-    return lines
+    return [cleaned(line) for line in lines]

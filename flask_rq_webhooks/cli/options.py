@@ -1,4 +1,4 @@
-"""What the commands share: times on the command line, progress, and output for programs."""
+"""What the commands share: times on the command line, and all output."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class ProcessCount(_NumberType):
 
 def cleaned(value: object) -> str:
     """Return text as one line that cannot steer a terminal: control characters are written as escapes."""
-    text = str(value)
-    return (
-        text
-        if text.isprintable()
-        else "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-    )
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(value))
+
+
+def echo(text: object) -> None:
+    """Print one line; commands print text of others, so nothing in it can steer the terminal."""
+    click.echo(cleaned(text))
 
 
 def progress_to_stderr(done: int) -> None:

@@ -1,6 +1,6 @@
-"""``flask rq-webhooks routes``: which routes enqueue jobs that no webhook can be asked for.
+"""``flask rq-webhooks routes``: list the routes that enqueue jobs without accepting a webhook.
 
-Owns the table, the JSON and the exit status. The reading is :mod:`flask_rq_webhooks.accept.route_report`'s.
+Owns the table, the JSON and the exit status; :mod:`flask_rq_webhooks.accept.route_report` reads the views.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flask import current_app
 from flask.cli import with_appcontext
 
 from ..accept.route_report import Route, survey
+from .options import as_json, echo, echo_json
 
 _WORDS = {
     "decorator": "yes",
@@ -32,30 +33,30 @@ _MISSING = ("missing", "unattached")
 
 
 @click.command()
-@click.option("--all", "everything", is_flag=True, help="Every route, also those of which it cannot tell.")
+@click.option("--all", "everything", is_flag=True, help="Every route, including those that cannot be judged.")
 @click.option("--check", is_flag=True, help="Exit 1 if a route is known to enqueue without a webhook.")
 @click.option(
     "--ignore", "ignored", multiple=True, metavar="VIEW",
-    help="View name that needs no webhook; may be repeated.",
+    help="View that needs no webhook; may be repeated.",
 )  # fmt: skip
 @click.option(
     "--observed", "files", multiple=True, metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What testing.observe_routes saved; may be repeated.",
+    help="File saved by testing.observe_routes; may be repeated.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@as_json
 @with_appcontext
 def routes(
-    everything: bool, check: bool, ignored: tuple[str, ...], files: tuple[Path, ...], as_json: bool
+    everything: bool, check: bool, ignored: tuple[str, ...], files: tuple[Path, ...], json_wanted: bool
 ) -> None:
     """List the routes that enqueue RQ jobs, and whether clients can ask for a webhook there.
 
-    --observed takes what a test-suite has really seen; that counts first. Beside it the source of views is
-    read, and of the functions they call, one level deep; nothing is run, and Redis and SQL are not needed.
-    "cannot tell" stands where neither says for sure: an object whose class the source does not name, calls
-    that lead further. Let tests call such routes under testing.observe_routes.
+    --observed takes what your tests observed; it overrides what the source suggests. The source of each view
+    is read, and that of the functions it calls, one level deep. Nothing is run; Redis and SQL are not needed.
+    "cannot tell" means that neither is conclusive: the source does not name an object's class, or the job is
+    enqueued further down. Let your tests call such routes under testing.observe_routes.
 
-    Exit status: 0, also where webhooks are missing; with --check 1 then; 2 for bad options.
+    Exit status: 0, even if webhooks are missing, unless --check is given: then 1; 2 for bad options.
     """
     found = survey(current_app)
     if files:
@@ -65,15 +66,15 @@ def routes(
     missing = [route for route in found if route.webhook in _MISSING and route.view not in ignored]
     shown = [route for route in found if everything or route.webhook not in ("none", "unknown")]
     unclear = sum(route.webhook == "unknown" for route in found)
-    if as_json:
-        click.echo(json.dumps([_as_json(route, ignored) for route in shown], indent=2))
+    if json_wanted:
+        echo_json([_as_json(route, ignored) for route in shown])
     else:
         for line in _table(shown, ignored):
-            click.echo(line)
+            echo(line)
         enqueuing = sum(route.webhook not in ("none", "unknown") for route in found)
-        click.echo(
+        echo(
             f"{len(found)} routes, {enqueuing} enqueue, {len(missing)} of them without a webhook; "
-            f"of {unclear} neither tests nor source tell (--all lists them)."
+            f"{unclear} cannot be judged from tests or source (--all lists them)."
         )
     if check and missing:
         raise SystemExit(1)
@@ -83,7 +84,7 @@ def _read_observed(file: Path) -> list[dict[str, Any]]:
     try:
         jobs = json.loads(file.read_text())
         if not all({"view", "rule", "method", "func", "webhook"} <= job.keys() for job in jobs):
-            raise ValueError("not what observe_routes saves")
+            raise ValueError("not a file of observe_routes")
     except (ValueError, TypeError, AttributeError) as exc:
         raise click.UsageError(f"--observed {file}: {exc}.") from exc
     return list(jobs)
@@ -121,7 +122,7 @@ def _explained(route: Route) -> str:
         return "observed: " + ", ".join(dict.fromkeys(job["func"] for job in jobs))
     place = route.place
     if place is None:
-        return "" if route.webhook == "none" else "nothing that can be seen"
+        return "" if route.webhook == "none" else "nothing found"
     text = f"{place.call if place.certain else f'may: {place.call}'} ({_relative(place.file)}:{place.line})"
     return f"{text} < {place.through}" if place.through else text
 

@@ -18,16 +18,22 @@ from typing import TYPE_CHECKING
 
 from .. import signals
 from .._steps import reached
+from ..observe.publisher import Publisher
 from ..protocol.headers import mask_headers
 from ..protocol.retry import Decision
 from ..protocol.urls import redact_url
-from ..storage.attempts import AttemptRecord, record_attempts
+from ..storage.attempts import AttemptRecord, RecordResult, record_attempts
 from ..storage.claims import ClaimedDelivery
+from ..storage.events import IngestedEvent
+from ..storage.models import EXHAUSTED
 from ..storage.sql_errors import DataError
 from .http import AttemptRequest, AttemptResult
+from .operator_events import publish_for_operators
 from .pubsub import Notices
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from ..state import State
 
 logger = logging.getLogger(__name__)
@@ -79,6 +85,7 @@ class Recorder:
         self._state = state
         self._notices = notices
         self._dispatcher_id = dispatcher_id
+        self._publisher = Publisher(state)
         self._arrived: deque[tuple[ClaimedDelivery, AttemptRequest, AttemptResult] | AttemptRecord] = deque()
         self._unrecorded: list[AttemptRecord] = []
         self._woken = threading.Event()
@@ -182,14 +189,25 @@ class Recorder:
             )
 
     def _write(self, records: Sequence[AttemptRecord]) -> None:
+        published: list[IngestedEvent] = []
+
+        def publish(connection: Connection, outcome: RecordResult) -> None:
+            published.clear()
+            if outcome.disabled or EXHAUSTED in outcome.recorded.values():
+                published.extend(publish_for_operators(self._publisher, connection, records, outcome))
+
         outcome = record_attempts(
             self._state.database,
             records,
             dispatcher_id=self._dispatcher_id,
             disable_after=self._state.settings.disable_after,
+            in_transaction=publish,
         )
-        known = [(record, outcome.recorded.get(record.delivery.id)) for record in records]
-        recorded = [(record, status) for record, status in known if status is not None]
+        if published:
+            self._publisher.announce(published)
+            self.on_recorded(0.0)
+        statuses = [(record, outcome.recorded.get(record.delivery.id)) for record in records]
+        recorded = [(record, status) for record, status in statuses if status is not None]
         if outcome.stale:
             logger.warning(
                 "%d attempts are not recorded: they are already, or their delivery was deleted, or they "

@@ -15,9 +15,11 @@ from .. import signals
 from ..protocol.events import TERMINAL_TYPES, Occurrence
 from ..protocol.json_safe import safe_text, to_json_safe
 from ..protocol.payloads import FORMATS, RenderContext, Rendered
-from ..storage.events import IngestedEvent, IngestItem, ingest
+from ..storage.events import IngestedEvent, IngestItem, ingest, ingest_within
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from ..state import State
     from ..storage.subscriptions import EndpointRow
 
@@ -66,6 +68,29 @@ class Publisher:
                 max_attempts=max_attempts or state.settings.max_attempts,
                 scrub=self._scrub,
             )
+        self.announce(events)
+        return events
+
+    def publish_within(self, connection: Connection, items: Sequence[IngestItem]) -> list[IngestedEvent]:
+        """Store *items* as a part of the caller's transaction.
+
+        :returns: what to hand to :meth:`announce` after the commit.
+        """
+        state = self._state
+        with state.app.app_context():
+            return ingest_within(
+                state.database,
+                connection,
+                items,
+                render=self._render,
+                max_attempts=state.settings.max_attempts,
+                scrub=self._scrub,
+            )
+
+    def announce(self, events: Sequence[IngestedEvent]) -> None:
+        """Wake the sender and emit ``event_recorded`` for what is stored."""
+        state = self._state
+        with state.app.app_context():
             if any(event.deliveries for event in events):
                 self._on_deliveries()
             self._on_ended(event.job_id for event in events if event.job_id and event.type in TERMINAL_TYPES)
@@ -79,7 +104,6 @@ class Publisher:
                             event_type=event.type,
                             job_id=event.job_id,
                         )
-        return events
 
 
 # -- the host's own functions -----------------------------------------------------------------------------

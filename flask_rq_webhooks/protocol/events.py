@@ -19,12 +19,16 @@ JOB_LOST = "job.lost"
 JOB_RETRYING = "job.retrying"
 JOB_BLOCKED = "job.blocked"
 WEBHOOK_PING = "webhook.ping"
+ENDPOINT_DISABLED = "webhook.endpoint_disabled"
+DELIVERY_EXHAUSTED = "webhook.delivery_exhausted"
 
 #: One of these ends every run.
 TERMINAL_TYPES = frozenset({JOB_SUCCESS, JOB_FAILURE, JOB_STOPPED, JOB_CANCELED, JOB_LOST})
 #: Sent only to those who ask for them by name.
 OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED})
 JOB_TYPES = TERMINAL_TYPES | OPTIONAL_TYPES
+#: About deliveries, for the standing endpoints of operators that ask for them by name.
+OPERATOR_TYPES = frozenset({ENDPOINT_DISABLED, DELIVERY_EXHAUSTED})
 
 #: How far apart the clocks of web hosts, workers and databases may be. A run may seem to begin this long
 #: before the registration that caused it. Worse: where only times can tell, which is for a job that does not

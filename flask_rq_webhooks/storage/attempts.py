@@ -7,7 +7,7 @@ HTTP: what to do next was decided before (:mod:`~flask_rq_webhooks.protocol.retr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -88,7 +88,12 @@ def latest_outcomes(database: Database, limit: int) -> dict[str, bool]:
 
 
 def record_attempts(
-    database: Database, records: Sequence[AttemptRecord], *, dispatcher_id: str, disable_after: int
+    database: Database,
+    records: Sequence[AttemptRecord],
+    *,
+    dispatcher_id: str,
+    disable_after: int,
+    in_transaction: Callable[[Connection, RecordResult], object] = lambda connection, result: None,
 ) -> RecordResult:
     """Store attempts, set their deliveries' status and next attempt, and free the leases; one transaction.
 
@@ -98,6 +103,7 @@ def record_attempts(
 
     :param disable_after: consecutive failed attempts that disable a standing endpoint which has been
         failing for :data:`FAILING_FOR`.
+    :param in_transaction: called before the commit with what is about to be committed.
     """
     if not records:
         return RecordResult({}, (), {})
@@ -119,8 +125,10 @@ def record_attempts(
             attempts = [_attempt_values(record, dispatcher_id) for record in kept]
             connection.execute(insert_or_ignore(database, Attempt), attempts)
         disabled = _judge_standing(database, connection, kept, disable_after)
-    recorded = {record.delivery.id: statuses[record.delivery.id] for record in kept}
-    return RecordResult(recorded, tuple(stale), disabled)
+        recorded = {record.delivery.id: statuses[record.delivery.id] for record in kept}
+        result = RecordResult(recorded, tuple(stale), disabled)
+        in_transaction(connection, result)
+    return result
 
 
 def _update_deliveries(

@@ -2,8 +2,7 @@
 
 Owns the order in which they are walked, so that any number of them is worked off in parts that each take
 little: a part says where the next one begins. A walk goes up by id, so it ends, whatever becomes of what it
-has passed: what fails again is not met a second time. Whoever waits for an answer asks for one part at a
-time; a command line for all of them.
+has passed: what fails again is not met a second time.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .events import Render
 from .filters import DeliveryFilter
 from .models import CANCELED, EXHAUSTED, MANUAL, PENDING, SENDING, Delivery, Endpoint, Event, first_id_at
 from .queries import CursorError
-from .retention import BATCH, Progress, due_again, in_flight
+from .retention import BATCH, due_again, in_flight
 from .statistics import COUNT_CAP
 from .subscriptions import ENDPOINT_COLUMNS, EndpointRow, delivery_values, endpoint_row, store_deliveries
 
@@ -50,46 +49,6 @@ class Step(Protocol):
 
     def __call__(self, *, cursor: str | None, at_most: int) -> Part:
         """Do it; ``at_most`` so many deliveries."""
-
-
-def recover(
-    database: Database,
-    where: DeliveryFilter,
-    *,
-    render: Render,
-    max_attempts: int,
-    batch: int = BATCH,
-    progress: Progress | None = None,
-) -> int:
-    """Make many deliveries due now, for one more attempt each; return how many.
-
-    See :func:`recover_part` for which, and for *render* and *max_attempts*.
-
-    :param batch: deliveries per transaction.
-    :param progress: called with the number done so far, after each transaction that did something.
-    """
-
-    def step(*, cursor: str | None, at_most: int) -> Part:
-        return recover_part(
-            database, where, render=render, max_attempts=max_attempts, cursor=cursor, at_most=at_most
-        )
-
-    return _all_parts(step, batch, progress)
-
-
-def cancel(
-    database: Database, where: DeliveryFilter, *, batch: int = BATCH, progress: Progress | None = None
-) -> int:
-    """Cancel unfinished deliveries; return how many. See :func:`cancel_part`.
-
-    :param batch: deliveries per transaction.
-    :param progress: called with the number done so far, after each transaction that did something.
-    """
-
-    def step(*, cursor: str | None, at_most: int) -> Part:
-        return cancel_part(database, where, cursor=cursor, at_most=at_most)
-
-    return _all_parts(step, batch, progress)
 
 
 def recover_part(
@@ -163,18 +122,6 @@ def left_to_cancel(database: Database, where: DeliveryFilter, cursor: str | None
     after, _endpoint_id, _after_event = _read(cursor)
     chosen = _cancelable(where)
     return _left(database, chosen, after) if chosen.statuses else 0
-
-
-def _all_parts(step: Step, batch: int, progress: Progress | None) -> int:
-    part = step(cursor=None, at_most=batch)
-    done = part.done
-    while True:
-        if progress is not None and part.done:
-            progress(done)
-        if part.cursor is None:
-            return done
-        part = step(cursor=part.cursor, at_most=batch)
-        done += part.done
 
 
 def _recoverable(where: DeliveryFilter) -> DeliveryFilter:

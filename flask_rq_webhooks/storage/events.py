@@ -96,7 +96,7 @@ def ingest(
     A run has one terminal event, whoever tells of it and however many do so at once; an endpoint named for
     an event that is already there gets its missing delivery, rendered from what was stored. Standing
     endpoints get a delivery of new events only, and only while enabled: what happens while one is disabled
-    is left to :func:`~.bulk.recover`.
+    is left to :func:`~.bulk.recover_part`.
 
     All or nothing: where *render* or *scrub* raises, nothing of the batch is stored. The caller then
     brings the items one by one, so that one that cannot be told never holds up the others.
@@ -110,38 +110,51 @@ def ingest(
     """
     if not items:
         return []
+    with database.write() as connection:
+        return ingest_within(
+            database, connection, items, render=render, max_attempts=max_attempts, scrub=scrub
+        )
+
+
+def ingest_within(
+    database: Database,
+    connection: Connection,
+    items: Sequence[IngestItem],
+    *,
+    render: Render,
+    max_attempts: int,
+    scrub: Scrub | None = None,
+) -> list[IngestedEvent]:
+    """Do what :func:`ingest` does as a part of the caller's transaction."""
     prepared = [
         item if scrub is None else replace(item, occurrence=_scrubbed(item.occurrence, scrub))
         for item in items
     ]
-    with database.write() as connection:
-        now, position = first_position(database, connection)
-        watches = watches_of(database, connection, prepared)
-        believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
-        by_item, stored = store_events(database, connection, believed, now, position)
-        endpoints = endpoints_of(database, connection, stored, watches)
-        standing = standing_endpoints(connection) if any(event.created for event in stored) else []
-        rows: list[dict[str, Any]] = []
-        for event in stored:
-            receivers = receivers_of(
-                event, watches.get(event.occurrence.job_id or "", []), endpoints, standing
-            )
-            for endpoint in receivers:
-                rendered = render(endpoint, event.id, event.occurrence)
-                rows.append(
-                    delivery_values(
-                        event.id,
-                        event.occurrence.type,
-                        endpoint,
-                        rendered,
-                        max_attempts=max_attempts,
-                        now=now,
-                    )
+    now, position = first_position(database, connection)
+    watches = watches_of(database, connection, prepared)
+    believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
+    by_item, stored = store_events(database, connection, believed, now, position)
+    endpoints = endpoints_of(database, connection, stored, watches)
+    standing = standing_endpoints(connection) if any(event.created for event in stored) else []
+    rows: list[dict[str, Any]] = []
+    for event in stored:
+        receivers = receivers_of(event, watches.get(event.occurrence.job_id or "", []), endpoints, standing)
+        for endpoint in receivers:
+            rendered = render(endpoint, event.id, event.occurrence)
+            rows.append(
+                delivery_values(
+                    event.id,
+                    event.occurrence.type,
+                    endpoint,
+                    rendered,
+                    max_attempts=max_attempts,
+                    now=now,
                 )
-        made = store_deliveries(database, connection, rows)
-        for event in stored:
-            event.deliveries = made.get(event.id, 0)
-        settle_watches(database, connection, stored, watches, endpoints, now)
+            )
+    made = store_deliveries(database, connection, rows)
+    for event in stored:
+        event.deliveries = made.get(event.id, 0)
+    settle_watches(database, connection, stored, watches, endpoints, now)
     seen: set[str] = set()
     by_believed = dict(zip(map(id, believed), by_item, strict=True))
     ingested = []

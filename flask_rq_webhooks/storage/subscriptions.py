@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, select
 
-from ..protocol.events import CLOCK_SKEW, TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
+from ..protocol.events import CLOCK_SKEW, OPERATOR_TYPES, TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
 from ..protocol.payloads import JSON, Rendered, as_rendered
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
@@ -113,6 +113,15 @@ def standing_endpoints(connection: Connection) -> list[EndpointRow]:
     return [endpoint_row(row) for row in connection.execute(query)]
 
 
+def wanted_by_standing(connection: Connection, event_types: Iterable[str]) -> frozenset[str]:
+    """Return those of *event_types* to which enabled standing endpoints subscribe by name or by ``"*"``."""
+    wanted: set[str] = set()
+    query = select(Endpoint.events).where(Endpoint.kind == "standing", Endpoint.enabled)
+    for events in connection.execute(query).scalars():
+        wanted |= set(json.loads(events or "[]"))
+    return frozenset(one for one in event_types if one in wanted or EVERY_TYPE in wanted)
+
+
 def existing_endpoints(connection: Connection, ids: Iterable[str | None]) -> set[str]:
     """Return those of *ids* that are there, locked against pruning."""
     found: set[str] = set()
@@ -146,7 +155,8 @@ def receivers_of(
     return [
         endpoint
         for endpoint in chosen.values()
-        if endpoint.scope == occurrence.scope and endpoint.wants(occurrence.type)
+        if (endpoint.scope == occurrence.scope or occurrence.type in OPERATOR_TYPES)
+        and endpoint.wants(occurrence.type)
     ]
 
 

@@ -7,7 +7,6 @@ and deliveries are made in :mod:`~flask_rq_webhooks.storage.events` alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from ..protocol.events import TERMINAL_TYPES
 from .bulk_insert import chunks_of, one_of
 from .database import Database
 from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch
-from .subscriptions import EVERY_TYPE
+from .subscriptions import EVERY_TYPE, wanted_by_standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +241,8 @@ def _reported(run: str, rows: Sequence[Any]) -> Reported:
 
 def any_standing_wants(database: Database, event_type: str) -> bool:
     """Say whether an enabled standing endpoint subscribes to *event_type*, one of the optional types."""
-    query = select(Endpoint.events).where(Endpoint.kind == "standing", Endpoint.enabled)
     with database.read() as connection:
-        for events in connection.execute(query).scalars():
-            if events is not None and {event_type, EVERY_TYPE} & set(json.loads(events)):
-                return True
-    return False
+        return event_type in wanted_by_standing(connection, {event_type})
 
 
 def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | None = None) -> None:

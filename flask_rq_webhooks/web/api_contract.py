@@ -11,7 +11,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from flask import Blueprint, Flask, Response, jsonify, request
@@ -65,10 +65,11 @@ class Route:
     query: type[Schema] | None = None
     body: type[Schema] | EndpointBody | None = None
     idempotent: bool = False
-    parameters: tuple[str, ...] = field(init=False, default=())
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parameters", tuple(re.findall(r"<(?:\w+:)?(\w+)>", self.path)))
+    @property
+    def parameters(self) -> list[str]:
+        """Return the names of the parts of the path."""
+        return re.findall(r"<(?:\w+:)?(\w+)>", self.path)
 
     @property
     def openapi_path(self) -> str:
@@ -97,11 +98,7 @@ class Api:
         *,
         status: int = 200,
         also: Mapping[int, tuple[Answer, str]] | None = None,
-        query: type[Schema] | None = None,
-        body: type[Schema] | EndpointBody | None = None,
-        asks_itself: bool = False,
-        idempotent: bool = False,
-        endpoint: str | None = None,
+        **facts: Any,
     ) -> Callable[[View], View]:
         """Serve a view: ask for the permission, check the input, write the answer.
 
@@ -109,25 +106,20 @@ class Api:
         of the path by name. It returns what the answer is made of, or that with a status and headers where
         the answer is not the usual one, or a whole response. The first line of its docstring is the summary.
 
-        :param also: further answers, as in :class:`Route`.
-        :param endpoint: name of the route; the view's by default.
+        :param status: of the usual answer.
+        :param also: further answers.
+        :param facts: further fields of :class:`Route`.
         """
 
         def decorate(view: View) -> View:
+            summary = (view.__doc__ or "").strip().partition("\n")[0]
+            answers = {status: (answer, "Done."), **(also or {})}
             route = Route(
-                method=method,
-                path=path,
-                summary=(view.__doc__ or "").strip().partition("\n")[0],
-                permission=permission,
-                answers={status: (answer, "Done."), **(also or {})},
-                query=query,
-                body=body,
-                asks_itself=asks_itself,
-                idempotent=idempotent,
+                method=method, path=path, summary=summary, permission=permission, answers=answers, **facts
             )
             served = _served(self._state, route, view)
             self._blueprint.add_url_rule(
-                path, endpoint or view.__name__, served, methods=[method], provide_automatic_options=True
+                path, view.__name__, served, methods=[method], provide_automatic_options=True
             )
             return view
 

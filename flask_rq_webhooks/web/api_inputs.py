@@ -19,7 +19,7 @@ from ..accept.request_schema import (
     timeout_range,
 )
 from ..config import Settings
-from ..protocol.events import JOB_TYPES, is_application_type
+from ..protocol.events import JOB_TYPES, OPERATOR_TYPES, is_application_type
 from ..protocol.urls import UrlPolicy
 from ..storage.models import CANCELED, EXHAUSTED, PENDING, SENDING, SUCCEEDED
 from ..storage.subscriptions import EVERY_TYPE
@@ -167,10 +167,14 @@ def _signable(settings: Settings) -> Callable[[bool], None]:
     return check
 
 
+_KNOWN_TYPES = JOB_TYPES | OPERATOR_TYPES | {EVERY_TYPE}
+
+
 def _event_types(values: Collection[str]) -> None:
     for value in values:
-        if value not in JOB_TYPES and value != EVERY_TYPE and not is_application_type(value):
+        if value not in _KNOWN_TYPES and not is_application_type(value):
+            known = ", ".join(sorted(_KNOWN_TYPES - {EVERY_TYPE}))
             raise ValidationError(
-                f"Unknown event type {value[:100]!r}: expected one of {', '.join(sorted(JOB_TYPES))}, an "
+                f"Unknown event type {value[:100]!r}: expected one of {known}, an "
                 "application's own type such as 'model.published', or '*' for every type."
             )

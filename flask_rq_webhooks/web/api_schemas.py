@@ -7,7 +7,7 @@ permission ``read``. Every field of an answer is always there, but those a schem
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from marshmallow import Schema, fields
 
@@ -38,314 +38,164 @@ class CoarseCode(fields.String):
         return None if value is None else _COARSE.get(value, value)
 
 
-class StatusAttemptSchema(Schema):
-    """An attempt, as the client who asked for the webhook may see it."""
+class AnswerSchema(Schema):
+    """What all shapes below derive from."""
 
-    number = fields.Integer()
-    status = fields.String()
-    status_code = fields.Integer(allow_none=True)
-    error_code = CoarseCode(allow_none=True)
-    started_at = fields.DateTime()
-    duration_ms = fields.Float()
+    sometimes: ClassVar[frozenset[str]] = frozenset()
 
 
-class StatusDeliverySchema(Schema):
-    """A delivery, as the client who asked for the webhook may see it."""
+def _shape(
+    name: str,
+    base: type[AnswerSchema] = AnswerSchema,
+    *,
+    sometimes: str = "",
+    text: str = "",
+    whole: str = "",
+    number: str = "",
+    yes_no: str = "",
+    time: str = "",
+    url: str = "",
+    **others: fields.Field[Any],
+) -> type[AnswerSchema]:
+    """Return a schema.
 
-    id = fields.String()
-    event_id = fields.String()
-    event = fields.String(attribute="event_type")
-    url = RedactedURL()
-    status = fields.String()
-    max_attempts = fields.Integer()
-    next_attempt_at = fields.DateTime(allow_none=True)
-    status_code = fields.Integer(allow_none=True)
-    error_code = CoarseCode(allow_none=True)
-    created_at = fields.DateTime()
-    finished_at = fields.DateTime(allow_none=True)
-
-
-class EventSchema(Schema):
-    """An event without its payload."""
-
-    id = fields.String()
-    type = fields.String()
-    job_id = fields.String(allow_none=True)
-    runid = fields.String(allow_none=True)
-    source = fields.String()
-    supersedes = fields.String(allow_none=True)
-    occurred_at = fields.DateTime()
-    created_at = fields.DateTime()
-    erased_at = fields.DateTime(allow_none=True)
-
-
-class EventWithPayloadSchema(EventSchema):
-    """An event with its payload, as the payload format ``job`` renders it; ``null`` once it is erased."""
-
-    payload = fields.Dict(keys=fields.String(), allow_none=True)
-
-
-class FeedSchema(Schema):
-    """A part of the feed of events; the next request continues at its cursor."""
-
-    items = fields.List(fields.Nested(EventWithPayloadSchema))
-    cursor = fields.String(allow_none=True)
-
-
-class StatusDeliveryWithAttemptsSchema(StatusDeliverySchema):
-    """A delivery with its attempts, for the client who asked for the webhook."""
-
-    attempts = fields.List(fields.Nested(StatusAttemptSchema))
-
-
-class StatusSchema(Schema):
-    """The state of a job's webhook; only the first two fields where none is known."""
-
-    sometimes = frozenset({"url", "delivery_status", "job_status", "events", "deliveries"})
-
-    job_id = fields.String()
-    webhook_configured = fields.Boolean()
-    url = RedactedURL()
-    delivery_status = fields.String()
-    job_status = fields.String(allow_none=True)
-    events = fields.List(fields.Nested(EventSchema))
-    deliveries = fields.List(fields.Nested(StatusDeliveryWithAttemptsSchema))
-
-
-class DeliverySchema(Schema):
-    """A delivery in a list."""
-
-    id = fields.String()
-    event_id = fields.String()
-    event = fields.String(attribute="event_type")
-    job_id = fields.String(allow_none=True)
-    runid = fields.String(allow_none=True)
-    endpoint_id = fields.String()
-    endpoint_kind = fields.String()
-    url = RedactedURL()
-    host = fields.String()
-    status = fields.String()
-    trigger = fields.String()
-    attempts = fields.Integer()
-    max_attempts = fields.Integer()
-    next_attempt_at = fields.DateTime(allow_none=True)
-    status_code = fields.Integer(allow_none=True)
-    error_code = fields.String(allow_none=True)
-    created_at = fields.DateTime()
-    finished_at = fields.DateTime(allow_none=True)
-    erased_at = fields.DateTime(allow_none=True)
-
-
-class AttemptSchema(Schema):
-    """An attempt with everything that is stored."""
-
-    id = fields.String()
-    number = fields.Integer()
-    trigger = fields.String()
-    status = fields.String()
-    status_code = fields.Integer(allow_none=True)
-    error_code = fields.String(allow_none=True)
-    error_detail = fields.String(allow_none=True)
-    started_at = fields.DateTime()
-    duration_ms = fields.Float()
-    request_headers = fields.Dict(keys=fields.String(), values=fields.String())
-    response_headers = fields.Dict(keys=fields.String(), values=fields.String())
-    response_body = BodyText()
-    dispatcher_id = fields.String(allow_none=True)
-
-
-class EndpointSchema(Schema):
-    """An endpoint; header values are masked, and all of it null where no key opens them.
-
-    ``secrets`` is the number of secrets that sign now.
+    :param base: schema whose fields it has too.
+    :param sometimes: names of the fields that may be absent.
+    :param text: names of the fields of this kind, as for the kinds that follow; ``?`` marks one that may be
+        null.
+    :param others: further fields.
     """
-
-    id = fields.String()
-    kind = fields.String()
-    url = RedactedURL()
-    host = fields.String()
-    events = fields.List(fields.String(), allow_none=True)
-    scope = fields.String()
-    format = fields.String()
-    sign_payload = fields.Boolean()
-    reference = fields.String(allow_none=True)
-    runid = fields.String(allow_none=True)
-    timeout_s = fields.Float(allow_none=True)
-    max_attempts = fields.Integer(allow_none=True)
-    description = fields.String(allow_none=True)
-    enabled = fields.Boolean()
-    disabled_at = fields.DateTime(allow_none=True)
-    disabled_reason = fields.String(allow_none=True)
-    failures = fields.Integer()
-    failing_since = fields.DateTime(allow_none=True)
-    created_at = fields.DateTime()
-    updated_at = fields.DateTime()
-    secrets = fields.Integer()
-    headers = fields.Dict(keys=fields.String(), values=fields.String(), allow_none=True)
-
-
-class NewEndpointSchema(EndpointSchema):
-    """A new endpoint. Its secret is in this answer and in no other; absent in an answer that is repeated."""
-
-    sometimes = frozenset({"secret"})
-
-    secret = fields.String(allow_none=True)
-
-
-class HourSchema(Schema):
-    """The deliveries that finished within one hour."""
-
-    start = fields.DateTime()
-    succeeded = fields.Integer()
-    exhausted = fields.Integer()
-    canceled = fields.Integer()
-
-
-class HostSchema(Schema):
-    """Recent attempts to one host."""
-
-    host = fields.String()
-    attempts = fields.Integer()
-    failed = fields.Integer()
-
-
-class StatisticsSchema(Schema):
-    """The numbers of the overview; see :class:`~flask_rq_webhooks.storage.statistics.Statistics`."""
-
-    counts = fields.Dict(keys=fields.String(), values=fields.Integer())
-    oldest_due_s = fields.Float(allow_none=True)
-    hours = fields.List(fields.Nested(HourSchema))
-    hours_complete = fields.Boolean()
-    success_rate = fields.Float(allow_none=True)
-    p50_ms = fields.Float(allow_none=True)
-    p95_ms = fields.Float(allow_none=True)
-    worst_hosts = fields.List(fields.Nested(HostSchema))
-    watches = fields.Dict(keys=fields.String(), values=fields.Integer())
-    oldest_watch = fields.DateTime(allow_none=True)
-    endpoints_disabled = fields.Integer()
-    dispatchers = fields.Integer()
-    paused_since = fields.DateTime(allow_none=True)
-
-
-class DeliveryDetailSchema(Schema):
-    """One delivery with its attempts, event, endpoint and body."""
-
-    delivery = fields.Nested(DeliverySchema)
-    attempts = fields.List(fields.Nested(AttemptSchema))
-    event = fields.Nested(EventSchema)
-    endpoint = fields.Nested(EndpointSchema)
-    body = BodyText()
-
-
-class DeliveriesSchema(Schema):
-    """A page of deliveries."""
-
-    items = fields.List(fields.Nested(DeliverySchema))
-    cursor = fields.String(allow_none=True)
-
-
-class EndpointsSchema(Schema):
-    """A page of endpoints."""
-
-    items = fields.List(fields.Nested(EndpointSchema))
-    cursor = fields.String(allow_none=True)
-
-
-class ResentSchema(Schema):
-    """A delivery that is due now, or being sent."""
-
-    id = fields.String()
-    status = fields.String()
-
-
-class _LeftSchema(Schema):
-    """What a change of many deliveries leaves for the next request.
-
-    ``cursor`` is sent with it, and null when everything is done. ``remaining`` is counted up to 10,001, and
-    null where it is not known, because the deliveries are still to be made.
-    """
-
-    remaining = fields.Integer(allow_none=True)
-    cursor = fields.String(allow_none=True)
-
-
-class RecoveredSchema(_LeftSchema):
-    """How many deliveries are due now."""
-
-    recovered = fields.Integer(attribute="done")
-
-
-class CanceledSchema(_LeftSchema):
-    """How many deliveries were canceled."""
-
-    canceled = fields.Integer(attribute="done")
-
-
-class PausedSchema(Schema):
-    """Whether all sending is paused."""
-
-    paused = fields.Boolean()
-
-
-class RotatedSchema(Schema):
-    """The new secret, in this answer and in no other."""
-
-    id = fields.String()
-    secret = fields.String()
-    grace_s = fields.Float()
-
-
-class PingedSchema(Schema):
-    """The event of the test message."""
-
-    event_id = fields.String()
-    deliveries = fields.Integer()
-
-
-class HealthSchema(Schema):
-    """Whether a dispatcher is alive."""
-
-    ok = fields.Boolean()
-
-
-class CSRFSchema(Schema):
-    """The token that callers known by cookie send with every change, as ``X-CSRFToken``."""
-
-    csrf_token = fields.String()
-
-
-class _ReasonsSchema(Schema):
-    """Why a request was refused."""
-
-    code = fields.String()
-    message = fields.String()
-    details = fields.Dict(keys=fields.String())
-
-
-class ErrorSchema(Schema):
-    """The body of every refusal."""
-
-    error = fields.Nested(_ReasonsSchema)
-
-
-class ErasedSchema(Schema):
-    """What was erased, and what is left: send the request again until ``in_flight`` and ``running`` are 0."""
-
-    events = fields.Integer()
-    canceled = fields.Integer()
-    in_flight = fields.Integer()
-    running = fields.Integer()
-
-
-class PublicKeySchema(Schema):
-    """A public key of this server; of several, the one that signs now is marked."""
-
-    key = fields.String()
-    algorithm = fields.String()
-    signs = fields.Boolean()
-
-
-class KeysSchema(Schema):
-    """The public keys of this server."""
-
-    keys = fields.List(fields.Nested(PublicKeySchema))
+    kinds: tuple[tuple[str, type[fields.Field[Any]]], ...] = (
+        (text, fields.String), (whole, fields.Integer), (number, fields.Float), (yes_no, fields.Boolean),
+        (time, fields.DateTime), (url, RedactedURL),
+    )  # fmt: skip
+    for names, kind in kinds:
+        for field in names.split():
+            others[field.rstrip("?")] = kind(allow_none=field.endswith("?"))
+    made: Any = base.from_dict(others, name=name)
+    made.sometimes = frozenset(sometimes.split())
+    return made  # type: ignore[no-any-return]
+
+
+def _items(schema: type[AnswerSchema]) -> fields.Field[Any]:
+    return fields.List(fields.Nested(schema))
+
+
+def _object(values: type[fields.Field[Any]] | None = None, *, allow_none: bool = False) -> fields.Field[Any]:
+    return fields.Dict(keys=fields.String(), values=values and values(), allow_none=allow_none)
+
+
+def _event_type() -> fields.Field[Any]:
+    return fields.String(attribute="event_type")
+
+
+#: An event without its payload.
+EventSchema = _shape(
+    "EventSchema", text="id type job_id? runid? source supersedes?", time="occurred_at created_at erased_at?"
+)
+#: An event with its payload, as the payload format ``job`` renders it; ``null`` once it is erased.
+EventWithPayloadSchema = _shape("EventWithPayloadSchema", EventSchema, payload=_object(allow_none=True))
+#: A part of the feed of events; the next request continues at its cursor.
+FeedSchema = _shape("FeedSchema", text="cursor?", items=_items(EventWithPayloadSchema))
+
+#: An attempt, as the client who asked for the webhook may see it.
+StatusAttemptSchema = _shape(
+    "StatusAttemptSchema", text="status", whole="number status_code?", number="duration_ms",
+    time="started_at", error_code=CoarseCode(allow_none=True),
+)  # fmt: skip
+#: A delivery, as the client who asked for the webhook may see it.
+StatusDeliverySchema = _shape(
+    "StatusDeliverySchema", text="id event_id status", whole="max_attempts status_code?",
+    time="next_attempt_at? created_at finished_at?", url="url", event=_event_type(),
+    error_code=CoarseCode(allow_none=True),
+)  # fmt: skip
+#: The same with its attempts.
+StatusDeliveryWithAttemptsSchema = _shape(
+    "StatusDeliveryWithAttemptsSchema", StatusDeliverySchema, attempts=_items(StatusAttemptSchema)
+)
+#: The state of a job's webhook; only the first two fields where none is known.
+StatusSchema = _shape(
+    "StatusSchema", sometimes="url delivery_status job_status events deliveries",
+    text="job_id delivery_status job_status?", yes_no="webhook_configured", url="url",
+    events=_items(EventSchema), deliveries=_items(StatusDeliveryWithAttemptsSchema),
+)  # fmt: skip
+
+#: A delivery in a list.
+DeliverySchema = _shape(
+    "DeliverySchema",
+    text="id event_id job_id? runid? endpoint_id endpoint_kind host status trigger error_code?",
+    whole="attempts max_attempts status_code?", time="next_attempt_at? created_at finished_at? erased_at?",
+    url="url", event=_event_type(),
+)  # fmt: skip
+#: A page of deliveries.
+DeliveriesSchema = _shape("DeliveriesSchema", text="cursor?", items=_items(DeliverySchema))
+#: An attempt with everything that is stored.
+AttemptSchema = _shape(
+    "AttemptSchema", text="id trigger status error_code? error_detail? dispatcher_id?",
+    whole="number status_code?", number="duration_ms", time="started_at",
+    request_headers=_object(fields.String), response_headers=_object(fields.String),
+    response_body=BodyText(),
+)  # fmt: skip
+
+#: An endpoint; header values are masked, and all of it null where no key opens them. ``secrets`` is the
+#: number of secrets that sign now.
+EndpointSchema = _shape(
+    "EndpointSchema", text="id kind host scope format reference? runid? description? disabled_reason?",
+    whole="max_attempts? failures secrets", number="timeout_s?", yes_no="sign_payload enabled",
+    time="disabled_at? failing_since? created_at updated_at", url="url",
+    events=fields.List(fields.String(), allow_none=True), headers=_object(fields.String, allow_none=True),
+)  # fmt: skip
+#: A page of endpoints.
+EndpointsSchema = _shape("EndpointsSchema", text="cursor?", items=_items(EndpointSchema))
+#: A new endpoint. Its secret is in this answer and in no other; absent in an answer that is repeated.
+NewEndpointSchema = _shape("NewEndpointSchema", EndpointSchema, sometimes="secret", text="secret?")
+#: The new secret, in this answer and in no other.
+RotatedSchema = _shape("RotatedSchema", text="id secret", number="grace_s")
+#: The event of the test message.
+PingedSchema = _shape("PingedSchema", text="event_id", whole="deliveries")
+
+#: One delivery with its attempts, event, endpoint and body.
+DeliveryDetailSchema = _shape(
+    "DeliveryDetailSchema", delivery=fields.Nested(DeliverySchema), attempts=_items(AttemptSchema),
+    event=fields.Nested(EventSchema), endpoint=fields.Nested(EndpointSchema), body=BodyText(),
+)  # fmt: skip
+#: A delivery that is due now, or being sent.
+ResentSchema = _shape("ResentSchema", text="id status")
+
+#: What a change of many deliveries leaves for the next request. ``cursor`` is sent with it, and null when
+#: everything is done. ``remaining`` is counted up to 10,001, and null where it is not known, because the
+#: deliveries are still to be made.
+_LeftSchema = _shape("_LeftSchema", text="cursor?", whole="remaining?")
+#: How many deliveries are due now.
+RecoveredSchema = _shape("RecoveredSchema", _LeftSchema, recovered=fields.Integer(attribute="done"))
+#: How many deliveries were canceled.
+CanceledSchema = _shape("CanceledSchema", _LeftSchema, canceled=fields.Integer(attribute="done"))
+#: What was erased, and what is left: send the request again until ``in_flight`` and ``running`` are 0.
+ErasedSchema = _shape("ErasedSchema", whole="events canceled in_flight running")
+#: Whether all sending is paused.
+PausedSchema = _shape("PausedSchema", yes_no="paused")
+
+#: The deliveries that finished within one hour.
+HourSchema = _shape("HourSchema", whole="succeeded exhausted canceled", time="start")
+#: Recent attempts to one host.
+HostSchema = _shape("HostSchema", text="host", whole="attempts failed")
+#: The numbers of the overview; see :class:`~flask_rq_webhooks.storage.statistics.Statistics`.
+StatisticsSchema = _shape(
+    "StatisticsSchema", whole="endpoints_disabled dispatchers",
+    number="oldest_due_s? success_rate? p50_ms? p95_ms?", yes_no="hours_complete",
+    time="oldest_watch? paused_since?", hours=_items(HourSchema), worst_hosts=_items(HostSchema),
+    counts=_object(fields.Integer), watches=_object(fields.Integer),
+)  # fmt: skip
+#: Whether a dispatcher is alive.
+HealthSchema = _shape("HealthSchema", yes_no="ok")
+
+#: The token that callers known by cookie send with every change, as ``X-CSRFToken``.
+CSRFSchema = _shape("CSRFSchema", text="csrf_token")
+#: A public key of this server; of several, the one that signs now is marked.
+PublicKeySchema = _shape("PublicKeySchema", text="key algorithm", yes_no="signs")
+#: The public keys of this server.
+KeysSchema = _shape("KeysSchema", keys=_items(PublicKeySchema))
+#: Why a request was refused.
+_ReasonsSchema = _shape("_ReasonsSchema", text="code message", details=_object())
+#: The body of every refusal.
+ErrorSchema = _shape("ErrorSchema", error=fields.Nested(_ReasonsSchema))

@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint, abort, request
 from werkzeug.datastructures import MultiDict
 
-from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
+from ..protocol.events import OPERATOR_TYPES, OPTIONAL_TYPES, TERMINAL_TYPES
 from ..state import State
 from ..storage import queries
 from ..storage.endpoints import ROTATION_GRACE_S
@@ -17,7 +17,7 @@ from ..storage.subscriptions import EVERY_TYPE
 from . import operations
 from .api_inputs import RotateInput
 from .forms import endpoint_values, read_filter
-from .page_frame import done, page, possible_id, render
+from .page_frame import Pages, done, possible_id, render
 from .pages import PAGE_ITEMS, done_some, refresh_s
 
 #: Deliveries on the page of one endpoint.
@@ -26,14 +26,14 @@ FEW_ITEMS = 20
 
 def add_pages(blueprint: Blueprint, state: State) -> None:
     """Let *blueprint* serve these pages."""
-    _add_lists(blueprint, state)
-    _add_forms(blueprint, state)
-    _add_actions(blueprint, state)
+    pages = Pages(blueprint, state)
+    _add_lists(pages, state)
+    _add_forms(pages, state)
+    _add_actions(pages, state)
 
 
-def _add_lists(blueprint: Blueprint, state: State) -> None:
-    @blueprint.get("/endpoints", endpoint="page_endpoints")
-    @page(state)
+def _add_lists(pages: Pages, state: State) -> None:
+    @pages.get("/endpoints", "endpoints")
     def endpoints() -> Any:
         kind = request.args.get("kind", "standing")
         if kind not in ("standing", "job"):
@@ -43,8 +43,7 @@ def _add_lists(blueprint: Blueprint, state: State) -> None:
         )
         return render(state, "endpoints.html", kind=kind, listed=listed, not_first="cursor" in request.args)
 
-    @blueprint.get("/endpoints/<endpoint_id>", endpoint="page_endpoint")
-    @page(state)
+    @pages.get("/endpoints/<endpoint_id>", "endpoint")
     def endpoint(endpoint_id: str) -> Any:
         found = queries.endpoint_detail(state.database, possible_id(endpoint_id))
         if found is None:
@@ -64,14 +63,12 @@ def _add_lists(blueprint: Blueprint, state: State) -> None:
         )
 
 
-def _add_forms(blueprint: Blueprint, state: State) -> None:
-    @blueprint.get("/endpoints/new", endpoint="page_new_endpoint")
-    @page(state, "manage")
+def _add_forms(pages: Pages, state: State) -> None:
+    @pages.get("/endpoints/new", "new_endpoint", "manage")
     def new_endpoint() -> Any:
         return _form(state, None, {})
 
-    @blueprint.post("/endpoints/new", endpoint="page_create_endpoint")
-    @page(state, "manage")
+    @pages.post("/endpoints/new", "create_endpoint")
     def create_endpoint() -> Any:
         try:
             created = operations.create(state, endpoint_values(state, request.form, creating=True))
@@ -82,13 +79,11 @@ def _add_forms(blueprint: Blueprint, state: State) -> None:
         # In the answer itself: the only way for a secret to be nowhere afterwards.
         return _secret_page(state, created.endpoint_id, created.secret, created=True), 201
 
-    @blueprint.get("/endpoints/<endpoint_id>/edit", endpoint="page_edit_endpoint")
-    @page(state, "manage")
+    @pages.get("/endpoints/<endpoint_id>/edit", "edit_endpoint", "manage")
     def edit_endpoint(endpoint_id: str) -> Any:
         return _form(state, operations.standing(state, possible_id(endpoint_id)), {})
 
-    @blueprint.post("/endpoints/<endpoint_id>/edit", endpoint="page_change_endpoint")
-    @page(state, "manage")
+    @pages.post("/endpoints/<endpoint_id>/edit", "change_endpoint")
     def change_endpoint(endpoint_id: str) -> Any:
         found = operations.standing(state, possible_id(endpoint_id))
         try:
@@ -98,9 +93,8 @@ def _add_forms(blueprint: Blueprint, state: State) -> None:
         return done("changed", ".page_endpoint", endpoint_id=endpoint_id)
 
 
-def _add_actions(blueprint: Blueprint, state: State) -> None:
-    @blueprint.post("/endpoints/<endpoint_id>/rotate", endpoint="page_rotate")
-    @page(state, "manage")
+def _add_actions(pages: Pages, state: State) -> None:
+    @pages.post("/endpoints/<endpoint_id>/rotate", "rotate")
     def rotate(endpoint_id: str) -> Any:
         operations.standing(state, possible_id(endpoint_id))
         grace_h = request.form.get("grace_h", float("nan"), type=float)
@@ -108,16 +102,14 @@ def _add_actions(blueprint: Blueprint, state: State) -> None:
         secret = operations.rotate(state, endpoint_id, **values)
         return _secret_page(state, endpoint_id, secret, created=False, grace_h=grace_h)
 
-    @blueprint.post("/endpoints/<endpoint_id>/test", endpoint="page_test")
-    @page(state, "manage")
+    @pages.post("/endpoints/<endpoint_id>/test", "test")
     def test(endpoint_id: str) -> Any:
         event = operations.ping(state, possible_id(endpoint_id))
         where = DeliveryFilter(event_id=event.event_id)
         (delivery,) = queries.list_deliveries(state.database, where, limit=1).items
         return done("pinged", ".page_delivery", delivery_id=delivery.id)
 
-    @blueprint.post("/endpoints/<endpoint_id>/enable", endpoint="page_enable")
-    @page(state, "manage")
+    @pages.post("/endpoints/<endpoint_id>/enable", "enable")
     def enable(endpoint_id: str) -> Any:
         before = operations.enable(state, possible_id(endpoint_id))
         if "recover" not in request.form:
@@ -131,14 +123,12 @@ def _add_actions(blueprint: Blueprint, state: State) -> None:
             return done_some("recovered", wanted, did)
         return done("enabled_recovered", ".page_endpoint", did.done, endpoint_id=endpoint_id)
 
-    @blueprint.post("/endpoints/<endpoint_id>/disable", endpoint="page_disable")
-    @page(state, "manage")
+    @pages.post("/endpoints/<endpoint_id>/disable", "disable")
     def disable(endpoint_id: str) -> Any:
         operations.disable(state, possible_id(endpoint_id))
         return done("disabled", ".page_endpoint", endpoint_id=endpoint_id)
 
-    @blueprint.post("/endpoints/<endpoint_id>/delete", endpoint="page_delete")
-    @page(state, "manage")
+    @pages.post("/endpoints/<endpoint_id>/delete", "delete")
     def delete(endpoint_id: str) -> Any:
         if operations.delete(state, possible_id(endpoint_id)):
             return done("deleted", ".page_endpoints")
@@ -154,7 +144,7 @@ def _form(state: State, endpoint: EndpointView | None, errors: Any) -> str:
         sent=request.form if request.method == "POST" else None,
         header_names=[] if endpoint is None else _header_names(state, endpoint),
         terminal_types=sorted(TERMINAL_TYPES),
-        optional_types=sorted(OPTIONAL_TYPES),
+        optional_types=sorted(OPTIONAL_TYPES | OPERATOR_TYPES),
         every_type=EVERY_TYPE,
         formats=sorted(state.formats),
         settings=state.settings,

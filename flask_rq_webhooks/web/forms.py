@@ -13,7 +13,7 @@ from typing import Any
 
 from werkzeug.datastructures import MultiDict
 
-from ..protocol.events import JOB_TYPES
+from ..protocol.events import JOB_TYPES, OPERATOR_TYPES
 from ..state import State
 from ..storage.filters import DeliveryFilter
 from .api_inputs import FilterInput
@@ -141,7 +141,7 @@ def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) 
 
 def _events(form: MultiDict[str, str]) -> list[str] | None:
     """Return the chosen types: boxes for ours, a line for the application's own; ``None`` for the default."""
-    chosen = [name for name in form.getlist("events") if name in JOB_TYPES or name == "*"]
+    chosen = [name for name in form.getlist("events") if name in JOB_TYPES | OPERATOR_TYPES or name == "*"]
     chosen += [name for name in re.split(r"[,\s]+", form.get("other_events", "")) if name]
     return list(dict.fromkeys(chosen)) or None
 

@@ -46,67 +46,54 @@ def everywhere(state: State) -> list[Alarm]:
     :raises StorageUnavailableError: when SQL cannot be reached.
     """
     found = []
+
+    def alarm(text: str, advice: str, *, severe: bool = False) -> None:
+        found.append(Alarm(text, advice, severe))
+
     if not dispatcher_alive(state.database):
-        found.append(
-            Alarm(
-                "No dispatcher is alive: nothing is delivered.", "Start one: flask rq-webhooks worker", True
-            )
+        alarm(
+            "No dispatcher is alive: nothing is delivered.",
+            "Start one: flask rq-webhooks worker",
+            severe=True,
         )
     since = paused_since(state.database)
     if since is not None:
-        found.append(
-            Alarm(
-                f"All sending is paused since {moment(since)} UTC.", "Resume it on the overview.", severe=True
-            )
-        )
+        alarm(f"All sending is paused since {moment(since)} UTC.", "Resume it on the overview.", severe=True)
     if not state.settings.enabled:
-        found.append(
-            Alarm(
-                "RQ_WEBHOOKS_ENABLED is off: no webhooks are accepted.", "Accepted ones are still delivered."
-            )
-        )
+        alarm("RQ_WEBHOOKS_ENABLED is off: no webhooks are accepted.", "Accepted ones are still delivered.")
     try:
         waiting = state.outbox.length()
         rejected = state.outbox.rejected()
         silent = state.outbox.silent_callbacks()
+        stuck = nothing_comes_of_reports(state)
     except RedisError:
-        found.append(
-            Alarm(
-                "Redis cannot be reached: outcomes of jobs are not seen.",
-                "Run flask rq-webhooks doctor for the cause.",
-                True,
-            )
+        alarm(
+            "Redis cannot be reached: outcomes of jobs are not seen.",
+            "Run flask rq-webhooks doctor for the cause.",
+            severe=True,
         )
         return found
     if waiting > OUTBOX_LONG:
-        found.append(
-            Alarm(
-                f"{number(waiting)} callbacks wait in the outbox, which can hold "
-                f"{number(state.settings.outbox_maxlen)}.",
-                "Dispatchers do not keep up, or none reads this outbox.",
-            )
+        alarm(
+            f"{number(waiting)} callbacks wait in the outbox, which can hold "
+            f"{number(state.settings.outbox_maxlen)}.",
+            "Dispatchers do not keep up, or none reads this outbox.",
         )
-    if nothing_comes_of_reports(state):
-        found.append(
-            Alarm(
-                "Callback reports are read from the outbox and nothing comes of them.",
-                "See the dispatcher's log; its last error repeats there.",
-                severe=True,
-            )
+    if stuck:
+        alarm(
+            "Callback reports are read from the outbox and nothing comes of them.",
+            "See the dispatcher's log; its last error repeats there.",
+            severe=True,
         )
     if silent:
-        found.append(
-            Alarm(
-                f"{number(silent)} jobs finished within an hour and no callback reported it.",
-                "Their workers cannot write our Redis key: allow them ~rq_webhooks:* (ACL).",
-            )
+        alarm(
+            f"{number(silent)} jobs finished within an hour and no callback reported it.",
+            "Their workers cannot write our Redis key: allow them ~rq_webhooks:* (ACL).",
         )
     if rejected:
-        found.append(
-            Alarm(
-                f"{number(rejected)} outbox entries were set aside because they are malformed.",
-                "See the dispatcher's log: another program writes to this Redis, or versions differ.",
-            )
+        alarm(
+            f"{number(rejected)} outbox entries were set aside because they are malformed.",
+            "See the dispatcher's log: another program writes to this Redis, or versions differ.",
         )
     return found
 
@@ -124,25 +111,13 @@ def of_numbers(numbers: Statistics, now: datetime) -> list[Alarm]:
     """Return alarms that follow from the overview's numbers."""
     found = []
     if numbers.oldest_due_s is not None and numbers.oldest_due_s > LATE_S and numbers.paused_since is None:
-        found.append(
-            Alarm(
-                f"The oldest due delivery has been due for {span(numbers.oldest_due_s)}.",
-                "Dispatchers are too few, stuck, or held back by a limit per host.",
-            )
-        )
+        text = f"The oldest due delivery has been due for {span(numbers.oldest_due_s)}."
+        found.append(Alarm(text, "Dispatchers are too few, stuck, or held back by a limit per host."))
     if numbers.endpoints_disabled:
-        found.append(
-            Alarm(
-                f"{number(numbers.endpoints_disabled, COUNT_CAP)} standing endpoints are disabled.",
-                "Events missed meanwhile can be recovered when they are enabled.",
-            )
-        )
+        text = f"{number(numbers.endpoints_disabled, COUNT_CAP)} standing endpoints are disabled."
+        found.append(Alarm(text, "Events missed meanwhile can be recovered when they are enabled."))
     age = None if numbers.oldest_watch is None else now - numbers.oldest_watch
     if age is not None and age > WATCH_OLD:
-        found.append(
-            Alarm(
-                f"The oldest job with a webhook has been waiting for {span(age.total_seconds())}.",
-                "It is still running or queued, or no worker listens to its queue.",
-            )
-        )
+        text = f"The oldest job with a webhook has been waiting for {span(age.total_seconds())}."
+        found.append(Alarm(text, "It is still running or queued, or no worker listens to its queue."))
     return found

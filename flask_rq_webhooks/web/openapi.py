@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from marshmallow import Schema
-
 from ..accept.request_schema import HeaderObject, SecretText, TargetURL
 from ..errors import ConfigurationError
 from ..state import State
@@ -57,10 +55,10 @@ def openapi_document(state: State, routes: Iterable[Route], *, root: str) -> dic
         spec.path(route.openapi_path, operations={route.method.lower(): _described(route)})
     document = spec.to_dict()
     _mend_lists(document)
-    sometimes: dict[str, frozenset[str]] = {
-        _schema_name(kind): getattr(kind, "sometimes", frozenset())
+    sometimes = {
+        _schema_name(kind): kind.sometimes
         for kind in vars(schemas).values()
-        if isinstance(kind, type) and issubclass(kind, Schema)
+        if isinstance(kind, type) and issubclass(kind, schemas.AnswerSchema)
     }
     for name, component in document["components"]["schemas"].items():
         if not name.endswith("Input"):
@@ -103,10 +101,7 @@ def _described(route: Route) -> dict[str, Any]:
         "parameters": list(_parameters(route)),
         "responses": {
             **{str(status): _answer(*answer) for status, answer in route.answers.items()},
-            "default": {
-                "description": "Refused.",
-                "content": {"application/json": {"schema": "Error"}},
-            },
+            "default": {"description": "Refused.", "content": {"application/json": {"schema": "Error"}}},
         },
     }
     if route.body is not None:

@@ -171,7 +171,7 @@ def _some(step: bulk.Step, cursor: str | None, count_left: Callable[[str], int |
 def erase(state: State, values: Mapping[str, Any]) -> Erasure:
     """Erase what is stored of a job, a run or a reference, and keep the skeleton of the log.
 
-    :param values: checked values of an :class:`~.api_schemas.EraseInput`.
+    :param values: checked values of an :class:`~.api_inputs.EraseInput`.
     """
     return erasure.erase(state.database, **values)
 
@@ -235,11 +235,7 @@ def create(state: State, values: Mapping[str, Any], *, idempotency_key: str | No
     endpoint = NewEndpoint(kind="standing", **stored)
     try:
         endpoint_id = endpoints.create_standing(
-            state.database,
-            state.cipher,
-            endpoint,
-            namespace=state.namespace,
-            idempotency_key=idempotency_key,
+            state.database, state.cipher, endpoint, namespace=state.namespace, idempotency_key=idempotency_key
         )
     except endpoints.ExistsError as exc:
         found = queries.endpoint_detail(state.database, exc.endpoint_id)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flask import Response, abort, make_response, redirect, render_template, request, url_for
+from flask import Blueprint, Response, abort, make_response, redirect, render_template, request, url_for
 from jinja2 import BaseLoader, ChoiceLoader, Environment, FileSystemLoader
 
 from ..errors import ErasedError, StorageUnavailableError
@@ -52,49 +52,72 @@ HEAD_MARK = "dashboard.css"
 _CACHE = "rq_webhooks_templates"
 
 
-def page(state: State, permission: Permission = "read") -> Callable[[View], View]:
-    """Let a view run only for callers with *permission*, and serve what it returns safely.
+class Pages:
+    """Adds pages to a blueprint. Views run only for callers with the permission, and are served safely.
 
     A change needs ``manage`` and a token of ours. Refusals are plain 403s, so that the host's own error
     pages show them.
     """
 
-    def decorate(view: View) -> View:
-        @functools.wraps(view)
-        def wrapper(*args: Any, **kwargs: Any) -> Response:
-            if not is_allowed(state, permission):
-                abort(403, f"This needs the permission {permission!r}.")
-            if request.method == "POST" and is_forgeable():
-                abort(403, "This form has expired. Go back, load the page again and repeat.")
-            try:
-                response = make_response(view(*args, **kwargs))
-            except UnknownItemError:
-                abort(404)
-            except InvalidInputError as exc:
-                abort(400, str(exc))
-            except ErasedError as exc:
-                abort(409, str(exc))
-            except CursorError:
-                abort(400 if request.method == "POST" else 404)
-            except StorageUnavailableError as exc:
-                logger.error("%s %r failed: %s", request.method, request.path, exc)
-                response = make_response(render(state, "unavailable.html"), 503)
-                response.headers["Retry-After"] = "5"
-            own = state.settings.base_template is None
-            response.headers["Content-Security-Policy"] = POLICY if own else POLICY_IN_HOST
-            response.headers["Referrer-Policy"] = "same-origin"
-            response.headers["Cache-Control"] = "no-store"
-            response.headers["X-Content-Type-Options"] = "nosniff"
-            return response
+    def __init__(self, blueprint: Blueprint, state: State) -> None:
+        self._blueprint = blueprint
+        self._state = state
 
-        return wrapper  # type: ignore[return-value]
+    def get(self, rule: str, name: str, permission: Permission = "read") -> Callable[[View], View]:
+        """Serve a view under *rule*; its endpoint is *name* after ``page_``."""
+        return self._added("GET", rule, name, permission)
 
-    return decorate
+    def post(self, rule: str, name: str) -> Callable[[View], View]:
+        """Serve the view of a form, which changes something."""
+        return self._added("POST", rule, name, "manage")
+
+    def _added(self, method: str, rule: str, name: str, permission: Permission) -> Callable[[View], View]:
+        def decorate(view: View) -> View:
+            @functools.wraps(view)
+            def served(**parts: Any) -> Response:
+                if not is_allowed(self._state, permission):
+                    abort(403, f"This needs the permission {permission!r}.")
+                if method == "POST" and is_forgeable():
+                    abort(403, "This form has expired. Go back, load the page again and repeat.")
+                return _safe(self._state, _answered(self._state, view, parts))
+
+            self._blueprint.add_url_rule(rule, f"page_{name}", served, methods=[method])
+            return view
+
+        return decorate
 
 
-def render(state: State, template: str, **values: Any) -> str:
+def _answered(state: State, view: Callable[..., Any], parts: Mapping[str, str]) -> Response:
+    try:
+        return make_response(view(**parts))
+    except UnknownItemError:
+        abort(404)
+    except InvalidInputError as exc:
+        abort(400, str(exc))
+    except ErasedError as exc:
+        return make_response(render(state, "erased.html", reason=str(exc)), 409)
+    except CursorError:
+        abort(400 if request.method == "POST" else 404)
+    except StorageUnavailableError as exc:
+        logger.error("%s %r failed: %s", request.method, request.path, exc)
+        response = make_response(render(state, "unavailable.html"), 503)
+        response.headers["Retry-After"] = "5"
+        return response
+
+
+def _safe(state: State, response: Response) -> Response:
+    own = state.settings.base_template is None
+    response.headers["Content-Security-Policy"] = POLICY if own else POLICY_IN_HOST
+    response.headers["Referrer-Policy"] = "same-origin"
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def render(state: State, template: str, *, strict: bool = False, **values: Any) -> str:
     """Return a page of ours, in the host's layout where that is possible.
 
+    :param strict: raise what the host's layout raises, instead of using ours.
     :param values: what the template shows; it finds them under their names with ``rqw_`` before them.
     """
     values.setdefault("now", datetime.now(UTC))
@@ -118,9 +141,10 @@ def render(state: State, template: str, **values: Any) -> str:
     if base is not None:
         try:
             return _with_assets(state, render_template(found, rqw_base=base, **context))
-        except (
-            Exception
-        ) as exc:  # the host's layout and what it calls: the dashboard is needed most in trouble
+        # The host's layout may raise anything, and the dashboard is needed most in trouble.
+        except Exception as exc:
+            if strict:
+                raise
             logger.error(
                 "The pages cannot be shown in RQ_WEBHOOKS_BASE_TEMPLATE %r (%s: %s), so our own layout is "
                 "used; `flask rq-webhooks doctor` says what to do.", base, type(exc).__name__, exc,

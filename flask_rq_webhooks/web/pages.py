@@ -17,7 +17,7 @@ from flask import Blueprint, Response, abort, make_response, redirect, request, 
 from redis.exceptions import RedisError
 from werkzeug.datastructures import MultiDict
 
-from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
+from ..protocol.events import OPERATOR_TYPES, OPTIONAL_TYPES, TERMINAL_TYPES
 from ..protocol.urls import redact_url
 from ..queue.job_reader import read_jobs
 from ..state import State
@@ -31,7 +31,7 @@ from .api_inputs import STATUSES, ManyInput
 from .charts import OUTCOMES, RANGES, endings
 from .forms import FilterForm, read_filter
 from .health import everywhere, of_numbers
-from .page_frame import done, page, possible_id, render
+from .page_frame import Pages, done, possible_id, render
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +48,16 @@ def add_pages(blueprint: Blueprint, state: State) -> None:
     blueprint.static_folder = "static"
     # Not /static: with the prefix "/" that is the host's.
     blueprint.static_url_path = "/assets"
-    _add_overview(blueprint, state)
-    _add_deliveries(blueprint, state)
+    pages = Pages(blueprint, state)
+    _add_overview(pages, state)
+    _add_deliveries(pages, state)
 
 
 # -- overview -----------------------------------------------------------------------------------------------
 
 
-def _add_overview(blueprint: Blueprint, state: State) -> None:
-    @blueprint.get("/", endpoint="page_overview")
-    @page(state)
+def _add_overview(pages: Pages, state: State) -> None:
+    @pages.get("/", "overview")
     def overview() -> Any:
         back = request.args.get("hours", 24, type=int)
         if back not in RANGES:
@@ -81,14 +81,12 @@ def _add_overview(blueprint: Blueprint, state: State) -> None:
             refresh_s=REFRESH_S if moving else idle_s,
         )
 
-    @blueprint.post("/pause", endpoint="page_pause")
-    @page(state, "manage")
+    @pages.post("/pause", "pause")
     def pause_all() -> Any:
         operations.pause(state)
         return done("paused", ".page_overview")
 
-    @blueprint.post("/resume", endpoint="page_resume")
-    @page(state, "manage")
+    @pages.post("/resume", "resume")
     def resume_all() -> Any:
         operations.resume(state)
         return done("resumed", ".page_overview")
@@ -97,9 +95,8 @@ def _add_overview(blueprint: Blueprint, state: State) -> None:
 # -- deliveries and events ----------------------------------------------------------------------------------
 
 
-def _add_deliveries(blueprint: Blueprint, state: State) -> None:
-    @blueprint.get("/deliveries", endpoint="page_deliveries")
-    @page(state)
+def _add_deliveries(pages: Pages, state: State) -> None:
+    @pages.get("/deliveries", "deliveries")
     def deliveries() -> Any:
         wanted = read_filter(request.args)
         text = request.args.get("q", "").strip()
@@ -108,10 +105,7 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             if found is not None:
                 return found
         listed = queries.list_deliveries(
-            state.database,
-            wanted.where,
-            cursor=request.args.get("cursor") or None,
-            limit=PAGE_ITEMS,
+            state.database, wanted.where, cursor=request.args.get("cursor") or None, limit=PAGE_ITEMS
         )
         return render(
             state,
@@ -120,7 +114,7 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             listed=listed,
             page_items=PAGE_ITEMS,
             statuses=STATUSES,
-            event_types=sorted(TERMINAL_TYPES | OPTIONAL_TYPES),
+            event_types=sorted(TERMINAL_TYPES | OPTIONAL_TYPES | OPERATOR_TYPES),
             q=text,
             next_part=request.args.get("next", ""),
             left=request.args.get("left", type=int),
@@ -129,20 +123,17 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             refresh_s=refresh_s(listed.items),
         )
 
-    @blueprint.post("/deliveries/recover", endpoint="page_recover")
-    @page(state, "manage")
+    @pages.post("/deliveries/recover", "recover")
     def recover_many() -> Any:
         wanted, cursor = _many()
         return done_some("recovered", wanted, operations.recover(state, wanted.where, cursor))
 
-    @blueprint.post("/deliveries/cancel", endpoint="page_cancel")
-    @page(state, "manage")
+    @pages.post("/deliveries/cancel", "cancel")
     def cancel_many() -> Any:
         wanted, cursor = _many()
         return done_some("canceled", wanted, operations.cancel(state, wanted.where, cursor))
 
-    @blueprint.get("/deliveries/<delivery_id>", endpoint="page_delivery")
-    @page(state)
+    @pages.get("/deliveries/<delivery_id>", "delivery")
     def delivery(delivery_id: str) -> Any:
         found = queries.delivery_detail(state.database, possible_id(delivery_id))
         if found is None:
@@ -163,14 +154,12 @@ def _add_deliveries(blueprint: Blueprint, state: State) -> None:
             refresh_s=refresh_s([found.delivery]),
         )
 
-    @blueprint.post("/deliveries/<delivery_id>/resend", endpoint="page_resend")
-    @page(state, "manage")
+    @pages.post("/deliveries/<delivery_id>/resend", "resend")
     def resend_one(delivery_id: str) -> Any:
         status = operations.resend(state, possible_id(delivery_id))
         return done("resent" if status == PENDING else "in_flight", ".page_delivery", delivery_id=delivery_id)
 
-    @blueprint.get("/events/<event_id>", endpoint="page_event")
-    @page(state)
+    @pages.get("/events/<event_id>", "event")
     def event(event_id: str) -> Any:
         found = queries.event_detail(state.database, possible_id(event_id))
         if found is None:

@@ -24,7 +24,7 @@ from flask.cli import FlaskGroup
 
 from flask_rq_webhooks import RQWebhooks
 from flask_rq_webhooks.cli import cli
-from flask_rq_webhooks.observe.outcomes import CALLBACK_GRACE
+from flask_rq_webhooks.observe.conclusions import CALLBACK_GRACE
 from flask_rq_webhooks.protocol.signatures import signature_headers
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State, get_state
@@ -416,3 +416,17 @@ def test_control_characters_reach_no_terminal(host: Flask, state: State) -> None
     assert "\\x1b[2J" in listed
     (shown,) = json.loads(run(host, "endpoints", "list", "--json").output)
     assert shown["description"] == hostile  # programs get what is stored
+    host.add_url_rule("/a\x1b[2J", "view\x9b", lambda: "")
+    for arguments in (
+        ("routes", "--all"),
+        ("routes", "--ignore", hostile),
+        ("trigger", "https://a.example/", "--format", hostile),
+        ("resend", hostile),
+        ("recover", "--since", hostile),
+        ("endpoints", "create", "https://a.example/", "--event", hostile),
+        ("endpoints", "enable", hostile),
+        (hostile,),
+    ):
+        output = run(host, *arguments).output
+        assert "\\x1b" in output, arguments
+        assert output.replace("\n", "").isprintable(), arguments

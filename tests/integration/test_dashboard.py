@@ -513,6 +513,19 @@ def test_resend_of_one(client: FlaskClient, state: State) -> None:
     assert "An attempt is already in progress" in response.text
 
 
+def test_what_was_erased_is_not_sent_again_and_a_page_says_why(client: FlaskClient, state: State) -> None:
+    delivery_id = add_delivery(state, add_endpoint(state), job_id="j")
+    attempt_all(state, storage_rows.EXHAUSTED)
+    found = page(client, f"/deliveries/{delivery_id}")
+    operations.erase(state, {"job_id": "j"})
+    response = submit(client, found, "/resend")
+    assert response.status_code == 409
+    assert '<body class="rqw-body">' in response.text
+    assert "erased" in response.text
+    assert response.headers["Cache-Control"] == "no-store"
+    assert status_of(state, delivery_id) == "exhausted"
+
+
 def test_recover_and_cancel_by_filter(client: FlaskClient, state: State) -> None:
     first = add_endpoint(state, "https://one.example.com/x", kind="job")
     second = add_endpoint(state, "https://two.example.com/x", kind="job")

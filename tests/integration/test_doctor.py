@@ -19,7 +19,7 @@ import redis
 import rq
 import sqlalchemy as sa
 from click.testing import Result
-from flask import Flask
+from flask import Flask, g, redirect
 from flask_sqlalchemy import SQLAlchemy
 from jinja2 import DictLoader
 
@@ -404,6 +404,10 @@ def layout_without_title(setup: Setup) -> None:
     template(setup, "{% block head %}{% endblock %}{% block content %}{% endblock %}")
 
 
+def layout_that_fails_when_rendered(setup: Setup) -> None:
+    template(setup, LAYOUT + "{{ url_for('no_such_view') }}")
+
+
 def loader_without_blueprints(setup: Setup) -> None:
     def before(app: Flask) -> None:
         app.jinja_env.loader = DictLoader({})
@@ -528,6 +532,8 @@ BROKEN: dict[Callable[[Setup], None], str] = {
     layout_without_title: "FAIL layout: RQ_WEBHOOKS_BASE_TEMPLATE 'layout.html' has no block 'title', so "
     "pages "
     "have no title of their own; add {{% block title %}}{{% endblock %}} to it, …",
+    layout_that_fails_when_rendered: "FAIL layout: RQ_WEBHOOKS_BASE_TEMPLATE 'layout.html' cannot be "
+    "rendered (BuildError: …no_such_view…), so pages appear in our own layout; correct it.",
     loader_without_blueprints: "FAIL layout: the app's Jinja loader does not find templates of "
     "blueprints, so "
     "its own templates cannot import rq_webhooks/_macros.html (our pages do without); let it be "
@@ -651,6 +657,49 @@ def test_a_resolver_that_stalls_holds_doctor_up_for_a_second(
         assert time.monotonic() - began < 20
     finally:
         released.set()
+
+
+def test_what_a_check_repeats_steers_no_terminal(setup: Setup) -> None:
+    template(setup, LAYOUT + "{% include 'x\x1b[2J' %}")
+    result = setup.run()
+    assert result.exit_code == 1
+    assert "(TemplateNotFound: x\\x1b[2J)" in lines_of(result)["layout"]
+    assert result.output.replace("\n", "").isprintable()
+
+
+def of_the_user(app: Flask) -> None:
+    app.before_request(lambda: setattr(g, "user", {"name": "guest"}))
+
+
+def login_first(app: Flask) -> None:
+    app.before_request(lambda: redirect("/login"))
+
+
+@pytest.mark.parametrize(
+    ("needs", "layout", "may", "text"),
+    [
+        (of_the_user, "{{ g.user.name.upper() }}", True, "pages appear in 'layout.html'"),
+        (of_the_user, "{{ g.user.team.name }}", False, "except for visitors who are not logged in"),
+        (login_first, "{{ g.user.team.name }}", True, "the app wants a login first"),
+    ],
+    ids=["set by the app", "needs a login", "redirects"],
+)
+def test_a_layout_that_needs_a_login_is_no_alarm(
+    setup: Setup, needs: Callable[[Flask], None], layout: str, may: bool, text: str
+) -> None:
+    template(setup, LAYOUT + layout)
+    add_template = setup.before
+    setup.authorize = lambda permission, **_what: may
+
+    def before(app: Flask) -> None:
+        assert add_template is not None
+        add_template(app)
+        needs(app)
+
+    setup.before = before
+    result = setup.run()
+    assert result.exit_code == 0, result.output
+    assert text in lines_of(result)["layout"]
 
 
 def test_a_pause_and_an_empty_redis_are_told_without_alarm(setup: Setup) -> None:

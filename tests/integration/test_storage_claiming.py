@@ -11,7 +11,7 @@ import pytest
 
 from flask_rq_webhooks.storage import claims
 from flask_rq_webhooks.storage.attempts import record_attempts
-from flask_rq_webhooks.storage.bulk import cancel
+from flask_rq_webhooks.storage.bulk import cancel_part
 from flask_rq_webhooks.storage.claims import defer, free_expired_leases, next_due_in, release
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.dispatchers import pause, resume
@@ -181,7 +181,7 @@ def test_deferred_and_released(database: Database) -> None:
 def test_given_back_after_it_was_canceled_it_is_nobodys(database: Database) -> None:
     (delivery_id,) = deliver_to(database, "a.example")
     (claimed,) = claim(database)
-    assert cancel(database, DeliveryFilter(host="a.example")) == 1
+    assert cancel_part(database, DeliveryFilter(host="a.example")).done == 1
     assert release(database, [claimed]) == 0
     stored = row(database, Delivery)
     assert (stored.status, stored.lease_id, stored.lease_until) == ("canceled", None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import UTC, datetime, timedelta
@@ -16,11 +17,9 @@ from flask_rq_webhooks.storage import bulk
 from flask_rq_webhooks.storage.attempts import record_attempts
 from flask_rq_webhooks.storage.bulk import (
     Part,
-    cancel,
     cancel_part,
     left_to_cancel,
     left_to_recover,
-    recover,
     recover_part,
 )
 from flask_rq_webhooks.storage.crypto import Cipher, rekey
@@ -30,7 +29,7 @@ from flask_rq_webhooks.storage.events import IngestItem
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch
 from flask_rq_webhooks.storage.queries import CursorError
-from flask_rq_webhooks.storage.retention import Pruned, prune, resend
+from flask_rq_webhooks.storage.retention import BATCH, Pruned, prune, resend
 from tests.storage_rows import (
     CIPHER,
     EXHAUSTED,
@@ -56,8 +55,24 @@ def finish(database: Database, decision: object = None) -> list[str]:
     return [one.id for one in claimed]
 
 
-def recovered(database: Database, where: DeliveryFilter, **options: object) -> int:
-    return recover(database, where, render=render, max_attempts=MAX_ATTEMPTS, **options)  # type: ignore[arg-type]
+def done_in_parts(
+    step: Callable[..., Part], database: Database, where: DeliveryFilter, at_most: int = BATCH
+) -> list[int]:
+    """Do all parts; return how many deliveries each of them changed."""
+    part = step(database, where, cursor=None, at_most=at_most)
+    done = [part.done]
+    while part.cursor is not None:
+        part = step(database, where, cursor=part.cursor, at_most=at_most)
+        done.append(part.done)
+    return done
+
+
+def recovered(database: Database, where: DeliveryFilter, at_most: int = BATCH) -> int:
+    return sum(done_in_parts(part_of, database, where, at_most))
+
+
+def canceled(database: Database, where: DeliveryFilter) -> int:
+    return sum(done_in_parts(cancel_part, database, where))
 
 
 @pytest.mark.parametrize("decision", [None, EXHAUSTED], ids=["succeeded", "exhausted"])
@@ -95,9 +110,8 @@ def test_recover_by_filter_in_batches(database: Database) -> None:
     finish(database, EXHAUSTED)
     deliver_to(database, "a.example", 2)
     finish(database)
-    told: list[int] = []
-    assert recovered(database, DeliveryFilter(host="a.example"), batch=3, progress=told.append) == 7
-    assert told == [3, 6, 7]
+    done = done_in_parts(part_of, database, DeliveryFilter(host="a.example"), 3)
+    assert [number for number in done if number] == [3, 3, 1]
     by_status = {(one.host, one.status, one.trigger) for one in rows(database, Delivery)}
     assert by_status == {
         ("a.example", "pending", "manual"),
@@ -122,7 +136,7 @@ def test_recover_makes_what_a_disabled_endpoint_missed(database: Database) -> No
     )
     assert recovered(database, DeliveryFilter(endpoint_id=standing)) == 0, "it is disabled"
     enable_standing(database, standing)
-    assert recovered(database, DeliveryFilter(endpoint_id=standing), batch=2) == 5
+    assert recovered(database, DeliveryFilter(endpoint_id=standing), at_most=2) == 5
     assert recovered(database, DeliveryFilter(endpoint_id=standing)) == 0, "nothing is made twice"
     made = [json.loads(one.body) for one in rows(database, Delivery, Delivery.trigger == "manual")]
     assert sorted(body[2] for body in made) == [f"missed-{number}" for number in range(5)]
@@ -212,16 +226,14 @@ def test_a_cursor_of_somebody_else_is_refused(database: Database, cursor: str) -
 def test_cancel_by_filter(database: Database) -> None:
     deliver_to(database, "a.example", 5)
     deliver_to(database, "b.example", 1)
-    told: list[int] = []
-    assert cancel(database, DeliveryFilter(host="a.example"), batch=2, progress=told.append) == 5
-    assert told == [2, 4, 5]
+    assert done_in_parts(cancel_part, database, DeliveryFilter(host="a.example"), 2) == [2, 2, 1]
     stored = rows(database, Delivery, Delivery.host == "a.example")
     assert {(one.status, one.next_attempt_at) for one in stored} == {("canceled", None)}
     assert all(one.finished_at is not None for one in stored)
     assert [one.host for one in claim(database)] == ["b.example"]
-    assert cancel(database, DeliveryFilter(statuses=("succeeded",))) == 0
-    assert cancel(database, DeliveryFilter(statuses=("pending",))) == 0
-    assert cancel(database, DeliveryFilter(statuses=("sending",))) == 1
+    assert canceled(database, DeliveryFilter(statuses=("succeeded",))) == 0
+    assert canceled(database, DeliveryFilter(statuses=("pending",))) == 0
+    assert canceled(database, DeliveryFilter(statuses=("sending",))) == 1
 
 
 def test_cancel_waits_for_what_is_being_recorded(database: Database) -> None:
@@ -232,10 +244,10 @@ def test_cancel_waits_for_what_is_being_recorded(database: Database) -> None:
     with ThreadPoolExecutor(1) as pool:
         with database.write() as connection:
             connection.execute(select(Delivery.id).where(Delivery.id == claimed[0].id).with_for_update())
-            canceled = pool.submit(cancel, database, DeliveryFilter(host="a.example"))
+            waiting = pool.submit(cancel_part, database, DeliveryFilter(host="a.example"))
             with pytest.raises(FutureTimeoutError):
-                canceled.result(timeout=0.5)
-        assert canceled.result(timeout=30) == 3
+                waiting.result(timeout=0.5)
+        assert waiting.result(timeout=30) == Part(3, None)
     assert {one.status for one in rows(database, Delivery)} == {"canceled"}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from flask_rq_webhooks.protocol.retry import Decision
 from flask_rq_webhooks.storage.attempts import AttemptRecord, RecordResult, record_attempts
-from flask_rq_webhooks.storage.bulk import cancel
+from flask_rq_webhooks.storage.bulk import cancel_part
 from flask_rq_webhooks.storage.claims import free_expired_leases
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.endpoints import enable_standing
@@ -144,7 +144,7 @@ def test_a_lost_lease_records_nothing_and_moves_nothing_back(database: Database)
 def test_canceled_while_it_was_sent(database: Database, decision: Decision, status: str) -> None:
     deliver_to(database, "a.example")
     (claimed,) = claim(database)
-    assert cancel(database, DeliveryFilter()) == 1
+    assert cancel_part(database, DeliveryFilter()).done == 1
     assert resend(database, claimed.id) == "sending", "an attempt is still under way"
     assert record(database, attempt(claimed, decision)).recorded == {claimed.id: status}
     stored = row(database, Delivery)

@@ -16,7 +16,7 @@ from flask import redirect
 from werkzeug.routing import Rule
 
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
-from flask_rq_webhooks.observe.outcomes import CALLBACK_GRACE
+from flask_rq_webhooks.observe.conclusions import CALLBACK_GRACE
 from flask_rq_webhooks.queue.safe_pickle import load_plain
 from flask_rq_webhooks.storage.dispatchers import is_paused
 from tests.integration.hosts import FIELDS, Host
@@ -32,7 +32,7 @@ from tests.security.conftest import MakeHost
 from tests.servers import Receiver
 
 #: Open to everybody: says whether a dispatcher is alive; our own style sheet and script.
-OPEN = {"rq_webhooks.health", "rq_webhooks.static"}
+OPEN = {"rq_webhooks.health", "rq_webhooks.keys", "rq_webhooks.static"}
 
 
 @pytest.fixture
