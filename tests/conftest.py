@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import flask
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 
 from tests.servers import PostgresHandle, Receiver, postgres_server, valkey_server
 
@@ -24,6 +25,10 @@ DATABASE_URL = os.environ.get("RQ_WEBHOOKS_TEST_DATABASE_URL")
 LONG = ("chaos", "multimachine", "browser", "acceptance")
 #: Of these, each test goes to whichever process is free: they share nothing, or only the run's servers.
 SPLIT = ("tests/chaos/", "tests/acceptance/test_pipeline.py", "tests/acceptance/test_dispatcher_kills.py")
+
+# How long an example takes is no finding: tests may run beside others on a busy machine.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

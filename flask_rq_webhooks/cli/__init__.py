@@ -17,7 +17,7 @@ from typing import Any
 import click
 from flask.cli import AppGroup, ScriptInfo
 
-from ..dispatch.dispatcher import Dispatcher, reconcile_now
+from ..dispatch.dispatcher import Dispatcher, reconcile_now, wait_for_sql
 from ..dispatch.http import open_transport
 from ..dispatch.processes import Supervisor, is_child, life_signs, own_command
 from ..dispatch.request_builder import send_ping
@@ -89,13 +89,17 @@ cli.add_command(routes)
 def worker(burst: bool, concurrency: int | None, processes: int) -> None:
     """Deliver webhooks until stopped (a dispatcher).
 
+    Without --burst it waits for SQL and Redis where they are away.
     SIGTERM and Ctrl-C finish the requests in flight; a second one does not wait for them. Run as many
     workers as you like, on as many machines as you like.
     """
     _log_to_stderr()
     if processes > 1 and not is_child():
         raise SystemExit(Supervisor(own_command(), processes, burst=burst).run())
-    dispatcher = Dispatcher(get_state(), concurrency=concurrency, on_alive=life_signs())
+    on_alive = life_signs()
+    if not burst:
+        wait_for_sql(get_state(), on_alive)
+    dispatcher = Dispatcher(get_state(), concurrency=concurrency, on_alive=on_alive)
     # What was loaded so far lives as long as this process; the garbage collector need not visit it again:
     # several per cent of the CPU of a busy dispatcher.
     gc.collect()

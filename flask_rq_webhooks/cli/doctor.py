@@ -6,6 +6,7 @@ Every check says what is wrong and how to fix it. Changes nothing. The checks of
 
 from __future__ import annotations
 
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -105,10 +106,18 @@ def _redis(state: State) -> str:
 
 
 def _sql(state: State) -> str:
-    with state.database.read() as connection:
-        state.database.now(connection)
-    url = state.database.url
-    return f"{url.get_backend_name()}, database {url.database or '(in memory)'}"
+    database, url = state.database, state.database.url
+    with database.read() as connection:
+        database.now(connection)
+        slow = database.is_sqlite and not database.in_memory and not connection.info["rq_webhooks_wal"]
+    found = f"{url.get_backend_name()}, database {url.database or '(in memory)'}"
+    if not slow:
+        return found
+    return (
+        f"{found}; not in WAL mode, so that processes wait for each other: a registration takes 15.5 ms "
+        f"instead of 6.8, a claim 18 ms instead of 3.8 (measured); to change it, for the host as well, run "
+        f"`sqlite3 {shlex.quote(url.database or '')} 'PRAGMA journal_mode=WAL'`"
+    )
 
 
 def _tables(state: State) -> str:

@@ -28,10 +28,11 @@ from ..observe.ingest import Ingest
 from ..observe.publisher import Publisher
 from ..observe.reconcile import Reconciler, ReconcileReport
 from ..storage.claims import free_expired_leases
-from ..storage.dispatchers import drop_reconcile_lease, heartbeat, sign_off, take_reconcile_lease
+from ..storage.dispatchers import drop_reconcile_lease, forget_dead, heartbeat, sign_off, take_reconcile_lease
 from ..storage.erasure import erase_finished
 from ..storage.models import new_id
 from ..storage.retention import Pruned, prune
+from ..storage.sql_errors import is_away
 from .http import Transport, open_transport
 from .pubsub import Notices
 from .rate_limit import RateLimiter
@@ -102,6 +103,40 @@ def _reconciler(state: State, publisher: Publisher) -> Reconciler:
 
 def _lease_s(state: State) -> float:
     return 2 * state.settings.reconcile_interval + LEASE_SPARE_S
+
+
+def wait_for_sql(state: State, on_alive: Callable[[], bool]) -> None:
+    """Return as soon as SQL can be used; while it is away, ask every few seconds.
+
+    Before a :class:`Dispatcher` is made, because the names of our keys in Redis are stored in SQL. SIGTERM
+    and SIGINT end the process.
+
+    :param on_alive: called meanwhile; ``False`` ends the process.
+    :raises StorageUnavailableError: when SQL refuses us or lacks our tables.
+    """
+
+    def leave(*_: object) -> None:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    waiting = False
+    try:
+        while True:
+            try:
+                forget_dead(state.database)
+                return
+            except StorageUnavailableError as exc:
+                if not is_away(exc):
+                    raise
+                if not waiting:
+                    logger.error("Waiting for SQL; nothing is lost: %s", exc)
+                waiting = True
+            if not on_alive():
+                leave()
+            time.sleep(LONGEST_PAUSE_S)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Dispatcher:

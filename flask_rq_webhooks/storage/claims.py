@@ -186,7 +186,7 @@ def free_leases(database: Database, lease_ids: Sequence[str]) -> int:
 
 
 def free_expired_leases(database: Database) -> int:
-    """Make deliveries due again whose sender was not heard of within its lease; return how many."""
+    """Make deliveries due again whose lease expired; return how many."""
     with database.write(single_statement=True, durable=False) as connection:
         return connection.execute(
             update(Delivery)

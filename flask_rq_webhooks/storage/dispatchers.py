@@ -126,11 +126,6 @@ def paused_since(database: Database) -> datetime | None:
         ).scalar_one_or_none()
 
 
-def is_paused(database: Database) -> bool:
-    """Say whether all sending is paused."""
-    return paused_since(database) is not None
-
-
 def take_reconcile_lease(database: Database, owner: str, seconds: float) -> bool:
     """Take or extend the right to reconcile; one dispatcher at a time has it.
 

@@ -2,7 +2,7 @@
 
 Owns the rows that a request's webhook fields become (register, before the view), the confirmation of the
 jobs the view enqueued (after it), and the standing endpoints operators make. Knows nothing of requests
-and of Redis: it is told which jobs exist.
+and of Redis: its callers say which jobs exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,19 @@ from sqlalchemy.exc import IntegrityError
 from ..protocol.events import parse_time
 from .crypto import Cipher
 from .database import Database
-from .models import ALPHABET, OPEN, RESERVED, Attempt, Base, Delivery, Endpoint, Secret, Watch, new_id
+from .models import (
+    ALPHABET,
+    OPEN,
+    RESERVED,
+    Attempt,
+    Base,
+    Delivery,
+    Endpoint,
+    EndpointFields,
+    Secret,
+    Watch,
+    new_id,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +44,15 @@ ROTATION_GRACE_S = 86400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NewEndpoint:
-    """An endpoint before it is stored; everything was validated. Its attributes are columns, but ``secret``.
+class NewEndpoint(EndpointFields):
+    """An endpoint before it is stored; everything was validated.
 
-    :param url: normalised.
-    :param host: the unit of fairness and limits, see :class:`~.models.Endpoint`.
     :param headers: custom headers, in the clear.
     :param secret: signs every delivery; ``None`` for none of its own.
-    :param events: types it hears of; ``None`` for all terminal ones. ``"*"`` on a standing endpoint: every
-        type there is.
     """
 
-    url: str
-    host: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     secret: str | None = field(default=None, repr=False)
-    events: tuple[str, ...] | None = None
-    scope: str = "job"
-    format: str = "job"
-    sign_payload: bool = False
-    reference: str | None = None
-    runid: str | None = None
-    timeout_s: float | None = None
-    max_attempts: int | None = None
-    kind: str = "job"
-    description: str | None = None
 
 
 def register(
@@ -134,7 +130,7 @@ def confirm(
     :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
         itself, in a transaction that ends only after we answer.
     :raises StorageUnavailableError: when the database cannot be written now; the caller then leaves the
-        word in the outbox.
+        confirmation in the outbox.
     """
     now = datetime.now(UTC)
     # The run that is confirmed counts, also that of a watched job which began before the request.
@@ -167,7 +163,7 @@ def confirm(
         )
         statements.append((close, None))
     try:
-        # Durable: of all jobs but the one whose id was reserved, this is the only word there is.
+        # Durable: of all jobs but the one whose id was reserved, this is the only record there is.
         database.execute(statements, busy_timeout_s=busy_timeout_s)
     except IntegrityError:
         # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.

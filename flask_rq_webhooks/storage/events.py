@@ -55,7 +55,7 @@ class StoredEvent:
     """An event that is in SQL now, with all that a batch says about it.
 
     :param created: ``False`` when it was there already.
-    :param named: endpoints that whoever brought the word has named.
+    :param named: endpoints that the report named.
     :param deliveries: how many deliveries are new.
     """
 
@@ -93,13 +93,13 @@ def ingest(
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
-    A run has one terminal event, whoever tells of it and however many do so at once; an endpoint named for
+    A run has one terminal event, whoever reports it and however many do so at once; an endpoint named for
     an event that is already there gets its missing delivery, rendered from what was stored. Standing
     endpoints get a delivery of new events only, and only while enabled: what happens while one is disabled
     is left to :func:`~.bulk.recover_part`.
 
     All or nothing: where *render* or *scrub* raises, nothing of the batch is stored. The caller then
-    brings the items one by one, so that one that cannot be told never holds up the others.
+    brings the items one by one, so that one that cannot be stored never holds up the others.
 
     :param render: the bytes to deliver, from endpoint, event id and occurrence.
     :param max_attempts: where the endpoint itself sets none.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -119,6 +120,30 @@ MEMBER = "member"
 # Why an attempt is made.
 SCHEDULED = "scheduled"
 MANUAL = "manual"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointFields:
+    """What a client or an operator chooses of an endpoint: columns of :class:`Endpoint`, decoded.
+
+    :param url: normalised.
+    :param host: see :class:`Endpoint`.
+    :param events: types it gets; ``None`` for all terminal ones. ``"*"`` on a standing endpoint: every type
+        there is.
+    """
+
+    url: str = field(repr=False)
+    host: str
+    kind: str = "job"
+    events: tuple[str, ...] | None = None
+    scope: str = "job"
+    format: str = "job"
+    sign_payload: bool = False
+    reference: str | None = None
+    runid: str | None = None
+    timeout_s: float | None = None
+    max_attempts: int | None = None
+    description: str | None = None
 
 
 class Endpoint(Base):

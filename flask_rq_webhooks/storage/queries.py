@@ -1,8 +1,8 @@
 """Reads for people: the status of a job's webhook, lists, details, numbers.
 
 Owns what pages, API and command line show, with cursors and bounded cost: no query here reads more rows
-than it shows, or than one of the windows below. URLs are given as they are stored; whoever shows them
-redacts them.
+than it shows, or than one of the windows below. URLs are given as they are stored; callers redact
+them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .models import (
     Attempt,
     Delivery,
     Endpoint,
+    EndpointFields,
     Event,
     Secret,
     Watch,
@@ -55,23 +56,11 @@ class Page(Generic[Item]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointView:
+class EndpointView(EndpointFields):
     """An endpoint. ``headers`` is encrypted; ``secrets`` says how many are live."""
 
     id: str
-    kind: str
-    url: str = field(repr=False)
-    host: str
     headers: str | None = field(repr=False)
-    events: tuple[str, ...] | None
-    scope: str
-    format: str
-    sign_payload: bool
-    reference: str | None
-    runid: str | None
-    timeout_s: float | None
-    max_attempts: int | None
-    description: str | None
     enabled: bool
     disabled_at: datetime | None
     disabled_reason: str | None
@@ -100,7 +89,7 @@ class EventView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryView:
-    """A delivery with what is told of its event and endpoint."""
+    """A delivery with what is shown of its event and endpoint."""
 
     id: str
     event_id: str

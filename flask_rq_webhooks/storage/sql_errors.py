@@ -25,6 +25,18 @@ _TRY_AGAIN = frozenset({"40001", "40P01"})
 #: Primary result codes of SQLite that are about the file and not about a statement: internal, perm, abort,
 #: busy, locked, nomem, readonly, interrupt, ioerr, corrupt, full, cantopen, protocol, nolfs, auth, notadb.
 _SQLITE_UNAVAILABLE = frozenset({2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 22, 23, 26})
+#: Those of them that another process causes and ends: busy, locked.
+_SQLITE_BUSY = frozenset({5, 6})
+#: Classes of SQLSTATE that a person has to mend: authorization, no such database, name or right.
+_REFUSED_CLASSES = frozenset({"28", "3D", "3F", "42"})
+#: The same where a connection was refused, which drivers report without SQLSTATE.
+_REFUSALS = (
+    "authentication failed",
+    "does not exist",
+    "pg_hba.conf",
+    "no password",
+    "not permitted to log in",
+)
 
 
 def sqlstate(exc: BaseException) -> str:
@@ -70,6 +82,20 @@ def may_try_again(exc: StorageUnavailableError) -> bool:
     """Say whether the same transaction may succeed at once: on a new connection, or after another one."""
     cause = exc.__cause__
     return isinstance(cause, DBAPIError) and (cause.connection_invalidated or sqlstate(cause) in _TRY_AGAIN)
+
+
+def is_away(exc: StorageUnavailableError) -> bool:
+    """Say whether waiting may help: the database is away, starting or busy, and refuses nothing."""
+    cause = exc.__cause__
+    if not isinstance(cause, DBAPIError):
+        return True
+    code = getattr(cause.orig, "sqlite_errorcode", None)
+    if code is not None:
+        return code & 0xFF in _SQLITE_BUSY
+    state = sqlstate(cause)
+    if state:
+        return state[:2] not in _REFUSED_CLASSES
+    return not is_missing_schema(cause) and not any(words in str(cause.orig) for words in _REFUSALS)
 
 
 def why_unavailable(exc: DBAPIError | PoolTimeoutError, url: URL, schema: str | None) -> str | None:

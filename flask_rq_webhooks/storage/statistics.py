@@ -39,7 +39,7 @@ COUNT_CAP = 10_000
 FINISHED_WINDOW = 50_000
 #: Attempts looked at for latency and hosts, the newest.
 ATTEMPT_WINDOW = 2_000
-#: Hosts told of at most.
+#: Hosts shown at most.
 WORST_HOSTS = 10
 
 

@@ -1,4 +1,4 @@
-"""Who hears of an event, and the deliveries that makes.
+"""Which endpoints get an event, and the deliveries that makes.
 
 Owns the rows of endpoints as ingest sees them, the choice among them, and the rows of new deliveries. Knows
 nothing of how bodies are rendered, and nothing of watches but which endpoint they belong to.
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 #: In the event list of an endpoint: every type there is, application types and optional ones included.
 EVERY_TYPE = "*"
 
-#: Ends the token of jobs that only standing endpoints hear of (``ATTACH="all"``).
+#: Ends the token of jobs that only standing endpoints get events of (``ATTACH="all"``).
 NO_ENDPOINT_SUFFIX = "_all"
 
 
@@ -50,7 +50,7 @@ class EndpointRow:
     created_at: datetime
 
     def wants(self, event_type: str) -> bool:
-        """Say whether the endpoint hears of *event_type*.
+        """Say whether the endpoint gets events of *event_type*.
 
         Without a list: of every terminal type. With one: of what it names; ``"*"`` names everything.
         """
@@ -60,7 +60,7 @@ class EndpointRow:
 
 
 def is_endpoint(endpoint_id: str | None) -> bool:
-    """Say whether a callback's token names an endpoint, or only that standing ones may hear of the job."""
+    """Say whether a callback's token names an endpoint, or only that standing ones may get its events."""
     return endpoint_id is not None and not endpoint_id.endswith(NO_ENDPOINT_SUFFIX)
 
 
@@ -137,7 +137,7 @@ def receivers_of(
     endpoints: Mapping[str, EndpointRow],
     standing: Sequence[EndpointRow],
 ) -> list[EndpointRow]:
-    """Return every endpoint that hears of *event*, each once."""
+    """Return every endpoint that gets *event*, each once."""
     occurrence = event.occurrence
     if occurrence.type == WEBHOOK_PING:  # a test of the named endpoint, whatever it listens for
         return [endpoints[endpoint_id] for endpoint_id in event.named if endpoint_id in endpoints]
@@ -146,7 +146,7 @@ def receivers_of(
     for watch in watches:
         endpoint = endpoints.get(watch.endpoint_id)
         if endpoint is None or watch.status == CLOSED or occurrence.scope == "tree":
-            continue  # a tree is told to the one endpoint it was evaluated for
+            continue  # a tree is reported to the one endpoint it was evaluated for
         counts = began is None or began >= endpoint.created_at - CLOCK_SKEW
         if counts or watch.run == occurrence.run:  # it was noted as one that counts, whatever the clocks say
             chosen[endpoint.id] = endpoint

@@ -1,7 +1,7 @@
 """What is remembered of trees: which jobs belong to one, and how they were when last seen.
 
-Owns the statements behind :mod:`~flask_rq_webhooks.observe.job_trees`. Knows nothing of Redis: it is told
-what RQ says. A member of a tree, a job found below its roots, has a watch of the status
+Owns the statements behind :mod:`~flask_rq_webhooks.observe.job_trees`. Knows nothing of Redis:
+its callers say what RQ has. A member of a tree, a job found below its roots, has a watch of the status
 :data:`~flask_rq_webhooks.storage.models.MEMBER`, which keeps the member's last known status as its
 ``evidence``.
 """
@@ -39,7 +39,7 @@ class TreeRow:
 
 
 def open_trees(database: Database, *, after: str = "", limit: int = 200) -> list[str]:
-    """Return ids of endpoints with a tree that has not been told, by id."""
+    """Return ids of endpoints with a tree that was not reported yet, by id."""
     query = _OPEN.where(Watch.endpoint_id > after).order_by(Watch.endpoint_id).limit(limit)
     with database.read() as connection:
         return [endpoint_id for endpoint_id in connection.execute(query).scalars() if endpoint_id is not None]
@@ -115,7 +115,7 @@ def remember_members(
         ]  # fmt: skip
         for chunk in chunks_of(rows):
             connection.execute(
-                # A member of a tree that was told and began again.
+                # A member of a tree that was reported and began again.
                 insert_or_update(
                     database, Watch, chunk,
                     index=("job_id", "endpoint_id"),

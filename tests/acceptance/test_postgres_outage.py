@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import pytest
 import redis
 import sqlalchemy as sa
 
 from flask_rq_webhooks.state import get_state
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint, Event, Watch
-from tests.acceptance.conftest import SECRET, Stack, running_stack
-from tests.servers import PostgresHandle, postgres_server, wait_until
+from tests.acceptance.conftest import FLASK, SECRET, Stack, running_stack
+from tests.servers import PostgresHandle, Process, postgres_server, wait_until
 
 #: Seconds without a database; the long form is for the release notes.
 OUTAGE_S = float(os.environ.get("RQ_WEBHOOKS_TEST_OUTAGE_S", "4"))
@@ -181,6 +182,54 @@ def test_host_is_told_503_in_its_words_and_nothing_runs(
 
     assert stack.submit("/call/add", {"args": [1, 2]}).headers["Webhook-Registered"] == "true"
     assert stack.client().get(f"/webhooks/jobs/{job_id}").status_code == 200
+
+
+@pytest.mark.parametrize("options", [(), ("--processes", "2")], ids=["one", "two"])
+def test_dispatcher_started_before_sql_waits_for_it(
+    outage_stack: Stack,
+    own_postgres: PostgresHandle,
+    options: tuple[str, ...],
+) -> None:
+    stack, count = outage_stack, 2 if options else 1
+    stack.call("add", 1, 2)
+    own_postgres.stop()
+    parent = stack.start_dispatcher(*options)
+    wait_until(lambda: parent.output.count("Waiting for SQL; ") == count, timeout=60)
+    pids = {child.pid for child in psutil.Process(parent.pid).children()} or {parent.pid}
+    time.sleep(5)  # it tries every two seconds
+    assert parent.output.count("Waiting for SQL; ") == count, "one line each"
+    assert " started: up to " not in parent.output
+    own_postgres.start()
+    wait_until(lambda: parent.output.count(" started: up to ") == count, timeout=60)
+    assert ({child.pid for child in psutil.Process(parent.pid).children()} or {parent.pid}) == pids
+    assert "Next start in" not in parent.output  # no child ended meanwhile
+    stack.start_worker(burst=True)
+    stack.receiver.wait_for(1)
+    assert parent.stop() == 0
+
+
+def test_dispatcher_that_waits_for_sql_is_stopped_at_once(
+    outage_stack: Stack, own_postgres: PostgresHandle
+) -> None:
+    own_postgres.stop()
+    try:
+        for options in ((), ("--processes", "2")):
+            parent = outage_stack.start_dispatcher(*options)
+            wait_until(lambda one=parent: "Waiting for SQL; " in one.output, timeout=60)
+            began = time.monotonic()
+            assert parent.stop() == 0, parent.output
+            assert time.monotonic() - began < 10
+            assert "Traceback" not in parent.output
+    finally:
+        own_postgres.start()
+
+
+def test_dispatcher_does_not_wait_for_what_refuses_it(own_postgres: PostgresHandle, redis_url: str) -> None:
+    environment = {"TEST_DATABASE_URL": own_postgres.url("no_such"), "TEST_REDIS_URL": redis_url}
+    with Process(*FLASK, "rq-webhooks", "worker", env=environment) as process:
+        assert process.wait(60) == 1
+        assert "does not exist" in process.output
+        assert "Traceback" not in process.output
 
 
 def test_connections_that_the_server_closed_are_not_used_again(

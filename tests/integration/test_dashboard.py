@@ -21,7 +21,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.test import TestResponse
 
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.dispatchers import heartbeat, is_paused
+from flask_rq_webhooks.storage.dispatchers import heartbeat, paused_since
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint, Event, Secret
 from flask_rq_webhooks.web import health, operations
 from flask_rq_webhooks.web.operations import AT_MOST
@@ -244,7 +244,7 @@ def test_forms_need_manage_and_a_token(
     assert other.post(address, data=data, headers={"Origin": "https://evil.example"}).status_code == 403
     assert client.get(address).status_code in (200, 404, 405)
     assert [storage_rows.rows(state.database, table) for table in (Delivery, Endpoint, Secret)] == before
-    assert not is_paused(state.database)
+    assert not paused_since(state.database)
 
 
 def test_a_reader_is_offered_nothing_to_change(client: FlaskClient, state: State, allowed: set[str]) -> None:
@@ -615,11 +615,11 @@ def test_a_bulk_form_with_a_bad_filter_changes_nothing(client: FlaskClient, stat
 
 def test_pause_and_resume(client: FlaskClient, state: State) -> None:
     response = submit(client, page(client, "/"), "/pause")
-    assert is_paused(state.database)
+    assert paused_since(state.database)
     assert "All sending is paused since" in response.text
     assert "All sending is paused since" in page(client, "/deliveries").text
     response = submit(client, Page(response), "/resume")
-    assert not is_paused(state.database)
+    assert not paused_since(state.database)
     assert "Sending is resumed." in response.text
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -754,3 +757,26 @@ def test_routes_that_only_look_alike_are_no_clash(setup: Setup) -> None:
 
     setup.before = before
     assert lines_of(setup.run())["routes"] == "ok   routes: served under /webhooks"
+
+
+def test_wal_is_recommended_for_a_file_of_the_host_without_it(setup: Setup, tmp_path: Path) -> None:
+    path = tmp_path / "the app.db"
+    made = Database(f"sqlite:///{path}", own_file=False)
+    made.create_tables()
+    dispatchers.heartbeat(made, "dsp_x", started=True)
+    made.dispose()
+    del setup.config["RQ_WEBHOOKS_DATABASE_URI"]
+    setup.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{path}"
+    setup.before = lambda app: SQLAlchemy().init_app(app)
+
+    result = setup.run()
+
+    line = next(line for line in result.output.splitlines() if line.startswith("ok   sql: "))
+    assert "a registration takes 15.5 ms instead of 6.8, a claim 18 ms instead of 3.8" in line
+    command = line.partition("run `")[2].rstrip("`")
+    assert command == f"sqlite3 '{path}' 'PRAGMA journal_mode=WAL'"
+    assert "WAL" not in result.output.replace(line, "")
+
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(shlex.split(command)[2])
+    assert "WAL" not in setup.run().output

@@ -17,7 +17,6 @@ from flask_rq_webhooks.storage.dispatchers import (
     drop_reconcile_lease,
     forget_dead,
     heartbeat,
-    is_paused,
     pause,
     paused_since,
     resume,
@@ -69,14 +68,14 @@ def test_heartbeats(database: Database) -> None:
 
 
 def test_pause_and_resume(database: Database) -> None:
-    assert not is_paused(database)
+    assert not paused_since(database)
     pause(database)
     since = paused_since(database)
     assert since is not None
     pause(database)
     assert paused_since(database) == since
     resume(database)
-    assert not is_paused(database)
+    assert not paused_since(database)
 
 
 def test_one_dispatcher_at_a_time_reconciles(database: Database) -> None:

@@ -18,7 +18,7 @@ from werkzeug.routing import Rule
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.observe.conclusions import CALLBACK_GRACE
 from flask_rq_webhooks.queue.safe_pickle import load_plain
-from flask_rq_webhooks.storage.dispatchers import is_paused
+from flask_rq_webhooks.storage.dispatchers import paused_since
 from tests.integration.hosts import FIELDS, Host
 from tests.pipeline import (
     add_endpoint,
@@ -220,7 +220,7 @@ def test_a_change_from_elsewhere_is_refused(host: Host, headers: dict[str, str])
 
     assert answer.status_code == 403
     assert answer.get_json()["error"]["code"] == "csrf"
-    assert not is_paused(host.state.database)
+    assert not paused_since(host.state.database)
 
 
 DEEP = 50_000
