@@ -157,7 +157,8 @@ def deliver_all(
     try:
         _send_all(state, receiver, notices, consumer, retries=retries)
     finally:
-        notices.close()
+        if notices is not None:
+            notices.close()
     return receiver.received[already:]
 
 
@@ -263,7 +264,7 @@ def _webhook_of(seen: SeenJob, decorated: bool, watched: set[str]) -> str:
 
 
 def _send_all(
-    state: State, receiver: InMemoryReceiver, notices: Notices, dispatcher_id: str, *, retries: bool
+    state: State, receiver: InMemoryReceiver, notices: Notices | None, dispatcher_id: str, *, retries: bool
 ) -> None:
     recorder = Recorder(state, notices=notices, dispatcher_id=dispatcher_id)
     sender = Sender(

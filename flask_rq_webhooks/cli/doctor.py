@@ -7,12 +7,15 @@ Every check says what is wrong and how to fix it. Changes nothing. The checks of
 from __future__ import annotations
 
 import shlex
+import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ..config import PREFIX, SECRET_FROM_ENVIRONMENT
+from ..dispatch.http import NAT64_WAIT_S, Lookups, find_nat64, system_resolver
 from ..queue.job_callbacks import SameDatabase, databases_elsewhere
 from ..queue.outbox import age_of_oldest
 from ..queue.redis_database import database_name
@@ -201,6 +204,33 @@ def _outbox(state: State) -> str:
     return f"{waiting} entries wait"
 
 
+def _network(state: State) -> str:
+    if state.settings.proxy_url is not None:
+        return "receivers are reached through RQ_WEBHOOKS_PROXY_URL, which decides about addresses"
+    prefixes = find_nat64(Lookups(system_resolver, limit=1), time.monotonic() + NAT64_WAIT_S)
+    if not prefixes:
+        return "no NAT64 found"
+    named = ", ".join(map(str, prefixes))
+    if state.settings.allow_nat64:
+        return f"NAT64 with the prefix {named}, which RQ_WEBHOOKS_ALLOW_NAT64 lets receivers be reached by"
+    if not _has_ipv4():
+        raise WrongError(
+            f"this machine has no IPv4, and with NAT64 (prefix {named}) receivers that have IPv4 only are "
+            "refused; set RQ_WEBHOOKS_ALLOW_NAT64 to True."
+        )
+    return f"NAT64 with the prefix {named}; receivers that have IPv4 only are reached by IPv4"
+
+
+def _has_ipv4() -> bool:
+    """Say whether this machine has a route to public IPv4 addresses; no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.0.170", 443))
+        except OSError:
+            return False
+    return True
+
+
 #: Name, the checks above that it needs, and the check.
 _CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[State], str]], ...] = (
     ("settings", (), _settings),
@@ -216,4 +246,5 @@ _CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[State], str]], ...] = (
     ("sessions", (), host_checks.sessions),
     ("queue database", ("redis",), _queues),
     ("outbox", ("redis", "tables"), _outbox),
+    ("network", (), _network),
 )

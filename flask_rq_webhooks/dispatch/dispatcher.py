@@ -140,7 +140,7 @@ def wait_for_sql(state: State, on_alive: Callable[[], bool]) -> None:
 
 
 class Dispatcher:
-    """Deliver until told to stop.
+    """Deliver until stopped.
 
     :param state: the app's state.
     :param transport: how bytes travel; our own by default. A given one is not closed here.
@@ -264,7 +264,8 @@ class Dispatcher:
         if self._own_transport:
             self._transport.close(wait=not self._hurry)
         self._limiter.close()
-        self._notices.close()
+        if self._notices is not None:
+            self._notices.close()
         os.close(self._poke_read)
         os.close(self._poke_write)
         try:
@@ -291,7 +292,7 @@ class Dispatcher:
         try:
             empty = self._ingest.is_idle()
         except RedisError:
-            empty = False  # the ingest thread tells about it
+            empty = False  # the ingest thread logs it
         if not empty:
             self._outbox_empty_since = None
             return False
@@ -400,7 +401,7 @@ class Dispatcher:
             logger.exception("%s: an unexpected error; trying again.", name)
             return False
         except SystemExit as exc:
-            # A function of the host's called sys.exit(): it would end one thread without a word.
+            # A function of the host's called sys.exit(): it would end one thread without a log line.
             logger.exception("%s: something called sys.exit(); the dispatcher stops.", name)
             self._ended_by = self._ended_by or (name, exc)
             self.stop()

@@ -131,7 +131,7 @@ class _Child:
 
 
 class Supervisor:
-    """Keep *count* dispatcher processes running until told to stop.
+    """Keep *count* dispatcher processes running until stopped.
 
     SIGTERM and SIGINT stop the children in order; a second one makes them hurry, as with a single dispatcher.
 

@@ -1,6 +1,6 @@
 """Status notices on Redis pub/sub, for hosts that watch their runs there.
 
-Nobody depends on them: a notice that cannot be published is gone, and nothing waits for it.
+Nothing depends on them: a notice that cannot be published is lost, and no delivery waits for it.
 """
 
 from __future__ import annotations
@@ -23,40 +23,37 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Where every attempt is told, as JSON.
+#: Channel on which every attempt is published, as JSON.
 TELEMETRY_CHANNEL = "webhooks:telemetry"
-#: Seconds Redis may take, and seconds of silence after it failed.
+#: Seconds Redis may take, and seconds in which nothing is published after it failed.
 ANSWER_S, SILENCE_S = 0.25, 30.0
 
 
 class Notices:
     """Publish what became of attempts.
 
-    :param redis: where to; ``None`` publishes nothing. Closed by :meth:`close`.
+    :param redis: where to. Closed by :meth:`close`.
     :param channel: channel of the status text, with ``{runid}`` in it; a job without a run id has none.
     :param clock: monotonic seconds.
     """
 
-    def __init__(
-        self, redis: Redis | None, channel: str, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, redis: Redis, channel: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._redis = redis
-        self.enabled = redis is not None
         self._channel = channel
         self._clock = clock
         self._silent_until = float("-inf")
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> Notices:
-        """Return what ``PUBSUB_URL`` and ``PUBSUB_CHANNEL`` ask for."""
-        redis = None
-        if settings.pubsub_url is not None:
-            redis = Redis.from_url(
-                settings.pubsub_url,
-                socket_timeout=ANSWER_S,
-                socket_connect_timeout=ANSWER_S,
-                retry=Retry(NoBackoff(), 0),
-            )
+    def from_settings(cls, settings: Settings) -> Notices | None:
+        """Return what ``PUBSUB_URL`` and ``PUBSUB_CHANNEL`` ask for; ``None`` without a URL."""
+        if settings.pubsub_url is None:
+            return None
+        redis = Redis.from_url(
+            settings.pubsub_url,
+            socket_timeout=ANSWER_S,
+            socket_connect_timeout=ANSWER_S,
+            retry=Retry(NoBackoff(), 0),
+        )
         return cls(redis, settings.pubsub_channel)
 
     def publish(self, recorded: Sequence[tuple[AttemptRecord, str]]) -> None:
@@ -64,7 +61,7 @@ class Notices:
 
         :param recorded: attempts, each with the status its delivery has now.
         """
-        if self._redis is None or not recorded or self._clock() < self._silent_until:
+        if not recorded or self._clock() < self._silent_until:
             return
         try:
             with self._redis.pipeline(transaction=False) as pipeline:
@@ -81,8 +78,7 @@ class Notices:
 
     def close(self) -> None:
         """Close the connections."""
-        if self._redis is not None:
-            self._redis.close()
+        self._redis.close()
 
     def _texts(self, record: AttemptRecord, status: str) -> list[tuple[str, str]]:
         delivery = record.delivery

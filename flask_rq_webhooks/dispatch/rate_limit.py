@@ -1,6 +1,6 @@
 """How often a host may be called per minute, counted in Redis for all dispatchers together.
 
-Fails open: a Redis that cannot be asked never holds up a delivery, nor the thread that asks.
+While Redis does not answer, there is no limit: neither a delivery nor the calling thread waits for it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from redis.retry import Retry
 
 logger = logging.getLogger(__name__)
 
-#: Seconds one question to Redis may take.
+#: Seconds one call to Redis may take.
 ANSWER_S = 0.25
-#: Seconds after a failure in which Redis is not asked.
+#: Seconds after a failure in which Redis is not called.
 PAUSE_S = 5.0
-#: Part of a limit that is counted ahead: a busy host is asked for at most so often a window.
+#: A large limit is counted in this many blocks: Redis is called at most once per block, window and host.
 BLOCKS = 100
-#: Hosts with requests counted ahead, before those whose window has ended are forgotten.
+#: Hosts with requests counted in advance; above this number, those whose window has ended are forgotten.
 MAX_AHEAD = 1000
 
 
 class RateLimiter:
-    """At most so many requests per host and minute (fixed windows, the ``limits`` package).
+    """Allow a number of requests per host and minute (fixed windows, the ``limits`` package).
 
     Limits of :data:`BLOCKS` and more are counted in blocks of one hundredth, of which a dispatcher may leave
-    a part unused at the end of a window: never more than the limit, and at worst one per cent less.
+    a part unused at the end of a window. The limit is never exceeded; at most one per cent of it is lost.
 
-    :param redis: says which server; its connections are not shared, because a sender must not wait for
-        them as long as others may.
+    :param redis: client of the server to use. Connections are our own, because the sender needs shorter
+        timeouts.
     :param per_minute: requests per host and minute; 0 for no limit.
     :param namespace: keeps apart the counts of two apps on one Redis.
     :param clock: unix seconds.
@@ -57,7 +57,7 @@ class RateLimiter:
         self._limiter: FixedWindowRateLimiter | None = None
         self._full_until: dict[str, float] = {}
         self._block = max(1, per_minute // BLOCKS)
-        #: Host → requests counted and not yet made, and the end of their window.
+        #: Host → requests counted but not yet made, and the end of their window.
         self._ahead: dict[str, tuple[int, float]] = {}
         self._silent_until = 0.0
 

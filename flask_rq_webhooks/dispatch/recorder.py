@@ -1,7 +1,7 @@
-"""The last stage: what came back is recorded, and published to those who subscribe.
+"""Record what came of attempts, and report it to signals and status notices.
 
-Owns answers from their arrival until SQL has them, what they mean for their delivery, and in how large
-batches they are written. Knows nothing of what is due, nor of how bytes travel.
+Owns results from their arrival until they are in SQL, what they mean for their delivery, and the size of
+the batches in which they are written. Knows nothing of what is due, nor of how requests are sent.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Seconds for which answers gather while others are still to come, so that they share a transaction.
-#: Nobody waits for it: the answers' places were free for others when they came.
+#: No request waits for it: a place is free as soon as its answer has come.
 GATHER_S = 0.02
 #: Longest time without a look.
 LONGEST_SLEEP_S = 1.0
@@ -77,11 +77,11 @@ class Recorder:
     """Record answers, step by step, in one thread.
 
     :param state: the app's state.
-    :param notices: informed of every recorded attempt.
+    :param notices: publish every recorded attempt; ``None`` publishes nothing.
     :param dispatcher_id: written into every attempt.
     """
 
-    def __init__(self, state: State, *, notices: Notices, dispatcher_id: str) -> None:
+    def __init__(self, state: State, *, notices: Notices | None, dispatcher_id: str) -> None:
         self._state = state
         self._notices = notices
         self._dispatcher_id = dispatcher_id
@@ -135,7 +135,7 @@ class Recorder:
     def step(self, *, more_to_come: Callable[[], object] = lambda: False) -> None:
         """Wait for answers and record them.
 
-        :param more_to_come: says whether requests are still under way.
+        :param more_to_come: says whether requests are still in flight.
         :raises StorageUnavailableError: when SQL cannot be reached; the answers are kept, call again.
         """
         self.wait(LONGEST_SLEEP_S)
@@ -214,18 +214,18 @@ class Recorder:
                 "were made under a lease that had run out; then they are made again, same webhook-id: %s",
                 len(outcome.stale), ", ".join(outcome.stale[:5]),
             )  # fmt: skip
-        if self._notices.enabled:
+        if self._notices is not None:
             self._notices.publish(recorded)
         self._emit(recorded, outcome.disabled)
 
     def _emit(self, recorded: Iterable[tuple[AttemptRecord, str]], disabled: Mapping[str, str]) -> None:
-        heard = (
+        has_receivers = (
             signals.delivery_succeeded.receivers
             or signals.attempt_failed.receivers
             or signals.delivery_exhausted.receivers
             or signals.endpoint_disabled.receivers
         )
-        if not heard:
+        if not has_receivers:
             return
         app = self._state.app
         with app.app_context():

@@ -1,8 +1,9 @@
 """Claim what is due, sign it, and hand it to the transport, in one thread.
 
-Owns when to ask SQL for more, how much, and how hosts that fail share the places. SQL is the truth:
-everything in memory here is covered by a lease, and what is lost here is sent again under the same
-``webhook-id``. What a result means is decided in :mod:`~flask_rq_webhooks.dispatch.recorder`.
+Owns when to ask SQL for more, and how much. SQL is the truth: everything in memory here is covered by a
+lease, and what is lost here is sent again under the same ``webhook-id``. Which hosts may have a place is
+decided in :mod:`~flask_rq_webhooks.dispatch.host_shares`, what a result means in
+:mod:`~flask_rq_webhooks.dispatch.recorder`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..errors import ConfigurationError, DecryptionError, StorageUnavailableErro
 from ..storage.attempts import latest_outcomes
 from ..storage.claims import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
 from ..storage.models import new_id
+from .host_shares import HostRecords, InFlight
 from .http import AttemptRequest, AttemptResult, Transport
 from .rate_limit import RateLimiter
 from .recorder import Recorder
@@ -52,16 +54,8 @@ PACE_S = 0.1
 GATHER_S = 0.004
 #: First and longest pause while deliveries are due that cannot be claimed (host's minute full).
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
-#: What is known of a host: its latest attempt succeeded; it failed, after others that succeeded; or none ever
-#: succeeded, a host nobody sent to yet included.
-PROVEN, FAILING, UNPROVEN = "proven", "failing", "unproven"
-#: Share of the requests in flight for all hosts that are not proven, and within it for the unproven ones: a
-#: stranger's thousand names that hang must not make others wait (SECURITY 24).
-FAILING_SHARE, UNPROVEN_SHARE = 0.5, 0.25
-#: Seconds for which a delivery beyond the share is put off.
-SHORTEST_HOLD_S, LONGEST_HOLD_S = 0.05, 60.0
-#: Latest attempts that are read at start, and hosts that are remembered.
-RECENT_ATTEMPTS, MOST_HOSTS = 5000, 50_000
+#: Latest attempts that are read at start.
+RECENT_ATTEMPTS = 5000
 
 
 class Sender:
@@ -92,8 +86,8 @@ class Sender:
         self._woken = threading.Event()
         self._fresh = True  # something may have become due; set by any thread
         self._freed = False  # a host has a place again that had none; set by any thread
-        self._in_flight = _InFlight()
-        self._hosts = _HostRecords()
+        self._hosts = HostRecords()
+        self._in_flight = InFlight(self._hosts, concurrency)
         self._held: dict[str, float] = {}  # hosts beyond their share, and until when they were put off
         self._sweeps = False  # the latest claim met mostly such hosts: larger claims put them off faster
         self._queued: deque[tuple[float, Future[AttemptResult], ClaimedDelivery]] = deque()
@@ -289,7 +283,7 @@ class Sender:
         unsendable: list[ClaimedDelivery] = []
         cause: Exception | None = None
         for number, delivery in enumerate(claimed):
-            if not self._has_place(delivery.host):
+            if not self._in_flight.has_place(delivery.host):
                 held.append(delivery)
                 continue
             if self._limiter.wait_s(delivery.host) > 0:
@@ -301,7 +295,7 @@ class Sender:
                 unsendable.append(delivery)
                 cause = exc
                 continue
-            self._in_flight.add(delivery, self._hosts.kind(delivery.host))
+            self._in_flight.add(delivery)
             try:
                 future = self._transport.submit(request)
             except BaseException:
@@ -312,7 +306,7 @@ class Sender:
             future.add_done_callback(self._collector(delivery, request))
         for host, deliveries in over_limit.items():
             self._put_off(host, deliveries)
-        self._sweeps = 2 * len(held) > len(claimed)
+        self._sweeps = 2 * len(held) > len(claimed) and self._in_flight.is_doubtful
         if held:
             self._hold_back(held)
         if unsendable:
@@ -323,32 +317,20 @@ class Sender:
             )  # fmt: skip
             defer(self._state.database, unsendable, delay_s=UNSENDABLE_S)
 
-    def _has_place(self, host: str) -> bool:
-        """Say whether one more request may go to *host*, as hosts that fail share the places."""
-        kind = self._hosts.kind(host)
-        if kind == PROVEN:
-            return True
-        counts = self._in_flight.per_kind
-        if counts[FAILING] + counts[UNPROVEN] >= max(1, int(self._concurrency * FAILING_SHARE)):
-            return False
-        return kind == FAILING or counts[UNPROVEN] < max(1, int(self._concurrency * UNPROVEN_SHARE))
-
     def _hold_back(self, deliveries: Sequence[ClaimedDelivery]) -> None:
         """Put off what is beyond the share, about as long as the hosts before it need.
 
-        Out of the way of others in SQL, too: a claim would meet thousands of them first.
+        So that a claim does not meet thousands of them before it meets others.
         """
         now = time.monotonic()
         self._held = {host: until for host, until in self._held.items() if until > now}
-        places = max(1, int(self._concurrency * UNPROVEN_SHARE))
-        waiting = len(self._held) + len(deliveries)
-        delay_s = min(max(waiting / places * self._hosts.unproven_s, SHORTEST_HOLD_S), LONGEST_HOLD_S)
         if not self._held:
             logger.warning(
-                "Hosts that fail or never succeeded take their whole share of the requests in flight; %d "
-                "deliveries to such hosts wait. No attempt is spent, and other hosts are not held up.",
+                "Hosts that are new, fail or never succeeded have their whole share of the requests in "
+                "flight; %d deliveries to such hosts wait. No attempt is spent, and other hosts do not wait.",
                 len(deliveries),
             )
+        delay_s = self._in_flight.hold_s(len(self._held) + len(deliveries))
         self._held |= dict.fromkeys((delivery.host for delivery in deliveries), now + delay_s)
         defer(self._state.database, deliveries, delay_s=delay_s)
 
@@ -388,45 +370,6 @@ class Sender:
             self._woken.set()  # there was no room because too much waited to be recorded
 
 
-class _HostRecords:
-    """How the latest attempt to each host ended, and whether one ever succeeded; as far as it is known."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kinds: dict[str, str] = {}
-        #: Seconds that an attempt to a host takes which is not proven, on average.
-        self.unproven_s = 0.25
-        self.restored = False
-
-    def restore(self, latest: Mapping[str, bool]) -> None:
-        """Take what SQL knows, so that a restart forgets nothing.
-
-        :param latest: hosts with whether their latest attempt succeeded.
-        """
-        with self._lock:
-            known = {host: PROVEN if succeeded else FAILING for host, succeeded in latest.items()}
-            self._kinds = known | self._kinds
-            self.restored = True
-
-    def kind(self, host: str) -> str:
-        """Return what share of the places *host* has a part in."""
-        return self._kinds.get(host, UNPROVEN)
-
-    def note(self, host: str, result: AttemptResult) -> None:
-        """Take the result of an attempt, from any thread."""
-        with self._lock:
-            if self._kinds.get(host) != PROVEN:
-                self.unproven_s += (result.duration_ms / 1000 - self.unproven_s) / 8
-            if result.error_code is None and result.status_code is not None and result.status_code < 300:
-                self._kinds.pop(host, None)  # so that the oldest come first
-                self._kinds[host] = PROVEN
-                if len(self._kinds) > MOST_HOSTS:
-                    del self._kinds[next(iter(self._kinds))]
-                return
-            if host in self._kinds:
-                self._kinds[host] = FAILING
-
-
 class _Pace:
     """How many answers come a second."""
 
@@ -440,59 +383,3 @@ class _Pace:
         if now - self._since >= PACE_S:
             self.per_second = (answered - self._answered) / (now - self._since)
             self._since, self._answered = now, answered
-
-
-class _InFlight:
-    """Deliveries given to the transport whose results are still to come, counted by host.
-
-    Used from the sender's thread and from the transport's.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._deliveries: dict[tuple[str, str], ClaimedDelivery] = {}
-        self._kinds: dict[tuple[str, str], str] = {}
-        self._per_host: Counter[str] = Counter()
-        #: The count by kind of host.
-        self.per_kind: Counter[str] = Counter()
-        #: Results that arrived since the start.
-        self.answered = 0
-
-    def __len__(self) -> int:
-        return len(self._deliveries)
-
-    def per_host(self) -> dict[str, int]:
-        """Return the count by host, without hosts that have none."""
-        with self._lock:
-            return dict(self._per_host)
-
-    def deliveries(self) -> list[ClaimedDelivery]:
-        """Return all of them."""
-        with self._lock:
-            return list(self._deliveries.values())
-
-    def add(self, delivery: ClaimedDelivery, kind: str) -> None:
-        """Count *delivery*.
-
-        :param kind: of its host; it may change until :meth:`remove`.
-        """
-        with self._lock:
-            self._kinds[delivery.id, delivery.lease_id] = kind
-            self.per_kind[kind] += 1
-            self._deliveries[delivery.id, delivery.lease_id] = delivery
-            self._per_host[delivery.host] += 1
-
-    def remove(self, delivery: ClaimedDelivery, *, answered: bool) -> None:
-        """Forget *delivery*.
-
-        :param answered: its result arrived; otherwise it was taken back.
-        """
-        with self._lock:
-            del self._deliveries[delivery.id, delivery.lease_id]
-            self.per_kind[self._kinds.pop((delivery.id, delivery.lease_id))] -= 1
-            self.answered += answered
-            left = self._per_host[delivery.host] - 1
-            if left:
-                self._per_host[delivery.host] = left
-            else:
-                del self._per_host[delivery.host]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,15 @@ from tests.dashboard_app import add_endpoint
 from tests.servers import free_port, valkey_server
 
 PASSWORD = "correct horse"
+#: The module; the package has a command of the same name.
+doctor_module = import_module("flask_rq_webhooks.cli.doctor")
 NAMES = [name for name, _needs, _check in _CHECKS]
+
+
+@pytest.fixture(autouse=True)
+def _no_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer doctor's look-up here: a test asks no name server."""
+    monkeypatch.setattr(doctor_module, "system_resolver", lambda host, port: [])
 
 
 @pytest.fixture(scope="module")
@@ -580,7 +592,7 @@ def test_what_needs_something_broken_is_skipped(setup: Setup) -> None:
         "settings": "ok", "redis": "FAIL", "sql": "ok", "tables": "FAIL", "keys": "skip",
         "dispatcher": "skip", "clock": "skip", "permission function": "ok", "routes": "ok", "layout": "ok",
         "sessions": "ok", "queue database": "skip",
-        "outbox": "skip",
+        "outbox": "skip", "network": "ok",
     }  # fmt: skip
     assert lines["outbox"].endswith("fix the `redis` check first.")
 
@@ -595,6 +607,59 @@ def test_doctor_finds_nothing_on_a_healthy_host(setup: Setup) -> None:
     assert {line[:5] for line in lines.values()} == {"ok   "}
     assert lines["keys"] == "ok   keys: the key decrypts what is stored (4 samples)"
     assert lines["queue database"].startswith("ok   queue database: 1 RQ queues and 1 RQ workers are in ")
+
+
+PROBE_ANSWER = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2a00:64:64::c000:aa", 443, 0, 0))]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "has_ipv4", "line"),
+    [
+        (
+            False,
+            True,
+            "ok   network: NAT64 with the prefix 2a00:64:64::/96; receivers that have IPv4 only are reached "
+            "by IPv4",
+        ),
+        (
+            True,
+            False,
+            "ok   network: NAT64 with the prefix 2a00:64:64::/96, which RQ_WEBHOOKS_ALLOW_NAT64 lets "
+            "receivers be reached by",
+        ),
+        (
+            False,
+            False,
+            "FAIL network: this machine has no IPv4, and with NAT64 (prefix 2a00:64:64::/96) receivers that "
+            "have IPv4 only are refused; set RQ_WEBHOOKS_ALLOW_NAT64 to True.",
+        ),
+    ],
+)
+def test_nat64_is_named_with_its_prefix(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, allowed: bool, has_ipv4: bool, line: str
+) -> None:
+    monkeypatch.setattr(doctor_module, "system_resolver", lambda host, port: PROBE_ANSWER)
+    monkeypatch.setattr(doctor_module, "_has_ipv4", lambda: has_ipv4)
+    setup.config["RQ_WEBHOOKS_ALLOW_NAT64"] = allowed
+    assert lines_of(setup.run())["network"] == line
+
+
+def test_a_resolver_that_stalls_holds_doctor_up_for_a_second(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+
+    def stall(host: str, port: int) -> list[str]:
+        released.wait(30)
+        return []
+
+    monkeypatch.setattr(doctor_module, "system_resolver", stall)
+    try:
+        began = time.monotonic()
+        assert lines_of(setup.run())["network"] == "ok   network: no NAT64 found"
+        assert time.monotonic() - began < 20
+    finally:
+        released.set()
 
 
 def test_what_a_check_repeats_steers_no_terminal(setup: Setup) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from flask_rq_webhooks.dispatch import host_shares
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult
 from flask_rq_webhooks.dispatch.pubsub import Notices
@@ -69,11 +70,50 @@ def add_due(state: State, count: int, url: str) -> None:
         ingest.run_once(block_ms=1)
 
 
+@pytest.fixture
+def _nothing_hangs_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a slow machine from letting requests in flight grow old."""
+    monkeypatch.setattr(host_shares, "HANGING_S", 600.0)
+
+
+@pytest.mark.usefixtures("_nothing_hangs_yet")
+def test_new_hosts_have_half_of_the_places_while_no_host_fails(state: State) -> None:
+    add_due(state, 30, "http://127.0.1.{number}:9/")
+    transport = HangsBut("127.0.0.1:9")
+    sender = sender_of(state, transport)
+    for _ in range(3):
+        sender.wake()
+        sender.advance()
+    assert len(transport.hosts) == 8
+    waiting = [row for row in rows(state, Delivery) if row.status == "pending"]
+    assert len(waiting) == 22
+    soon = datetime.now(UTC) + timedelta(seconds=0.1)
+    assert all(row.next_attempt_at <= soon for row in waiting), "none is put off for long"
+
+
+def test_a_new_host_does_not_wait_for_new_hosts_that_hang(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_shares, "HANGING_S", 0.0)  # what is in flight hangs
+    add_due(state, 5, "http://127.0.1.{number}:9/")
+    transport = HangsBut("127.0.0.1:9")
+    sender = sender_of(state, transport)
+    sender.advance()
+    assert len(transport.hosts) == 5, "more than a quarter of the places"
+    add_due(state, 1, "http://127.0.0.1:9/")
+    sender.wake()
+    sender.advance()
+    assert "127.0.0.1:9" in transport.hosts
+
+
+@pytest.mark.usefixtures("_nothing_hangs_yet")
 def test_hosts_that_never_succeeded_share_a_quarter_of_the_places(state: State) -> None:
     """SECURITY 24."""
     add_due(state, 30, "http://127.0.1.{number}:9/")
     transport = HangsBut("127.0.0.1:9")
     sender = sender_of(state, transport)
+    failed = AttemptResult(started_at=datetime.now(UTC), duration_ms=1.0, error_code="timeout")
+    sender._hosts.note("127.0.3.1:9", failed)
     for _ in range(20):
         sender.wake()
         sender.advance()
@@ -88,6 +128,7 @@ def test_hosts_that_never_succeeded_share_a_quarter_of_the_places(state: State) 
     assert "127.0.0.1:9" not in transport.hosts, "nobody knows it yet"
 
 
+@pytest.mark.usefixtures("_nothing_hangs_yet")
 def test_hosts_that_fail_share_half_of_the_places_and_the_others_are_served(state: State) -> None:
     """SECURITY 24, and what a dispatcher knows after a restart."""
     proven = [f"127.0.2.{number}:9" for number in range(30)]

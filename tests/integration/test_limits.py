@@ -41,8 +41,11 @@ def test_large_limits_are_counted_in_blocks_and_never_exceeded(redis_client: red
         assert 990 <= granted <= 1000
         assert first.wait_s("a.example") > 0
         assert second.wait_s("a.example") > 0
-        # 100 blocks of 10, and each dispatcher's question that was answered with no.
-        assert redis_client.info("commandstats")["cmdstat_evalsha"]["calls"] <= 102
+        # 100 blocks of 10, and each dispatcher's question that was answered with no. On a server that has not
+        # seen the script yet, the first call fails and is made again.
+        asked = redis_client.info("commandstats")["cmdstat_evalsha"]
+        assert asked["calls"] - asked["failed_calls"] <= 102
+        assert asked["failed_calls"] <= 1
 
 
 def test_a_block_is_not_used_after_its_window(redis_client: redis.Redis) -> None:

@@ -9,8 +9,7 @@ A :class:`Transport` is an object handed to the dispatcher; tests hand in anothe
 ``contract``         what the dispatcher sees: request, result, the protocol of a transport
 ``client``           the transport: threads, and the :mod:`requests` adapter
 ``pool``             connections, kept ones included; TLS verification settings
-``request_encoding`` the bytes of a request
-``response_parser``  what is read of a response, and what of it is kept
+``wire_format``      the bytes of a request; what is read of a response, and what of it is kept
 ``address_guard``    which URL and which address may be used; opens connections
 ``dns``              names to addresses, under a deadline
 ``deadline``         the total deadline of an attempt, and the watchdog that enforces it
@@ -20,23 +19,27 @@ A :class:`Transport` is an object handed to the dispatcher; tests hand in anothe
 
 from __future__ import annotations
 
+from .address_guard import NAT64_WAIT_S, find_nat64
 from .client import RequestsTransport, open_transport
 from .contract import AttemptRequest, AttemptResult, Transport
-from .dns import MAX_ADDRESSES, Resolver, system_resolver
+from .dns import MAX_ADDRESSES, Lookups, Resolver, system_resolver
 from .pool import default_ssl_context
-from .response_parser import BODY_CAP, KEPT_HEADERS, MAX_HEADER_BYTES
+from .wire_format import BODY_CAP, KEPT_HEADERS, MAX_HEADER_BYTES
 
 __all__ = [
     "BODY_CAP",
     "KEPT_HEADERS",
     "MAX_ADDRESSES",
     "MAX_HEADER_BYTES",
+    "NAT64_WAIT_S",
     "AttemptRequest",
     "AttemptResult",
+    "Lookups",
     "RequestsTransport",
     "Resolver",
     "Transport",
     "default_ssl_context",
+    "find_nat64",
     "open_transport",
     "system_resolver",
 ]

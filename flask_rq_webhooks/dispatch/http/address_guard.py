@@ -122,12 +122,19 @@ class AddressGuard:
         now = time.monotonic()
         if now >= self._nat64_until:
             self._nat64_until = now + NAT64_LASTS_S  # others do not wait for the look-up
-            try:
-                found = self._lookups.look_up(NAT64_PROBE, 443, min(deadline, now + NAT64_WAIT_S))
-            except Failure:  # no such name: no NAT64, or no answer from DNS
-                found = []
-            self._nat64 = nat64_prefixes(found)
+            self._nat64 = find_nat64(self._lookups, min(deadline, now + NAT64_WAIT_S))
         return self._nat64
+
+
+def find_nat64(lookups: Lookups, deadline: float) -> tuple[ipaddress.IPv6Network, ...]:
+    """Return the NAT64 prefixes of this network; none where DNS does not answer in time.
+
+    :param deadline: on :func:`time.monotonic`'s clock.
+    """
+    try:
+        return nat64_prefixes(lookups.look_up(NAT64_PROBE, 443, deadline))
+    except Failure:  # no such name: no NAT64, or no answer from DNS
+        return ()
 
 
 def is_literal(host: str) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from requests import PreparedRequest, Response
 from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 from urllib3 import HTTPResponse
 
 from ...config import Settings
@@ -34,9 +35,8 @@ from .contract import AttemptRequest, AttemptResult
 from .deadline import RunningAttempt, Watchdog
 from .dns import Lookups, Resolver, system_resolver
 from .pool import ConnectionPool, PinnedConnection, default_ssl_context, verifying_context
-from .request_encoding import request_bytes, wire_headers
-from .response_parser import BODY_CAP, BoundedResponse, clean, head_of
 from .transport_errors import NETWORK_ERRORS, Failure, failure_of
+from .wire_format import BODY_CAP, BoundedResponse, clean, head_of, request_bytes, wire_headers
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,8 @@ class _OutgoingRequest(PreparedRequest):
         super().__init__()
         self.method = "POST"
         self.url = attempt.checked.url
-        self.headers = wire_headers(request)
+        self.wire_headers = wire_headers(request)
+        self.headers = CaseInsensitiveDict(self.wire_headers)
         self.body = request.body
         self.attempt = attempt
 
@@ -298,7 +299,7 @@ class _Exchange:
         """Write the request and read the response; return it, and whether the connection may be kept."""
         proxy_headers = self._connections.forwarding_headers if connection.proxy_is_forwarding else None
         data = request_bytes(
-            self._attempt.checked, self._request.headers, cast(bytes, self._request.body), proxy_headers
+            self._attempt.checked, self._request.wire_headers, cast(bytes, self._request.body), proxy_headers
         )
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before
             connection.sock.sendall(data)

@@ -1,6 +1,6 @@
 """From a name to the addresses worth a connection: look-ups under a deadline, and the order of answers.
 
-Knows nothing of connections, nor of which addresses are allowed (:mod:`.destinations`).
+Knows nothing of connections, nor of which addresses are allowed (:mod:`.address_guard`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _Name = tuple[str, int]
 
 
 def system_resolver(host: str, port: int) -> list[tuple[Any, ...]]:
-    """Return what the operating system knows of *host*, best first.
+    """Return the addresses that the operating system has for *host*, best first.
 
-    :raises OSError: when it knows nothing.
+    :raises OSError: when it has none.
     """
     return list(socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM))
 
@@ -39,10 +39,10 @@ def system_resolver(host: str, port: int) -> list[tuple[Any, ...]]:
 class Lookups:
     """Look names up under a deadline, in threads that may be left behind.
 
-    One name occupies one thread however many attempts ask for it, and the names of one domain a quarter of
-    all threads at most, so that one stalling name server cannot take them all. Whoever owns several domains
-    can: names are then not found (``dns``), though their servers would answer, until look-ups end. What
-    counts as a domain is the last two labels of a name, so the names below ``co.uk`` share a quarter.
+    One name takes one thread however many attempts ask for it. The names of one domain take at most a quarter
+    of all threads, so one stalling name server cannot take them all. An owner of several domains can: until
+    those look-ups end, other names are not found (``dns``). A domain is the last two labels of a name, so
+    the names below ``co.uk`` share a quarter.
 
     :param limit: look-ups at once.
     """
@@ -71,7 +71,7 @@ class Lookups:
             raise look_up_failure(host, exc) from exc
 
     def begin(self, host: str, port: int) -> Future[list[str]] | None:
-        """Have *host* looked up, together with whoever else asks for it just now.
+        """Have *host* looked up, together with other attempts that ask for it now.
 
         :returns: a future for the addresses; ``None`` when all threads it might have are taken. It is shared,
             and cannot be cancelled.
@@ -79,7 +79,7 @@ class Lookups:
         return self._begin((host, port), 0)
 
     def abort(self) -> None:
-        """Let nobody wait for a look-up any more, now or later."""
+        """End every look-up that is waited for, and refuse new ones."""
         with self._changed:
             self._aborted = True
             self._changed.notify_all()
@@ -117,7 +117,7 @@ class Lookups:
         outcome: list[str] | Exception
         try:
             outcome = list(dict.fromkeys(_address(answer) for answer in self._resolver(*name)))
-        except Exception as exc:  # handed to whoever waits; the slot must be given back
+        except Exception as exc:  # passed to those that wait; the thread must be given back
             outcome = exc
         self._end(name)
         _settle(future, outcome)
@@ -137,7 +137,7 @@ def _domain(name: _Name) -> str:
 
 
 def _settle(future: Future[list[str]], outcome: list[str] | Exception) -> None:
-    with contextlib.suppress(InvalidStateError):  # it was broken off
+    with contextlib.suppress(InvalidStateError):  # it was aborted
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:

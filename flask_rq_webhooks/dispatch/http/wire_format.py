@@ -1,7 +1,8 @@
-"""Read responses from strangers: bounded heads, strict bodies, and what of them is kept.
+"""HTTP/1.1 on the wire: write a request, read a response, and keep a bounded part of it.
 
-Heads are read by :mod:`http.client`, within bounds and without its surprises. Bodies are read strictly by RFC
-9112, never decoded, and only up to the cap (SECURITY 8).
+Headers that belong to the connection are set here, whatever the request says. Response heads are read by
+:mod:`http.client`, within bounds and without its surprises. Bodies are read strictly by RFC 9112, never
+decoded, and only up to the cap (SECURITY 8).
 """
 
 from __future__ import annotations
@@ -10,12 +11,24 @@ import http.client
 import re
 import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 from urllib3.util.ssltransport import SSLTransport
 
+from ...protocol.urls import CheckedURL
+from .contract import AttemptRequest
 from .deadline import RunningAttempt
+from .transport_errors import Failure
+
+#: Headers of the connection layer; a request's own are dropped.
+_TRANSPORT_HEADERS = frozenset(
+    {"accept-encoding", "connection", "content-length", "expect", "host", "transfer-encoding"}
+)
+#: RFC 9110, 5.1 and 5.5, without the bytes above ASCII.
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_VALUE = re.compile(r"[\t\x20-\x7e]*")
 
 #: Bytes of a response body that are kept.
 BODY_CAP = 16 * 1024
@@ -43,6 +56,64 @@ _LENGTH = re.compile(r"[ \t]*[0-9]{1,18}[ \t]*")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r\n")
 #: As much as a TLS record holds.
 _READ_BYTES = 16 * 1024
+
+
+def request_bytes(
+    checked: CheckedURL,
+    headers: Mapping[str, str],
+    body: bytes,
+    proxy_headers: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return head and body of a request, for one write.
+
+    :param headers: all headers but ``Host``, as :func:`wire_headers` returns them.
+    :param proxy_headers: for a request that a proxy has to forward: the request line then holds the whole
+        URL, and these headers are for the proxy.
+    """
+    netloc = checked.url[len(checked.scheme) + 3 :].partition("/")[0]
+    target = checked.target if proxy_headers is None else checked.url
+    head = [f"POST {target} HTTP/1.1\r\nHost: {netloc}\r\n"]
+    head += [f"{name}: {value}\r\n" for name, value in headers.items()]
+    if proxy_headers:
+        head += [f"{name}: {value}\r\n" for name, value in proxy_headers.items()]
+    head.append("\r\n")
+    return "".join(head).encode("ascii") + body
+
+
+def wire_headers(request: AttemptRequest) -> dict[str, str]:
+    """Return all headers but ``Host``, in order; of names that differ in case only, the last one.
+
+    :raises Failure: ``internal``, for a name or value that must not be sent; both were validated long before.
+    """
+    headers: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for name, value in request.headers.items():
+        lower = _lower(name)
+        if lower in _TRANSPORT_HEADERS:
+            continue
+        if lower in names:
+            del headers[names[lower]]
+        names[lower] = name
+        headers[name] = value
+    together = "".join(request.headers.values())
+    if not (together.isascii() and together.isprintable()):
+        for name, value in headers.items():
+            if not _VALUE.fullmatch(value):
+                raise Failure("internal", f"the header {name!r} has characters that must not be sent")
+    headers["Accept-Encoding"] = "identity"
+    headers["Content-Length"] = str(len(request.body))
+    return headers
+
+
+@lru_cache(maxsize=1024)
+def _lower(name: str) -> str:
+    """Return the name of a header in lower case.
+
+    :raises Failure: ``internal``, for what cannot be a name.
+    """
+    if not _NAME.fullmatch(name):
+        raise Failure("internal", f"{name!r} cannot be the name of a header")
+    return name.lower()
 
 
 class _Stream:
