@@ -50,7 +50,7 @@ class WatchAction(enum.Enum):
     UNUSED = enum.auto()
     #: The job is in a run that has not been reported: the watch is open, for this run.
     BEGAN = enum.auto()
-    #: The job's current run has been reported by others: the watch is settled with it.
+    #: The job's newest run has been reported: the watch is settled with it.
     CAUGHT_UP = enum.auto()
 
 
@@ -209,6 +209,10 @@ def _of_absent_job(
             return Conclusion()  # a later run may have reported, and shows that RQ began this one again
         outcome = news(by_report(watch.report), reported, now=now)
         return Conclusion(outcomes=() if outcome is None else (outcome,), uses_report=True)
+    if not watch.of_tree and later_run(watch.run, reported) is not None:
+        return Conclusion(
+            action=WatchAction.CAUGHT_UP
+        )  # it ran again: nobody knows any more how this run ended
     if watch.status == "reserved" and watch.run is None:
         unused = now - watch.created_at > RESERVED_GRACE
         return Conclusion(action=WatchAction.UNUSED if unused else WatchAction.WAIT)
@@ -217,6 +221,14 @@ def _of_absent_job(
     if watch.missing_passes + 1 < LOST_AFTER_PASSES:
         return Conclusion(action=WatchAction.MISSING)
     return Conclusion(action=WatchAction.LOST if outbox.has_all_of_absent else WatchAction.WAIT)
+
+
+def later_run(run: str | None, reported: Sequence[Reported]) -> Reported | None:
+    """Return the newest reported ending of a run after *run*, the one that is noted on a watch."""
+    if run is None or run.startswith("created:"):
+        return None
+    later = [ending for ending in reported if not ending.run.startswith("created:") and ending.run > run]
+    return max(later, key=lambda ending: ending.run, default=None)
 
 
 def outcome_of_loss(watch: WatchFacts) -> Outcome:

@@ -29,6 +29,7 @@ from .conclusions import (
     conclude,
     counts,
     is_blocked,
+    later_run,
     outcome_of_loss,
 )
 from .occurrences import OccurrenceReader, occurrence_of_loss, occurrence_of_report
@@ -165,6 +166,8 @@ class OpenWatches:
         elif conclusion.action is WatchAction.UNUSED:
             updates.closed.add(row.id)
         if job is None:
+            if conclusion.action is WatchAction.CAUGHT_UP and (later := later_run(row.run, reported)):
+                updates.caught_up[row.id] = (row.run, later.run, later.type)
             return
         if row.missing_passes:
             updates.present.add(row.id)

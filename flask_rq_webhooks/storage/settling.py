@@ -67,6 +67,8 @@ def settle_watches(
             if only_named and watch.endpoint_id not in event.named:
                 continue
             noted = settled[watch.id][0] if watch.id in settled else watch.run
+            if watch.status == OPEN and watch.id not in settled and _is_of_a_later_run(run, noted):
+                continue  # the noted run has no event yet: reconcile finds its ending and settles the watch
             if noted is None or _is_as_late(run, noted):
                 # A root's own run may have ended otherwise than its tree.
                 settled[watch.id] = (run, occurrence.type if occurrence.scope == "job" else None)
@@ -87,6 +89,11 @@ def settle_watches(
         connection.execute(statement, {"settled": json.dumps(rows), "now": now})
     for chunk in chunks_of([missing[key] for key in sorted(missing)]):
         connection.execute(insert_or_ignore(database, Watch), chunk)
+
+
+def _is_of_a_later_run(run: str, noted: str | None) -> bool:
+    """Say whether *run* is certainly another one than the noted run, and began after it."""
+    return noted is not None and not noted.startswith("created:") and run != noted and _is_as_late(run, noted)
 
 
 def _is_as_late(run: str, noted: str) -> bool:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Executable, bindparam, or_, select, text, update
+from sqlalchemy import Connection, Executable, bindparam, func, or_, select, text, update
 
 from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
 from .bulk_insert import chunks_of, one_of
@@ -279,9 +279,10 @@ def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | 
             missing_passes=0,
         )  # fmt: skip
         _each(connection, began, updates.began, "before", "began")
-        caught_up = this.where(Watch.status == SETTLED, same_run).values(
-            run=bindparam("reached"), outcome=bindparam("reported_as")
-        )
+        caught_up = this.where(or_(waiting, Watch.status == SETTLED), same_run).values(
+            status=SETTLED, run=bindparam("reached"), outcome=bindparam("reported_as"), missing_passes=0,
+            settled_at=func.coalesce(Watch.settled_at, now), recheck_at=func.coalesce(Watch.recheck_at, now),
+        )  # fmt: skip
         _each(connection, caught_up, updates.caught_up, "before", "reached", "reported_as")
         settled = this.where(Watch.status == SETTLED)
         _each(connection, settled.values(recheck_at=now), updates.kept)

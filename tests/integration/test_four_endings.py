@@ -75,7 +75,7 @@ def reconciler(state: State, client: redis.Redis | None = None) -> Reconciler:
 
 def ingest_all(state: State, consumer: str = "reader", **options: Any) -> None:
     ingest = Ingest(state, consumer=consumer, publisher=Publisher(state), **options)
-    until = time.monotonic() + 5
+    until = time.monotonic() + PATIENCE_S + 2  # long enough for a report to be parked
     while not ingest.is_idle() and time.monotonic() < until:
         ingest.run_once(block_ms=10)
 
@@ -180,6 +180,42 @@ def test_unseen_runs_between_two_passes_are_each_reported_once(state: State) -> 
         passes.run_once()
 
     assert reported(state) == [("job.failure", False)] * 3
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["kept", "gone"])
+def test_run_that_no_callback_reported_before_the_next_one_did(state: State, gone: bool) -> None:
+    """Found by the storm: run 1 dies, an operator requeues it at once, and the callback reports run 2."""
+    job = enqueue(state, "tests.jobs.fail", "dry")
+    first = format_time(job.enqueued_at)
+    one_job(state)
+    state.redis.delete(state.outbox.key)  # as where the work-horse was killed: no report
+    Job.fetch(job.id, state.redis).requeue()
+    one_job(state)
+    ingest_all(state)
+    if gone:
+        state.redis.delete(f"rq:job:{job.id}", f"rq:results:{job.id}")
+    passes = reconciler(state)
+    for _ in range(4):
+        passes.run_once()
+
+    told = [("job.failure", False)] * (1 if gone else 2)  # nobody knows any more how run 1 ended
+    assert reported(state) == told
+    assert (f"{job.id}|{first}|end" in {event.run_key for event in events(state)}) is not gone
+
+
+def test_report_of_a_retry_leaves_the_run_before_it_retried(state: State) -> None:
+    job = enqueue(state, "tests.jobs.fail", "dry", retry=rq.Retry(max=1))
+    one_job(state)
+    state.redis.delete(state.outbox.key)
+    one_job(state)
+    ingest_all(state)
+    passes = reconciler(state)
+    for _ in range(4):
+        passes.run_once()
+
+    assert reported(state) == [("job.failure", False)]
+    run = format_time(Job.fetch(job.id, state.redis).enqueued_at)
+    assert f"{job.id}|{run}|end" in {event.run_key for event in events(state)}
 
 
 # -- 3. Untruthful job.lost -------------------------------------------------------------------------------
