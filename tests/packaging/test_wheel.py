@@ -70,7 +70,7 @@ def test_the_description_has_the_readme_without_its_pictures() -> None:
     with zipfile.ZipFile(wheel()) as archive:
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         text = archive.read(metadata).decode()
-    assert "What a client sends and gets" in text
+    assert "What a client sends and receives" in text
     assert "docs/_static" not in text
     assert "docs/_static" in (ROOT / "README.rst").read_text()
 
