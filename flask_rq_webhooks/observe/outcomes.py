@@ -284,7 +284,9 @@ def unreported_outcomes(
         and result not in taken
         and (result.ended_at is None or result.ended_at != job.ended_at)
     ]
-    left = _unclaimed(results, reported)
+    # The current run's ending was made of the current run's result.
+    others = [ending for ending in reported if own is None or ending.run != job.run]
+    left = _unclaimed(results, others)
     if run is None:
         found = [result for result in left if (result.started_at or result.at) >= since]
     else:

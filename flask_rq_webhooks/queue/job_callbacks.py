@@ -366,7 +366,8 @@ def databases_elsewhere(same_database: SameDatabase, *owners: Mapping[str, Any])
     for owner in (*owners, *(vars(module) for module in list(sys.modules.values()))):
         for value in list(owner.values()):
             try:
-                if isinstance(value, rq.Queue) and not same_database(value.connection):
+                # Not isinstance: it asks a proxy of another extension, which may fail outside its requests.
+                if issubclass(type(value), rq.Queue) and not same_database(value.connection):
                     found.add(database_name(value.connection))
             except RedisError:
                 continue

@@ -125,6 +125,7 @@ def test_dispatcher_killed_while_the_receiver_is_answering(field: Field) -> None
     note("killed at: HTTP under way", found, {"dispatcher": 1})
 
 
+@pytest.mark.slow_machine(reason="two hundred requests in turn may meet a server that is still starting")
 def test_redis_wiped_with_200_jobs_waiting(field: Field) -> None:
     field.start("web")
     field.start("dispatcher-1")

@@ -66,7 +66,8 @@ def test_an_attacker_is_left_at_the_deadline_and_the_next_host_is_not_kept_waiti
     assert len(receiver.received) == 1
     failed = [row for row in attempts(state) if row.status == "failed"]
     first_slot_free_at = min(row.started_at.replace(tzinfo=UTC).timestamp() for row in failed) + 1
-    assert receiver.received[0].at < first_slot_free_at  # two slots were left for it
+    # Hosts that never succeeded share their places: a new one waits for the first of them, not for all.
+    assert receiver.received[0].at < first_slot_free_at + 1
     assert [(row.status_code, row.error_code) for row in failed] == [(None, "timeout")] * 4
     assert all(row.duration_ms < 2000 for row in failed)
     assert took < 12  # two rounds of two, on a busy machine
