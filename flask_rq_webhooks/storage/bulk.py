@@ -21,7 +21,7 @@ from .events import Render
 from .filters import DeliveryFilter
 from .models import CANCELED, EXHAUSTED, MANUAL, PENDING, SENDING, Delivery, Endpoint, Event, first_id_at
 from .queries import CursorError
-from .retention import BATCH, due_again, in_flight
+from .retention import BATCH, canceled_now, due_again, in_flight
 from .statistics import COUNT_CAP
 from .subscriptions import ENDPOINT_COLUMNS, EndpointRow, delivery_values, endpoint_row, store_deliveries
 
@@ -98,9 +98,7 @@ def cancel_part(
     chosen = _cancelable(where)
     if not chosen.statuses:
         return Part(0, None)
-    # The lease stays: the sender that holds it may still record its attempt.
-    canceled = {"status": CANCELED, "next_attempt_at": None, "finished_at": database.clock()}
-    return _change(database, chosen, [], canceled, after, at_most)
+    return _change(database, chosen, [], canceled_now(database), after, at_most)
 
 
 def left_to_recover(database: Database, where: DeliveryFilter, cursor: str | None) -> int | None:

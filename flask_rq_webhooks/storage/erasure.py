@@ -31,7 +31,7 @@ from .models import (
     Event,
     Watch,
 )
-from .retention import BATCH, in_flight
+from .retention import BATCH, canceled_now, in_flight
 
 Progress = Callable[[int], None]
 
@@ -155,12 +155,10 @@ def _next(
 
 
 def _cancel(database: Database, connection: Connection, event_ids: Sequence[str]) -> int:
-    # The lease stays: the sender that holds it may still record its attempt.
-    values = {"status": CANCELED, "next_attempt_at": None, "finished_at": database.clock()}
     return connection.execute(
         update(Delivery)
         .where(Delivery.event_id.in_(event_ids), Delivery.status.in_([PENDING, SENDING]))
-        .values(values)
+        .values(canceled_now(database))
     ).rowcount
 
 

@@ -164,6 +164,11 @@ def due_again(database: Database) -> dict[str, Any]:
     }
 
 
+def canceled_now(database: Database) -> dict[str, Any]:
+    """Return the values that cancel a delivery. The lease stays: its sender may still record the attempt."""
+    return {"status": CANCELED, "next_attempt_at": None, "finished_at": database.clock()}
+
+
 def in_flight(database: Database) -> ColumnElement[bool]:
     """Return the condition that a sender holds the delivery; a canceled one may still be under way."""
     held = or_(Delivery.status == SENDING, Delivery.status == CANCELED)
