@@ -336,18 +336,6 @@ def disable_standing(database: Database, endpoint_id: str, *, reason: str = "ope
     return _set_enabled(database, endpoint_id, enabled=False, reason=reason)
 
 
-def delete_standing(database: Database, endpoint_id: str, *, batch: int = 1000) -> bool:
-    """Delete a standing endpoint with its deliveries and attempts, in bounded transactions.
-
-    :param batch: deliveries per transaction.
-    :returns: whether there was such an endpoint.
-    """
-    deleted = delete_standing_part(database, endpoint_id, at_most=batch)
-    while deleted is False:
-        deleted = delete_standing_part(database, endpoint_id, at_most=batch)
-    return deleted is True
-
-
 def delete_standing_part(database: Database, endpoint_id: str, *, at_most: int = 1000) -> bool | None:
     """Disable a standing endpoint and delete some of its deliveries; with the last of them, itself.
 

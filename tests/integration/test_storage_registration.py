@@ -17,7 +17,7 @@ from flask_rq_webhooks.storage.endpoints import (
     NewEndpoint,
     confirm,
     create_standing,
-    delete_standing,
+    delete_standing_part,
     disable_standing,
     enable_standing,
     register,
@@ -231,9 +231,10 @@ def test_disabled_enabled_deleted(database: Database) -> None:
     assert enable_standing(database, endpoint_id)
     assert row(database, Endpoint).enabled
     bound = new_endpoint(database)
-    for change in (disable_standing, enable_standing, delete_standing):
+    for change in (disable_standing, enable_standing, delete_standing_part):
         assert not change(database, "ep_unknown")
         assert not change(database, bound)
-    assert delete_standing(database, endpoint_id, batch=2)
+    parts = [delete_standing_part(database, endpoint_id, at_most=2) for _ in range(3)]
+    assert parts == [False, False, True]  # five deliveries, two at once
     assert rows(database, Delivery) == rows(database, Secret) == []
     assert row(database, Endpoint).id == bound
