@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import click
 from flask import Flask
 
-from .accept import decorator, register
+from .accept import decorator, register, tenants
 from .config import load_settings
 from .errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
 from .observe.publisher import Publisher
@@ -22,7 +22,7 @@ from .protocol.events import SOURCE_APPLICATION, Occurrence, is_application_type
 from .protocol.json_safe import to_json_safe
 from .protocol.payloads import FORMATS, PayloadFormat, custom_format
 from .queue import job_callbacks
-from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, get_state
+from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, Tenant, get_state
 from .storage.events import IngestItem
 from .storage.models import copy_tables
 from .web import api, endpoint_pages, host_pages, pages
@@ -74,6 +74,7 @@ class RQWebhooks:
         self.authorize_function: Authorize | None = None
         self.scrub_function: Scrub | None = None
         self.error_envelope_function: ErrorEnvelope | None = None
+        self.tenant_function: Tenant | None = None
         self.formats: dict[str, PayloadFormat] = dict(FORMATS)
         self._redis = redis
         self._instrument_rq = instrument_rq
@@ -253,14 +254,22 @@ class RQWebhooks:
         """Undo :meth:`instrument_rq` for this process."""
         job_callbacks.uninstrument()
 
-    def send(self, event_type: str, data: Mapping[str, Any], *, runid: str | None = None) -> str:
+    def send(
+        self,
+        event_type: str,
+        data: Mapping[str, Any],
+        *,
+        runid: str | None = None,
+        tenant: str | None = None,
+    ) -> str:
         """Send an application event to the standing endpoints that listen for it.
 
         :param event_type: dotted lower-case words such as ``"model.published"``; ``job.`` and
             ``webhook.`` are ours.
         :param data: a JSON object.
+        :param tenant: the customer whose event it is: its endpoints get it, too. Without it, only operators'.
         :returns: the event's id, which receivers see as ``webhook-id``.
-        :raises ValueError: for another *event_type*.
+        :raises ValueError: for another *event_type*, and for a *tenant* that cannot be one.
         :raises StorageUnavailableError: when the event cannot be stored.
         """
         if not is_application_type(event_type):
@@ -268,6 +277,8 @@ class RQWebhooks:
                 f"{event_type!r} is not an application event type; use dotted lower-case words that do not "
                 "begin with 'job.' or 'webhook.', such as 'model.published'."
             )
+        if tenant is not None and not tenants.is_tenant(tenant):
+            raise ValueError(f"{tenant!r} is no tenant; use a text of 1 to 128 printable characters.")
         occurrence = Occurrence(
             type=event_type,
             occurred_at=datetime.now(UTC),
@@ -275,7 +286,7 @@ class RQWebhooks:
             runid=register.runid_text(runid),
             data=to_json_safe(dict(data)),
         )
-        (event,) = Publisher(get_state()).publish([IngestItem(occurrence)])
+        (event,) = Publisher(get_state()).publish([IngestItem(occurrence, tenant=tenant)])
         return event.event_id
 
     # -- the host's functions -------------------------------------------------------------------------
@@ -283,11 +294,22 @@ class RQWebhooks:
     def authorize(self, function: Function) -> Function:
         """Register the function that decides who may see and do what.
 
-        It is called with a permission, ``"status"`` (with ``job_id=`` and ``runid=``), ``"read"`` or
-        ``"manage"``, inside the request, and returns whether the caller has it. Until it is registered,
-        nothing is served.
+        It is called with a permission, ``"status"`` (with ``job_id=`` and ``runid=``), ``"read"``,
+        ``"manage"`` or ``"own"`` (with ``tenant=``), inside the request, and returns whether the caller has
+        it. Until it is registered, nothing is served.
         """
         self.authorize_function = function
+        return function
+
+    def tenant(self, function: Function) -> Function:
+        """Register the function that names the customer who calls: a user, an organisation, an API key.
+
+        It is called without arguments inside the request and returns a text of 1 to 128 printable
+        characters, or ``None`` for a caller that is no customer. Jobs, endpoints, events and deliveries then
+        belong to that tenant, which may have standing endpoints of its own and, with the permission
+        ``"own"``, sees and changes what is its own.
+        """
+        self.tenant_function = function
         return function
 
     def scrub(self, function: Function) -> Function:

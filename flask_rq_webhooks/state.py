@@ -38,6 +38,7 @@ EXTENSION_NAME = "rq_webhooks"
 Authorize = Callable[..., bool]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
 ErrorEnvelope = Callable[..., Any]
+Tenant = Callable[[], str | None]
 
 
 class Hooks(Protocol):
@@ -46,6 +47,7 @@ class Hooks(Protocol):
     authorize_function: Authorize | None
     scrub_function: Scrub | None
     error_envelope_function: ErrorEnvelope | None
+    tenant_function: Tenant | None
 
     @property
     def formats(self) -> Mapping[str, PayloadFormat]:

@@ -20,8 +20,9 @@ from flask import Response, current_app, request
 from ..errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
 from ..protocol.events import JOB_TYPES
 from ..queue.job_callbacks import current_attachment, name_of
-from ..state import get_state
-from .register import DestinationBusyError, asked_in_request, load, promise, register
+from ..state import State, get_state
+from .register import Asked, DestinationBusyError, asked_in_request, load, promise, register, subscribe
+from .tenants import subscriber_in_request
 
 logger = logging.getLogger(__name__)
 
@@ -164,9 +165,10 @@ def _begin(
     asked.decorated = True
     try:
         fields = asked.fields(body=options.body, hide=options.hide)
-        if fields is None:
-            return None
         state = get_state()
+        runid = {**(request.view_args or {}), **view_arguments}.get(options.runid or "")
+        if fields is None:
+            return _begin_subscribed(state, asked, options, runid)
         wanted = load(state, fields)
         if wanted is None:
             return None
@@ -175,7 +177,7 @@ def _begin(
             wanted,
             events=options.events,
             scope=options.scope,
-            runid=({**(request.view_args or {}), **view_arguments}).get(options.runid or ""),
+            runid=runid,
             ignores_argument=options.runid is None,
             chosen=options.chosen,
         )
@@ -184,6 +186,21 @@ def _begin(
     except StorageUnavailableError as exc:
         return answer_unavailable(exc)
     return promise(state, asked.attachment, asked)
+
+
+def _begin_subscribed(
+    state: State, asked: Asked, options: _Options, runid: Any
+) -> AbstractContextManager[None] | None:
+    """Register the webhook of a request without a URL, where its caller has subscribed once."""
+    subscriber = subscriber_in_request(state)
+    if subscriber is None:
+        return None
+    tenant, wanted = subscriber
+    asked.attachment = subscribe(
+        state, tenant, events=wanted, scope=options.scope, runid=runid,
+        ignores_argument=options.runid is None, chosen=options.chosen,
+    )  # fmt: skip
+    return None if asked.attachment is None else promise(state, asked.attachment, asked)
 
 
 # -- parsers above ------------------------------------------------------------------------------------------

@@ -48,9 +48,11 @@ from ..queue.outbox_entry import confirm_entry
 from ..state import EXTENSION_NAME, State, get_state
 from ..storage import endpoints
 from ..storage.dispatchers import dispatcher_alive
+from ..storage.models import SUBSCRIBED
 from ..storage.sql_errors import SQLAlchemyError
 from .request_fields import FIELDS, URL, take_fields
 from .request_schema import WebhookRequest, load_webhook
+from .tenants import current_tenant
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,11 @@ class Asked:
             self._taken = exc
         if self._taken is not None:
             self.mark_response()
+
+    @property
+    def has_fields(self) -> bool:
+        """Say whether the request asks for a webhook in so many words."""
+        return self._is_marked
 
     def mark_response(self) -> None:
         """Let the response say whether a webhook was registered."""
@@ -225,12 +232,54 @@ def register(
             runid=runid_text(runid),
             timeout_s=wanted.timeout_s,
             max_attempts=wanted.max_attempts,
+            tenant=current_tenant(state),
         ),
         namespace=state.namespace,
         reserved_job_id=reserved_job_id,
         watched_job_id=None if watched is None else watched.id,
         counts_from=None if watched is None else _began(watched),
     )
+    return _attachment(state, endpoint_id, reserved_job_id, ignores_argument, chosen)
+
+
+def subscribe(
+    state: State,
+    tenant: str,
+    *,
+    events: Sequence[str],
+    scope: str,
+    runid: Any,
+    ignores_argument: bool,
+    chosen: Callable[[str], bool] | None,
+) -> Attachment | None:
+    """Do what :func:`register` does, for a request without a URL, whose jobs go to its tenant's endpoints.
+
+    :param events: types that those want.
+    :returns: ``None`` where it cannot be stored; nothing was asked for, so the request goes on without.
+    """
+    reserved_job_id = str(uuid.uuid4())
+    stands_for = endpoints.NewEndpoint(
+        url="", host="", kind=SUBSCRIBED, events=tuple(events), scope=scope, runid=runid_text(runid),
+        tenant=tenant,
+    )  # fmt: skip
+    try:
+        endpoint_id = endpoints.register(
+            state.database, state.cipher, stands_for, namespace=state.namespace,
+            reserved_job_id=reserved_job_id,
+        )  # fmt: skip
+    except StorageUnavailableError as exc:
+        logger.error("The jobs of a request will not be reported to the endpoints of its tenant: %s", exc)
+        return None
+    return _attachment(state, endpoint_id, reserved_job_id, ignores_argument, chosen)
+
+
+def _attachment(
+    state: State,
+    endpoint_id: str,
+    reserved_job_id: str | None,
+    ignores_argument: bool,
+    chosen: Callable[[str], bool] | None,
+) -> Attachment:
     reached("registered")
     _warn_if_nobody_delivers(state)
     return Attachment(
@@ -257,7 +306,8 @@ def promise(state: State, attachment: Attachment, asked: Asked | None) -> Iterat
         attachment.closed = True
         reported = _confirm(state, attachment, attachment.jobs)
         reached("confirmed")
-        if asked is not None:
+        if asked is not None and (reported or asked.has_fields):
+            asked.mark_response()
             asked.note(reported, None if reported else _why_nothing(attachment))
 
 

@@ -189,6 +189,7 @@ def _make_missing(
         .where(
             Event.id > after,
             Event.type != WEBHOOK_PING,
+            *_heard_by(endpoint),
             Event.erased_at.is_(None),
             ~exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id == endpoint.id),
             *_event_conditions(where),
@@ -217,7 +218,7 @@ def _make_missing(
             if not endpoint.wants(event.type):
                 continue
             occurrence: Occurrence = occurrence_from_json(event.payload)
-            if occurrence.scope != endpoint.scope:
+            if occurrence.scope != endpoint.scope and endpoint.tenant is None:
                 continue
             rendered = render(endpoint, event.id, occurrence)
             rows.append(
@@ -237,6 +238,12 @@ def _make_missing(
     if reached is not None:
         return Part(done, f"{endpoint.id}:{reached}")
     return Part(done, _beginning(database, where, after=endpoint.id))
+
+
+def _heard_by(endpoint: EndpointRow) -> list[ColumnElement[bool]]:
+    """Return the condition on events that an endpoint with a tenant may get."""
+    tenant = endpoint.only_tenant if endpoint.tenant is None else endpoint.tenant
+    return [] if tenant is None else [Event.tenant == tenant]
 
 
 def _event_conditions(where: DeliveryFilter) -> list[ColumnElement[bool]]:
@@ -270,6 +277,8 @@ def _endpoint(
     query = select(*ENDPOINT_COLUMNS).where(Endpoint.kind == "standing", Endpoint.enabled, *conditions)
     if where.endpoint_id is not None:
         query = query.where(Endpoint.id == where.endpoint_id)
+    if where.tenant is not None:
+        query = query.where(Endpoint.tenant == where.tenant)
     if where.host is not None:
         query = query.where(Endpoint.host == where.host)
     with database.read() as connection:

@@ -16,7 +16,7 @@ from functools import cache
 from hashlib import blake2b
 from typing import Any
 
-from sqlalchemy import Executable, bindparam, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Executable, bindparam, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -94,6 +94,7 @@ def register(
             "missing_passes": 0,
             "created_at": min(now, counts_from or now),
             "confirmed_at": None if reserved_job_id else now,
+            "tenant": endpoint.tenant,
         }
     if database.is_sqlite:
         database.execute([(_insert(table), row) for table, row in rows.items()])
@@ -141,7 +142,7 @@ def confirm(
     if existing:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
-             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": since.get(job_id, now),
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "of_endpoint": endpoint_id, "created_at": since.get(job_id, now),
              "confirmed_at": now}
             for job_id in existing
         ]  # fmt: skip
@@ -149,7 +150,7 @@ def confirm(
     if unseen:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
-             "run": (runs or {}).get(job_id), "missing_passes": 0, "created_at": since.get(job_id, now)}
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "of_endpoint": endpoint_id, "created_at": since.get(job_id, now)}
             for job_id in unseen
         ]  # fmt: skip
         statements.append((_INSERT_RESERVED[database.is_sqlite], rows))
@@ -211,17 +212,26 @@ def create_standing(
     *,
     namespace: str,
     idempotency_key: str | None = None,
+    at_most: int = 0,
     now: datetime | None = None,
 ) -> str:
     """Store a standing endpoint and return its id.
 
+    :param at_most: standing endpoints that its tenant may have with this one; 0 for any number.
     :param idempotency_key: the endpoint's id is made of it, so that the primary key lets only one be made,
         however many requests with it come at once. Such ids do not sort by time.
     :raises ExistsError: when there is one with this key.
+    :raises TooManyError: when the tenant has *at_most* endpoints already.
     """
     if endpoint.kind != "standing":
         raise ValueError(f"expected kind 'standing', got {endpoint.kind!r}")
-    endpoint_id = None if idempotency_key is None else _id_of_key(namespace, idempotency_key)
+    endpoint_id = None
+    if idempotency_key is not None:
+        # A key contains no NUL. Two tenants may use the same key.
+        owner = "" if endpoint.tenant is None else f"{endpoint.tenant}\0"
+        endpoint_id = _id_of_key(namespace, owner + idempotency_key)
+    if endpoint.tenant is not None and at_most:
+        return _create_counted(database, cipher, endpoint, endpoint_id or new_id("ep" + namespace), at_most, now)
     try:
         return register(
             database,
@@ -238,20 +248,57 @@ def create_standing(
         raise ExistsError(endpoint_id) from None
 
 
+class TooManyError(Exception):
+    """The tenant has as many standing endpoints as it may have."""
+
+
+def _create_counted(
+    database: Database, cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, at_most: int,
+    now: datetime | None,
+) -> str:  # fmt: skip
+    """Store a tenant's endpoint unless it has too many; two at once wait for each other."""
+    now = now or datetime.now(UTC)
+    with database.write() as connection:
+        if not database.is_sqlite:  # SQLite has one writer at a time
+            key = text("SELECT pg_advisory_xact_lock(:class, hashtext(:tenant))")
+            connection.execute(key, {"class": TENANT_LOCK_CLASS, "tenant": endpoint.tenant})
+        if connection.execute(select(Endpoint.id).where(Endpoint.id == endpoint_id)).first() is not None:
+            raise ExistsError(endpoint_id)
+        theirs = select(func.count()).where(Endpoint.tenant == endpoint.tenant, Endpoint.kind == "standing")
+        if connection.execute(theirs).scalar_one() >= at_most:
+            raise TooManyError
+        connection.execute(insert(Endpoint).values(_endpoint_values(cipher, endpoint, endpoint_id, now)))
+        if endpoint.secret is not None:
+            connection.execute(insert(Secret).values(_secret_values(cipher, endpoint.secret, endpoint_id, now)))
+    return endpoint_id
+
+
+#: First key of the advisory lock under which a tenant's endpoints are counted; any number nobody else uses.
+TENANT_LOCK_CLASS = 0x7271_7771
+
+
 def _id_of_key(namespace: str, idempotency_key: str) -> str:
     number = int.from_bytes(blake2b(idempotency_key.encode(), digest_size=17).digest())
     return f"ep{namespace}_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
 
 
 #: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
-CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {"secret", "kind", "scope"}
+CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {"secret", "kind", "scope", "tenant"}
 
 
-def update_standing(database: Database, cipher: Cipher, endpoint_id: str, changes: Mapping[str, Any]) -> bool:
+def update_standing(
+    database: Database,
+    cipher: Cipher,
+    endpoint_id: str,
+    changes: Mapping[str, Any],
+    *,
+    tenant: str | None = None,
+) -> bool:
     """Change a standing endpoint. Waiting deliveries go to the new URL; their bytes stay what they are.
 
     :param changes: attributes of :class:`NewEndpoint`, those in :data:`CHANGEABLE`. ``url`` and ``host``
         go together.
+    :param tenant: only an endpoint of this tenant, as in the functions below.
     :returns: whether there is such an endpoint.
     """
     unknown = set(changes) - CHANGEABLE
@@ -267,7 +314,7 @@ def update_standing(database: Database, cipher: Cipher, endpoint_id: str, change
     with database.write() as connection:
         changed = connection.execute(
             update(Endpoint)
-            .where(Endpoint.id == endpoint_id, Endpoint.kind == "standing")
+            .where(*_this_standing(endpoint_id, tenant))
             .values(**values, updated_at=database.clock())
         ).rowcount
         if changed and "host" in changes:
@@ -290,6 +337,7 @@ def rotate_secret(
     secret: str,
     *,
     grace_s: float = ROTATION_GRACE_S,
+    tenant: str | None = None,
     now: datetime | None = None,
 ) -> bool:
     """Give a standing endpoint a new secret; the old ones go on signing beside it for *grace_s* seconds.
@@ -301,7 +349,7 @@ def rotate_secret(
         # The update also makes two rotations at once wait for each other.
         found = connection.execute(
             update(Endpoint)
-            .where(Endpoint.id == endpoint_id, Endpoint.kind == "standing")
+            .where(*_this_standing(endpoint_id, tenant))
             .values(updated_at=now)
         ).rowcount
         if not found:
@@ -318,31 +366,41 @@ def rotate_secret(
     return True
 
 
-def enable_standing(database: Database, endpoint_id: str) -> bool:
+def enable_standing(database: Database, endpoint_id: str, *, tenant: str | None = None) -> bool:
     """Let a standing endpoint get deliveries again, with a clean record.
 
     What happened meanwhile is delivered by :func:`~.bulk.recover_part`.
 
     :returns: whether there is such an endpoint.
     """
-    return _set_enabled(database, endpoint_id, enabled=True, reason=None)
+    return _set_enabled(database, _this_standing(endpoint_id, tenant), enabled=True, reason=None) == 1
 
 
-def disable_standing(database: Database, endpoint_id: str, *, reason: str = "operator") -> bool:
+def disable_standing(
+    database: Database, endpoint_id: str, *, reason: str = "operator", tenant: str | None = None
+) -> bool:
     """Stop a standing endpoint from getting new deliveries. Those that wait go on; cancel them apart.
 
     :returns: whether there is such an endpoint.
     """
-    return _set_enabled(database, endpoint_id, enabled=False, reason=reason)
+    return _set_enabled(database, _this_standing(endpoint_id, tenant), enabled=False, reason=reason) == 1
 
 
-def delete_standing_part(database: Database, endpoint_id: str, *, at_most: int = 1000) -> bool | None:
+def disable_tenant(database: Database, tenant: str) -> int:
+    """Disable every standing endpoint of a tenant; return how many were enabled."""
+    theirs = [Endpoint.tenant == tenant, Endpoint.kind == "standing", Endpoint.enabled]
+    return _set_enabled(database, theirs, enabled=False, reason="operator")
+
+
+def delete_standing_part(
+    database: Database, endpoint_id: str, *, at_most: int = 1000, tenant: str | None = None
+) -> bool | None:
     """Disable a standing endpoint and delete some of its deliveries; with the last of them, itself.
 
     :param at_most: deliveries, in one transaction.
     :returns: whether it is deleted now; otherwise call again. ``None``: there is no such endpoint.
     """
-    if not disable_standing(database, endpoint_id, reason="deleted"):
+    if not disable_standing(database, endpoint_id, reason="deleted", tenant=tenant):
         return None
     some = select(Delivery.id).where(Delivery.endpoint_id == endpoint_id).limit(at_most)
     with database.write() as connection:
@@ -357,11 +415,18 @@ def delete_standing_part(database: Database, endpoint_id: str, *, at_most: int =
     return True
 
 
-def _set_enabled(database: Database, endpoint_id: str, *, enabled: bool, reason: str | None) -> bool:
+def _this_standing(endpoint_id: str, tenant: str | None) -> list[ColumnElement[bool]]:
+    this = [Endpoint.id == endpoint_id, Endpoint.kind == "standing"]
+    return this if tenant is None else [*this, Endpoint.tenant == tenant]
+
+
+def _set_enabled(
+    database: Database, which: Sequence[ColumnElement[bool]], *, enabled: bool, reason: str | None
+) -> int:
     with database.write(single_statement=True) as connection:
         changed = connection.execute(
             update(Endpoint)
-            .where(Endpoint.id == endpoint_id, Endpoint.kind == "standing")
+            .where(*which)
             .values(
                 enabled=enabled,
                 disabled_reason=reason,
@@ -371,7 +436,7 @@ def _set_enabled(database: Database, endpoint_id: str, *, enabled: bool, reason:
                 updated_at=database.clock(),
             )
         )
-    return changed.rowcount == 1
+    return changed.rowcount
 
 
 def _endpoint_values(
@@ -442,6 +507,8 @@ _WATCHES = Base.metadata.tables[Watch.__tablename__]
 
 def _insert_watch(statement: Any, *changed: str) -> Executable:
     changes = {name: statement.excluded[name] for name in changed}
+    tenant = select(Endpoint.tenant).where(Endpoint.id == bindparam("of_endpoint")).scalar_subquery()
+    statement = statement.values(tenant=tenant)
     insert: Executable = statement.on_conflict_do_update(
         index_elements=["job_id", "endpoint_id"], set_=changes, where=Watch.status == "reserved"
     )

@@ -133,7 +133,7 @@ def erase_finished(database: Database, older_than: datetime, *, batch: int = BAT
 
 def _endpoints(job_id: str | None, runid: str | None, reference: str | None) -> Any:
     """Return the query for the endpoints that came with the requests meant."""
-    query = select(Endpoint.id).where(Endpoint.kind == "job")
+    query = select(Endpoint.id).where(Endpoint.kind != "standing")
     if reference is not None:
         return query.where(Endpoint.reference == reference)
     watched = exists().where(Watch.endpoint_id == Endpoint.id, Watch.job_id == job_id)

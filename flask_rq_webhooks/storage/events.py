@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import Connection, func, select, text, update
 
 from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, RUNNING_TYPES, Occurrence, run_key
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
@@ -26,9 +26,12 @@ from .subscriptions import (
     EndpointRow,
     delivery_values,
     endpoints_of,
+    owner_of,
     receivers_of,
+    requests_of,
     standing_endpoints,
     store_deliveries,
+    tenants_of,
 )
 
 Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
@@ -41,6 +44,7 @@ class IngestItem:
 
     :param endpoint_ids: endpoints the report names: they count whenever the run began. Endpoints that watch
         the job, and standing ones, are found here. Ids that do not exist are ignored.
+    :param tenant: whose standing endpoints get it, beside those of operators; that of the job by default.
     :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Whoever can write
         to Redis can write a report that names any endpoint.
     """
@@ -48,6 +52,7 @@ class IngestItem:
     occurrence: Occurrence
     endpoint_ids: tuple[str, ...] = ()
     needs_watch: bool = False
+    tenant: str | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +62,8 @@ class StoredEvent:
     :param created: ``False`` when it was there already.
     :param named: endpoints that the report named.
     :param deliveries: how many deliveries are new.
+    :param sent_to: the tenant the item names.
+    :param tenant: whose event it is.
     """
 
     id: str
@@ -64,6 +71,8 @@ class StoredEvent:
     created: bool
     named: list[str]
     deliveries: int = 0
+    sent_to: str | None = None
+    tenant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +145,22 @@ def ingest_within(
     _lock_jobs(database, connection, believed)
     over = _ended_runs(connection, believed)
     believed = [item for item in believed if _end_key(item.occurrence) not in over]
-    by_item, stored = store_events(database, connection, believed, now, position)
-    endpoints = endpoints_of(database, connection, stored, watches)
-    standing = standing_endpoints(connection) if any(event.created for event in stored) else []
+    endpoints = endpoints_of(database, connection, believed, watches)
+
+    def requests(event: StoredEvent) -> dict[str, EndpointRow]:
+        return requests_of(event, watches.get(event.occurrence.job_id or "", []), endpoints)
+
+    by_item, stored = store_events(
+        database, connection, believed, now, position, owner=lambda event: owner_of(event, requests(event))
+    )
+    tenants = {tenant for event in stored for tenant in tenants_of(event, requests(event))}
+    tenants |= {event.tenant for event in stored if event.tenant is not None}
+    standing: list[EndpointRow] = []
+    if tenants or any(event.created for event in stored):
+        standing = standing_endpoints(database, connection, tenants)
     rows: list[dict[str, Any]] = []
     for event in stored:
-        receivers = receivers_of(event, watches.get(event.occurrence.job_id or "", []), endpoints, standing)
-        for endpoint in receivers:
+        for endpoint in receivers_of(event, requests(event), standing):
             rendered = render(endpoint, event.id, event.occurrence)
             rows.append(
                 delivery_values(
@@ -212,9 +230,18 @@ def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:
 
 
 def store_events(
-    database: Database, connection: Connection, items: Sequence[IngestItem], now: datetime, position: int
+    database: Database,
+    connection: Connection,
+    items: Sequence[IngestItem],
+    now: datetime,
+    position: int,
+    *,
+    owner: Callable[[StoredEvent], str | None],
 ) -> tuple[list[StoredEvent], list[StoredEvent]]:
-    """Insert what is new and load what is not; return the event of each item, and each event once."""
+    """Insert what is new and load what is not; return the event of each item, and each event once.
+
+    :param owner: returns the tenant whose event it is, where the item names none.
+    """
     by_key: dict[str, StoredEvent] = {}
     by_item: list[StoredEvent] = []
     for item in items:
@@ -224,10 +251,13 @@ def store_events(
             event = StoredEvent(new_id("evt"), item.occurrence, created=True, named=[])
             if key is not None:
                 by_key[key] = event
+        event.sent_to = event.sent_to or item.tenant
         event.named += [endpoint_id for endpoint_id in item.endpoint_ids if endpoint_id not in event.named]
         by_item.append(event)
     stored = list({event.id: event for event in by_item}.values())
     place = {event.id: number for number, event in enumerate(stored)}
+    for event in stored:
+        event.tenant = event.sent_to or owner(event)
     _number(database, connection, stored)
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
@@ -236,13 +266,17 @@ def store_events(
     there = sorted(key for key, event in by_key.items() if event.id not in inserted)
     for keys in chunks_of(there):
         query = (
-            select(Event.id, Event.run_key, Event.payload)
+            select(Event.id, Event.run_key, Event.payload, Event.tenant)
             .where(Event.run_key.in_(keys))
             .with_for_update(read=True, key_share=True)  # as with endpoints, see endpoints_of
         )
-        for event_id, key, payload in connection.execute(query):
+        for event_id, key, payload, tenant in connection.execute(query).all():
             event = by_key[str(key)]
             event.id, event.created, event.occurrence = event_id, False, occurrence_from_json(payload)
+            if tenant is None and event.tenant is not None:
+                # Stored before the request that the job belongs to was known.
+                connection.execute(update(Event).where(Event.id == event_id).values(tenant=event.tenant))
+            event.tenant = tenant or event.tenant
     return by_item, stored
 
 
@@ -311,6 +345,7 @@ def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str,
         "occurred_at": occurrence.occurred_at,
         "created_at": now,
         "position": position,
+        "tenant": event.tenant,
     }
 
 

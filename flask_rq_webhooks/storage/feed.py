@@ -58,15 +58,17 @@ def events_after(
     cursor: str | None = None,
     runid: str | None = None,
     event_type: str | None = None,
+    tenant: str | None = None,
     limit: int = 50,
 ) -> Page[EventView]:
     """Return the events after *cursor*, oldest first: the feed for clients that were down.
 
     :param cursor: of the last answer; ``None`` for the beginning.
+    :param tenant: only events of this tenant.
     :returns: a page whose cursor continues where it ends, also when it is empty.
     :raises CursorError: when *cursor* is not one of ours.
     """
-    wanted = ((Event.type, event_type), (Event.runid, runid))
+    wanted = ((Event.type, event_type), (Event.runid, runid), (Event.tenant, tenant))
     query = select(*EVENT_COLUMNS, Event.payload, Event.position).where(
         *(column == value for column, value in wanted if value is not None)
     )

@@ -24,6 +24,7 @@ ENOUGH_S = 0.06
 
 #: Conditions on columns of the delivery itself, each with an index of its own; the selective ones first.
 _COLUMNS = {
+    "tenant": Delivery.tenant,
     "endpoint_id": Delivery.endpoint_id,
     "host": Delivery.host,
     "statuses": Delivery.status,
@@ -40,6 +41,7 @@ class DeliveryFilter:
     :param statuses: one of these.
     :param job_id: of the event.
     :param runid: of the event.
+    :param tenant: whose the endpoint is.
     """
 
     since: datetime | None = None
@@ -51,6 +53,7 @@ class DeliveryFilter:
     event_id: str | None = None
     job_id: str | None = None
     runid: str | None = None
+    tenant: str | None = None
 
     def conditions(self) -> list[ColumnElement[bool]]:
         """Return the conditions on :class:`~.models.Delivery`.
@@ -63,6 +66,8 @@ class DeliveryFilter:
             found.append(Delivery.id >= first_id_at("dlv", self.since))
         if self.until is not None:
             found.append(Delivery.id < first_id_at("dlv", self.until))
+        if self.tenant is not None:
+            found.append(Delivery.tenant == self.tenant)
         if self.endpoint_id is not None:
             found.append(Delivery.endpoint_id == self.endpoint_id)
         if self.statuses is not None:

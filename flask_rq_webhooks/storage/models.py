@@ -101,6 +101,17 @@ class Base(DeclarativeBase):
 
 
 Id = String(40)
+#: Characters of a tenant's name at most.
+MAX_TENANT = 128
+Tenant = String(MAX_TENANT)
+
+
+def _partial(name: str, where: str, *columns: str) -> Index:
+    return Index(conv(name), *columns, postgresql_where=text(where), sqlite_where=text(where))
+
+
+#: Kind of an endpoint that stands for a request without a URL, see :class:`Endpoint`.
+SUBSCRIBED = "subscribed"
 
 # Status of a delivery.
 PENDING = "pending"
@@ -130,6 +141,7 @@ class EndpointFields:
     :param host: see :class:`Endpoint`.
     :param events: types it gets; ``None`` for all terminal ones. ``"*"`` on a standing endpoint: every type
         there is.
+    :param tenant: see :class:`Endpoint`, as for *only_tenant*.
     """
 
     url: str = field(repr=False)
@@ -144,12 +156,17 @@ class EndpointFields:
     timeout_s: float | None = None
     max_attempts: int | None = None
     description: str | None = None
+    tenant: str | None = None
+    only_tenant: str | None = None
 
 
 class Endpoint(Base):
     """Where events go, and how they are rendered for it.
 
-    ``kind`` is ``"job"`` (came with a request) or ``"standing"``. ``headers`` is an encrypted JSON object,
+    ``kind`` is ``"job"`` (came with a request), ``"standing"``, or ``"subscribed"``: a request without a URL,
+    whose jobs are reported to the standing endpoints of its tenant; nothing is sent to its own row.
+    ``tenant`` is the customer whose it is, ``None`` for one of an operator; ``only_tenant`` narrows one of an
+    operator to the events of one customer, who does not see it. ``headers`` is an encrypted JSON object,
     ``events`` a JSON list of types, or ``None`` for all terminal ones. ``host`` is the normalised
     destination host (with the port where it is not the default one), the unit of fairness and limits.
     """
@@ -170,6 +187,8 @@ class Endpoint(Base):
     timeout_s: Mapped[float | None]
     max_attempts: Mapped[int | None] = mapped_column(Integer)
     description: Mapped[str | None]
+    tenant: Mapped[str | None] = mapped_column(Tenant)
+    only_tenant: Mapped[str | None] = mapped_column(Tenant)
     enabled: Mapped[bool] = mapped_column(Boolean, default=True)
     disabled_at: Mapped[datetime | None]
     disabled_reason: Mapped[str | None] = mapped_column(String(64))
@@ -178,7 +197,14 @@ class Endpoint(Base):
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
 
-    __table_args__ = (Index(conv("ix_rq_webhooks_endpoint_kind"), "kind", "id"),)
+    __table_args__ = (
+        Index(conv("ix_rq_webhooks_endpoint_kind"), "kind", "id"),
+        _partial("ix_rq_webhooks_endpoint_tenant", "tenant IS NOT NULL", "tenant", "kind", "id"),
+        # The standing endpoints of operators, however many those of tenants are.
+        _partial(
+            "ix_rq_webhooks_endpoint_operators", "kind = 'standing' AND tenant IS NULL", "only_tenant", "id"
+        ),
+    )
 
 
 class Secret(Base):
@@ -220,18 +246,14 @@ class Watch(Base):
     settled_at: Mapped[datetime | None]
     outcome: Mapped[str | None] = mapped_column(String(20))
     recheck_at: Mapped[datetime | None]
+    tenant: Mapped[str | None] = mapped_column(Tenant)
 
     __table_args__ = (
         UniqueConstraint("job_id", "endpoint_id", name=conv("uq_rq_webhooks_watch_job_endpoint")),
         Index(conv("ix_rq_webhooks_watch_endpoint"), "endpoint_id"),
         Index(conv("ix_rq_webhooks_watch_status"), "status", "id"),
         Index(conv("ix_rq_webhooks_watch_settled"), "settled_at"),
-        Index(
-            conv("ix_rq_webhooks_watch_recheck"),
-            "id",
-            postgresql_where=text("recheck_at IS NOT NULL"),
-            sqlite_where=text("recheck_at IS NOT NULL"),
-        ),
+        _partial("ix_rq_webhooks_watch_recheck", "recheck_at IS NOT NULL", "id"),
     )
 
 
@@ -255,12 +277,14 @@ class Event(Base):
     created_at: Mapped[datetime]
     erased_at: Mapped[datetime | None]
     position: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    tenant: Mapped[str | None] = mapped_column(Tenant)
 
     __table_args__ = (
         Index(conv("ix_rq_webhooks_event_position"), "position", "id"),
         Index(conv("ix_rq_webhooks_event_runid_position"), "runid", "position", "id"),
         Index(conv("ix_rq_webhooks_event_type_position"), "type", "position", "id"),
         Index(conv("ix_rq_webhooks_event_created"), "created_at"),
+        _partial("ix_rq_webhooks_event_tenant", "tenant IS NOT NULL", "tenant", "position", "id"),
     )
 
 
@@ -269,7 +293,7 @@ class Delivery(Base):
 
     ``status``: ``pending``, ``sending``, ``succeeded``, ``exhausted``, ``canceled``. ``body`` is what is
     signed and sent, on every attempt; ``content_type`` is null for JSON. ``host`` and ``event_type`` are
-    copies that lists and claims are indexed by. ``attempts`` counts recorded attempts; ``lease_id`` names
+    copies that lists and claims are indexed by, as ``tenant`` is one of its endpoint's. ``attempts`` counts recorded attempts; ``lease_id`` names
     the claim that holds a ``sending`` row until ``lease_until``. ``trigger`` says why the next
     attempt is made.
     """
@@ -295,33 +319,20 @@ class Delivery(Base):
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
     erased_at: Mapped[datetime | None]
+    tenant: Mapped[str | None] = mapped_column(Tenant)
 
     __table_args__ = (
         UniqueConstraint("event_id", "endpoint_id", name=conv("uq_rq_webhooks_delivery_event_endpoint")),
-        Index(
-            conv("ix_rq_webhooks_delivery_due"),
-            "host",
-            "next_attempt_at",
-            postgresql_where=text("status = 'pending'"),
-            sqlite_where=text("status = 'pending'"),
-        ),
-        Index(
-            conv("ix_rq_webhooks_delivery_next"),
-            "next_attempt_at",
-            postgresql_where=text("status = 'pending'"),
-            sqlite_where=text("status = 'pending'"),
-        ),
-        Index(
-            conv("ix_rq_webhooks_delivery_lease"),
-            "lease_until",
-            postgresql_where=text("status = 'sending'"),
-            sqlite_where=text("status = 'sending'"),
-        ),
+        _partial("ix_rq_webhooks_delivery_due", "status = 'pending'", "host", "next_attempt_at"),
+        _partial("ix_rq_webhooks_delivery_next", "status = 'pending'", "next_attempt_at"),
+        _partial("ix_rq_webhooks_delivery_lease", "status = 'sending'", "lease_until"),
         Index(conv("ix_rq_webhooks_delivery_status"), "status", "id"),
         Index(conv("ix_rq_webhooks_delivery_host"), "host", "id"),
         Index(conv("ix_rq_webhooks_delivery_endpoint"), "endpoint_id", "id"),
         Index(conv("ix_rq_webhooks_delivery_type"), "event_type", "id"),
         Index(conv("ix_rq_webhooks_delivery_finished"), "finished_at", "status"),
+        _partial("ix_rq_webhooks_delivery_tenant", "tenant IS NOT NULL", "tenant", "id"),
+        _partial("ix_rq_webhooks_delivery_tenant_status", "tenant IS NOT NULL", "tenant", "status", "id"),
     )
 
 

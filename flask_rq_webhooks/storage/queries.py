@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Connection, Select, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
 
 from .database import Database
 from .filters import DeliveryFilter, walk
@@ -24,6 +24,7 @@ from .models import (
     OPEN,
     RESERVED,
     SETTLED,
+    SUBSCRIBED,
     Attempt,
     Delivery,
     Endpoint,
@@ -84,6 +85,7 @@ class EventView:
     occurred_at: datetime
     created_at: datetime
     erased_at: datetime | None
+    tenant: str | None
     payload: str | None = field(default=None, repr=False)
 
 
@@ -110,6 +112,7 @@ class DeliveryView:
     created_at: datetime
     finished_at: datetime | None
     erased_at: datetime | None
+    tenant: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,13 +245,19 @@ def list_deliveries(
 
 
 def list_endpoints(
-    database: Database, *, kind: str = "standing", cursor: str | None = None, limit: int = 50
+    database: Database,
+    *,
+    kind: str = "standing",
+    tenant: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
 ) -> Page[EndpointView]:
     """Return endpoints, newest first.
 
+    :param tenant: only those of this tenant.
     :raises CursorError: when *cursor* is not one of ours.
     """
-    query = select(Endpoint).where(Endpoint.kind == kind)
+    query = select(Endpoint).where(Endpoint.kind == kind, *_owned(Endpoint, tenant))
     if cursor is not None:
         query = query.where(Endpoint.id < _id_of(cursor))
     limit = bounded(limit)
@@ -258,26 +267,36 @@ def list_endpoints(
         )
 
 
-def endpoint_detail(database: Database, endpoint_id: str) -> EndpointView | None:
-    """Return one endpoint of either kind."""
+def endpoint_detail(
+    database: Database, endpoint_id: str, *, tenant: str | None = None
+) -> EndpointView | None:
+    """Return one endpoint, standing or job-bound.
+
+    :param tenant: only one of this tenant, as below.
+    """
+    query = select(Endpoint).where(
+        Endpoint.id == endpoint_id, Endpoint.kind != SUBSCRIBED, *_owned(Endpoint, tenant)
+    )
     with database.read() as connection:
-        found = _endpoints(database, connection, select(Endpoint).where(Endpoint.id == endpoint_id))
+        found = _endpoints(database, connection, query)
     return found[0] if found else None
 
 
-def event_detail(database: Database, event_id: str) -> EventView | None:
+def event_detail(database: Database, event_id: str, *, tenant: str | None = None) -> EventView | None:
     """Return one event with its payload; its deliveries are listed by filter."""
+    query = select(*EVENT_COLUMNS, Event.payload).where(Event.id == event_id, *_owned(Event, tenant))
     with database.read() as connection:
-        row = connection.execute(
-            select(*EVENT_COLUMNS, Event.payload).where(Event.id == event_id)
-        ).one_or_none()
+        row = connection.execute(query).one_or_none()
     return None if row is None else _event(row)
 
 
-def delivery_detail(database: Database, delivery_id: str) -> DeliveryDetail | None:
+def delivery_detail(
+    database: Database, delivery_id: str, *, tenant: str | None = None
+) -> DeliveryDetail | None:
     """Return one delivery with its attempts, event and endpoint."""
+    this = select(Delivery.id).where(Delivery.id == delivery_id, *_owned(Delivery, tenant))
     with database.read() as connection:
-        deliveries = _deliveries(connection, select(Delivery.id).where(Delivery.id == delivery_id), 1)
+        deliveries = _deliveries(connection, this, 1)
         if not deliveries:
             return None
         (delivery,) = deliveries
@@ -298,10 +317,15 @@ def delivery_detail(database: Database, delivery_id: str) -> DeliveryDetail | No
     )
 
 
+def _owned(model: type[Endpoint | Event | Delivery], tenant: str | None) -> list[ColumnElement[bool]]:
+    """Return the condition that a row is of *tenant*; none where *tenant* is ``None``: everybody's."""
+    return [] if tenant is None else [model.tenant == tenant]
+
+
 #: What lists show of an event.
 EVENT_COLUMNS = (
     Event.id, Event.type, Event.job_id, Event.runid, Event.source, Event.supersedes, Event.occurred_at,
-    Event.created_at, Event.erased_at,
+    Event.created_at, Event.erased_at, Event.tenant,
 )  # fmt: skip
 
 
@@ -318,7 +342,7 @@ def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[
             Delivery.endpoint_id, Endpoint.kind.label("endpoint_kind"), Endpoint.url, Delivery.host,
             Delivery.status, Delivery.trigger, Delivery.attempts, Delivery.max_attempts,
             Delivery.next_attempt_at, Delivery.status_code, Delivery.error_code, Delivery.created_at,
-            Delivery.finished_at, Delivery.erased_at,
+            Delivery.finished_at, Delivery.erased_at, Delivery.tenant,
         )
         .join(Event, Event.id == Delivery.event_id)
         .join(Endpoint, Endpoint.id == Delivery.endpoint_id)

@@ -42,12 +42,13 @@ Progress = Callable[[int], None]
 BATCH = 500
 
 
-def resend(database: Database, delivery_id: str) -> str | None:
+def resend(database: Database, delivery_id: str, *, tenant: str | None = None) -> str | None:
     """Make a delivery due now, for one more attempt, whatever became of it before.
 
     Same event id, same bytes. The attempt decides the status anew: a delivery that had succeeded and now
     fails for the last time is exhausted.
 
+    :param tenant: only one of this tenant's.
     :returns: its status now: ``"pending"``; ``"sending"``, unchanged, where an attempt is under way; ``None``
         where there is no such delivery.
     :raises ErasedError: when its body was erased.
@@ -55,7 +56,7 @@ def resend(database: Database, delivery_id: str) -> str | None:
     with database.write() as connection:
         row = connection.execute(
             select(Delivery.status, Delivery.erased_at, in_flight(database).label("in_flight"))
-            .where(Delivery.id == delivery_id)
+            .where(Delivery.id == delivery_id, *([] if tenant is None else [Delivery.tenant == tenant]))
             .with_for_update()
         ).one_or_none()
         if row is None:
@@ -136,7 +137,7 @@ def prune(
             select(Dispatcher.namespace).where(Dispatcher.id == SHARED)
         ).scalar_one_or_none()
     unused = [
-        Endpoint.kind == "job",
+        Endpoint.kind != "standing",
         Endpoint.created_at < older_than,
         ~exists().where(Watch.endpoint_id == Endpoint.id),
         ~exists().where(Delivery.endpoint_id == Endpoint.id),

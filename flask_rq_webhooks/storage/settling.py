@@ -19,7 +19,7 @@ from sqlalchemy import Connection, String, bindparam, select, text, update
 from ..protocol.events import TERMINAL_TYPES
 from .bulk_insert import chunks_of, insert_into, insert_or_ignore, one_of
 from .database import Database
-from .models import CLOSED, OPEN, SETTLED, UTCDateTime, Watch, new_id
+from .models import CLOSED, OPEN, SETTLED, Endpoint, UTCDateTime, Watch, new_id
 from .subscriptions import EndpointRow, existing_endpoints, is_endpoint
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def settle_watches(
                 "id": watch_id, "endpoint_id": endpoint_id, "job_id": job_id, "status": SETTLED, "run": run,
                 "outcome": occurrence.type, "missing_passes": 0, "created_at": now, "confirmed_at": now,
                 "settled_at": now, "recheck_at": now,
+                "tenant": endpoints[endpoint_id].tenant if endpoint_id in endpoints else None,
             }  # fmt: skip
     if settled:
         statement = _SETTLE_SQLITE if database.is_sqlite else _SETTLE_POSTGRESQL
@@ -140,7 +141,7 @@ def _scope_of(endpoint_id: str | None, endpoints: Mapping[str, EndpointRow]) -> 
     if endpoint_id is None:
         return "job"
     endpoint = endpoints.get(endpoint_id)
-    return None if endpoint is None or endpoint.kind != "job" else endpoint.scope
+    return None if endpoint is None or endpoint.kind == "standing" else endpoint.scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,7 @@ def park_reports(database: Database, reports: Sequence[ParkedReport], *, now: da
                 id=new_id("wat") if bound else unbound_watch_id(report.job_id),
                 endpoint_id=report.endpoint_id if bound else None,
                 job_id=report.job_id,
+                tenant=select(Endpoint.tenant).where(Endpoint.id == report.endpoint_id).scalar_subquery(),
                 created_at=now,
                 confirmed_at=now,
                 **changes,

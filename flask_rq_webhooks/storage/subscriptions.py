@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, text
 
-from ..protocol.events import CLOCK_SKEW, OPERATOR_TYPES, TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
+from ..protocol.events import CLOCK_SKEW, JOB_TYPES, OPERATOR_TYPES, TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
 from ..protocol.payloads import JSON, Rendered, as_rendered
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
-from .models import CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
+from .models import CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, new_id
 
 if TYPE_CHECKING:
-    from .events import StoredEvent
+    from .events import IngestItem, StoredEvent
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class EndpointRow:
     runid: str | None
     max_attempts: int | None
     created_at: datetime
+    tenant: str | None = None
+    only_tenant: str | None = None
 
     def wants(self, event_type: str) -> bool:
         """Say whether the endpoint gets events of *event_type*.
@@ -76,11 +78,17 @@ ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointR
 def endpoints_of(
     database: Database,
     connection: Connection,
-    stored: Sequence[StoredEvent],
+    items: Sequence[IngestItem],
     watches: Mapping[str, Sequence[Any]],
 ) -> dict[str, EndpointRow]:
-    """Return, by id, the endpoints that are named with the events or watch their jobs."""
-    ids = {endpoint_id for event in stored for endpoint_id in event.named if is_endpoint(endpoint_id)}
+    """Return, by id, the endpoints that are named with the items or watch their jobs."""
+    named = {
+        endpoint_id: item.occurrence.job_id
+        for item in items
+        for endpoint_id in item.endpoint_ids
+        if is_endpoint(endpoint_id)
+    }
+    ids = set(named)
     ids |= {row.endpoint_id for rows in watches.values() for row in rows if row.endpoint_id is not None}
     query = (
         select(*ENDPOINT_COLUMNS)
@@ -91,35 +99,81 @@ def endpoints_of(
     endpoints: dict[str, EndpointRow] = {}
     for chunk in chunks_of(sorted(ids)):
         endpoints.update((row.id, endpoint_row(row)) for row in connection.execute(query, {"ids": chunk}))
-    for event in stored:
-        for endpoint_id in event.named:
-            if endpoint_id not in endpoints and is_endpoint(endpoint_id):
-                logger.warning(
-                    "The endpoint %r of job %r does not exist here (pruned, or another app's); ignored.",
-                    endpoint_id,
-                    event.occurrence.job_id,
-                )
+    for endpoint_id, job_id in named.items():
+        if endpoint_id not in endpoints:
+            logger.warning(
+                "The endpoint %r of job %r does not exist here (pruned, or another app's); ignored.",
+                endpoint_id,
+                job_id,
+            )
     return endpoints
 
 
-def standing_endpoints(connection: Connection) -> list[EndpointRow]:
-    """Return the standing endpoints that are enabled."""
-    query = (
-        select(*ENDPOINT_COLUMNS)
-        .where(Endpoint.kind == "standing", Endpoint.enabled)
-        .order_by(Endpoint.id)
-        .with_for_update(read=True, key_share=True)
-    )
-    return [endpoint_row(row) for row in connection.execute(query)]
+def standing_endpoints(
+    database: Database, connection: Connection, tenants: Collection[str]
+) -> list[EndpointRow]:
+    """Return the enabled standing endpoints of operators and of *tenants*; nobody else's are read."""
+    enabled = select(*ENDPOINT_COLUMNS).where(_IS_STANDING, Endpoint.enabled)
+    # A lock for each row, which a union does not allow.
+    found = list(connection.execute(enabled.where(Endpoint.tenant.is_(None)).with_for_update(**_SHARED)))
+    theirs = enabled.where(one_of(database, Endpoint.tenant, "tenants")).with_for_update(**_SHARED)
+    for chunk in chunks_of(sorted(tenants)):
+        found += connection.execute(theirs, {"tenants": chunk})
+    rows = (endpoint_row(row) for row in found)
+    return [row for row in rows if row.only_tenant is None or row.only_tenant in tenants]
 
 
-def wanted_by_standing(connection: Connection, event_types: Iterable[str]) -> frozenset[str]:
-    """Return those of *event_types* to which enabled standing endpoints subscribe by name or by ``"*"``."""
-    wanted: set[str] = set()
-    query = select(Endpoint.events).where(Endpoint.kind == "standing", Endpoint.enabled)
-    for events in connection.execute(query).scalars():
-        wanted |= set(json.loads(events or "[]"))
-    return frozenset(one for one in event_types if one in wanted or EVERY_TYPE in wanted)
+#: As the partial indexes have it: a parameter would hide it from the planner.
+_IS_STANDING = text("kind = 'standing'")
+_SHARED: dict[str, Any] = {"read": True, "key_share": True}
+
+
+def wanted_by_standing(
+    database: Database,
+    connection: Connection,
+    event_types: Iterable[str],
+    tenants: Collection[str] | None = None,
+) -> dict[str | None, frozenset[str]]:
+    """Return to which of *event_types* enabled standing endpoints subscribe by name or by ``"*"``.
+
+    :param tenants: whose endpoints beside those of operators; ``None``: everybody's.
+    :returns: by tenant; under ``None`` what operators subscribe to.
+    """
+    query = select(Endpoint.tenant, Endpoint.events).distinct()
+    query = query.where(_IS_STANDING, Endpoint.enabled, Endpoint.events.is_not(None))
+    found: list[Any] = []
+    if tenants is None:
+        found += connection.execute(query)
+    else:
+        found += connection.execute(query.where(Endpoint.tenant.is_(None)))
+        for chunk in chunks_of(sorted(tenants)):
+            theirs = query.where(one_of(database, Endpoint.tenant, "tenants"))
+            found += connection.execute(theirs, {"tenants": chunk})
+    named: dict[str | None, set[str]] = {}
+    for tenant, events in found:
+        named.setdefault(tenant, set()).update(json.loads(events))
+    types = frozenset(event_types)
+    return {tenant: types if EVERY_TYPE in some else types & some for tenant, some in named.items()}
+
+
+def job_types_wanted(database: Database, tenant: str | None) -> tuple[str, ...] | None:
+    """Return the event types of jobs that the enabled standing endpoints of a tenant want.
+
+    :param tenant: ``None``: of any tenant at all; only whether there are some then counts.
+    :returns: ``None`` where they want none, or there are no such endpoints.
+    """
+    query = select(Endpoint.events).where(_IS_STANDING, Endpoint.enabled).limit(_MAX_LOOK)
+    query = query.where(Endpoint.tenant.is_not(None) if tenant is None else Endpoint.tenant == tenant)
+    types: set[str] = set()
+    with database.read() as connection:
+        for events in connection.execute(query.distinct()).scalars():
+            named = TERMINAL_TYPES if events is None else set(json.loads(events))
+            types |= JOB_TYPES if EVERY_TYPE in named else JOB_TYPES & named
+    return tuple(sorted(types)) or None
+
+
+#: Different lists of event types that are looked at for one tenant.
+_MAX_LOOK = 1000
 
 
 def existing_endpoints(connection: Connection, ids: Iterable[str | None]) -> set[str]:
@@ -131,16 +185,11 @@ def existing_endpoints(connection: Connection, ids: Iterable[str | None]) -> set
     return found
 
 
-def receivers_of(
-    event: StoredEvent,
-    watches: Sequence[Any],
-    endpoints: Mapping[str, EndpointRow],
-    standing: Sequence[EndpointRow],
-) -> list[EndpointRow]:
-    """Return every endpoint that gets *event*, each once."""
+def requests_of(
+    event: StoredEvent, watches: Sequence[Any], endpoints: Mapping[str, EndpointRow]
+) -> dict[str, EndpointRow]:
+    """Return, by id, the endpoints of the requests that asked for *event*, whatever they subscribe to."""
     occurrence = event.occurrence
-    if occurrence.type == WEBHOOK_PING:  # a test of the named endpoint, whatever it listens for
-        return [endpoints[endpoint_id] for endpoint_id in event.named if endpoint_id in endpoints]
     chosen = {endpoint_id: endpoints[endpoint_id] for endpoint_id in event.named if endpoint_id in endpoints}
     began = _began_at(occurrence)
     for watch in watches:
@@ -150,14 +199,51 @@ def receivers_of(
         counts = began is None or began >= endpoint.created_at - CLOCK_SKEW
         if counts or watch.run == occurrence.run:  # it was noted as one that counts, whatever the clocks say
             chosen[endpoint.id] = endpoint
-    if event.created:
-        chosen.update((endpoint.id, endpoint) for endpoint in standing)
-    return [
-        endpoint
-        for endpoint in chosen.values()
-        if (endpoint.scope == occurrence.scope or occurrence.type in OPERATOR_TYPES)
-        and endpoint.wants(occurrence.type)
-    ]
+    return chosen
+
+
+def owner_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | None:
+    """Return the tenant whose *event* is: of the request its report names, else of the newest one."""
+    owned = [row for row in requests.values() if row.tenant is not None]
+    named = [row for row in owned if row.id in event.named]
+    newest = max(named or owned, key=lambda row: (row.created_at, row.id), default=None)
+    return None if newest is None else newest.tenant
+
+
+def tenants_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> set[str]:
+    """Return the tenants whose standing endpoints get *event*: their requests would have got it by URL."""
+    found = {row.tenant for row in requests.values() if row.scope == event.occurrence.scope}
+    if event.sent_to is not None:
+        found.add(event.sent_to)
+    return {tenant for tenant in found if tenant is not None}
+
+
+def receivers_of(
+    event: StoredEvent, requests: Mapping[str, EndpointRow], standing: Sequence[EndpointRow]
+) -> list[EndpointRow]:
+    """Return every endpoint that gets *event*, each once.
+
+    :param requests: see :func:`requests_of`.
+    :param standing: the endpoints of operators, and of the tenants of this event and of others.
+    """
+    occurrence = event.occurrence
+    if occurrence.type == WEBHOOK_PING:  # a test of the named endpoint, whatever it listens for
+        return list(requests.values())
+    in_scope = [row for row in requests.values() if row.scope == occurrence.scope and row.kind != SUBSCRIBED]
+    tenants = tenants_of(event, requests)
+    for row in standing:
+        if row.tenant is not None:
+            # Whether the request was about a job or a tree was its route's choice, as with a URL.
+            if row.tenant in tenants and (event.created or event.named):
+                in_scope.append(row)
+        elif (
+            event.created
+            and (row.scope == occurrence.scope or occurrence.type in OPERATOR_TYPES)
+            and (row.only_tenant is None or row.only_tenant in tenants or row.only_tenant == event.tenant)
+        ):
+            in_scope.append(row)
+    chosen = {row.id: row for row in in_scope if row.wants(occurrence.type)}
+    return list(chosen.values())
 
 
 def _began_at(occurrence: Occurrence) -> datetime | None:
@@ -185,6 +271,7 @@ def delivery_values(
         "id": new_id("dlv"),
         "event_id": event_id,
         "endpoint_id": endpoint.id,
+        "tenant": endpoint.tenant,
         "host": endpoint.host,
         "event_type": event_type,
         "status": PENDING,

@@ -61,7 +61,7 @@ _OPEN = (
     .where(
         Watch.status.in_([OPEN, RESERVED, MEMBER]),
         Endpoint.scope == "tree",
-        Endpoint.kind == "job",
+        Endpoint.kind != "standing",
     )
     .distinct()
 )
@@ -108,9 +108,10 @@ def remember_members(
         return
     now = now or datetime.now(UTC)
     with database.write() as connection:
+        tenant = select(Endpoint.tenant).where(Endpoint.id == endpoint_id).scalar_subquery()
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": MEMBER,
-             "evidence": status, "missing_passes": 0, "created_at": now}
+             "evidence": status, "missing_passes": 0, "created_at": now, "tenant": tenant}
             for job_id, status in sorted(found.items())
         ]  # fmt: skip
         for chunk in chunks_of(rows):

@@ -124,13 +124,14 @@ class WatchUpdates:
 
 
 def probe_waiting(
-    database: Database, status: str, *, after: str, limit: int, standing_want: frozenset[str] = frozenset()
+    database: Database, status: str, *, after: str, limit: int, standing_want: Mapping[str | None, frozenset[str]]
 ) -> list[WatchProbe]:
     """Return one page of the watches with *status* (``open`` or ``reserved``), by id.
 
     :param after: id of the last one of the page before; empty for the first page.
-    :param standing_want: optional types that standing endpoints subscribe to.
+    :param standing_want: see :func:`optional_types_of_standing`.
     """
+    by_operators = standing_want.get(None, frozenset())
     query = (
         select(
             Watch.id,
@@ -139,6 +140,7 @@ def probe_waiting(
             Watch.missing_passes,
             or_(Watch.evidence.is_not(None), Watch.settled_at.is_not(None)),
             Endpoint.events,
+            Watch.tenant,
         )
         .outerjoin(Endpoint, Endpoint.id == Watch.endpoint_id)
         .where(Watch.status == status, Watch.id > after)
@@ -147,9 +149,13 @@ def probe_waiting(
     )
     with database.read() as connection:
         return [
-            WatchProbe(id_, job_id, run, missing, bool(full), standing_want | _optional_types(events))
-            for id_, job_id, run, missing, full, events in connection.execute(query)
-        ]
+            WatchProbe(
+                id_, job_id, run, missing, bool(full),
+                by_operators | _optional_types(events)
+                | (frozenset() if tenant is None else standing_want.get(tenant, frozenset())),
+            )
+            for id_, job_id, run, missing, full, events, tenant in connection.execute(query)
+        ]  # fmt: skip
 
 
 @lru_cache(maxsize=256)
@@ -247,10 +253,10 @@ def _reported(run: str, rows: Sequence[Any]) -> Reported:
     )
 
 
-def optional_types_of_standing(database: Database) -> frozenset[str]:
-    """Return the optional types that enabled standing endpoints subscribe to."""
+def optional_types_of_standing(database: Database) -> dict[str | None, frozenset[str]]:
+    """Return the optional types that enabled standing endpoints subscribe to, by tenant."""
     with database.read() as connection:
-        return wanted_by_standing(connection, OPTIONAL_TYPES)
+        return wanted_by_standing(database, connection, OPTIONAL_TYPES)
 
 
 def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | None = None) -> None:

@@ -6,6 +6,9 @@
     see everything about every webhook, details of failures included
 ``manage``
     change, resend, cancel, pause
+``own``
+    see and change what belongs to one tenant (``tenant``), the caller's own; asked only where ``read`` or
+    ``manage`` was refused
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from typing import Any, Literal
 
 from werkzeug.wrappers import Response
 
+from ..accept.tenants import current_tenant
 from ..state import State
 
 logger = logging.getLogger(__name__)
 
-Permission = Literal["status", "read", "manage"]
+Permission = Literal["status", "read", "manage", "own"]
 
 
 def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
@@ -29,7 +33,8 @@ def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
     An answer that is neither yes nor no, such as a redirect to a login page or the coroutine of an async
     function, is a no.
 
-    :param what: with ``"status"``: ``job_id`` and ``runid``, each a string or ``None``.
+    :param what: with ``"status"``: ``job_id`` and ``runid``, each a string or ``None``; with ``"own"``:
+        ``tenant``.
     """
     function = state.hooks.authorize_function
     if function is None:
@@ -50,3 +55,9 @@ def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
         )  # fmt: skip
         return False
     return bool(answer)
+
+
+def own_tenant(state: State) -> str | None:
+    """Return the tenant whose rows the caller of this request may see and change; ``None``: of none."""
+    tenant = current_tenant(state)
+    return tenant if tenant is not None and is_allowed(state, "own", tenant=tenant) else None
