@@ -319,9 +319,7 @@ class Settings:
     max_waiting_per_host: int = setting(
         _integer(0), 0, "Unfinished deliveries per destination host; 0: no limit."
     )
-    max_endpoints_per_tenant: int = setting(
-        _integer(1), 20, "Standing endpoints that one tenant may have."
-    )
+    max_endpoints_per_tenant: int = setting(_integer(1), 20, "Standing endpoints that one tenant may have.")
     proxy_url: str | None = setting(
         _optional(_proxy_url), None, "Egress proxy; it, not we, then pins addresses.", secret=True
     )

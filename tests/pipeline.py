@@ -30,6 +30,7 @@ class Hooks:
         self.authorize_function: Any = None
         self.scrub_function: Any = None
         self.error_envelope_function: Any = None
+        self.tenant_function: Any = None
         self.formats: dict[str, Any] = dict(FORMATS)
 
 

@@ -11,7 +11,6 @@ import logging
 import time
 import weakref
 from collections import OrderedDict
-from typing import Any
 
 from ..errors import StorageUnavailableError
 from ..state import State
@@ -38,18 +37,20 @@ def current_tenant(state: State) -> str | None:
     if function is None:
         return None
     try:
-        tenant: Any = function()
+        tenant: object = function()
     except Exception:
         logger.exception("The function registered with @webhooks.tenant failed; the caller has no tenant.")
         return None
     if inspect.iscoroutine(tenant):
         tenant.close()
     if tenant is None or is_tenant(tenant):
-        return tenant
+        return None if tenant is None else str(tenant)
     logger.error(
         "The function registered with @webhooks.tenant returned %.150r; it must be a plain function that "
-        "returns None or a text of 1 to %d printable characters. The caller has no tenant.", tenant, MAX_TENANT,
-    )  # fmt: skip
+        "returns None or a text of 1 to %d printable characters. The caller has no tenant.",
+        tenant,
+        MAX_TENANT,
+    )
     return None
 
 
@@ -115,6 +116,8 @@ def subscriber_in_request(state: State) -> tuple[str, tuple[str, ...]] | None:
         tenant = current_tenant(state)
         wanted = None if tenant is None else known.wanted(tenant)
     except StorageUnavailableError as exc:
-        logger.error("Whether the caller of this request has endpoints is unknown; it goes on without: %s", exc)
+        logger.error(
+            "Whether the caller of this request has endpoints is unknown; it goes on without: %s", exc
+        )
         return None
     return None if tenant is None or wanted is None else (tenant, wanted)

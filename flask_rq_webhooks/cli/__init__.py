@@ -26,6 +26,7 @@ from ..storage.crypto import rekey
 from ..storage.models import SENDING
 from ..storage.retention import prune
 from ..storage.schema import upgrade_schema
+from ..storage.statistics import tenant_numbers
 from ..web import operations
 from ..web.api_inputs import EraseInput, ManyInput
 from ..web.operations import InvalidInputError
@@ -174,6 +175,7 @@ def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--event-type", "event", help="Of this event type."),
         click.option("--job", "job_id", help="Of this job."),
         click.option("--runid", help="Of this run."),
+        click.option("--tenant", help="To endpoints of this tenant."),
         click.option("--all", "all", is_flag=True, help="All deliveries, where no other option is given."),
     ):
         command = option(command)
@@ -214,6 +216,7 @@ def cancel(**options: Any) -> None:
 @click.option("--job", "job_id", help="Of this job.")
 @click.option("--runid", help="Of this run, and of requests with this runid.")
 @click.option("--reference", help="Of requests with this webhook_reference.")
+@click.option("--tenant", help="Of this tenant.")
 def erase(**options: Any) -> None:
     """Erase bodies, results, answers and headers for good; ids, times and statuses stay in the log.
 
@@ -232,6 +235,19 @@ def erase(**options: Any) -> None:
     echo(f"{events} events erased; {canceled} of their deliveries were unfinished and are canceled.")
     if did.running:
         echo(f"{did.running} jobs have not ended; erase again when they have.")
+
+
+@cli.command()
+@click.option("--hours", type=click.IntRange(1, 720), default=24, show_default=True, help="How far back.")
+@as_json
+def tenants(hours: int, json_wanted: bool) -> None:
+    """List the tenants with recent failures or a backlog, most failures first."""
+    found = tenant_numbers(get_state().database, hours=hours)
+    if json_wanted:
+        echo_json([asdict(one) for one in found])
+        return
+    for one in found:
+        echo(f"{one.tenant}  {one.failures} exhausted  {one.backlog} unfinished")
 
 
 @cli.command()

@@ -27,13 +27,14 @@ def endpoints() -> None:
 
 
 @endpoints.command("list")
+@click.option("--tenant", help="Of this tenant.")
 @as_json
-def list_command(json_wanted: bool) -> None:
+def list_command(tenant: str | None, json_wanted: bool) -> None:
     """List standing endpoints, newest first."""
     database, cursor = get_state().database, None
     listed: list[dict[str, Any]] = []
     while True:
-        page = list_endpoints(database, cursor=cursor, limit=100)
+        page = list_endpoints(database, tenant=tenant, cursor=cursor, limit=100)
         for endpoint in page.items:
             if json_wanted:
                 listed.append(_as_json(endpoint))
@@ -60,6 +61,7 @@ def list_command(json_wanted: bool) -> None:
 @click.option("--timeout", "timeout_s", type=float, help="Timeout of an attempt, in seconds.")
 @click.option("--attempts", "max_attempts", type=int, help="Maximum attempts.")
 @click.option("--description", help="Description for operators.")
+@click.option("--only-tenant", help="Only events of this tenant, which does not see the endpoint.")
 def create(events: tuple[str, ...], headers: tuple[str, ...], **options: Any) -> None:
     """Create a standing endpoint that sends to URL."""
     state = get_state()
@@ -98,9 +100,16 @@ def enable(endpoint_id: str) -> None:
 
 
 @endpoints.command()
-@click.argument("endpoint_id", metavar="ID")
-def disable(endpoint_id: str) -> None:
+@click.argument("endpoint_id", metavar="[ID]", required=False)
+@click.option("--tenant", help="All endpoints of this tenant instead.")
+def disable(endpoint_id: str | None, tenant: str | None) -> None:
     """Stop the endpoint ID from getting new deliveries."""
+    if (endpoint_id is None) == (tenant is None):
+        raise click.UsageError("Name an endpoint's ID, or a tenant with --tenant.")
+    if tenant is not None:
+        echo(f"{operations.disable_tenant(get_state(), tenant)} endpoints disabled.")
+        return
+    assert endpoint_id is not None  # noqa: S101  (one of the two)
     operations.disable(get_state(), endpoint_id)
     echo(f"Disabled. `flask rq-webhooks cancel --endpoint {endpoint_id}` cancels what is pending.")
 
@@ -126,4 +135,6 @@ def _line(endpoint: EndpointView) -> str:
     status = "enabled" if endpoint.enabled else f"disabled ({endpoint.disabled_reason or 'unknown'})"
     events = "every outcome" if endpoint.events is None else ",".join(endpoint.events)
     description = f"  {endpoint.description}" if endpoint.description else ""
-    return f"{endpoint.id}  {endpoint.host}  {status}  {endpoint.format}  {events}{description}"
+    whose = f"  tenant {endpoint.tenant}" if endpoint.tenant else ""
+    only = f"  only tenant {endpoint.only_tenant}" if endpoint.only_tenant else ""
+    return f"{endpoint.id}  {endpoint.host}  {status}  {endpoint.format}  {events}{whose}{only}{description}"

@@ -2,6 +2,7 @@
 
 Owns which recorded attempts become such events, and what is in them. They are stored in the transaction that
 records the attempt, so that a crash loses neither or both, and only where a standing endpoint subscribes.
+Those about a tenant's endpoint are the tenant's events; they say why it failed as far as a client may know it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..protocol.events import (
     WEBHOOK_PING,
     Occurrence,
 )
+from ..protocol.retry import coarse_code
 from ..protocol.urls import redact_url
 from ..storage.attempts import AttemptRecord, RecordResult
 from ..storage.events import IngestedEvent, IngestItem
@@ -49,22 +51,24 @@ def publish_for_operators(
     ]
     if not exhausted and not result.disabled:
         return []
-    wanted = wanted_by_standing(connection, OPERATOR_TYPES)
-    found: list[Occurrence] = []
-    if DELIVERY_EXHAUSTED in wanted:
-        found += [_occurrence(DELIVERY_EXHAUSTED, _of_delivery(record)) for record in exhausted]
-    if ENDPOINT_DISABLED in wanted:
-        urls = {record.delivery.endpoint_id: record.delivery.url for record in records}
-        found += [
-            _occurrence(
-                ENDPOINT_DISABLED,
-                {"endpoint_id": endpoint_id, "url": redact_url(urls[endpoint_id]), "reason": reason},
-            )
-            for endpoint_id, reason in sorted(result.disabled.items())
-        ]
-    if not found:
-        return []
-    return publisher.publish_within(connection, [IngestItem(occurrence) for occurrence in found])
+    tenants = {record.delivery.tenant for record in records if record.delivery.tenant is not None}
+    wanted = wanted_by_standing(publisher.database, connection, OPERATOR_TYPES, tenants)
+
+    def is_wanted(event_type: str, tenant: str | None) -> bool:
+        return event_type in wanted.get(None, ()) or event_type in wanted.get(tenant, ())
+
+    found = [
+        IngestItem(_occurrence(DELIVERY_EXHAUSTED, _of_delivery(record)), tenant=record.delivery.tenant)
+        for record in exhausted
+        if is_wanted(DELIVERY_EXHAUSTED, record.delivery.tenant)
+    ]
+    of_endpoint = {record.delivery.endpoint_id: record.delivery for record in records}
+    for endpoint_id, reason in sorted(result.disabled.items()):
+        delivery = of_endpoint[endpoint_id]
+        if is_wanted(ENDPOINT_DISABLED, delivery.tenant):
+            data = {"endpoint_id": endpoint_id, "url": redact_url(delivery.url), "reason": reason}
+            found.append(IngestItem(_occurrence(ENDPOINT_DISABLED, data), tenant=delivery.tenant))
+    return publisher.publish_within(connection, found) if found else []
 
 
 def _occurrence(event_type: str, data: dict[str, Any]) -> Occurrence:
@@ -72,7 +76,7 @@ def _occurrence(event_type: str, data: dict[str, Any]) -> Occurrence:
 
 
 def _of_delivery(record: AttemptRecord) -> dict[str, Any]:
-    delivery = record.delivery
+    delivery, code = record.delivery, record.decision.error_code
     return {
         "delivery_id": delivery.id,
         "event_id": delivery.event_id,
@@ -81,6 +85,6 @@ def _of_delivery(record: AttemptRecord) -> dict[str, Any]:
         "endpoint_id": delivery.endpoint_id,
         "url": redact_url(delivery.url),
         "attempts": delivery.number,
-        "error_code": record.decision.error_code,
+        "error_code": code if delivery.tenant is None else coarse_code(code),
         "status_code": record.status_code,
     }

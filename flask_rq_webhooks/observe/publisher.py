@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from ..state import State
+    from ..storage.database import Database
     from ..storage.subscriptions import EndpointRow
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,11 @@ class Publisher:
         self._on_ended = on_ended
         self._render = safe_render(state)
         self._scrub = safe_scrub(state)
+
+    @property
+    def database(self) -> Database:
+        """Return where events are stored."""
+        return self._state.database
 
     def publish(self, items: Sequence[IngestItem], *, max_attempts: int | None = None) -> list[IngestedEvent]:
         """Store *items* in one transaction, then emit ``event_recorded`` for those that are new.

@@ -164,3 +164,12 @@ def parse_retry_after(value: str, now: datetime) -> float | None:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return max(0.0, (moment - now).total_seconds())
+
+
+#: Error codes as clients see them: not whether a name exists or an address is private.
+_COARSE = {"blocked": "unreachable", "dns": "unreachable", "connect": "unreachable"}
+
+
+def coarse_code(code: str | None) -> str | None:
+    """Return an error code as far as clients may know it."""
+    return None if code is None else _COARSE.get(code, code)

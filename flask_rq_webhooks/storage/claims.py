@@ -87,6 +87,7 @@ class ClaimedDelivery:
     sign_payload: bool
     format: str
     timeout_s: float | None
+    tenant: str | None
 
 
 def claim_due(
@@ -247,6 +248,7 @@ def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
             sign_payload=row.sign_payload,
             format=row.format,
             timeout_s=row.timeout_s,
+            tenant=row.tenant,
         )
         for row in rows
         if row.id in secrets
@@ -355,7 +357,7 @@ claimed AS (
 )
 SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
        c.endpoint_id, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, e.sign_payload, e.format, e.timeout_s, s.secret
+       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, s.secret
 FROM claimed c
 CROSS JOIN LATERAL (
     SELECT job_id, runid FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
@@ -435,7 +437,7 @@ _LOAD_SQLITE = (
     text("""
 SELECT d.id, d.trigger, d.attempts, d.max_attempts, d.body, d.content_type, d.host, d.event_id, d.event_type,
        d.endpoint_id, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, e.sign_payload, e.format, e.timeout_s, s.secret
+       e.kind, e.url, e.headers, d.tenant, e.sign_payload, e.format, e.timeout_s, s.secret
 FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_lease
 CROSS JOIN rq_webhooks_event v ON v.id = d.event_id
 CROSS JOIN rq_webhooks_endpoint e ON e.id = d.endpoint_id

@@ -142,7 +142,8 @@ def confirm(
     if existing:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
-             "run": (runs or {}).get(job_id), "missing_passes": 0, "of_endpoint": endpoint_id, "created_at": since.get(job_id, now),
+             "run": (runs or {}).get(job_id), "missing_passes": 0,
+             "of_endpoint": endpoint_id, "created_at": since.get(job_id, now),
              "confirmed_at": now}
             for job_id in existing
         ]  # fmt: skip
@@ -150,7 +151,8 @@ def confirm(
     if unseen:
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
-             "run": (runs or {}).get(job_id), "missing_passes": 0, "of_endpoint": endpoint_id, "created_at": since.get(job_id, now)}
+             "run": (runs or {}).get(job_id), "missing_passes": 0,
+             "of_endpoint": endpoint_id, "created_at": since.get(job_id, now)}
             for job_id in unseen
         ]  # fmt: skip
         statements.append((_INSERT_RESERVED[database.is_sqlite], rows))
@@ -231,7 +233,9 @@ def create_standing(
         owner = "" if endpoint.tenant is None else f"{endpoint.tenant}\0"
         endpoint_id = _id_of_key(namespace, owner + idempotency_key)
     if endpoint.tenant is not None and at_most:
-        return _create_counted(database, cipher, endpoint, endpoint_id or new_id("ep" + namespace), at_most, now)
+        return _create_counted(
+            database, cipher, endpoint, endpoint_id or new_id("ep" + namespace), at_most, now
+        )
     try:
         return register(
             database,
@@ -269,7 +273,9 @@ def _create_counted(
             raise TooManyError
         connection.execute(insert(Endpoint).values(_endpoint_values(cipher, endpoint, endpoint_id, now)))
         if endpoint.secret is not None:
-            connection.execute(insert(Secret).values(_secret_values(cipher, endpoint.secret, endpoint_id, now)))
+            connection.execute(
+                insert(Secret).values(_secret_values(cipher, endpoint.secret, endpoint_id, now))
+            )
     return endpoint_id
 
 
@@ -348,9 +354,7 @@ def rotate_secret(
     with database.write() as connection:
         # The update also makes two rotations at once wait for each other.
         found = connection.execute(
-            update(Endpoint)
-            .where(*_this_standing(endpoint_id, tenant))
-            .values(updated_at=now)
+            update(Endpoint).where(*_this_standing(endpoint_id, tenant)).values(updated_at=now)
         ).rowcount
         if not found:
             return False
@@ -388,7 +392,11 @@ def disable_standing(
 
 def disable_tenant(database: Database, tenant: str) -> int:
     """Disable every standing endpoint of a tenant; return how many were enabled."""
-    theirs = [Endpoint.tenant == tenant, Endpoint.kind == "standing", Endpoint.enabled]
+    theirs: list[ColumnElement[bool]] = [
+        Endpoint.tenant == tenant,
+        Endpoint.kind == "standing",
+        Endpoint.enabled.is_(True),
+    ]
     return _set_enabled(database, theirs, enabled=False, reason="operator")
 
 
@@ -416,7 +424,7 @@ def delete_standing_part(
 
 
 def _this_standing(endpoint_id: str, tenant: str | None) -> list[ColumnElement[bool]]:
-    this = [Endpoint.id == endpoint_id, Endpoint.kind == "standing"]
+    this: list[ColumnElement[bool]] = [Endpoint.id == endpoint_id, Endpoint.kind == "standing"]
     return this if tenant is None else [*this, Endpoint.tenant == tenant]
 
 

@@ -59,22 +59,25 @@ def erase(
     job_id: str | None = None,
     runid: str | None = None,
     reference: str | None = None,
+    tenant: str | None = None,
     batch: int = BATCH,
     progress: Progress | None = None,
 ) -> Erasure:
-    """Erase the content of every event of a job, a run or a reference. May be stopped and called again.
+    """Erase the content of every event of a job, a run, a reference or a tenant.
+
+    May be stopped and called again.
 
     Each transaction erases whole events, so that a crash leaves nothing half erased.
 
     On SQLite the freed space is overwritten and the log of a database in WAL mode is emptied as soon as no
     reader needs it. PostgreSQL overwrites it when it reuses the space after a vacuum.
 
-    :raises ValueError: unless exactly one of *job_id*, *runid* and *reference* is given.
+    :raises ValueError: unless exactly one of *job_id*, *runid*, *reference* and *tenant* is given.
     """
-    if [job_id, runid, reference].count(None) != 2:
-        raise ValueError("name exactly one of job_id, runid and reference")
-    endpoints = _endpoints(job_id, runid, reference)
-    chosen = _events(job_id, runid, endpoints)
+    if [job_id, runid, reference, tenant].count(None) != 3:
+        raise ValueError("name exactly one of job_id, runid, reference and tenant")
+    endpoints = _endpoints(job_id, runid, reference, tenant)
+    chosen = _events(job_id, runid, tenant, endpoints)
     erased = canceled = 0
     after = ""
     while True:
@@ -131,19 +134,23 @@ def erase_finished(database: Database, older_than: datetime, *, batch: int = BAT
             return done
 
 
-def _endpoints(job_id: str | None, runid: str | None, reference: str | None) -> Any:
+def _endpoints(job_id: str | None, runid: str | None, reference: str | None, tenant: str | None) -> Any:
     """Return the query for the endpoints that came with the requests meant."""
     query = select(Endpoint.id).where(Endpoint.kind != "standing")
     if reference is not None:
         return query.where(Endpoint.reference == reference)
+    if tenant is not None:
+        return query.where(Endpoint.tenant == tenant)
     watched = exists().where(Watch.endpoint_id == Endpoint.id, Watch.job_id == job_id)
     return query.where(watched if job_id is not None else Endpoint.runid == runid)
 
 
-def _events(job_id: str | None, runid: str | None, endpoints: Any) -> ColumnElement[bool]:
+def _events(job_id: str | None, runid: str | None, tenant: str | None, endpoints: Any) -> ColumnElement[bool]:
     if job_id is not None:
         return Event.job_id == job_id
     sent = exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id.in_(endpoints))
+    if tenant is not None:
+        return or_(Event.tenant == tenant, sent)
     return sent if runid is None else or_(Event.runid == runid, sent)
 
 

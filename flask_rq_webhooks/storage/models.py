@@ -293,7 +293,8 @@ class Delivery(Base):
 
     ``status``: ``pending``, ``sending``, ``succeeded``, ``exhausted``, ``canceled``. ``body`` is what is
     signed and sent, on every attempt; ``content_type`` is null for JSON. ``host`` and ``event_type`` are
-    copies that lists and claims are indexed by, as ``tenant`` is one of its endpoint's. ``attempts`` counts recorded attempts; ``lease_id`` names
+    copies that lists and claims are indexed by; ``tenant`` is one of the endpoint's. ``attempts`` counts
+    recorded attempts; ``lease_id`` names
     the claim that holds a ``sending`` row until ``lease_until``. ``trigger`` says why the next
     attempt is made.
     """

@@ -73,6 +73,7 @@ def settle_watches(
                 # A root's own run may have ended otherwise than its tree.
                 settled[watch.id] = (run, occurrence.type if occurrence.scope == "job" else None)
         for endpoint_id in named:
+            owner = endpoints.get(endpoint_id or "")
             if _scope_of(endpoint_id, endpoints) != occurrence.scope:
                 continue
             watch_id = unbound_watch_id(job_id) if endpoint_id is None else new_id("wat")
@@ -80,7 +81,7 @@ def settle_watches(
                 "id": watch_id, "endpoint_id": endpoint_id, "job_id": job_id, "status": SETTLED, "run": run,
                 "outcome": occurrence.type, "missing_passes": 0, "created_at": now, "confirmed_at": now,
                 "settled_at": now, "recheck_at": now,
-                "tenant": endpoints[endpoint_id].tenant if endpoint_id in endpoints else None,
+                "tenant": owner and owner.tenant,
             }  # fmt: skip
     if settled:
         statement = _SETTLE_SQLITE if database.is_sqlite else _SETTLE_POSTGRESQL

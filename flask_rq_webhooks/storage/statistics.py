@@ -6,13 +6,13 @@ window holds, the number says so.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, func, literal_column, select
+from sqlalchemy import ColumnElement, Connection, func, literal_column, select
 
 from .claims import earliest_due
 from .database import Database
@@ -31,6 +31,7 @@ from .models import (
     Dispatcher,
     Endpoint,
     Watch,
+    first_id_at,
 )
 
 #: Rows are counted up to this; one more stands for "more than that".
@@ -94,11 +95,53 @@ class Statistics:
     paused_since: datetime | None
 
 
-def statistics(database: Database, *, hours: int = 24) -> Statistics:
+@dataclass(frozen=True, slots=True)
+class TenantNumbers:
+    """Recent failures and backlog of one tenant.
+
+    :param failures: exhausted deliveries.
+    :param backlog: unfinished ones.
+    """
+
+    tenant: str
+    failures: int
+    backlog: int
+
+
+def tenant_numbers(database: Database, *, hours: int = 24) -> list[TenantNumbers]:
+    """Return the tenants with failures or a backlog, most failures first.
+
+    Counted among the newest :data:`FINISHED_WINDOW` deliveries of each status.
+
+    :param hours: how far back the failed ones were made.
+    """
+    found: dict[str, Counter[str]] = {}
+    with database.read() as connection:
+        since = first_id_at("dlv", database.now(connection) - timedelta(hours=hours))
+        for status in (EXHAUSTED, PENDING, SENDING):
+            newest = select(Delivery.tenant).where(Delivery.status == status)
+            if status == EXHAUSTED:
+                newest = newest.where(Delivery.id >= since)
+            window = newest.order_by(Delivery.id.desc()).limit(FINISHED_WINDOW).subquery()
+            counted = select(window.c.tenant, func.count()).where(window.c.tenant.is_not(None))
+            for tenant, number in connection.execute(counted.group_by(window.c.tenant)):
+                found.setdefault(tenant, Counter())[status] = number
+    numbers = [
+        TenantNumbers(tenant, some[EXHAUSTED], some[PENDING] + some[SENDING])
+        for tenant, some in found.items()
+    ]
+    return sorted(numbers, key=lambda one: (-one.failures, -one.backlog, one.tenant))
+
+
+def statistics(database: Database, *, hours: int = 24, tenant: str | None = None) -> Statistics:
     """Return the numbers of the overview.
 
     :param hours: how far back endings are counted.
+    :param tenant: of this tenant's deliveries and endpoints alone, and without what is the operators':
+        watches, dispatchers, pauses, how long deliveries have been due.
     """
+    if tenant is not None:
+        return _of_tenant(database, tenant, hours)
     with database.read() as connection:
         now = database.now(connection)
         by_hour, complete = _finished_by_hour(database, connection, now - timedelta(hours=hours))
@@ -136,16 +179,50 @@ def statistics(database: Database, *, hours: int = 24) -> Statistics:
         )
 
 
+def _of_tenant(database: Database, tenant: str, hours: int) -> Statistics:
+    mine = Delivery.tenant == tenant
+    newest = select(Delivery.id).where(mine).order_by(Delivery.id.desc())
+    with database.read() as connection:
+        since = database.now(connection) - timedelta(hours=hours)
+        recent = Delivery.id.in_(newest.limit(FINISHED_WINDOW))
+        by_hour, complete = _finished_by_hour(database, connection, since, recent)
+        few = Attempt.delivery_id.in_(newest.limit(ATTEMPT_WINDOW))
+        durations, hosts = _recent_attempts(connection, few)
+        succeeded = sum(hour.succeeded for hour in by_hour)
+        ended = succeeded + sum(hour.exhausted for hour in by_hour)
+        theirs = [Endpoint.tenant == tenant, Endpoint.kind == "standing", ~Endpoint.enabled]
+        return Statistics(
+            counts={
+                status: _count(connection, select(Delivery.id).where(mine, Delivery.status == status))
+                for status in (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
+            },
+            oldest_due_s=None,
+            hours=by_hour,
+            hours_complete=complete,
+            success_rate=succeeded / ended if ended else None,
+            p50_ms=_percentile(durations, 0.50),
+            p95_ms=_percentile(durations, 0.95),
+            worst_hosts=hosts,
+            watches={},
+            oldest_watch=None,
+            endpoints_disabled=_count(connection, select(Endpoint.id).where(*theirs)),
+            dispatchers=0,
+            paused_since=None,
+        )
+
+
 def _count(connection: Connection, query: Any) -> int:
     capped = query.limit(COUNT_CAP + 1).subquery()
     number: int = connection.execute(select(func.count()).select_from(capped)).scalar_one()
     return number
 
 
-def _finished_by_hour(database: Database, connection: Connection, since: datetime) -> tuple[list[Hour], bool]:
+def _finished_by_hour(
+    database: Database, connection: Connection, since: datetime, *also: ColumnElement[bool]
+) -> tuple[list[Hour], bool]:
     window = (
         select(Delivery.finished_at, Delivery.status)
-        .where(Delivery.finished_at >= since)
+        .where(Delivery.finished_at >= since, *also)
         .order_by(Delivery.finished_at.desc())
         .limit(FINISHED_WINDOW)
         .subquery()
@@ -171,9 +248,12 @@ def _finished_by_hour(database: Database, connection: Connection, since: datetim
     return hours, sum(row.number for row in grouped) < FINISHED_WINDOW
 
 
-def _recent_attempts(connection: Connection) -> tuple[list[float], list[HostNumbers]]:
+def _recent_attempts(
+    connection: Connection, *which: ColumnElement[bool]
+) -> tuple[list[float], list[HostNumbers]]:
     recent = (
         select(Attempt.delivery_id, Attempt.duration_ms, Attempt.status)
+        .where(*which)
         .order_by(Attempt.started_at.desc())
         .limit(ATTEMPT_WINDOW)
         .subquery()

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, select, text
 
-from ..protocol.events import CLOCK_SKEW, JOB_TYPES, OPERATOR_TYPES, TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
+from ..protocol.events import (
+    CLOCK_SKEW,
+    JOB_TYPES,
+    OPERATOR_TYPES,
+    TERMINAL_TYPES,
+    WEBHOOK_PING,
+    Occurrence,
+    parse_time,
+)
 from ..protocol.payloads import JSON, Rendered, as_rendered
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database

@@ -124,7 +124,12 @@ class WatchUpdates:
 
 
 def probe_waiting(
-    database: Database, status: str, *, after: str, limit: int, standing_want: Mapping[str | None, frozenset[str]]
+    database: Database,
+    status: str,
+    *,
+    after: str,
+    limit: int,
+    standing_want: Mapping[str | None, frozenset[str]],
 ) -> list[WatchProbe]:
     """Return one page of the watches with *status* (``open`` or ``reserved``), by id.
 

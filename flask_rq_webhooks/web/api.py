@@ -22,7 +22,7 @@ from ..storage.dispatchers import dispatcher_alive
 from ..storage.endpoints import ROTATION_GRACE_S
 from ..storage.feed import events_after
 from ..storage.queries import EndpointView, EventView, Page
-from ..storage.statistics import statistics
+from ..storage.statistics import statistics, tenant_numbers
 from . import api_inputs as inputs
 from . import api_schemas as schemas
 from . import operations
@@ -32,7 +32,7 @@ from .csrf import csrf_token, replace_csrf_protect
 from .health import nothing_comes_of_reports
 from .job_status import job_status
 from .metrics import CONTENT_TYPE, metrics_text
-from .permissions import is_allowed
+from .permissions import is_allowed, own_tenant
 
 
 def create_blueprint(state: State) -> WebhookBlueprint:
@@ -104,8 +104,8 @@ def _add_open_routes(api: Api, state: State) -> None:
         except ConfigurationError as exc:
             raise ApiError(501, "not_installed", str(exc)) from exc
 
-    @api.route("GET", "/api/csrf", "read", schemas.CSRFSchema)
-    def csrf() -> Any:
+    @api.route("GET", "/api/csrf", "read", schemas.CSRFSchema, own=True)
+    def csrf(tenant: str | None) -> Any:
         """Return the token that callers known by cookie send with every change."""
         return {"csrf_token": csrf_token()}
 
@@ -116,80 +116,91 @@ def _add_reads(api: Api, state: State) -> None:
         """Return events in the order they were stored; with a runid, the permission status is enough."""
         runid = wanted.get("runid")
         may = runid is not None and is_allowed(state, "status", job_id=None, runid=runid)
-        if not may and not is_allowed(state, "read"):
+        tenant = None if may or is_allowed(state, "read") else own_tenant(state)
+        if not may and tenant is None and not is_allowed(state, "read"):
             raise ApiError(403, "forbidden", "This needs the permission 'read', or 'status' for one runid.")
         page = events_after(
             state.database,
             cursor=wanted.get("after") or None,
             runid=runid,
             event_type=wanted.get("type"),
+            tenant=operations.scoped(wanted, tenant),
             limit=wanted.get("limit", 50),
         )
         return {"items": [_with_payload(state, event) for event in page.items], "cursor": page.cursor}
 
-    @api.route("GET", "/api/events/<event_id>", "read", schemas.EventWithPayloadSchema)
-    def event(event_id: str) -> Any:
+    @api.route("GET", "/api/events/<event_id>", "read", schemas.EventWithPayloadSchema, own=True)
+    def event(event_id: str, tenant: str | None) -> Any:
         """Return one event."""
-        found = queries.event_detail(state.database, event_id)
+        found = queries.event_detail(state.database, event_id, tenant=tenant)
         if found is None:
             raise not_found("event")
         return _with_payload(state, found)
 
-    @api.route("GET", "/api/deliveries", "read", schemas.DeliveriesSchema, query=inputs.DeliveriesInput)
-    def deliveries(wanted: Mapping[str, Any]) -> Any:
+    @api.route(
+        "GET", "/api/deliveries", "read", schemas.DeliveriesSchema, query=inputs.DeliveriesInput, own=True
+    )
+    def deliveries(wanted: Mapping[str, Any], tenant: str | None) -> Any:
         """Return deliveries, newest first."""
-        where = operations.delivery_filter(wanted)
-        return queries.list_deliveries(
-            state.database, where, cursor=wanted.get("cursor"), limit=wanted.get("limit", 50)
+        where = operations.delivery_filter(wanted, tenant)
+        return operations.deliveries(
+            state, where, tenant=tenant, cursor=wanted.get("cursor"), limit=wanted.get("limit", 50)
         )
 
-    @api.route("GET", "/api/deliveries/<delivery_id>", "read", schemas.DeliveryDetailSchema)
-    def delivery(delivery_id: str) -> Any:
+    @api.route("GET", "/api/deliveries/<delivery_id>", "read", schemas.DeliveryDetailSchema, own=True)
+    def delivery(delivery_id: str, tenant: str | None) -> Any:
         """Return one delivery with its attempts."""
-        found = queries.delivery_detail(state.database, delivery_id)
-        if found is None:
-            raise not_found("delivery")
+        found = operations.delivery(state, delivery_id, tenant=tenant)
         endpoint = _with_headers(state, found.endpoint)
         return {
             "delivery": found.delivery, "attempts": found.attempts, "event": found.event,
             "endpoint": endpoint, "body": found.body,
         }  # fmt: skip
 
-    @api.route("GET", "/api/endpoints", "read", schemas.EndpointsSchema, query=inputs.EndpointsInput)
-    def endpoints(wanted: Mapping[str, Any]) -> Any:
+    @api.route(
+        "GET", "/api/endpoints", "read", schemas.EndpointsSchema, query=inputs.EndpointsInput, own=True
+    )
+    def endpoints(wanted: Mapping[str, Any], tenant: str | None) -> Any:
         """Return endpoints, newest first."""
         page: Page[EndpointView] = queries.list_endpoints(
             state.database,
             kind=wanted.get("kind", "standing"),
+            tenant=operations.scoped(wanted, tenant),
             cursor=wanted.get("cursor"),
             limit=wanted.get("limit", 50),
         )
         return {"items": [_with_headers(state, item) for item in page.items], "cursor": page.cursor}
 
-    @api.route("GET", "/api/endpoints/<endpoint_id>", "read", schemas.EndpointSchema)
-    def endpoint(endpoint_id: str) -> Any:
+    @api.route("GET", "/api/endpoints/<endpoint_id>", "read", schemas.EndpointSchema, own=True)
+    def endpoint(endpoint_id: str, tenant: str | None) -> Any:
         """Return one endpoint."""
-        return _endpoint(state, endpoint_id)
+        return _endpoint(state, endpoint_id, tenant)
 
-    @api.route("GET", "/api/stats", "read", schemas.StatisticsSchema, query=inputs.StatsInput)
-    def stats(wanted: Mapping[str, Any]) -> Any:
+    @api.route("GET", "/api/stats", "read", schemas.StatisticsSchema, query=inputs.StatsInput, own=True)
+    def stats(wanted: Mapping[str, Any], tenant: str | None) -> Any:
         """Return the numbers of the overview."""
-        return statistics(state.database, hours=wanted.get("hours", 24))
+        return statistics(state.database, hours=wanted.get("hours", 24), tenant=tenant)
+
+    @api.route("GET", "/api/tenants", "read", schemas.TenantsSchema, query=inputs.StatsInput)
+    def tenants(wanted: Mapping[str, Any]) -> Any:
+        """Return the tenants with recent failures or a backlog."""
+        return {"items": tenant_numbers(state.database, hours=wanted.get("hours", 24))}
 
 
 def _add_changes(api: Api, state: State) -> None:
     @api.route(
         "POST", "/api/deliveries/<delivery_id>/resend", "manage", schemas.ResentSchema, status=202,
-        body=inputs.NoInput,
+        body=inputs.NoInput, own=True,
     )  # fmt: skip
-    def resend_delivery(delivery_id: str) -> Any:
+    def resend_delivery(delivery_id: str, tenant: str | None) -> Any:
         """Make a delivery due now: same event, same bytes."""
-        return {"id": delivery_id, "status": operations.resend(state, delivery_id)}
+        return {"id": delivery_id, "status": operations.resend(state, delivery_id, tenant=tenant)}
 
-    @api.route("POST", "/api/recover", "manage", schemas.RecoveredSchema, body=inputs.ManyInput)
-    def recover_many(values: Mapping[str, Any]) -> Any:
+    @api.route("POST", "/api/recover", "manage", schemas.RecoveredSchema, body=inputs.ManyInput, own=True)
+    def recover_many(values: Mapping[str, Any], tenant: str | None) -> Any:
         """Make many deliveries due now."""
-        return operations.recover(state, operations.delivery_filter(values), values.get("cursor"))
+        where = operations.delivery_filter(values, tenant)
+        return operations.recover(state, where, values.get("cursor"))
 
     @api.route("POST", "/api/cancel", "manage", schemas.CanceledSchema, body=inputs.ManyInput)
     def cancel_many(values: Mapping[str, Any]) -> Any:
@@ -200,6 +211,13 @@ def _add_changes(api: Api, state: State) -> None:
     def erase(values: Mapping[str, Any]) -> Any:
         """Erase bodies, results, answers and headers of a job, a run or a reference; the log stays."""
         return operations.erase(state, values)
+
+    @api.route(
+        "POST", "/api/tenants/disable", "manage", schemas.TenantDisabledSchema, body=inputs.TenantInput
+    )
+    def disable_tenant(values: Mapping[str, Any]) -> Any:
+        """Disable all standing endpoints of a tenant."""
+        return {**values, "disabled": operations.disable_tenant(state, values["tenant"])}
 
     @api.route("POST", "/api/pause", "manage", schemas.PausedSchema, body=inputs.NoInput)
     def pause_all() -> Any:
@@ -219,60 +237,66 @@ def _add_endpoint_changes(api: Api, state: State) -> None:
 
     @api.route(
         "POST", "/api/endpoints", "manage", schemas.NewEndpointSchema, status=201, body="EndpointInput",
-        idempotent=True,
+        idempotent=True, own=True,
         also={200: (schemas.NewEndpointSchema, "Created before, with the same Idempotency-Key.")},
     )  # fmt: skip
-    def create_endpoint(values: Mapping[str, Any], key: str | None) -> Any:
+    def create_endpoint(values: Mapping[str, Any], key: str | None, tenant: str | None) -> Any:
         """Create a standing endpoint."""
-        created = operations.create(state, values, idempotency_key=key)
-        shown = _endpoint(state, created.endpoint_id)
+        created = operations.create(state, values, idempotency_key=key, tenant=tenant)
+        shown = _endpoint(state, created.endpoint_id, tenant)
         if created.replayed:
             # Without the secret, which was in the first answer only.
             return shown, 200, {"Idempotent-Replayed": "true"}
         return {**shown, "secret": created.secret}
 
-    @api.route("PATCH", one, "manage", schemas.EndpointSchema, body="EndpointChangeInput")
-    def change_endpoint(values: Mapping[str, Any], endpoint_id: str) -> Any:
+    @api.route("PATCH", one, "manage", schemas.EndpointSchema, body="EndpointChangeInput", own=True)
+    def change_endpoint(values: Mapping[str, Any], endpoint_id: str, tenant: str | None) -> Any:
         """Change a standing endpoint."""
-        operations.change(state, endpoint_id, values)
-        return _endpoint(state, endpoint_id)
+        operations.change(state, endpoint_id, values, tenant=tenant)
+        return _endpoint(state, endpoint_id, tenant)
 
     @api.route(
-        "DELETE", one, "manage", None, status=204,
+        "DELETE", one, "manage", None, status=204, own=True,
         also={202: (schemas.EndpointSchema, "Disabled; deliveries are left. Send the request again.")},
     )  # fmt: skip
-    def delete_endpoint(endpoint_id: str) -> Any:
+    def delete_endpoint(endpoint_id: str, tenant: str | None) -> Any:
         """Delete a standing endpoint with its deliveries."""
-        if operations.delete(state, endpoint_id):
+        if operations.delete(state, endpoint_id, tenant=tenant):
             return None
-        return _endpoint(state, endpoint_id), 202, {}
+        return _endpoint(state, endpoint_id, tenant), 202, {}
 
-    @api.route("POST", f"{one}/rotate", "manage", schemas.RotatedSchema, body=inputs.RotateInput)
-    def rotate_endpoint(values: dict[str, Any], endpoint_id: str) -> Any:
+    @api.route("POST", f"{one}/rotate", "manage", schemas.RotatedSchema, body=inputs.RotateInput, own=True)
+    def rotate_endpoint(values: dict[str, Any], endpoint_id: str, tenant: str | None) -> Any:
         """Give it a new secret; the old ones sign beside it for a while."""
         values.setdefault("grace_s", ROTATION_GRACE_S)
-        return {"id": endpoint_id, **values, "secret": operations.rotate(state, endpoint_id, **values)}
+        return {
+            "id": endpoint_id,
+            **values,
+            "secret": operations.rotate(state, endpoint_id, **values, tenant=tenant),
+        }
 
-    @api.route("POST", f"{one}/test", "manage", schemas.PingedSchema, status=202, body=inputs.NoInput)
-    def test_endpoint(endpoint_id: str) -> Any:
+    @api.route(
+        "POST", f"{one}/test", "manage", schemas.PingedSchema, status=202, body=inputs.NoInput, own=True
+    )
+    def test_endpoint(endpoint_id: str, tenant: str | None) -> Any:
         """Send it a webhook.ping."""
-        return operations.ping(state, endpoint_id)
+        return operations.ping(state, endpoint_id, tenant=tenant)
 
-    @api.route("POST", f"{one}/enable", "manage", schemas.EndpointSchema, body=inputs.NoInput)
-    def enable_endpoint(endpoint_id: str) -> Any:
+    @api.route("POST", f"{one}/enable", "manage", schemas.EndpointSchema, body=inputs.NoInput, own=True)
+    def enable_endpoint(endpoint_id: str, tenant: str | None) -> Any:
         """Let it get deliveries again."""
-        operations.enable(state, endpoint_id)
-        return _endpoint(state, endpoint_id)
+        operations.enable(state, endpoint_id, tenant=tenant)
+        return _endpoint(state, endpoint_id, tenant)
 
-    @api.route("POST", f"{one}/disable", "manage", schemas.EndpointSchema, body=inputs.NoInput)
-    def disable_endpoint(endpoint_id: str) -> Any:
+    @api.route("POST", f"{one}/disable", "manage", schemas.EndpointSchema, body=inputs.NoInput, own=True)
+    def disable_endpoint(endpoint_id: str, tenant: str | None) -> Any:
         """Stop it from getting new deliveries."""
-        operations.disable(state, endpoint_id)
-        return _endpoint(state, endpoint_id)
+        operations.disable(state, endpoint_id, tenant=tenant)
+        return _endpoint(state, endpoint_id, tenant)
 
 
-def _endpoint(state: State, endpoint_id: str) -> dict[str, Any]:
-    found = queries.endpoint_detail(state.database, endpoint_id)
+def _endpoint(state: State, endpoint_id: str, tenant: str | None) -> dict[str, Any]:
+    found = queries.endpoint_detail(state.database, endpoint_id, tenant=tenant)
     if found is None:
         raise not_found("endpoint")
     return _with_headers(state, found)

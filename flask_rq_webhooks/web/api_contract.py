@@ -22,7 +22,7 @@ from ..state import State
 from ..storage.queries import CursorError
 from . import operations
 from .csrf import is_forgeable
-from .permissions import Permission, is_allowed
+from .permissions import Permission, is_allowed, own_tenant
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class Route:
 
     :param path: as Flask writes it, without the prefix.
     :param permission: ``None`` for a route that is open.
+    :param own: whether the caller may have ``own`` instead. The view then gets ``tenant``, the one whose rows
+        alone exist for it; ``None`` for a caller with the permission itself.
     :param asks_itself: whether the view asks for the permission, because it depends on the input.
     :param answers: status → content and description; the first is the usual one.
     :param query: what the query string may say.
@@ -61,6 +63,7 @@ class Route:
     summary: str
     permission: Permission | None
     answers: Mapping[int, tuple[Answer, str]]
+    own: bool = False
     asks_itself: bool = False
     query: type[Schema] | None = None
     body: type[Schema] | EndpointBody | None = None
@@ -135,28 +138,34 @@ def routes_of(app: Flask) -> list[Route]:
 def _served(state: State, route: Route, view: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(view)
     def served(**parts: Any) -> Response:
-        if not route.asks_itself:
-            _ask(state, route, parts)
+        tenant = None if route.asks_itself else _ask(state, route, parts)
+        if route.own:
+            parts["tenant"] = tenant
         if route.idempotent:
             parts["key"] = _idempotency_key()
-        found = view(*_input(state, route), **parts)
+        found = view(*_input(state, route, tenant), **parts)
         return found if isinstance(found, Response) else _answer(route, found)
 
     served.rqw_route = route  # type: ignore[attr-defined]
     return served
 
 
-def _ask(state: State, route: Route, parts: Mapping[str, str]) -> None:
+def _ask(state: State, route: Route, parts: Mapping[str, str]) -> str | None:
+    """Check the permission; return the tenant the caller is confined to, ``None`` for no such bound."""
+    tenant = None
     if route.permission is not None and not is_allowed(state, route.permission):
-        raise ApiError(403, "forbidden", f"This needs the permission {route.permission!r}.")
+        tenant = own_tenant(state) if route.own else None
+        if tenant is None:
+            raise ApiError(403, "forbidden", f"This needs the permission {route.permission!r}.")
     if route.permission == "manage" and is_forgeable():
         why = "A caller known by cookie must send the token of GET api/csrf as X-CSRFToken."
         raise ApiError(403, "csrf", why)
     if not all(is_possible_id(item_id) for item_id in parts.values()):
         raise not_found("id")
+    return tenant
 
 
-def _input(state: State, route: Route) -> list[Any]:
+def _input(state: State, route: Route, tenant: str | None) -> list[Any]:
     """Return the arguments that come from query or body: one, or none."""
     if route.query is not None:
         return [_query_input(route.query())]
@@ -164,7 +173,7 @@ def _input(state: State, route: Route) -> list[Any]:
         return []
     if isinstance(route.body, str):
         partial = route.body == "EndpointChangeInput"
-        return [_json_input(operations.endpoint_schema(state), partial=partial)]
+        return [_json_input(operations.endpoint_schema(state, tenant), partial=partial)]
     schema = route.body()
     values = _json_input(schema)
     return [values] if schema.fields else []
@@ -276,6 +285,14 @@ def _install(blueprint: Blueprint) -> None:
     @blueprint.errorhandler(operations.ReusedKeyError)
     def reused(exc: operations.ReusedKeyError) -> Response:
         return _refusal(409, "idempotency_key", "This Idempotency-Key was used for another endpoint.")
+
+    @blueprint.errorhandler(operations.TenantLimitError)
+    def too_many(exc: operations.TenantLimitError) -> Response:
+        return _refusal(409, "too_many_endpoints", str(exc))
+
+    @blueprint.errorhandler(operations.BusyHostError)
+    def busy(exc: operations.BusyHostError) -> Response:
+        return _refusal(429, "too_many_waiting", str(exc))
 
     @blueprint.errorhandler(ErasedError)
     def erased(exc: ErasedError) -> Response:

@@ -9,6 +9,7 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError, fields, validate, validates_schema
 
 from ..accept.request_schema import (
+    MAX_RETRY_COUNT,
     HeaderObject,
     SecretText,
     TargetURL,
@@ -21,7 +22,7 @@ from ..accept.request_schema import (
 from ..config import Settings
 from ..protocol.events import JOB_TYPES, OPERATOR_TYPES, is_application_type
 from ..protocol.urls import UrlPolicy
-from ..storage.models import CANCELED, EXHAUSTED, PENDING, SENDING, SUCCEEDED
+from ..storage.models import CANCELED, EXHAUSTED, MAX_TENANT, PENDING, SENDING, SUCCEEDED
 from ..storage.subscriptions import EVERY_TYPE
 
 STATUSES = (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
@@ -33,6 +34,7 @@ MAX_GRACE_S = 30 * 86400
 
 
 _SHORT = validate.Length(max=MAX_FILTER_TEXT)
+_TENANT = validate.Length(min=1, max=MAX_TENANT)
 
 
 class _Input(Schema):
@@ -68,6 +70,7 @@ class FilterInput(_Input):
     event_id = Text(validate=_SHORT)
     job_id = Text(validate=_SHORT)
     runid = Text(validate=_SHORT)
+    tenant = Text(validate=_TENANT)
 
 
 class DeliveriesInput(PageInput, FilterInput):
@@ -95,11 +98,12 @@ class EraseInput(_Input):
     job_id = Text(validate=validate.Length(min=1, max=512))
     runid = Text(validate=validate.Length(min=1, max=512))
     reference = Text(validate=validate.Length(min=1, max=512))
+    tenant = Text(validate=_TENANT)
 
     @validates_schema
     def _check(self, data: Mapping[str, Any], **_kwargs: Any) -> None:
         if len(data) != 1:
-            raise ValidationError("Name exactly one of job_id, runid and reference.")
+            raise ValidationError("Name exactly one of job_id, runid, reference and tenant.")
 
 
 class FeedInput(_Input):
@@ -108,6 +112,7 @@ class FeedInput(_Input):
     after = fields.String()
     runid = Text()
     type = Text()
+    tenant = Text(validate=_TENANT)
     limit = WholeNumber(validate=validate.Range(min=1))
 
 
@@ -115,6 +120,13 @@ class EndpointsInput(PageInput):
     """Which page of which endpoints."""
 
     kind = fields.String(validate=validate.OneOf(("standing", "job")))
+    tenant = Text(validate=_TENANT)
+
+
+class TenantInput(_Input):
+    """Which tenant."""
+
+    tenant = Text(required=True, validate=_TENANT)
 
 
 class StatsInput(_Input):
@@ -135,23 +147,35 @@ class RotateInput(_Input):
 
 
 @lru_cache(maxsize=32)
-def endpoint_input(settings: Settings, url_policy: UrlPolicy, formats: frozenset[str]) -> Schema:
-    """Return the schema of a standing endpoint, as it is created."""
+def endpoint_input(
+    settings: Settings, url_policy: UrlPolicy, formats: frozenset[str], *, own: bool = False
+) -> Schema:
+    """Return the schema of a standing endpoint, as it is created.
+
+    :param own: without what only operators choose: a request has no field for it either.
+    """
+    for_operators: dict[str, fields.Field[Any]] = {
+        "scope": fields.String(validate=validate.OneOf(("job", "tree"))),
+        "runid": Text(allow_none=True, validate=validate.Length(max=1000)),
+        "only_tenant": Text(allow_none=True, validate=_TENANT),
+    }
     schema = _Input.from_dict(
         {
+            **({} if own else for_operators),
             "url": TargetURL(url_policy, required=True),
             "secret": SecretText(allow_none=True),
             "headers": HeaderObject(settings.header_prefix),
             "events": TextList(allow_none=True, validate=[validate.Length(min=1, max=100), _event_types]),
-            "scope": fields.String(validate=validate.OneOf(("job", "tree"))),
             "format": Text(validate=one_of(formats, "format")),
             "sign_payload": fields.Boolean(validate=_signable(settings)),
             "description": Text(allow_none=True, validate=validate.Length(max=1000)),
             "reference": Text(allow_none=True, validate=validate.Length(max=256)),
-            "runid": Text(allow_none=True, validate=validate.Length(max=1000)),
             "timeout_s": fields.Float(allow_none=True, validate=timeout_range(settings)),
             "max_attempts": WholeNumber(
-                allow_none=True, validate=validate.Range(min=1, max=settings.max_attempts)
+                allow_none=True,
+                validate=validate.Range(
+                    min=1, max=min(MAX_RETRY_COUNT, settings.max_attempts) if own else settings.max_attempts
+                ),
             ),
         },
         name="EndpointInput",

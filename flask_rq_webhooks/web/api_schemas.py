@@ -11,10 +11,8 @@ from typing import Any, ClassVar
 
 from marshmallow import Schema, fields
 
+from ..protocol.retry import coarse_code
 from ..protocol.urls import redact_url
-
-#: Error codes as clients see them: not whether a name exists or an address is private.
-_COARSE = {"blocked": "unreachable", "dns": "unreachable", "connect": "unreachable"}
 
 
 class RedactedURL(fields.String):
@@ -35,7 +33,7 @@ class CoarseCode(fields.String):
     """An error code as far as clients may know it."""
 
     def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
-        return None if value is None else _COARSE.get(value, value)
+        return coarse_code(value)
 
 
 class AnswerSchema(Schema):
@@ -91,7 +89,9 @@ def _event_type() -> fields.Field[Any]:
 
 #: An event without its payload.
 EventSchema = _shape(
-    "EventSchema", text="id type job_id? runid? source supersedes?", time="occurred_at created_at erased_at?"
+    "EventSchema",
+    text="id type job_id? runid? source supersedes? tenant?",
+    time="occurred_at created_at erased_at?",
 )
 #: An event with its payload, as the payload format ``job`` renders it; ``null`` once it is erased.
 EventWithPayloadSchema = _shape("EventWithPayloadSchema", EventSchema, payload=_object(allow_none=True))
@@ -123,7 +123,7 @@ StatusSchema = _shape(
 #: A delivery in a list.
 DeliverySchema = _shape(
     "DeliverySchema",
-    text="id event_id job_id? runid? endpoint_id endpoint_kind host status trigger error_code?",
+    text="id event_id job_id? runid? endpoint_id endpoint_kind host status trigger error_code? tenant?",
     whole="attempts max_attempts status_code?", time="next_attempt_at? created_at finished_at? erased_at?",
     url="url", event=_event_type(),
 )  # fmt: skip
@@ -140,7 +140,8 @@ AttemptSchema = _shape(
 #: An endpoint; header values are masked, and all of it null where no key opens them. ``secrets`` is the
 #: number of secrets that sign now.
 EndpointSchema = _shape(
-    "EndpointSchema", text="id kind host scope format reference? runid? description? disabled_reason?",
+    "EndpointSchema", text="id kind host scope format reference? runid? description? disabled_reason? "
+    "tenant? only_tenant?",
     whole="max_attempts? failures secrets", number="timeout_s?", yes_no="sign_payload enabled",
     time="disabled_at? failing_since? created_at updated_at", url="url",
     events=fields.List(fields.String(), allow_none=True), headers=_object(fields.String, allow_none=True),
@@ -172,6 +173,12 @@ RecoveredSchema = _shape("RecoveredSchema", _LeftSchema, recovered=fields.Intege
 CanceledSchema = _shape("CanceledSchema", _LeftSchema, canceled=fields.Integer(attribute="done"))
 #: What was erased, and what is left: send the request again until ``in_flight`` and ``running`` are 0.
 ErasedSchema = _shape("ErasedSchema", whole="events canceled in_flight running")
+#: How many endpoints were disabled.
+TenantDisabledSchema = _shape("TenantDisabledSchema", text="tenant", whole="disabled")
+#: Recent failures and backlog of one tenant.
+TenantSchema = _shape("TenantSchema", text="tenant", whole="failures backlog")
+#: The tenants with recent failures or a backlog, most failures first.
+TenantsSchema = _shape("TenantsSchema", items=_items(TenantSchema))
 #: Whether all sending is paused.
 PausedSchema = _shape("PausedSchema", yes_no="paused")
 

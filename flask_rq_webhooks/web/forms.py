@@ -20,7 +20,7 @@ from .api_inputs import FilterInput
 from .operations import InvalidInputError, checked, delivery_filter, endpoint_schema
 
 #: Fields of the filter that hold one line of text, in the order of the page.
-TEXTS = ("event", "host", "job_id", "runid", "endpoint_id", "event_id")
+TEXTS = ("event", "host", "job_id", "runid", "endpoint_id", "event_id", "tenant")
 TIMES = ("since", "until")
 
 #: Fields of the endpoint's form that hold one line of text.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..accept.request_schema import flat_details
 from ..errors import DecryptionError, RQWebhooksError
 from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from ..protocol.retry import coarse_code
 from ..protocol.signatures import generate_secret
 from ..state import State
 from ..storage import bulk, dispatchers, endpoints, erasure, queries, retention
@@ -26,7 +27,7 @@ from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
 from ..storage.erasure import Erasure
 from ..storage.events import IngestedEvent, IngestItem
 from ..storage.filters import DeliveryFilter
-from ..storage.queries import EndpointView
+from ..storage.queries import DeliveryDetail, DeliveryView, EndpointView, Page
 from .api_inputs import endpoint_input
 
 #: Deliveries that one call changes at most, and how many in one transaction.
@@ -61,6 +62,14 @@ class InvalidInputError(RQWebhooksError):
         self.details = dict(details)
 
 
+class TenantLimitError(RQWebhooksError):
+    """The tenant has as many endpoints as ``RQ_WEBHOOKS_MAX_ENDPOINTS_PER_TENANT`` allows."""
+
+
+class BusyHostError(RQWebhooksError):
+    """Too many deliveries wait for this host already; try again later."""
+
+
 class ReusedKeyError(RQWebhooksError):
     """This Idempotency-Key was used for another endpoint; choose a new key."""
 
@@ -83,25 +92,91 @@ def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = No
 # -- deliveries -------------------------------------------------------------------------------------------
 
 
-def delivery_filter(values: Mapping[str, Any]) -> DeliveryFilter:
-    """Return the filter that checked values of a :class:`~.api_inputs.FilterInput` describe."""
+def scoped(values: Mapping[str, Any], tenant: str | None) -> str | None:
+    """Return the tenant that a caller's input asks for, within what the caller may see.
+
+    :param values: may hold ``tenant``, the filter of operators.
+    :param tenant: the one the caller is confined to; ``None``: to none.
+    :raises UnknownItemError: for another tenant than that, whether it exists or not.
+    """
+    wanted: str | None = values.get("tenant")
+    if tenant is not None and wanted not in (None, tenant):
+        raise UnknownItemError("tenant", str(wanted))
+    return tenant or wanted
+
+
+def delivery_filter(values: Mapping[str, Any], tenant: str | None = None) -> DeliveryFilter:
+    """Return the filter that checked values of a :class:`~.api_inputs.FilterInput` describe.
+
+    :param tenant: see :func:`scoped`.
+    """
     status = values.get("status")
     names = ("since", "until", "endpoint_id", "host", "event_id", "job_id", "runid")
     return DeliveryFilter(
         statuses=tuple(status) if status else None,
         event_type=values.get("event"),
+        tenant=scoped(values, tenant),
         **{name: values[name] for name in names if name in values},
     )
 
 
-def resend(state: State, delivery_id: str) -> str:
+def delivery(state: State, delivery_id: str, *, tenant: str | None = None) -> DeliveryDetail:
+    """Return one delivery; for a tenant without what is not a client's to know.
+
+    :raises UnknownItemError: when there is no such delivery, or it is not *tenant*'s.
+    """
+    found = queries.delivery_detail(state.database, delivery_id, tenant=tenant)
+    if found is None:
+        raise UnknownItemError("delivery", delivery_id)
+    if tenant is None:
+        return found
+    event = found.event if found.event.tenant == tenant else replace(found.event, runid=None, payload=None)
+    return replace(
+        found,
+        delivery=for_tenant(found.delivery, event.runid),
+        event=event,
+        attempts=tuple(
+            replace(
+                attempt, error_code=coarse_code(attempt.error_code), error_detail=None, request_headers={},
+                response_headers={}, response_body=b"", dispatcher_id=None,
+            )
+            for attempt in found.attempts
+        ),
+    )  # fmt: skip
+
+
+def deliveries(
+    state: State,
+    where: DeliveryFilter,
+    *,
+    tenant: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> Page[DeliveryView]:
+    """Return a page of deliveries, newest first; for a tenant without what is not a client's to know.
+
+    :raises CursorError: when *cursor* is not one of ours.
+    """
+    if tenant is None:
+        return queries.list_deliveries(state.database, where, cursor=cursor, limit=limit)
+    page = queries.list_deliveries(state.database, replace(where, tenant=tenant), cursor=cursor, limit=limit)
+    return replace(page, items=tuple(for_tenant(one, one.runid) for one in page.items))
+
+
+def for_tenant(delivery: DeliveryView, runid: str | None) -> DeliveryView:
+    """Return a delivery as its tenant may see it: why it failed only as the status route says it."""
+    return replace(delivery, error_code=coarse_code(delivery.error_code), runid=runid)
+
+
+def resend(state: State, delivery_id: str, *, tenant: str | None = None) -> str:
     """Make one delivery due now, whatever its status: same event id, same bytes.
 
+    :param tenant: only one of this tenant, as for everything below.
     :returns: its status: ``"pending"``, or ``"sending"`` where an attempt is under way.
     :raises UnknownItemError: when there is no such delivery.
     :raises ErasedError: when its body was erased.
     """
-    status = retention.resend(state.database, delivery_id)
+    status = retention.resend(state.database, delivery_id, tenant=tenant)
     if status is None:
         raise UnknownItemError("delivery", delivery_id)
     return status
@@ -189,17 +264,21 @@ def resume(state: State) -> None:
 # -- standing endpoints -----------------------------------------------------------------------------------
 
 
-def endpoint_schema(state: State) -> Schema:
-    """Return the schema of a standing endpoint's input, with this app's bounds."""
-    return endpoint_input(state.settings, state.url_policy, frozenset(state.formats))
+def endpoint_schema(state: State, tenant: str | None = None) -> Schema:
+    """Return the schema of a standing endpoint's input, with this app's bounds.
+
+    :param tenant: one that makes it for itself may choose what a request can choose, and nothing else.
+    """
+    formats = frozenset(state.formats)
+    return endpoint_input(state.settings, state.url_policy, formats, own=tenant is not None)
 
 
-def standing(state: State, endpoint_id: str) -> EndpointView:
+def standing(state: State, endpoint_id: str, *, tenant: str | None = None) -> EndpointView:
     """Return a standing endpoint.
 
     :raises UnknownItemError: when there is none with this id.
     """
-    found = queries.endpoint_detail(state.database, endpoint_id)
+    found = queries.endpoint_detail(state.database, endpoint_id, tenant=tenant)
     if found is None or found.kind != "standing":
         raise UnknownItemError("standing endpoint", endpoint_id)
     return found
@@ -220,23 +299,34 @@ class Created:
     replayed: bool = False
 
 
-def create(state: State, values: Mapping[str, Any], *, idempotency_key: str | None = None) -> Created:
-    """Create a standing endpoint.
+def create(
+    state: State,
+    values: Mapping[str, Any],
+    *,
+    idempotency_key: str | None = None,
+    tenant: str | None = None,
+) -> Created:
+    """Create a standing endpoint, of *tenant* or of operators.
 
     :param values: checked by :func:`endpoint_schema`. Without ``secret`` one is generated; with ``None`` it
-        gets none of its own.
+        gets none of its own; that of a tenant always gets one.
+    :raises TenantLimitError: when the tenant has as many as it may have.
     :raises ReusedKeyError: when the key was used for an endpoint with another URL.
     """
     stored = _stored(values)
     stored.setdefault("format", state.settings.format)
-    generated = "secret" not in stored
+    generated = "secret" not in stored or (tenant is not None and stored["secret"] is None)
     if generated:
         stored["secret"] = generate_secret()
-    endpoint = NewEndpoint(kind="standing", **stored)
+    endpoint = NewEndpoint(kind="standing", tenant=tenant, **stored)
+    at_most = state.settings.max_endpoints_per_tenant
     try:
         endpoint_id = endpoints.create_standing(
-            state.database, state.cipher, endpoint, namespace=state.namespace, idempotency_key=idempotency_key
-        )
+            state.database, state.cipher, endpoint, namespace=state.namespace,
+            idempotency_key=idempotency_key, at_most=at_most,
+        )  # fmt: skip
+    except endpoints.TooManyError:
+        raise TenantLimitError(f"At most {at_most} endpoints are possible; delete one first.") from None
     except endpoints.ExistsError as exc:
         found = queries.endpoint_detail(state.database, exc.endpoint_id)
         if found is None or found.url != endpoint.url:
@@ -245,7 +335,7 @@ def create(state: State, values: Mapping[str, Any], *, idempotency_key: str | No
     return Created(endpoint_id, endpoint.secret, generated)
 
 
-def change(state: State, endpoint_id: str, values: Mapping[str, Any]) -> None:
+def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant: str | None = None) -> None:
     """Change a standing endpoint.
 
     :param values: checked by :func:`endpoint_schema`, partially: only what is to be changed.
@@ -256,7 +346,8 @@ def change(state: State, endpoint_id: str, values: Mapping[str, Any]) -> None:
     refused = {name: [why] for name, why in fixed.items() if name in values}
     if refused:
         raise InvalidInputError(refused)
-    if not endpoints.update_standing(state.database, state.cipher, endpoint_id, _stored(values)):
+    stored = _stored(values)
+    if not endpoints.update_standing(state.database, state.cipher, endpoint_id, stored, tenant=tenant):
         raise UnknownItemError("standing endpoint", endpoint_id)
 
 
@@ -271,7 +362,12 @@ def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rotate(
-    state: State, endpoint_id: str, *, secret: str | None = None, grace_s: float = ROTATION_GRACE_S
+    state: State,
+    endpoint_id: str,
+    *,
+    secret: str | None = None,
+    grace_s: float = ROTATION_GRACE_S,
+    tenant: str | None = None,
 ) -> str:
     """Give a standing endpoint a new secret; the old ones sign beside it for *grace_s* seconds.
 
@@ -282,31 +378,37 @@ def rotate(
     :raises UnknownItemError: when there is no such endpoint.
     """
     secret = secret or generate_secret()
-    if not endpoints.rotate_secret(state.database, state.cipher, endpoint_id, secret, grace_s=grace_s):
+    if not endpoints.rotate_secret(
+        state.database, state.cipher, endpoint_id, secret, grace_s=grace_s, tenant=tenant
+    ):
         raise UnknownItemError("standing endpoint", endpoint_id)
     return secret
 
 
-def ping(state: State, endpoint_id: str) -> IngestedEvent:
+def ping(state: State, endpoint_id: str, *, tenant: str | None = None) -> IngestedEvent:
     """Send a ``webhook.ping`` to a standing endpoint, through the same pipeline as every event.
 
     :raises UnknownItemError: when there is no such endpoint.
+    :raises BusyHostError: to a tenant, when ``MAX_WAITING_PER_HOST`` is reached, as with a request.
     """
-    standing(state, endpoint_id)
+    endpoint = standing(state, endpoint_id, tenant=tenant)
+    limit = state.settings.max_waiting_per_host if tenant is not None else 0
+    if limit and endpoints.waiting_for_host(state.database, endpoint.host, at_most=limit) >= limit:
+        raise BusyHostError
     occurrence = Occurrence(type=WEBHOOK_PING, occurred_at=datetime.now(UTC), source=SOURCE_APPLICATION)
     item = IngestItem(occurrence, endpoint_ids=(endpoint_id,))
     (event,) = Publisher(state).publish([item], max_attempts=PING_ATTEMPTS)
     return event
 
 
-def enable(state: State, endpoint_id: str) -> EndpointView:
+def enable(state: State, endpoint_id: str, *, tenant: str | None = None) -> EndpointView:
     """Let a standing endpoint get deliveries again.
 
     :returns: the endpoint as it was before, for :func:`missed_since`.
     :raises UnknownItemError: when there is no such endpoint.
     """
-    before = standing(state, endpoint_id)
-    endpoints.enable_standing(state.database, endpoint_id)
+    before = standing(state, endpoint_id, tenant=tenant)
+    endpoints.enable_standing(state.database, endpoint_id, tenant=tenant)
     return before
 
 
@@ -321,25 +423,31 @@ def missed_since(state: State, before: EndpointView) -> datetime:
     return before.disabled_at or before.created_at
 
 
-def disable(state: State, endpoint_id: str) -> None:
+def disable(state: State, endpoint_id: str, *, tenant: str | None = None) -> None:
     """Stop a standing endpoint from getting new deliveries; those that wait are still sent.
 
     :raises UnknownItemError: when there is no such endpoint.
     """
-    if not endpoints.disable_standing(state.database, endpoint_id):
+    reason = "operator" if tenant is None else "customer"
+    if not endpoints.disable_standing(state.database, endpoint_id, reason=reason, tenant=tenant):
         raise UnknownItemError("standing endpoint", endpoint_id)
 
 
-def delete(state: State, endpoint_id: str) -> bool:
+def disable_tenant(state: State, tenant: str) -> int:
+    """Disable all standing endpoints of a tenant; return how many were enabled."""
+    return endpoints.disable_tenant(state.database, tenant)
+
+
+def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool:
     """Delete a standing endpoint, or as many of its deliveries as :data:`ENOUGH_S` allows.
 
     :returns: whether it is deleted; otherwise it is disabled, and another call continues.
     :raises UnknownItemError: when there is no such endpoint.
     """
     began = time.monotonic()
-    deleted = endpoints.delete_standing_part(state.database, endpoint_id)
+    deleted = endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
     while deleted is False and time.monotonic() - began < ENOUGH_S:
-        deleted = endpoints.delete_standing_part(state.database, endpoint_id)
+        deleted = endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
     if deleted is None:
         raise UnknownItemError("standing endpoint", endpoint_id)
     return deleted

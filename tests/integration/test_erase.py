@@ -138,7 +138,7 @@ def test_what_is_being_sent_is_erased_afterwards(host: Host, receiver: Receiver)
     assert ANSWER not in everything(host)
 
 
-@pytest.mark.parametrize("what", [{}, {"job_id": "a", "runid": "b"}, {"tenant": "x"}, {"job_id": ""}])
+@pytest.mark.parametrize("what", [{}, {"job_id": "a", "runid": "b"}, {"user": "x"}, {"job_id": ""}])
 def test_input_that_is_refused_erases_nothing(host: Host, receiver: Receiver, what: dict[str, str]) -> None:
     submit(host, receiver)
     assert erase(host, **what).status_code == 400

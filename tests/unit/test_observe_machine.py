@@ -463,7 +463,7 @@ def instead_of_redis_and_sql(world: World) -> Iterator[None]:
             f"{watches}.probe_waiting": world.probe_waiting,
             f"{watches}.probe_settled": world.probe_settled,
             f"{watches}.write_updates": world.write_updates,
-            f"{watches}.optional_types_of_standing": lambda *_arguments: frozenset(),
+            f"{watches}.optional_types_of_standing": lambda *_arguments: {},
             f"{watches}.known_keys": lambda *_arguments: {one["key"] for one in world.events},
         }.items():
             stack.enter_context(patch(target, replacement))
