@@ -2,7 +2,7 @@
 
 Owns which recorded attempts become such events, and what is in them. They are stored in the transaction that
 records the attempt, so that a crash loses neither or both, and only where a standing endpoint subscribes.
-Those about a tenant's endpoint are the tenant's events; they say why it failed as far as a client may know it.
+Those about a tenant's endpoint are the tenant's events, with no more than a client may know.
 """
 
 from __future__ import annotations

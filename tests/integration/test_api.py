@@ -97,12 +97,22 @@ def age_events(host: Host) -> None:
 # Who may
 
 
-READS = ["deliveries", "deliveries/x", "endpoints", "endpoints/x", "events", "events/x", "stats", "csrf"]
+READS = [
+    "deliveries",
+    "deliveries/x",
+    "endpoints",
+    "endpoints/x",
+    "events",
+    "events/x",
+    "stats",
+    "csrf",
+    "tenants",
+]
 CHANGES = [
     ("POST", "deliveries/x/resend"), ("POST", "recover"), ("POST", "cancel"), ("POST", "pause"),
     ("POST", "resume"), ("POST", "endpoints"), ("PATCH", "endpoints/x"), ("DELETE", "endpoints/x"),
     ("POST", "endpoints/x/rotate"), ("POST", "endpoints/x/test"), ("POST", "endpoints/x/enable"),
-    ("POST", "endpoints/x/disable"), ("POST", "erase"),
+    ("POST", "endpoints/x/disable"), ("POST", "erase"), ("POST", "tenants/disable"),
 ]  # fmt: skip
 
 

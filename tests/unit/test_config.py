@@ -50,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "concurrency": 64,
     "concurrency_per_host": 8,
     "batch": 500,
+    "max_endpoints_per_tenant": 20,
     "encryption_keys": (),
     "reconcile_interval": 15.0,
     "clean_abandoned": False,
