@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import rq
 import sqlalchemy as sa
 from flask import request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flask_rq_webhooks.accept import tenants
-from flask_rq_webhooks.protocol.events import OPERATOR_TYPES
 from flask_rq_webhooks.storage.models import new_id
-from flask_rq_webhooks.testing import deliver_all
+from flask_rq_webhooks.testing import InMemoryReceiver, deliver_all
 from tests.integration.hosts import FIELDS, Host
 
 HOOK = "https://hooks.example.com/in"
@@ -33,12 +33,12 @@ def host(database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     made.webhooks.authorize(may)
     made.webhooks.tenant(lambda: request.headers.get("X-Who"))
-    made.route(lambda_view(made), "/job")
+    made.route(job_view(made), "/job")
     yield made
     made.close()
 
 
-def lambda_view(made: Host) -> Callable[[], Any]:
+def job_view(made: Host) -> Callable[[], Any]:
     def job() -> Any:
         return {"job_id": made.enqueue()}
 
@@ -63,19 +63,344 @@ def run_job(host: Host, who: str | None, **fields: Any) -> Any:
     return response
 
 
-def work(host: Host) -> None:
-    """Run all jobs and store what their callbacks report; nothing is sent anywhere."""
-    import rq
-
+def work(host: Host) -> list[Any]:
+    """Run all jobs; return what receivers got."""
     rq.SimpleWorker([host.queue], connection=host.redis).work(burst=True)
-    from flask_rq_webhooks.observe.ingest import Ingest
-    from flask_rq_webhooks.observe.publisher import Publisher
-
-    ingest = Ingest(host.state, consumer="tests", publisher=Publisher(host.state))
-    for _ in range(20):
-        ingest.step(block_ms=10) if hasattr(ingest, "step") else ingest.run_once()
+    return deliver_all(host.app)
 
 
 def deliveries(host: Host, who: str) -> list[dict[str, Any]]:
     found = call(host, who, "GET", "deliveries").get_json()
     return list(found["items"])
+
+
+# Subscribed once
+
+
+def test_a_job_without_a_url_is_reported_to_its_own_tenant_and_to_operators(host: Host) -> None:
+    create(host, "ada", url="https://ada.example.com/in")
+    create(host, "bob", url="https://bob.example.com/in")
+    create(host, "boss", url="https://all.example.com/in")
+    create(host, "boss", url="https://only-bob.example.com/in", only_tenant="bob")
+
+    response = run_job(host, "ada")
+
+    assert response.headers["Webhook-Registered"] == "true"
+    received = work(host)
+    assert sorted(one.url for one in received) == ["https://ada.example.com/in", "https://all.example.com/in"]
+    assert {one.json["job_id"] for one in received} == {response.get_json()["job_id"]}
+    assert {row["tenant"] for row in host.rows("watch")} == {"ada"}
+    assert {row["tenant"] for row in host.rows("event")} == {"ada"}
+    assert [one["url"] for one in deliveries(host, "ada")] == ["https://ada.example.com/in"]
+    assert deliveries(host, "bob") == []
+
+
+def test_with_a_url_both_hear_it_one_event_two_deliveries(host: Host) -> None:
+    create(host, "ada", url="https://ada.example.com/in")
+
+    run_job(host, "ada", **FIELDS)
+
+    received = work(host)
+    assert {one.url for one in received} == {"https://ada.example.com/in", FIELDS["webhook_url"]}
+    assert len({one.header("webhook-id") for one in received}) == 1
+    assert len(deliveries(host, "ada")) == 2
+
+
+def test_a_job_that_vanishes_without_a_report_is_reported_lost(host: Host) -> None:
+    create(host, "ada")
+    job_id = run_job(host, "ada").get_json()["job_id"]
+    host.redis.flushdb()
+
+    received = deliver_all(host.app) + deliver_all(host.app)
+
+    assert [(one.json["event"], one.json["job_id"]) for one in received] == [("job.lost", job_id)]
+
+
+def test_a_caller_without_an_endpoint_finds_the_view_undecorated(host: Host) -> None:
+    create(host, "ada")
+    disabled = create(host, "cleo")["id"]
+    assert call(host, "cleo", "POST", f"endpoints/{disabled}/disable", json={}).status_code == 200
+    create(host, "dan", events=["model.published"])
+
+    for who in ("bob", "cleo", "dan", None):
+        assert "Webhook-Registered" not in run_job(host, who).headers
+
+    assert host.rows("watch") == []
+
+
+@pytest.mark.parametrize("value", ["", "x" * 129, "a\nb", 7, "a\x00b"])
+def test_a_bad_tenant_is_logged_and_means_none(
+    host: Host, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    create(host, "ada")
+    host.webhooks.tenant(lambda: value)
+
+    response = run_job(host, "ada", **FIELDS)
+
+    assert response.headers["Webhook-Registered"] == "true"
+    assert "1 to 128 printable characters" in caplog.text
+    assert {row["tenant"] for row in host.rows("watch")} == {None}
+    assert call(host, "ada", "GET", "endpoints").status_code == 403
+
+
+def test_a_tenant_function_that_fails_never_fails_the_request(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    create(host, "ada")
+
+    def fails() -> str:
+        raise RuntimeError("no such user")
+
+    host.webhooks.tenant(fails)
+
+    assert "Webhook-Registered" not in run_job(host, "ada").headers
+    assert "no such user" in caplog.text
+    assert call(host, "ada", "GET", "deliveries").status_code == 403
+
+
+def test_trouble_with_sql_in_the_look_leaves_the_request_alone(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    with host.state.database.write() as connection:
+        connection.execute(sa.text("ALTER TABLE rq_webhooks_endpoint RENAME TO gone"))
+
+    assert "Webhook-Registered" not in run_job(host, "ada").headers
+    assert "goes on without" in caplog.text
+
+
+def test_send_reaches_the_tenant_and_operators_and_nobody_else(host: Host) -> None:
+    for who in ("ada", "bob", "boss"):
+        create(host, who, url=f"https://{who}.example.com/in", events=["model.published"])
+    with host.app.app_context():
+        host.webhooks.send("model.published", {"n": 1}, tenant="ada")
+        host.webhooks.send("model.published", {"n": 2})
+        with pytest.raises(ValueError, match="no tenant"):
+            host.webhooks.send("model.published", {}, tenant="")
+
+    received = [(one.url.split("/")[2].split(".")[0], one.json["data"]["n"]) for one in deliver_all(host.app)]
+
+    assert sorted(received) == [("ada", 1), ("boss", 1), ("boss", 2)]
+
+
+# Own endpoints
+
+
+def test_an_endpoint_gets_a_secret_once_and_is_rotated_with_grace(host: Host) -> None:
+    made = create(host, "ada", secret=None)
+    assert made["secret"].startswith("whsec_")
+    rotated = call(host, "ada", "POST", f"endpoints/{made['id']}/rotate", json={}).get_json()
+    run_job(host, "ada")
+
+    (received,) = work(host)
+
+    received.verify(made["secret"])
+    received.verify(rotated["secret"])
+    shown = call(host, "ada", "GET", f"endpoints/{made['id']}").text
+    assert made["secret"] not in shown
+    assert rotated["secret"] not in shown
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"url": "http://127.0.0.1/"}, {"url": "https://10.0.0.1/"}, {"headers": {"Host": "x"}},
+     {"scope": "tree"}, {"runid": "r"}, {"only_tenant": "bob"}, {"tenant": "bob"}, {"format": "no such"}, {"secret": ""}],
+)  # fmt: skip
+def test_a_tenant_may_choose_no_more_than_a_request_can(host: Host, values: dict[str, Any]) -> None:
+    assert call(host, "ada", "POST", "endpoints", json={"url": HOOK, **values}).status_code == 400
+    assert host.rows("endpoint") == []
+
+
+def test_two_at_once_do_not_exceed_the_limit(database_url: str, redis_url: str) -> None:
+    made = Host(database_url, redis_url, RQ_WEBHOOKS_MAX_ENDPOINTS_PER_TENANT=3)
+    made.webhooks.authorize(lambda permission, **what: permission == "own")
+    made.webhooks.tenant(lambda: "ada")
+    statuses: list[int] = []
+
+    def post() -> None:
+        statuses.append(call(made, None, "POST", "endpoints", json={"url": HOOK}).status_code)
+
+    threads = [threading.Thread(target=post) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(statuses) == [201] * 3 + [409] * 5
+    assert len(made.rows("endpoint")) == 3
+    made.close()
+
+
+def test_an_idempotency_key_is_the_tenants_own(host: Host) -> None:
+    path, key = "/webhooks/api/endpoints", {"Idempotency-Key": "k"}
+    client = host.app.test_client()
+    answers = [
+        client.post(path, json={"url": f"https://{who}.example.com/"}, headers={"X-Who": who, **key})
+        for who in ("ada", "bob", "boss", "ada")
+    ]
+
+    assert [answer.status_code for answer in answers] == [201, 201, 201, 200]
+    assert len({answer.get_json()["id"] for answer in answers}) == 3
+
+
+# Nothing of anybody else's
+
+
+def fill(host: Host) -> dict[str, dict[str, str]]:
+    """Give two tenants and an operator an endpoint and a delivery each; return their ids by owner."""
+    found: dict[str, dict[str, str]] = {}
+    for who in ("ada", "bob", "boss"):
+        found[who] = {"endpoint": create(host, who, url=f"https://{who}.example.com/in")["id"]}
+    for who in ("ada", "bob"):
+        run_job(host, who)
+    work(host)
+    for row in host.rows("delivery"):
+        owner = next(who for who in found if found[who]["endpoint"] == row["endpoint_id"])
+        found[owner] |= {"delivery": row["id"], "event": row["event_id"]}
+    return found
+
+
+def routes(host: Host) -> list[tuple[str, str, str]]:
+    """Return method, path and name of the part of every route of the API that takes an id."""
+    return [
+        (method, rule.rule.removeprefix("/webhooks/api/"), next(iter(rule.arguments)))
+        for rule in host.app.url_map.iter_rules()
+        if rule.rule.startswith("/webhooks/api/") and rule.arguments
+        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
+    ]
+
+
+def test_every_route_with_an_id_answers_a_foreign_one_as_it_answers_one_that_does_not_exist(
+    host: Host,
+) -> None:
+    ids = fill(host)
+    before = [host.rows(table) for table in ("endpoint", "secret", "delivery", "event")]
+    walked = 0
+    for method, path, part in routes(host):
+        kind = part.removesuffix("_id")
+        random_id = new_id(next(iter(ids["ada"][kind].split("_"))))
+        answers = []
+        foreign = {ids["bob"][kind], ids["boss"][kind]} - {ids["ada"][kind]}  # an operator's has ada's event
+        for item_id in (*sorted(foreign), random_id, "x", "%00"):
+            body = {} if method in ("POST", "PATCH") else None
+            answers.append(call(host, "ada", method, path.replace(f"<{part}>", item_id), json=body))
+        assert {answer.status_code for answer in answers} == {404}, (method, path)
+        assert len({answer.data for answer in answers[:-1]}) == 1, (method, path)
+        walked += 1
+    assert walked >= 10
+    assert [host.rows(table) for table in ("endpoint", "secret", "delivery", "event")] == before
+
+
+def test_lists_hold_only_what_is_ones_own_whatever_the_filter(host: Host) -> None:
+    ids = fill(host)
+    assert [one["id"] for one in deliveries(host, "ada")] == [ids["ada"]["delivery"]]
+    assert [one["id"] for one in call(host, "ada", "GET", "endpoints").get_json()["items"]] == [
+        ids["ada"]["endpoint"]
+    ]
+    feed = call(host, "ada", "GET", "events").get_json()["items"]
+    assert {one["tenant"] for one in feed} == {"ada"}
+    for query in ({"endpoint_id": ids["bob"]["endpoint"]}, {"event_id": ids["bob"]["event"]},
+                  {"host": "bob.example.com"}):  # fmt: skip
+        answer = call(host, "ada", "GET", "deliveries", query_string=query).get_json()
+        assert answer == {"items": [], "cursor": None}
+    for path in ("deliveries", "endpoints", "events"):
+        for other in ("bob", "nobody"):
+            assert call(host, "ada", "GET", path, query_string={"tenant": other}).status_code == 404
+    assert call(host, "ada", "POST", "recover", json={"tenant": "bob", "all": True}).status_code == 404
+    stats = call(host, "ada", "GET", "stats").get_json()
+    assert stats["counts"]["succeeded"] == 1
+    assert (stats["dispatchers"], stats["watches"]) == (0, {})
+
+
+def test_recover_touches_no_foreign_delivery_and_makes_none_of_foreign_events(host: Host) -> None:
+    ids = fill(host)
+    with host.state.database.write() as connection:
+        connection.execute(sa.text("UPDATE rq_webhooks_delivery SET status = 'exhausted'"))
+    call(host, "ada", "POST", f"endpoints/{ids['ada']['endpoint']}/disable", json={})
+    run_job(host, "bob")
+    work(host)
+    call(host, "ada", "POST", f"endpoints/{ids['ada']['endpoint']}/enable", json={})
+
+    answer = call(host, "ada", "POST", "recover", json={"all": True}).get_json()
+
+    assert answer["recovered"] == 1
+    rows = host.rows("delivery")
+    assert {row["status"] for row in rows if row["id"] == ids["ada"]["delivery"]} == {"pending"}
+    assert {row["status"] for row in rows if row["id"] == ids["bob"]["delivery"]} == {"exhausted"}
+    assert len([row for row in rows if row["tenant"] == "ada"]) == 1
+
+
+def test_a_foreign_cursor_shows_nothing_foreign(host: Host) -> None:
+    fill(host)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        foreign = call(host, "boss", "GET", "deliveries", query_string={"limit": 1}).get_json()["cursor"]
+        after = call(host, "bob", "GET", "events").get_json()["cursor"]
+        cursor = data.draw(st.one_of(st.sampled_from([foreign, after]), st.text(max_size=60)))
+        query = data.draw(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "status": st.sampled_from(["succeeded", "pending", "succeeded,exhausted"]),
+                    "job_id": st.sampled_from([row["job_id"] for row in host.rows("watch")]),
+                    "runid": st.text(max_size=5),
+                    "endpoint_id": st.sampled_from([row["id"] for row in host.rows("endpoint")]),
+                },
+            )
+        )
+        for path, name in (("deliveries", "cursor"), ("endpoints", "cursor"), ("events", "after")):
+            some = query if path == "deliveries" else {}
+            answer = call(host, "ada", "GET", path, query_string={**some, name: cursor})
+            assert answer.status_code in (200, 400)
+            items = answer.get_json().get("items", [])
+            assert all(item["tenant"] == "ada" for item in items)
+
+    check()
+
+
+def test_what_a_client_may_not_learn_is_hidden_from_a_tenant_too(host: Host) -> None:
+    create(host, "ada", headers={"Authorization": "Bearer hidden"}, max_attempts=1)
+    run_job(host, "ada")
+    rq.SimpleWorker([host.queue], connection=host.redis).work(burst=True)
+    deliver_all(host.app, InMemoryReceiver("blocked"))
+    (delivery,) = deliveries(host, "ada")
+
+    shown = call(host, "ada", "GET", f"deliveries/{delivery['id']}")
+    for_operator = call(host, "boss", "GET", f"deliveries/{delivery['id']}").get_json()
+
+    assert delivery["error_code"] == "unreachable"
+    assert for_operator["delivery"]["error_code"] == "blocked"
+    (attempt,) = shown.get_json()["attempts"]
+    assert attempt["error_code"] == "unreachable"
+    assert not attempt["error_detail"]
+    assert not attempt["request_headers"]
+    assert not attempt["response_body"]
+    assert "hidden" not in shown.text
+    assert "blocked" not in shown.text
+
+
+def test_operators_see_filter_and_disable_tenants(host: Host) -> None:
+    ids = fill(host)
+    listed = call(host, "boss", "GET", "deliveries", query_string={"tenant": "ada"}).get_json()["items"]
+    assert [one["id"] for one in listed] == [ids["ada"]["delivery"]]
+    with host.state.database.write() as connection:
+        connection.execute(
+            sa.text("UPDATE rq_webhooks_delivery SET status = 'exhausted' WHERE tenant = 'bob'")
+        )
+    assert call(host, "boss", "GET", "tenants").get_json()["items"] == [
+        {"tenant": "bob", "failures": 1, "backlog": 0}
+    ]
+    assert call(host, "ada", "GET", "tenants").status_code == 403
+
+    answer = call(host, "boss", "POST", "tenants/disable", json={"tenant": "bob"})
+
+    assert answer.get_json() == {"tenant": "bob", "disabled": 1}
+    assert {row["id"] for row in host.rows("endpoint") if not row["enabled"]} == {ids["bob"]["endpoint"]}
+    runner = host.app.test_cli_runner()
+    out = runner.invoke(args=["rq-webhooks", "endpoints", "list", "--tenant", "bob"]).output
+    assert ids["bob"]["endpoint"] in out
+    assert ids["ada"]["endpoint"] not in out
+    erased = runner.invoke(args=["rq-webhooks", "erase", "--tenant", "ada"]).output
+    assert erased.startswith("1 events erased")
+    assert {row["tenant"] for row in host.rows("event") if row["erased_at"]} == {"ada"}
