@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from redis.exceptions import RedisError
 
 from ..errors import OutboxEntryError, StorageUnavailableError
-from ..protocol.events import JOB_BLOCKED, JOB_SUCCESS, RUNNING_TYPES, Occurrence
+from ..protocol.events import JOB_BLOCKED, RUNNING_TYPES, Occurrence
 from ..queue.job_reader import JobRecord, probe_jobs, read_jobs, read_statuses
 from ..queue.outbox_entry import OutboxEntry, parse_entry
 from ..storage import watches as storage
@@ -29,6 +29,7 @@ from .conclusions import (
     conclude,
     counts,
     is_blocked,
+    lacks_report,
     later_run,
     outcome_of_loss,
 )
@@ -155,7 +156,7 @@ class OpenWatches:
         conclusion = conclude(facts, job, reported, now=now, outbox=outbox)
         for outcome in conclusion.outcomes:
             if job is not None and row.endpoint_id in job.tokens and facts.report is None:
-                report.silent_successes += outcome.type == JOB_SUCCESS and outcome.supersedes is None
+                report.silent_successes += lacks_report(outcome, outbox)
             events.add(row, self._occurrence(job, outcome, facts.report, now))
         if conclusion.uses_report:
             updates.decided.add(row.id)
