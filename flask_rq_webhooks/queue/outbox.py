@@ -302,7 +302,7 @@ def missing_reports(outbox: Outbox, count: int) -> tuple[str, str]:
 
 
 def age_of_oldest(redis: Redis, key: str) -> float | None:
-    """Return for how many seconds the oldest entry of a stream has waited, ``None`` where there is none.
+    """Return for how many seconds the oldest entry of a stream has waited, ``None`` if the stream is empty.
 
     :param key: the stream's, :attr:`Outbox.key`.
     """
