@@ -143,7 +143,9 @@ def caught_by(folder: Path, tests: Sequence[str]) -> str | None:
     if answer.returncode == 0:
         return None
     failed = re.search(r"^FAILED (.+?)(?: - .*)?$", answer.stdout, re.MULTILINE)
-    return failed[1].removeprefix("tests/") if failed else answer.stdout[-300:]
+    if failed is None:
+        raise SystemExit(f"the tests could not run:\n{answer.stdout}{answer.stderr}")
+    return failed[1].removeprefix("tests/")
 
 
 def main() -> int:
@@ -154,7 +156,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            for part in ("flask_rq_webhooks", "tests"):
+            for part in ("flask_rq_webhooks", "tests", "benchmarks", "example_app"):
                 shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
             for part in ("setup.cfg", "pyproject.toml"):
                 shutil.copy(ROOT / part, folder / part)
