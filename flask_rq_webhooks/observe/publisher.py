@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_RUN_NAME = 512
 
 #: What a scrub function may change.
-_EDITABLE = ("runid", "result", "error", "data")
+_EDITABLE = ("runid", "result", "error", "progress", "data")
 
 
 class Publisher:
@@ -112,7 +112,7 @@ class Publisher:
 def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
     """Return the host's scrub function, which then never raises and always returns JSON; or ``None``.
 
-    Where it fails, result, error and data are left out: better too little than what it was to remove.
+    Where it fails, result, error, progress and data are left out: better too little than what it was to remove.
     """
     scrub = state.hooks.scrub_function
     if scrub is None:
@@ -129,7 +129,7 @@ def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | Non
             return kept
         except Exception:
             logger.exception(
-                "The scrub function failed for %s of job %r; it is published without result, error and data.",
+                "The scrub function failed for %s of job %r; it is published without result, error, progress and data.",
                 payload.get("event"), payload.get("job_id"),
             )  # fmt: skip
             return {"runid": payload.get("runid")}
@@ -141,7 +141,7 @@ def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes 
     """Return :meth:`State.render`, which then never raises.
 
     Where the host's format fails or is not registered here, the event is rendered in the format ``job``
-    without result and error.
+    without result, error and progress.
     """
 
     def render(endpoint: EndpointRow, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
@@ -150,10 +150,10 @@ def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes 
         except Exception:
             logger.exception(
                 "Format %r cannot render %s of job %r for endpoint %s; it is sent in the format 'job', "
-                "without result and error.", endpoint.format, occurrence.type, occurrence.job_id, endpoint.id,
+                "without result, error and progress.", endpoint.format, occurrence.type, occurrence.job_id, endpoint.id,
             )  # fmt: skip
         return FORMATS["job"](
-            replace(occurrence, result=None, error=None),
+            replace(occurrence, result=None, error=None, progress=None),
             RenderContext(
                 event_id=event_id,
                 runid=endpoint.runid or occurrence.runid,

@@ -16,11 +16,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Executable, bindparam, func, or_, select, text, update
 
-from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
+from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES, is_wanted
 from .bulk_insert import chunks_of, one_of
 from .database import Database
 from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch
-from .subscriptions import EVERY_TYPE, wanted_by_standing
+from .subscriptions import wanted_by_standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def probe_waiting(
 @lru_cache(maxsize=256)
 def _optional_types(events: str | None) -> frozenset[str]:
     named = frozenset(json.loads(events or "[]"))
-    return OPTIONAL_TYPES if EVERY_TYPE in named else OPTIONAL_TYPES & named
+    return frozenset(one for one in OPTIONAL_TYPES if is_wanted(one, named))
 
 
 def probe_settled(database: Database, *, kept: bool, after: str, limit: int) -> list[SettledProbe]:
