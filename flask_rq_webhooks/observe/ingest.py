@@ -25,9 +25,8 @@ from ..storage.settling import ParkedReport, park_reports
 from ..storage.sql_errors import is_about_a_row
 from ..storage.subscriptions import is_endpoint
 from ..storage.watches import Reported, reported_endings
-from .occurrences import occurrence_of_report
 from .outcomes import Outcome, Undecided, news, outcome_of
-from .publisher import Publisher
+from .publisher import Publisher, occurrence_of_report
 
 if TYPE_CHECKING:
     from ..queue.outbox import Entry

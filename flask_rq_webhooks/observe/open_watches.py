@@ -1,6 +1,7 @@
 """Open and reserved watches: jobs whose endings are not reported, and ids whose jobs are yet to come.
 
-Owns how a page of them is compared with RQ: cheaply first, closely where something is not simply waiting.
+Owns how a page of them is compared with RQ: cheaply first, closely where something is not simply waiting; and
+``job.started`` and ``job.stalled``, which are published once per run to endpoints that subscribe to them.
 :mod:`~flask_rq_webhooks.observe.outcomes` decides what the facts mean. Updates of a watch are written after
 its events are stored, so that a pass may die anywhere.
 """
@@ -44,9 +45,16 @@ from .conclusions import (
     later_run,
     outcome_of_loss,
 )
-from .occurrences import OccurrenceReader, occurrence_of_loss, occurrence_of_report
 from .outcomes import TYPE_OF_STATUS, Outcome
-from .pending_events import PendingEvents, Publish, ReconcileReport, publish_some
+from .publisher import (
+    OccurrenceReader,
+    PendingEvents,
+    Publish,
+    ReconcileReport,
+    occurrence_of_loss,
+    occurrence_of_report,
+    publish_some,
+)
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -247,12 +255,7 @@ def _parked_report(row: WatchRow) -> OutboxEntry | None:
     return entry if entry.kind != "confirm" else None
 
 
-# == from observe.running_jobs
-# D """Runs that are under way: ``job.started`` and ``job.stalled``, each once per run, for those who ask.
-# D
-# D Owns which of the jobs that RQ calls started have something new to report. Whether the run has ended meanwhile
-# D is decided where events are stored (:func:`~flask_rq_webhooks.storage.events.ingest`).
-# D """
+# -- runs that are under way ------------------------------------------------------------------------------
 
 #: Events that are remembered as stored, so that SQL is not asked for them in every pass.
 _MAX_REMEMBERED = 200_000

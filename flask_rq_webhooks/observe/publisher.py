@@ -1,23 +1,49 @@
-"""Publish: occurrences become events and deliveries, each once, and listeners hear a signal.
+"""Publish: outcomes become occurrences, and occurrences are stored as events with deliveries, each once.
 
 What ingest, reconcile, ``send`` and the test ping have in common. The host's own functions, scrub and payload
-formats, are called so that their errors lose no event. Knows nothing of where occurrences come from.
+formats, are called so that their errors lose no event. Emits ``event_recorded`` after the commit. Does not
+decide how a run ended: :mod:`~flask_rq_webhooks.observe.outcomes` does.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from rq.defaults import UNSERIALIZABLE_RETURN_VALUE_PAYLOAD
+
 from .. import signals
-from ..protocol.events import TERMINAL_TYPES, Occurrence
-from ..protocol.json_safe import safe_text, to_json_safe
+from .._steps import reached
+from ..config import Settings
+from ..protocol.events import (
+    JOB_FAILURE,
+    JOB_SUCCESS,
+    SOURCE_CALLBACK,
+    SOURCE_RECONCILED,
+    TERMINAL_TYPES,
+    Occurrence,
+    parse_time,
+)
+from ..protocol.json_safe import dumps_capped, safe_text, to_json_safe
 from ..protocol.payloads import FORMATS, RenderContext, Rendered
+from ..protocol.tracebacks import error_from_text
+from ..queue.job_reader import JobRecord, read_result_value
+from ..queue.outbox_entry import OutboxEntry
+from ..queue.safe_pickle import UNKNOWN
+from ..storage import watches as storage
+from ..storage.database import Database
 from ..storage.events import IngestedEvent, IngestItem, ingest, ingest_within
+from ..storage.sql_errors import is_about_a_row
+from ..storage.watches import WatchRow
+from .outcomes import Outcome, reported_at
 
 if TYPE_CHECKING:
+    from redis import Redis
     from sqlalchemy import Connection
 
     from ..state import State
@@ -165,3 +191,213 @@ def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes 
         )
 
     return render
+
+
+# -- what reconcile found ---------------------------------------------------------------------------------
+
+#: Stores occurrences as events and deliveries, each once, in one transaction.
+Publish = Callable[[Sequence[IngestItem]], object]
+
+#: Occurrences published in one transaction.
+_AT_ONCE = 200
+
+
+@dataclass(slots=True)
+class ReconcileReport:
+    """What one pass did.
+
+    :param looked_at: watches compared with RQ's state.
+    :param reported: occurrences published, by type; some may have been published before.
+    :param silent_successes: jobs that carry our callbacks, finished, and were reported by no callback.
+    :param adopted: reserved watches whose job was found.
+    :param cleaned_queues: queues in which RQ ended jobs whose worker was gone.
+    """
+
+    looked_at: int = 0
+    reported: Counter[str] = field(default_factory=Counter)
+    silent_successes: int = 0
+    adopted: int = 0
+    cleaned_queues: int = 0
+
+
+class PendingEvents:
+    """The occurrences of one page of watches."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._found: dict[str, tuple[Occurrence, dict[str, bool]]] = {}
+        self._losses: dict[str, Occurrence] = {}
+
+    def add(self, row: WatchRow, occurrence: Occurrence) -> None:
+        """Note that *occurrence* is for the endpoint of *row*."""
+        key = occurrence.run_key or ""
+        _first, receivers = self._found.setdefault(key, (occurrence, {}))
+        # A watch that stays open would make us publish the event again in every pass.
+        receivers[row.endpoint_id or ""] = row.scope == "tree" or occurrence.type not in TERMINAL_TYPES
+
+    def add_loss(self, row: WatchRow, occurrence: Occurrence) -> None:
+        """Note that a job is lost: of one job the same run, whichever watch knows it."""
+        self.add(row, self._losses.setdefault(row.job_id, occurrence))
+
+    def publish(self, publish: Publish) -> Counter[str]:
+        """Publish what is new, in batches.
+
+        :returns: how many occurrences were published, by type.
+        """
+        items = self._new_items()
+        published: list[IngestItem] = []
+        for start in range(0, len(items), _AT_ONCE):
+            reached("reconcile found")
+            published += publish_some(publish, items[start : start + _AT_ONCE])
+            reached("reconcile told")
+        return Counter(item.occurrence.type for item in published)
+
+    def _new_items(self) -> list[IngestItem]:
+        """Return the items, without those that are stored and settle nothing."""
+        idle = [key for key, (_, receivers) in self._found.items() if all(receivers.values())]
+        known = storage.known_keys(self._database, idle) if idle else set()
+        return [
+            IngestItem(occurrence, tuple(endpoint_id for endpoint_id in receivers if endpoint_id))
+            for key, (occurrence, receivers) in self._found.items()
+            if key not in known
+        ]
+
+
+def publish_some(publish: Publish, items: Sequence[IngestItem]) -> Sequence[IngestItem]:
+    """Publish *items*, and return those that could be: one that cannot be stored holds up no other."""
+    try:
+        publish(items)
+    except Exception as exc:
+        if not is_about_a_row(exc):
+            raise
+        if len(items) > 1:
+            middle = len(items) // 2
+            return [*publish_some(publish, items[:middle]), *publish_some(publish, items[middle:])]
+        logger.exception("The event of job %r cannot be stored; it is left out.", items[0].occurrence.job_id)
+        return []
+    return items
+
+
+# -- from an outcome to an occurrence ---------------------------------------------------------------------
+
+
+def occurrence_of_report(report: OutboxEntry, outcome: Outcome, settings: Settings) -> Occurrence:
+    """Return what a callback reported, as far as it fits the outcome."""
+    result, truncated, error = None, False, None
+    if outcome.type == JOB_SUCCESS and settings.include_result:
+        if report.kind == "success":
+            result, truncated = _reported_result(report, settings.max_payload_bytes)
+        else:
+            truncated = True  # RQ committed a success; this callback does not know its result
+    elif outcome.type == JOB_FAILURE:
+        error = report.error if report.kind == "failure" else error_from_text(outcome.exc)
+    ended_at = outcome.ended_at or reported_at(report)
+    return Occurrence(
+        type=outcome.type,
+        occurred_at=ended_at,
+        source=SOURCE_CALLBACK,
+        job_id=report.job_id,
+        run=outcome.run,
+        runid=report.runid,
+        func=report.func,
+        queue=report.queue,
+        enqueued_at=_time(report.enqueued_at),
+        started_at=_time(report.started_at),
+        ended_at=ended_at,
+        result=result,
+        result_truncated=truncated,
+        error=error,
+        supersedes=outcome.supersedes,
+    )
+
+
+def occurrence_of_loss(job_id: str, outcome: Outcome, *, now: datetime) -> Occurrence:
+    """Return that a job is gone and nobody knows how it ended."""
+    return Occurrence(
+        type=outcome.type,
+        occurred_at=now,
+        source=SOURCE_RECONCILED,
+        job_id=job_id,
+        run=outcome.run,
+        enqueued_at=None if outcome.run.startswith("created:") else parse_time(outcome.run),
+    )
+
+
+class OccurrenceReader:
+    """Make occurrences of what RQ keeps, results included unless ``INCLUDE_RESULT`` says no."""
+
+    def __init__(self, redis: Redis, settings: Settings) -> None:
+        self._redis = redis
+        self.settings = settings
+
+    def of_job(
+        self, job: JobRecord, outcome: Outcome, *, report: OutboxEntry | None = None, now: datetime
+    ) -> Occurrence:
+        """Return how a run of a job ended, by what RQ committed.
+
+        :param report: what the run's callback reported, which may know the result better than RQ does.
+        """
+        is_current = outcome.result is None and outcome.run == job.run
+        result, truncated, error = None, False, None
+        if outcome.type == JOB_SUCCESS:
+            result, truncated = self._result(job, outcome, report, is_current=is_current)
+        elif outcome.type == JOB_FAILURE:
+            known: Mapping[str, str] | None = report.error if report is not None else None
+            error = known or error_from_text(outcome.exc)
+        return Occurrence(
+            type=outcome.type,
+            occurred_at=outcome.ended_at or now,
+            source=SOURCE_RECONCILED,
+            job_id=job.job_id,
+            run=outcome.run,
+            runid=job.runid,
+            func=job.func,
+            queue=job.queue,
+            enqueued_at=job.enqueued_at if is_current else _began(outcome),
+            started_at=job.started_at if is_current else _started(outcome),
+            ended_at=outcome.ended_at,
+            result=result,
+            result_truncated=truncated,
+            error=error,
+            supersedes=outcome.supersedes,
+        )
+
+    def _result(
+        self, job: JobRecord, outcome: Outcome, report: OutboxEntry | None, *, is_current: bool
+    ) -> tuple[Any, bool]:
+        if not self.settings.include_result:
+            return None, False
+        if report is not None and report.kind == "success":
+            return _reported_result(report, self.settings.max_payload_bytes)
+        # RQ keeps one return value of a job: the newest success's.
+        newest = next((result for result in reversed(job.results or ()) if result.type == "success"), None)
+        if not is_current and outcome.supersedes is None and newest is not outcome.result:
+            return None, True
+        value = read_result_value(self._redis, job.job_id)
+        if value is UNKNOWN or value == UNSERIALIZABLE_RETURN_VALUE_PAYLOAD:
+            return None, True
+        return dumps_capped(value, self.settings.max_payload_bytes)
+
+
+def _reported_result(report: OutboxEntry, max_payload_bytes: int) -> tuple[Any, bool]:
+    """Return the result in a report: JSON already, and no larger than the report it was read from."""
+    too_large = (
+        not 0 < report.size <= max_payload_bytes
+        and len(json.dumps(report.result, separators=(",", ":"))) > max_payload_bytes
+    )
+    return (None, True) if too_large else (report.result, report.result_truncated)
+
+
+def _began(outcome: Outcome) -> datetime | None:
+    """Return when an earlier run was enqueued; that of a run nobody saw is not known."""
+    run = outcome.run.removeprefix("created:")
+    began = parse_time(run)
+    return None if outcome.ended_at is not None and began >= outcome.ended_at else began
+
+
+def _started(outcome: Outcome) -> datetime | None:
+    return outcome.result.started_at if outcome.result is not None else None
+
+
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else parse_time(text)

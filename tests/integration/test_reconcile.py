@@ -15,7 +15,7 @@ import rq
 from rq.job import Job
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 
-from flask_rq_webhooks.observe import reconcile, settled_watches
+from flask_rq_webhooks.observe import reconcile
 from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
@@ -780,7 +780,7 @@ def test_forgotten_job_that_is_back_under_its_id_is_found_by_the_sweep(
     state: State, reconciler: Reconciler, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reconcile, "PAGE", 2)
-    monkeypatch.setattr(settled_watches, "FORGOTTEN_AT_ONCE", 2)
+    monkeypatch.setattr(reconcile, "FORGOTTEN_AT_ONCE", 2)
     jobs = [promise(state, "tests.jobs.add", number, 1) for number in range(6)]
     work(state)
     reconciler.run_once()

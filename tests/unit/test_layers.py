@@ -62,7 +62,7 @@ SEAMS = {
     ("dispatch.rate_limit", "redis"): "counts through the limits library",
     ("accept.register", "rq"): "enqueues on queues the host gives it",
     ("accept.route_report", "rq"): "recognises what enqueues",
-    ("observe.occurrences", "rq"): "knows RQ's word for a result that cannot be pickled",
+    ("observe.publisher", "rq"): "knows RQ's word for a result that cannot be pickled",
 }
 
 #: The one module outside of queue that sends commands to Redis: it asks the server about itself.
