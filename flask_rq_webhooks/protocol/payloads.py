@@ -132,8 +132,9 @@ def render_task(occurrence: Occurrence, context: RenderContext) -> bytes:
     function) and ``status``; then ``result`` of a success, else ``error``, a message. A stopped or
     canceled job is ``task.cancelled``, a lost one ``task.failed`` with a message that says the outcome is
     unknown; ``task.retrying`` (``RETRY``), ``task.blocked`` (``PENDING``), ``task.started``,
-    ``task.progress`` and ``task.stalled`` (``STARTED``) only for those who ask for them. Application events and pings have ``event_type``, ``timestamp`` and ``data``. ``reference`` and
-    ``supersedes`` are added where there is one.
+    ``task.progress`` and ``task.stalled`` (``STARTED``) only for those who ask for them. Application events
+    and pings have ``event_type``, ``timestamp`` and ``data``. ``reference``, ``supersedes`` and
+    ``progress`` are added where there is one.
     """
     return fit(_task, occurrence, context, sort_keys=True)[1]
 
@@ -223,8 +224,8 @@ def fit(
     """Return what *build* makes of *occurrence* and its bytes, at most ``context.max_bytes`` of them.
 
     What goes first is what is large and least missed: the progress, the result or the data as a whole
-    (``null``, and ``result_truncated`` or ``data_truncated`` says so), the beginning of the traceback, the end of the
-    error message, then of other texts. The job's id is never cut.
+    (``null``, and ``result_truncated`` or ``data_truncated`` says so), the beginning of the traceback, the
+    end of the error message, then of other texts. The job's id is never cut.
     """
     payload = build(occurrence, context)
     body = _serialise(payload, sort_keys=sort_keys)

@@ -162,9 +162,7 @@ def _change(
     return Part(done, ids[at_most - 1] if len(ids) > at_most else None)
 
 
-def _left(
-    database: Database, chosen: DeliveryFilter, after: str | None, *also: ColumnElement[bool]
-) -> int:
+def _left(database: Database, chosen: DeliveryFilter, after: str | None, *also: ColumnElement[bool]) -> int:
     query = select(Delivery.id).where(*chosen.conditions(), *also)
     if after is not None:
         query = query.where(Delivery.id > after)

@@ -293,10 +293,8 @@ def _cancel_outdated(database: Database, connection: Connection, stored: Sequenc
     # Most jobs have one event.
     new = [one.occurrence for one in stored if one.created and (one.occurrence.sequence or 0) > 1]
     progressed = {one.job_id for one in new if one.type == JOB_PROGRESS}
-    ended = {
-        f"{one.job_id}|{one.run}|" for one in new if one.type in TERMINAL_TYPES and one.scope == "job"
-    }
-    jobs = sorted({one.job_id for one in new if one.type in TERMINAL_TYPES or one.type == JOB_PROGRESS})
+    ended = {f"{one.job_id}|{one.run}|" for one in new if one.type in TERMINAL_TYPES and one.scope == "job"}
+    jobs = sorted({one.job_id or "" for one in new if one.type in TERMINAL_TYPES | {JOB_PROGRESS}})
     if not jobs:
         return
     query = (
@@ -315,7 +313,7 @@ def _cancel_outdated(database: Database, connection: Connection, stored: Sequenc
     for chunk in chunks_of(jobs):
         for delivery_id, event_id, event_type, job_id, key in connection.execute(query, {"jobs": chunk}):
             is_older = event_type == JOB_PROGRESS and job_id in progressed and event_id not in latest
-            run = key.removeprefix(f"{job_id}|").partition("|")[0]
+            run = (key or "").removeprefix(f"{job_id}|").partition("|")[0]
             if is_older or f"{job_id}|{run}|" in ended:
                 outdated.append(delivery_id)
     if outdated:
