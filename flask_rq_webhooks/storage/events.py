@@ -51,8 +51,8 @@ class IngestItem:
 
     :param endpoint_ids: endpoints the report names: they count whenever the run began. Endpoints that watch
         the job, and standing ones, are found here. Ids that do not exist are ignored.
-    :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Whoever can write
-        to Redis can write a report that names any endpoint.
+    :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Any client
+        of Redis that may write can name any endpoint in a report.
     """
 
     occurrence: Occurrence
@@ -103,7 +103,7 @@ def ingest(
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
-    A run has one terminal event, whoever reports it and however many do so at once; an endpoint named for
+    A run has one terminal event, no matter who reports it and how many do so at once; an endpoint named for
     an event that is already there gets its missing delivery, rendered from what was stored. Standing
     endpoints get a delivery of new events only, and only while enabled: what happens while one is disabled
     is left to :func:`~.bulk.recover_part`.

@@ -64,7 +64,7 @@ def events_after(
 
     :param cursor: of the last answer; ``None`` for the beginning.
     :returns: a page whose cursor continues where it ends, also when it is empty.
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     wanted = ((Event.type, event_type), (Event.runid, runid))
     query = select(*EVENT_COLUMNS, Event.payload, Event.position).where(
@@ -105,7 +105,8 @@ FROM (
     .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS))
 )
 
-# statement_timestamp() is earlier than the look at the locks: whoever takes one later gets a later position.
+# statement_timestamp() is earlier than the look at the locks: a transaction that takes its lock later gets
+# a later position.
 _HORIZON = (
     text("""
 SELECT least(
@@ -132,7 +133,7 @@ def _read(cursor: str) -> tuple[int, str]:
     except (binascii.Error, ValueError):
         match = None
     if match is None:
-        raise CursorError("this cursor is not one of ours")
+        raise CursorError("this cursor did not come from this list")
     if match["old"] is not None:
         return 0, match["old"]
     return int(match["position"]), match["id"]
