@@ -34,7 +34,7 @@ quick: $(VENV)/.dev  ## run the unit tests only: no servers, no coverage
 chaos: $(VENV)/.dev  ## storms and kills, a quarter of an hour, LONG=1 an hour and more; write what they measured into the documentation
 	rm -f .chaos.jsonl .endings.json
 	RQ_WEBHOOKS_ENDINGS_FILE=.endings.json $(BIN)/python -m pytest -q tests/acceptance/test_endings.py -m "chaos or not chaos"
-	RQ_WEBHOOKS_CHAOS_LONG=$(LONG) RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -v -n 2 --dist loadfile \
+	RQ_WEBHOOKS_CHAOS_LONG=$(LONG) RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -v -n 2 --dist worksteal \
 		tests/chaos -m "chaos or slow" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.chaos.write_tables .endings.json .chaos.jsonl
 

@@ -23,7 +23,6 @@ from ..protocol.events import (
     JOB_PROGRESS,
     JOB_STALLED,
     JOB_STARTED,
-    JOB_SUCCESS,
     RUNNING_TYPES,
     Occurrence,
     run_key,
@@ -44,6 +43,7 @@ from .conclusions import (
     conclude,
     counts,
     is_blocked,
+    lacks_report,
     later_run,
     outcome_of_loss,
 )
@@ -187,7 +187,7 @@ class OpenWatches:
         conclusion = conclude(facts, job, reported, now=now, outbox=outbox)
         for outcome in conclusion.outcomes:
             if job is not None and row.endpoint_id in job.tokens and facts.report is None:
-                report.silent_successes += outcome.type == JOB_SUCCESS and outcome.supersedes is None
+                report.silent_successes += lacks_report(outcome, outbox)
             events.add(row, self._occurrence(job, outcome, facts.report, now))
         if conclusion.uses_report:
             updates.decided.add(row.id)

@@ -212,7 +212,7 @@ class ReconcileReport:
 
     :param looked_at: watches compared with RQ's state.
     :param reported: occurrences published, by type; some may have been published before.
-    :param silent_successes: jobs that carry our callbacks, finished, and were reported by no callback.
+    :param silent_successes: jobs that carry our callbacks and finished, with no report of it in the outbox.
     :param adopted: reserved watches whose job was found.
     :param cleaned_queues: queues in which RQ ended jobs whose worker was gone.
     """

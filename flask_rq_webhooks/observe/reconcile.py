@@ -113,6 +113,7 @@ class Reconciler:
 
         Asked before anything else: whatever was read by then is stored by the time SQL is asked.
         """
+        asked_at = server_time(self._redis)
         until = read_until(self._redis, self._outbox_key)
         absent_since = server_time(self._redis)
         # A job missed in the pass before was absent at its end. A longer time ago another dispatcher may
@@ -121,7 +122,10 @@ class Reconciler:
             ended_at, noted = self._last_pass
             if time.monotonic() - noted < 2 * self._settings.reconcile_interval:
                 absent_since = ended_at
-        return OutboxRead(until=until or absent_since, absent_since=absent_since)
+        complete_until = asked_at if until is None else min(until, asked_at)
+        return OutboxRead(
+            until=until or absent_since, absent_since=absent_since, complete_until=complete_until
+        )
 
     def _waiting_pages(
         self, statuses: Sequence[str] = (OPEN, RESERVED), *, wanting: str | None = None
