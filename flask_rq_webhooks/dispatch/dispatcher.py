@@ -188,6 +188,7 @@ class Dispatcher:
             PeriodicJob(
                 name="reconcile", interval_s=interval_s, first_after_s=interval_s, run=self._reconcile
             ),
+            *self._progress_job(),
             PeriodicJob(name="trees", interval_s=TREES_S, run=lambda _should_stop: trees.run_hinted()),
             PeriodicJob(name="prune", interval_s=PRUNE_S, first_after_s=PRUNE_S / 60, run=self._prune),
             *periodic,
@@ -312,6 +313,18 @@ class Dispatcher:
         if report.reported:
             logger.info("Reconcile reported endings that no callback had: %s", dict(report.reported))
         self._notice_silent_callbacks(report.silent_successes)
+
+    def _progress_job(self) -> list[PeriodicJob]:
+        """Return the pass that publishes progress more often than reconcile does, where it is asked for."""
+        interval_s = self._state.settings.progress_interval
+        if interval_s is None or interval_s >= self._state.settings.reconcile_interval:
+            return []
+
+        def publish(should_stop: Callable[[], bool]) -> None:
+            if take_reconcile_lease(self._state.database, self.id, _lease_s(self._state)):
+                self._reconciler.publish_progress(should_stop)
+
+        return [PeriodicJob(name="progress", interval_s=interval_s, first_after_s=interval_s, run=publish)]
 
     def _notice_silent_callbacks(self, count: int) -> None:
         """Say once that reports are missing from the outbox, and why where that is known."""
