@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 from .. import signals
 from .._steps import reached
 from ..observe.publisher import Publisher
+from ..protocol.events import JOB_PROGRESS
 from ..protocol.headers import mask_headers
-from ..protocol.retry import Decision
+from ..protocol.retry import PROGRESS_SCHEDULE, Decision
 from ..protocol.urls import redact_url
 from ..storage.attempts import AttemptRecord, RecordResult, record_attempts
 from ..storage.claims import ClaimedDelivery
@@ -49,7 +50,10 @@ def judge(
     state: State, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult
 ) -> AttemptRecord:
     """Return what an answer means for its delivery, as it is recorded."""
-    decision = state.retry_policy.decide(
+    policy = state.retry_policy
+    if delivery.event_type == JOB_PROGRESS:
+        policy = replace(policy, schedule=PROGRESS_SCHEDULE, max_retry_after_s=PROGRESS_SCHEDULE[-1])
+    decision = policy.decide(
         status_code=result.status_code,
         error_code=result.error_code,
         number=delivery.number,

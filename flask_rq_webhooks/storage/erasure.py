@@ -182,7 +182,12 @@ def _erase_events(database: Database, connection: Connection, event_ids: Sequenc
         select(Event.id, Event.payload).where(Event.id.in_(event_ids))
     ).all():
         skeleton = replace(
-            occurrence_from_json(payload), result=None, error=None, data={}, result_truncated=False
+            occurrence_from_json(payload),
+            result=None,
+            error=None,
+            data={},
+            progress=None,
+            result_truncated=False,
         )
         connection.execute(
             update(Event)

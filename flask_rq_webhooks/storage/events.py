@@ -15,12 +15,22 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select, text, update
 
-from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, RUNNING_TYPES, Occurrence, run_key
+from .._steps import reached
+from ..protocol.events import (
+    JOB_FAILURE,
+    JOB_PROGRESS,
+    JOB_SUCCESS,
+    RUNNING_TYPES,
+    TERMINAL_TYPES,
+    Occurrence,
+    run_key,
+)
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
 from .feed import first_position
-from .models import Event, new_id
+from .models import PENDING, SENDING, Delivery, Event, new_id
+from .retention import canceled_now
 from .settling import settle_watches, watches_of
 from .subscriptions import (
     EndpointRow,
@@ -113,8 +123,8 @@ def ingest(
     :param render: the bytes to deliver, from endpoint, event id and occurrence.
     :param max_attempts: where the endpoint itself sets none.
     :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
-        ``queue`` and ``result``, ``error`` or ``data``, and returns it changed (or changes it in place).
-        What it does to ``runid``, ``result``, ``error`` and ``data`` is stored, sent and shown.
+        ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
+        in place). What it does to ``runid`` and to these is stored, sent and shown.
     :returns: one for each item, in their order.
     """
     if not items:
@@ -173,6 +183,7 @@ def ingest_within(
                 )
             )
     made = store_deliveries(database, connection, rows)
+    _cancel_outdated(database, connection, stored)
     for event in stored:
         event.deliveries = made.get(event.id, 0)
     settle_watches(database, connection, stored, watches, endpoints, now)
@@ -215,6 +226,8 @@ def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:
         payload["result"] = copy.deepcopy(occurrence.result)
     if occurrence.type == JOB_FAILURE:
         payload["error"] = copy.deepcopy(dict(occurrence.error)) if occurrence.error is not None else None
+    if occurrence.progress is not None:
+        payload["progress"] = copy.deepcopy(occurrence.progress)
     if occurrence.data:
         payload["data"] = copy.deepcopy(dict(occurrence.data))
     edited = scrub(payload)
@@ -225,6 +238,7 @@ def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:
         runid=edited.get("runid"),
         result=edited.get("result"),
         error=edited.get("error"),
+        progress=edited.get("progress"),
         data=edited.get("data") or {},
     )
 
@@ -303,6 +317,45 @@ def _ended_runs(connection: Connection, items: Sequence[IngestItem]) -> set[str]
         found = connection.execute(select(Event.run_key).where(Event.run_key.in_(chunk))).scalars()
         ended.update(key for key in found if key is not None)
     return ended
+
+
+def _cancel_outdated(database: Database, connection: Connection, stored: Sequence[StoredEvent]) -> None:
+    """Cancel deliveries about runs under way whose ending is stored, and of progress where newer is stored.
+
+    One that a sender holds may arrive all the same; it is not tried again.
+    """
+    # Most jobs have one event.
+    new = [one.occurrence for one in stored if one.created and (one.occurrence.sequence or 0) > 1]
+    progressed = {one.job_id for one in new if one.type == JOB_PROGRESS}
+    ended = {f"{one.job_id}|{one.run}|" for one in new if one.type in TERMINAL_TYPES and one.scope == "job"}
+    jobs = sorted({one.job_id or "" for one in new if one.type in TERMINAL_TYPES | {JOB_PROGRESS}})
+    if not jobs:
+        return
+    query = (
+        select(Delivery.id, Event.id, Event.type, Event.job_id, Event.run_key)
+        .join(Event, Event.id == Delivery.event_id)
+        .where(
+            one_of(database, Event.job_id, "jobs"),
+            Event.type.in_(sorted(RUNNING_TYPES)),
+            Delivery.status.in_([PENDING, SENDING]),
+        )
+        .order_by(Delivery.id)  # as recording locks them
+        .with_for_update(of=Delivery)
+    )
+    latest = {event.id for event in stored}
+    outdated = []
+    for chunk in chunks_of(jobs):
+        for delivery_id, event_id, event_type, job_id, key in connection.execute(query, {"jobs": chunk}):
+            is_older = event_type == JOB_PROGRESS and job_id in progressed and event_id not in latest
+            run = (key or "").removeprefix(f"{job_id}|").partition("|")[0]
+            if is_older or f"{job_id}|{run}|" in ended:
+                outdated.append(delivery_id)
+    if outdated:
+        reached("newer stored")
+    for chunk in chunks_of(outdated):
+        connection.execute(update(Delivery).where(Delivery.id.in_(chunk)).values(canceled_now(database)))
+    if outdated:
+        reached("older canceled")
 
 
 def _number(database: Database, connection: Connection, events: Sequence[StoredEvent]) -> None:

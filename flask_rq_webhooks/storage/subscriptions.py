@@ -18,14 +18,16 @@ from sqlalchemy import Connection, select, text
 
 from ..protocol.events import (
     CLOCK_SKEW,
+    JOB_PROGRESS,
     JOB_TYPES,
     OPERATOR_TYPES,
-    TERMINAL_TYPES,
     WEBHOOK_PING,
     Occurrence,
+    is_wanted,
     parse_time,
 )
 from ..protocol.payloads import JSON, Rendered, as_rendered
+from ..protocol.retry import PROGRESS_ATTEMPTS
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
 from .models import CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, new_id
@@ -34,9 +36,6 @@ if TYPE_CHECKING:
     from .events import IngestItem, StoredEvent
 
 logger = logging.getLogger(__name__)
-
-#: In the event list of an endpoint: every type there is, application types and optional ones included.
-EVERY_TYPE = "*"
 
 #: Ends the token of jobs that only standing endpoints get events of (``ATTACH="all"``).
 NO_ENDPOINT_SUFFIX = "_all"
@@ -60,13 +59,8 @@ class EndpointRow:
     only_tenant: str | None = None
 
     def wants(self, event_type: str) -> bool:
-        """Say whether the endpoint gets events of *event_type*.
-
-        Without a list: of every terminal type. With one: of what it names; ``"*"`` names everything.
-        """
-        if self.events is None:
-            return event_type in TERMINAL_TYPES
-        return event_type in self.events or EVERY_TYPE in self.events
+        """Say whether the endpoint gets events of *event_type*."""
+        return is_wanted(event_type, self.events)
 
 
 def is_endpoint(endpoint_id: str | None) -> bool:
@@ -160,8 +154,8 @@ def wanted_by_standing(
     named: dict[str | None, set[str]] = {}
     for tenant, events in found:
         named.setdefault(tenant, set()).update(json.loads(events))
-    types = frozenset(event_types)
-    return {tenant: types if EVERY_TYPE in some else types & some for tenant, some in named.items()}
+    types = list(event_types)
+    return {tenant: frozenset(one for one in types if is_wanted(one, some)) for tenant, some in named.items()}
 
 
 def job_types_wanted(database: Database, tenant: str | None) -> tuple[str, ...] | None:
@@ -175,8 +169,8 @@ def job_types_wanted(database: Database, tenant: str | None) -> tuple[str, ...] 
     types: set[str] = set()
     with database.read() as connection:
         for events in connection.execute(query.distinct()).scalars():
-            named = TERMINAL_TYPES if events is None else set(json.loads(events))
-            types |= JOB_TYPES if EVERY_TYPE in named else JOB_TYPES & named
+            named = None if events is None else json.loads(events)
+            types.update(one for one in JOB_TYPES if is_wanted(one, named))
     return tuple(sorted(types)) or None
 
 
@@ -275,6 +269,7 @@ def delivery_values(
 ) -> dict[str, Any]:
     """Return the row of a new delivery, due at once."""
     body, content_type = as_rendered(made)
+    allowed = endpoint.max_attempts or max_attempts
     return {
         "id": new_id("dlv"),
         "event_id": event_id,
@@ -287,7 +282,7 @@ def delivery_values(
         "body": body,
         "content_type": None if content_type == JSON else content_type,
         "attempts": 0,
-        "max_attempts": endpoint.max_attempts or max_attempts,
+        "max_attempts": min(allowed, PROGRESS_ATTEMPTS) if event_type == JOB_PROGRESS else allowed,
         "next_attempt_at": now,
         "created_at": now,
     }

@@ -16,11 +16,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Executable, bindparam, func, or_, select, text, update
 
-from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
+from ..protocol.events import JOB_PROGRESS, OPTIONAL_TYPES, TERMINAL_TYPES, is_wanted
+from ..protocol.payloads import occurrence_from_json
 from .bulk_insert import chunks_of, one_of
 from .database import Database
 from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, Watch
-from .subscriptions import EVERY_TYPE, wanted_by_standing
+from .subscriptions import wanted_by_standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +131,13 @@ def probe_waiting(
     after: str,
     limit: int,
     standing_want: Mapping[str | None, frozenset[str]],
+    wanting: str | None = None,
 ) -> list[WatchProbe]:
     """Return one page of the watches with *status* (``open`` or ``reserved``), by id.
 
     :param after: id of the last one of the page before; empty for the first page.
     :param standing_want: see :func:`optional_types_of_standing`.
+    :param wanting: only those for which somebody names this optional type.
     """
     by_operators = standing_want.get(None, frozenset())
     query = (
@@ -152,6 +155,10 @@ def probe_waiting(
         .order_by(Watch.id)
         .limit(limit)
     )
+    if wanting is not None and wanting not in by_operators:
+        theirs = [tenant for tenant, types in standing_want.items() if tenant and wanting in types]
+        named = Endpoint.events.contains(f'"{wanting}"')
+        query = query.where(or_(named, Watch.tenant.in_(theirs)) if theirs else named)
     with database.read() as connection:
         return [
             WatchProbe(
@@ -166,7 +173,7 @@ def probe_waiting(
 @lru_cache(maxsize=256)
 def _optional_types(events: str | None) -> frozenset[str]:
     named = frozenset(json.loads(events or "[]"))
-    return OPTIONAL_TYPES if EVERY_TYPE in named else OPTIONAL_TYPES & named
+    return frozenset(one for one in OPTIONAL_TYPES if is_wanted(one, named))
 
 
 def probe_settled(database: Database, *, kept: bool, after: str, limit: int) -> list[SettledProbe]:
@@ -256,6 +263,23 @@ def _reported(run: str, rows: Sequence[Any]) -> Reported:
         ended_at=tuple(row.occurred_at for row in rows),
         stored_at=rows[0].created_at,
     )
+
+
+def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple[Any, datetime]]:
+    """Return the progress of each job that was stored last, and when it was seen."""
+    query = (
+        select(func.max(Event.id))
+        .where(one_of(database, Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
+        .group_by(Event.job_id)
+    )
+    found: dict[str, tuple[Any, datetime]] = {}
+    with database.read() as connection:
+        for chunk in chunks_of(job_ids):
+            newest = connection.execute(query, {"jobs": chunk}).scalars().all()
+            rows = select(Event.job_id, Event.payload, Event.occurred_at).where(Event.id.in_(newest))
+            for job_id, payload, at in connection.execute(rows) if newest else ():
+                found[job_id or ""] = (occurrence_from_json(payload).progress, at)
+    return found
 
 
 def optional_types_of_standing(database: Database) -> dict[str | None, frozenset[str]]:

@@ -20,10 +20,9 @@ from ..accept.request_schema import (
     timeout_range,
 )
 from ..config import Settings
-from ..protocol.events import JOB_TYPES, OPERATOR_TYPES, is_application_type
+from ..protocol.events import EVERY_TYPE, JOB_TYPES, OPERATOR_TYPES, is_application_type
 from ..protocol.urls import UrlPolicy
 from ..storage.models import CANCELED, EXHAUSTED, MAX_TENANT, PENDING, SENDING, SUCCEEDED
-from ..storage.subscriptions import EVERY_TYPE
 
 STATUSES = (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
 

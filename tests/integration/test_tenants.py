@@ -203,7 +203,8 @@ def test_an_endpoint_gets_a_secret_once_and_is_rotated_with_grace(host: Host) ->
 @pytest.mark.parametrize(
     "values",
     [{"url": "http://127.0.0.1/"}, {"url": "https://10.0.0.1/"}, {"headers": {"Host": "x"}},
-     {"scope": "tree"}, {"runid": "r"}, {"only_tenant": "bob"}, {"tenant": "bob"}, {"format": "no such"}, {"secret": ""}],
+     {"scope": "tree"}, {"runid": "r"}, {"only_tenant": "bob"}, {"tenant": "bob"},
+     {"format": "no such"}, {"secret": ""}],
 )  # fmt: skip
 def test_a_tenant_may_choose_no_more_than_a_request_can(host: Host, values: dict[str, Any]) -> None:
     assert call(host, "ada", "POST", "endpoints", json={"url": HOOK, **values}).status_code == 400
