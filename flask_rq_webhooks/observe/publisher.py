@@ -29,9 +29,9 @@ from ..protocol.events import (
     Occurrence,
     parse_time,
 )
+from ..protocol.job_errors import error_from_text
 from ..protocol.json_safe import dumps_capped, safe_text, to_json_safe
 from ..protocol.payloads import FORMATS, RenderContext, Rendered
-from ..protocol.tracebacks import error_from_text
 from ..queue.job_reader import JobRecord, read_result_value
 from ..queue.outbox_entry import OutboxEntry
 from ..queue.safe_pickle import UNKNOWN

@@ -20,7 +20,7 @@ from ..state import State
 from ..storage import queries
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.endpoints import ROTATION_GRACE_S
-from ..storage.feed import events_after
+from ..storage.events import events_after
 from ..storage.queries import EndpointView, EventView, Page
 from ..storage.statistics import statistics
 from . import api_inputs as inputs

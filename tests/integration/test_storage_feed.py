@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from flask_rq_webhooks.storage import models
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.feed import events_after
+from flask_rq_webhooks.storage.events import events_after
 from flask_rq_webhooks.storage.models import Event
 from flask_rq_webhooks.storage.queries import EventView, Page
 from flask_rq_webhooks.storage.retention import prune

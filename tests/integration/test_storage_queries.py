@@ -11,8 +11,7 @@ from flask_rq_webhooks.storage.attempts import record_attempts
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.dispatchers import heartbeat, pause
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing
-from flask_rq_webhooks.storage.events import IngestItem
-from flask_rq_webhooks.storage.feed import events_after
+from flask_rq_webhooks.storage.events import IngestItem, events_after
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Delivery, Event
 from flask_rq_webhooks.storage.queries import (

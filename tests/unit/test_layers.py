@@ -33,7 +33,7 @@ RANKS = {
 
 #: Outside the ranks: what runs in users' workers and receivers may use hardly anything.
 ALONE = {
-    "callbacks": {"protocol.worker_errors", "protocol.json_safe", "queue.safe_pickle"},
+    "callbacks": {"protocol.job_errors", "protocol.json_safe", "queue.safe_pickle"},
     "receiver": {"protocol.signatures", "errors"},
     # The names of the package, loaded on first use; `version` is all it really imports.
     "__init__": {"version", "errors", "extension", "queue.job_callbacks"},
@@ -59,7 +59,7 @@ SEAMS = {
     ("receiver", "flask"): "offers a decorator to Flask receivers",
     ("callbacks", "rq"): "runs in RQ's work-horse",
     ("dispatch.pubsub", "redis"): "publishes on a Redis of its own",
-    ("dispatch.rate_limit", "redis"): "counts through the limits library",
+    ("dispatch.host_limits", "redis"): "counts through the limits library",
     ("accept.register", "rq"): "enqueues on queues the host gives it",
     ("accept.route_report", "rq"): "recognises what enqueues",
     ("observe.publisher", "rq"): "knows RQ's word for a result that cannot be pickled",
@@ -131,8 +131,12 @@ def test_every_module_has_a_rank() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "expected"),
     [
-        ("protocol.retry", "from ..storage import models", ["protocol.retry:1 imports storage.models"]),
-        ("protocol.retry", "from ..storage.models import Event", ["protocol.retry:1 imports storage.models"]),
+        ("protocol.urls", "from ..storage import models", ["protocol.urls:1 imports storage.models"]),
+        (
+            "protocol.urls",
+            "from ..storage.models import Event",
+            ["protocol.urls:1 imports storage.models"],
+        ),
         (
             "storage.models",
             "def f():\n    from ..queue import job_callbacks",

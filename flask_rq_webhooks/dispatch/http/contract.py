@@ -40,7 +40,7 @@ class AttemptResult:
     :param error_detail: for people; never shown to the client.
     :param response_headers: those of :data:`~.wire_format.KEPT_HEADERS` that came, in lower case, shortened.
     :param response_body: as it came over the wire, at most the transport's cap.
-    :param retry_after: the header as it came; see :mod:`flask_rq_webhooks.protocol.retry`.
+    :param retry_after: the header as it came; see :mod:`flask_rq_webhooks.storage.attempts`.
     """
 
     started_at: datetime
