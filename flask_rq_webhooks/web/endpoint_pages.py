@@ -15,7 +15,7 @@ from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView
 from ..storage.subscriptions import EVERY_TYPE
 from . import operations
-from .api_inputs import RotateInput
+from .api_schemas import RotateInput
 from .forms import endpoint_values, read_filter
 from .page_frame import Pages, done, possible_id, render
 from .pages import PAGE_ITEMS, done_some, refresh_s

@@ -27,7 +27,7 @@ from ..storage.events import IngestedEvent, IngestItem
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView
 from ..storage.retention import Erasure
-from .api_inputs import endpoint_input
+from .api_schemas import endpoint_input
 
 #: Deliveries that one call changes at most, and how many in one transaction.
 AT_MOST, PER_PART = 1000, 500
@@ -84,7 +84,7 @@ def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = No
 
 
 def delivery_filter(values: Mapping[str, Any]) -> DeliveryFilter:
-    """Return the filter that checked values of a :class:`~.api_inputs.FilterInput` describe."""
+    """Return the filter that checked values of a :class:`~.api_schemas.FilterInput` describe."""
     status = values.get("status")
     names = ("since", "until", "endpoint_id", "host", "event_id", "job_id", "runid")
     return DeliveryFilter(
@@ -171,7 +171,7 @@ def _some(step: deliveries.Step, cursor: str | None, count_left: Callable[[str],
 def erase(state: State, values: Mapping[str, Any]) -> Erasure:
     """Erase what is stored of a job, a run or a reference, and keep the skeleton of the log.
 
-    :param values: checked values of an :class:`~.api_inputs.EraseInput`.
+    :param values: checked values of an :class:`~.api_schemas.EraseInput`.
     """
     return retention.erase(state.database, **values)
 
@@ -275,7 +275,7 @@ def rotate(
 ) -> str:
     """Give a standing endpoint a new secret; the old ones sign beside it for *grace_s* seconds.
 
-    Arguments are checked by :class:`~.api_inputs.RotateInput`.
+    Arguments are checked by :class:`~.api_schemas.RotateInput`.
 
     :param secret: generated if omitted.
     :returns: the new secret.
