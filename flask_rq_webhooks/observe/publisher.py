@@ -76,6 +76,7 @@ class Publisher:
         self._state = state
         self._on_deliveries = on_deliveries
         self._on_ended = on_ended
+        self._max_attempts = state.settings.max_attempts
         self._render = safe_render(state)
         self._scrub = safe_scrub(state)
 
@@ -91,7 +92,7 @@ class Publisher:
                 state.database,
                 items,
                 render=self._render,
-                max_attempts=max_attempts or state.settings.max_attempts,
+                max_attempts=max_attempts or self._max_attempts,
                 scrub=self._scrub,
             )
         self.announce(events)
@@ -109,7 +110,7 @@ class Publisher:
                 connection,
                 items,
                 render=self._render,
-                max_attempts=state.settings.max_attempts,
+                max_attempts=self._max_attempts,
                 scrub=self._scrub,
             )
 

@@ -21,8 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...errors import BlockedURLError
-from ...protocol.addresses import NAT64_PROBE, nat64_ipv4, nat64_prefixes
-from ...protocol.urls import CheckedURL, UrlPolicy
+from ...protocol.urls import CheckedURL, UrlPolicy, embedded_ipv4, nat64_ipv4
 from .contract import Failure, descriptor_shortage, transport_closed
 from .deadline import RunningAttempt, SocketHandle
 
@@ -238,6 +237,34 @@ def _refusal(address: str, exc: OSError) -> str:
     if isinstance(exc, TimeoutError):
         return f"{address}: timed out"
     return f"{address}: {os.strerror(exc.errno) if exc.errno else exc}"
+
+
+# -- NAT64 ------------------------------------------------------------------------------------------------
+
+#: The name whose only IPv4 addresses are known to all, so that what DNS64 makes of them shows the prefix
+#: (RFC 7050, 2).
+NAT64_PROBE = "ipv4only.arpa"
+_PROBE_ADDRESSES = (ipaddress.IPv4Address("192.0.0.170"), ipaddress.IPv4Address("192.0.0.171"))
+#: RFC 6052, 2.2.
+_PREFIX_LENGTHS = (96, 64, 56, 48, 40, 32)
+
+
+def nat64_prefixes(addresses: Iterable[str]) -> tuple[ipaddress.IPv6Network, ...]:
+    """Return the NAT64 prefixes of a network, the well-known one included.
+
+    :param addresses: of :data:`NAT64_PROBE`, as this network's resolver has them.
+    """
+    found: dict[ipaddress.IPv6Network, None] = {}
+    for text in addresses:
+        try:
+            address = ipaddress.IPv6Address(text)
+        except ValueError:  # IPv4
+            continue
+        for length in _PREFIX_LENGTHS:
+            if embedded_ipv4(address, length) in _PROBE_ADDRESSES:
+                found[ipaddress.IPv6Network((address, length), strict=False)] = None
+                break
+    return tuple(found)
 
 
 # -- look-ups ---------------------------------------------------------------------------------------------
