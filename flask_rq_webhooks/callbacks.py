@@ -290,7 +290,7 @@ def _time(job: Job, name: str) -> str | None:
 
 
 def _name(value: Any) -> str | None:
-    """Return a text that SQL can hold as it is; ``None`` where there is none."""
+    """Return a text that SQL can store unchanged; ``None`` if there is no text."""
     if not isinstance(value, str):
         return None
     text = value.replace("\0", "")

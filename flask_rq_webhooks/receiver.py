@@ -18,7 +18,7 @@ Accepted:
   entries, malformed ones included, are skipped, because a sender that rotates its secret sends several.
   ``webhook-id`` and ``webhook-timestamp`` are required.
 * ``X-Webhook-Signature: sha256=<lower-case hex>``, only where ``webhook-signature`` is absent **and**
-  ``schemes`` names ``"sha256"``. It covers the body alone, so whoever has seen one such request can send it
+  ``schemes`` names ``"sha256"``. It covers the body alone, so who has seen one such request can send it
   again at any later time, and a text a client chose may have been signed with a shared secret. Nothing but
   the body is taken from the request (``id`` and ``timestamp`` are ``None``); a timestamp header is checked
   where there is one.
@@ -317,7 +317,7 @@ def _bytes(body: Any) -> bytes:
 def _usable(secrets: Any) -> list[str | bytes]:
     """Return the secrets that are not empty.
 
-    :raises SignatureError: when there is none, or one is no text.
+    :raises SignatureError: when there is no secret, or one is not a string.
     """
     listed = [secrets] if isinstance(secrets, str | bytes) else list(secrets)
     for secret in listed:

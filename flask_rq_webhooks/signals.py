@@ -1,4 +1,4 @@
-"""Blinker signals for the host: what the pipeline did, told in the process that did it.
+"""Blinker signals for the host: what the pipeline did, emitted in the process that did it.
 
 The sender is the Flask app. A receiver that raises is logged and never disturbs the pipeline.
 

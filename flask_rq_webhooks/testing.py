@@ -96,7 +96,7 @@ Answer = int | str | tuple[int, Mapping[str, str], bytes] | Callable[[ReceivedWe
 
 
 class InMemoryReceiver:
-    """Stand for every URL there is: keep what is sent and answer as told.
+    """Stand for every URL there is: keep what is sent and answer as configured.
 
     ``InMemoryReceiver(500, "timeout", 204)`` answers the first request with 500, lets the second time out,
     and accepts the third and all others; without arguments it accepts everything. A function is given the
@@ -136,7 +136,7 @@ def deliver_all(
     """Deliver what the app's jobs have to tell, and return what was received by this call, in order.
 
     Reads the outbox, looks once for endings that no callback reported (canceled and deleted jobs, for
-    instance; a job that is gone is told as lost by the second call), and sends.
+    instance; a missing job is reported as lost by the second call), and sends.
 
     :param app: an app with :class:`~flask_rq_webhooks.RQWebhooks` initialised.
     :param receiver: where everything is sent; one that accepts everything by default.
@@ -294,7 +294,7 @@ def _result(answer: Any, started_at: datetime) -> AttemptResult:
             started_at=started_at,
             duration_ms=0.0,
             error_code=_checked_error(answer),
-            error_detail=f"{answer} (told by the test)",
+            error_detail=f"{answer} (set by the test)",
         )
     status, headers, body = answer if isinstance(answer, tuple) else (answer, {}, b"")
     kept = {name.lower(): value for name, value in headers.items()}

@@ -59,7 +59,7 @@ REGISTERED_HEADER, JOB_ID_HEADER, MAX_JOB_IDS = "Webhook-Registered", "Webhook-J
 #: Seconds that the confirmation waits for another SQLite writer, who may be the host itself, in a
 #: transaction that ends only after we answer. The outbox takes the confirmation then.
 CONFIRM_BUSY_TIMEOUT_S = 0.05
-#: Seconds between two looks for a living dispatcher, and between two warnings that there is none.
+#: Seconds between two looks for a living dispatcher, and between two warnings that no dispatcher runs.
 LOOK_EVERY_S, WARN_EVERY_S = 60.0, 300.0
 
 _NOTHING_SEEN = (
@@ -157,7 +157,7 @@ def asked_in_request() -> Asked | None:
     """Return what the current request asks for; ``None`` outside of a request."""
     if not has_request_context():
         return None
-    # The request itself: what its proxy is told does not last.
+    # The request itself: an attribute set on its proxy does not last.
     this_request = cast(Request, request._get_current_object())  # type: ignore[attr-defined]
     asked = this_request.__dict__.get("_rq_webhooks_asked")
     if asked is None:

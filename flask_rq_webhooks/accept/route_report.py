@@ -328,7 +328,7 @@ class _Names:
                     self._names[imported.asname or imported.name] = _known(found.get(imported.name))
 
     def infer(self, node: ast.expr) -> _Known | None:
-        """Return what an expression is, as far as that can be told without running it."""
+        """Return what an expression is, as far as that can be known without running it."""
         if isinstance(node, ast.Name):
             if node.id in self._names:
                 return self._names[node.id]

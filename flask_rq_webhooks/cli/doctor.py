@@ -412,7 +412,7 @@ def _rendered(state: State, base: str) -> str:
                     f"RQ_WEBHOOKS_BASE_TEMPLATE {base!r} cannot be rendered ({why}), so pages appear in our "
                     "own layout; correct it."
                 ) from None
-            # It may depend on a login, which there is none of here.
+            # It may depend on a login, and here nobody is logged in.
             return f"{text}, except for visitors who are not logged in ({why})"
     return text
 

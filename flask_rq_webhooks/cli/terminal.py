@@ -104,7 +104,7 @@ EXPLAINED = (RQWebhooksError, RedisError, RecursionError, SQLAlchemyError, Modul
 def explain(exc: Exception, state: State | None) -> str:
     """Return one sentence about *exc* with what to do.
 
-    :param state: of the app; ``None`` where there is none.
+    :param state: of the app; ``None`` if the app has none.
     """
     if isinstance(exc, RQWebhooksError):
         text = str(exc)

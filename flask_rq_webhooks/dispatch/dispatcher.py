@@ -1,4 +1,4 @@
-"""The process that delivers: threads that ingest, send, record and show signs of life, and an orderly end.
+"""The dispatcher process: threads that ingest, send, record and heartbeat, and a graceful shutdown.
 
 Owns the life of the process: threads survive their errors, signals end it, periodic jobs run in the main
 thread. What the threads do is in :mod:`~flask_rq_webhooks.observe.ingest`,
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
 #: Seconds without a finished step after which a thread counts as stuck, and heartbeats cease.
 STUCK_S = 60.0
-#: Seconds between looks at trees one of whose jobs ended; in any dispatcher, whoever has the lease.
+#: Seconds between looks at trees one of whose jobs ended; in any dispatcher, with or without the lease.
 TREES_S = 0.5
 #: Seconds between prunings.
 PRUNE_S = 3600.0

@@ -158,7 +158,7 @@ def _published(
 ) -> tuple[Outcome, ...]:
     """Return the outcomes as they are published.
 
-    An open watch gets its ending even if others were told of it: its endpoint may lack the delivery.
+    An open watch gets its ending even if it was reported to others: its endpoint may lack the delivery.
     """
     published = []
     for outcome in outcomes:

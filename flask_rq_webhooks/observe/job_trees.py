@@ -150,25 +150,25 @@ class TreeReporter:
             self._hints.update(job_ids)
 
     def run_hinted(self) -> list[str]:
-        """Evaluate the trees of the jobs noted since the last call; return the types told."""
+        """Evaluate the trees of the jobs noted since the last call; return the types reported."""
         with self._lock:
             hints, self._hints = self._hints, set()
         return self._evaluate_all(storage.open_trees_of(self._database, hints))
 
     def run_once(self, should_stop: Callable[[], bool] = lambda: False) -> list[str]:
-        """Evaluate every open tree; return the types told."""
-        told: list[str] = []
+        """Evaluate every open tree; return the types reported."""
+        reported: list[str] = []
         after = ""
         while not should_stop():
             page = storage.open_trees(self._database, after=after, limit=_PAGE)
-            told += self._evaluate_all(page)
+            reported += self._evaluate_all(page)
             if len(page) < _PAGE:
                 break
             after = page[-1]
-        return told
+        return reported
 
     def _evaluate_all(self, endpoint_ids: Sequence[str]) -> list[str]:
-        told = []
+        reported = []
         for endpoint_id, rows in storage.load_trees(self._database, endpoint_ids).items():
             try:
                 event_type = self._evaluate(endpoint_id, rows)
@@ -180,8 +180,8 @@ class TreeReporter:
                 logger.exception("The tree of endpoint %s cannot be judged; it is left out.", endpoint_id)
                 continue
             if event_type is not None:
-                told.append(event_type)
-        return told
+                reported.append(event_type)
+        return reported
 
     def _evaluate(self, endpoint_id: str, rows: Sequence[TreeRow]) -> str | None:
         now = self._clock()

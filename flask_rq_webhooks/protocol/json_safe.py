@@ -60,7 +60,7 @@ class _TooLarge(Exception):  # noqa: N818  (a jump, not an error anyone sees)
 
 
 class _Interrupted(Exception):  # noqa: N818
-    """The process was told to stop while foreign code ran; nothing more of it may be called."""
+    """The process was asked to stop while foreign code ran; nothing more of it may be called."""
 
 
 def to_json_safe(value: Any) -> Any:
@@ -278,11 +278,11 @@ def _attribute(name: str, owner: Any) -> Any:
 
 
 def _guarded(function: Callable[[Any], Any], value: Any) -> Any:
-    """Return ``function(value)``, which may run any code, or a text that says why there is none.
+    """Return ``function(value)``, which may run any code, or a text that says why it has no value.
 
-    :raises _Interrupted: when the process was told to stop meanwhile. RQ's timeouts come from a one-shot
+    :raises _Interrupted: when the process was asked to stop meanwhile. RQ's timeouts come from a one-shot
         alarm: taken for a broken ``__str__``, the alarm would be spent and the next slow object would hang
-        the worker for ever. ``SystemExit`` in a work-horse can only come from the value itself, and would
+        the worker for good. ``SystemExit`` in a work-horse can only come from the value itself, and would
         turn a good job into a failed one; a SimpleWorker has noted the stop before it raises it.
     """
     try:

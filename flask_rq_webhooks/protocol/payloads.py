@@ -4,7 +4,7 @@ Owns the three wire contracts (``job``, ``task``, ``standard``), how they are ma
 ``MAX_PAYLOAD_BYTES``, and the canonical JSON kept of every event. Knows nothing of endpoints, headers and
 signatures.
 
-A body is serialised once, ASCII and compact; whoever stores it sends the same bytes on every attempt.
+A body is serialised once, ASCII and compact; the stored bytes are sent unchanged on every attempt.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def fit(
 def _smaller(
     occurrence: Occurrence, context: RenderContext, excess: int
 ) -> Iterator[tuple[Occurrence, RenderContext]]:
-    """Give ever smaller versions of what is told, *excess* bytes too large at first."""
+    """Yield smaller and smaller versions of a payload that is *excess* bytes too large."""
     error = occurrence.error
     if error is None:
         # Nothing else is large: the result, an application's data, or absurd names.

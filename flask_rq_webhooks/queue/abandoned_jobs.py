@@ -64,7 +64,7 @@ def _job_ids(entries: Any) -> set[str]:
 def _uses_pickle(redis: Redis, queue: str) -> bool:
     """Say whether the started jobs of *queue* were written by RQ's default serializer.
 
-    Judged by one of them; ``True`` where there is none.
+    Judged by one of them; ``True`` if there is no worker to judge by.
     """
     # Entries are "<job id>", from RQ 2 on "<job id>:<execution id>".
     entries: Any = redis.zrange(StartedJobRegistry(queue, connection=redis).key, 0, 0)

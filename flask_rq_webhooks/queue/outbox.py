@@ -264,7 +264,7 @@ class Outbox:
 
 
 def age_of_oldest(redis: Redis, key: str) -> float | None:
-    """Return for how many seconds the oldest entry of a stream has waited, ``None`` where there is none.
+    """Return for how many seconds the oldest entry of a stream has waited, ``None`` if the stream is empty.
 
     :param key: the stream's, :attr:`Outbox.key`.
     """

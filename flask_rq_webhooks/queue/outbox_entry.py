@@ -1,6 +1,6 @@
 """What a valid outbox entry looks like, written by our callbacks and by web processes.
 
-Whoever can write to Redis can write to the stream, so every entry is validated like any input. Pure.
+Every client of Redis with write access can write to the stream: entries are validated like any input. Pure.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def connect(url: str) -> Redis:
     """Return our own client for *url*; nothing is opened yet.
 
     After a failover an open connection may lead to a server that is a replica now. redis-py keeps it outside
-    of Sentinel and goes on failing; here it is closed, and the command is sent again on a new one.
+    of Sentinel and keeps failing; here it is closed, and the command is sent again on a new one.
     """
     client = Redis.from_url(
         url,

@@ -263,7 +263,7 @@ class _Machine:
     # -- the stack ------------------------------------------------------------------------------------
 
     def _value(self, item: Any) -> Any:
-        """Return *item* as a value: a name alone is none of ours."""
+        """Return *item* as a value; a bare name is refused."""
         if item is _MARK:
             raise _UnsafeError
         if item is UNKNOWN or isinstance(item, _Global):
@@ -361,7 +361,7 @@ class _Machine:
     def _key(self, key: Any) -> Any:
         """Return *key*, which is about to be hashed, if that is cheap.
 
-        The hashes of texts and bytes cannot be chosen by whoever wrote the pickle, and hardly any two floats
+        The hashes of texts and bytes cannot be chosen by the author of the pickle, and hardly any two floats
         or small integers share one. Tuples, large integers, decimals and UUIDs can be made to.
         """
         kind = type(key)

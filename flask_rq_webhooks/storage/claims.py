@@ -219,7 +219,7 @@ _FREE: dict[str, Any] = {"status": PENDING, "lease_id": None, "lease_until": Non
 
 
 def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
-    """Return what *rows* say, which stand there once for every live secret."""
+    """Build deliveries from *rows*, of which each has one for every live secret."""
     secrets: dict[str, list[str]] = {}
     for row in rows:
         of_this = secrets.setdefault(row.id, [])
@@ -255,7 +255,7 @@ def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
 
 # The statements. A lease need not outlive the machine, so no commit waits for the disk. 'pending' is
 # written out, not a parameter: only then do they match the partial indexes. In a walk ``found`` counts the
-# due hosts before the row, and ``wrapped`` says that it started over. SQLite is told which index to take: it
+# due hosts before the row, and ``wrapped`` says that it started over. SQLite gets the index by name: it
 # prefers (status, id), and then sorts a million rows. The live secrets of an endpoint come newest first: the
 # one that does not expire, then the one that expires last. PostgreSQL looks up what belongs to a claimed row
 # in subqueries it cannot flatten (OFFSET 0): it does not know how few rows are claimed, and would read whole

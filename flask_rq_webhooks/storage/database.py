@@ -332,7 +332,7 @@ class Database:
     def clock(self, offset_s: float = 0.0) -> ColumnElement[datetime]:
         """Return the database's clock as an expression, *offset_s* seconds from now.
 
-        Leases of several machines are compared by it alone. It goes on inside a transaction.
+        Leases of several machines are compared by it alone. It advances inside a transaction.
         """
         if self.is_sqlite:
             return literal(datetime.now(UTC) + timedelta(seconds=offset_s), UTCDateTime)

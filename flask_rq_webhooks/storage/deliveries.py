@@ -111,7 +111,7 @@ def recover_part(
     :param max_attempts: for those too, where the endpoint sets none.
     :param cursor: of the part before.
     :param at_most: deliveries.
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     after, endpoint_id, after_event = _read(cursor)
     if endpoint_id is None:
@@ -133,7 +133,7 @@ def cancel_part(
     :param where: its ``statuses`` may narrow this to ``pending`` or ``sending``.
     :param cursor: of the part before.
     :param at_most: deliveries.
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     after, _endpoint_id, _after_event = _read(cursor)
     chosen = _cancelable(where)
@@ -147,7 +147,7 @@ def left_to_recover(database: Database, where: DeliveryFilter, cursor: str | Non
 
     :returns: without those that are still to be made; ``None`` when only these are left, as nobody knows
         their number before.
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     after, endpoint_id, _after_event = _read(cursor)
     return _left(database, _recoverable(where), after) if endpoint_id is None else None
@@ -156,7 +156,7 @@ def left_to_recover(database: Database, where: DeliveryFilter, cursor: str | Non
 def left_to_cancel(database: Database, where: DeliveryFilter, cursor: str | None) -> int:
     """Return how many deliveries the parts from *cursor* on find, up to ``COUNT_CAP`` and one more.
 
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     after, _endpoint_id, _after_event = _read(cursor)
     chosen = _cancelable(where)
@@ -321,7 +321,7 @@ def _event_conditions(where: DeliveryFilter) -> list[ColumnElement[bool]]:
 
 
 def _beginning(database: Database, where: DeliveryFilter, *, after: str | None) -> str | None:
-    """Return the cursor at which the endpoint after *after* begins; ``None`` where there is none."""
+    """Return the cursor at which the endpoint after *after* begins; ``None`` after the last one."""
     endpoint = _endpoint(database, where, *([] if after is None else [Endpoint.id > after]))
     if endpoint is None:
         return None
@@ -349,5 +349,5 @@ def _read(cursor: str | None) -> tuple[str | None, str | None, str]:
         return None, None, ""
     match = _CURSOR.fullmatch(cursor)
     if match is None:
-        raise CursorError("this cursor is not one of ours")
+        raise CursorError("this cursor did not come from this list")
     return match[1], match[2], match[3] or ""

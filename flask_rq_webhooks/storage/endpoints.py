@@ -39,7 +39,7 @@ from .models import (
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a secret goes on signing beside its successor.
+#: Seconds that a replaced secret keeps signing beside its successor.
 ROTATION_GRACE_S = 86400.0
 
 

@@ -57,8 +57,8 @@ class IngestItem:
 
     :param endpoint_ids: endpoints the report names: they count whenever the run began. Endpoints that watch
         the job, and standing ones, are found here. Ids that do not exist are ignored.
-    :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Whoever can write
-        to Redis can write a report that names any endpoint.
+    :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Any client
+        of Redis that may write can name any endpoint in a report.
     """
 
     occurrence: Occurrence
@@ -109,7 +109,7 @@ def ingest(
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
-    A run has one terminal event, whoever reports it and however many do so at once; an endpoint named for
+    A run has one terminal event, no matter who reports it and how many do so at once; an endpoint named for
     an event that is already there gets its missing delivery, rendered from what was stored. Standing
     endpoints get a delivery of new events only, and only while enabled: what happens while one is disabled
     is left to :func:`~.deliveries.recover_part`.
@@ -377,7 +377,7 @@ def events_after(
 
     :param cursor: of the last answer; ``None`` for the beginning.
     :returns: a page whose cursor continues where it ends, also when it is empty.
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     wanted = ((Event.type, event_type), (Event.runid, runid))
     query = select(*EVENT_COLUMNS, Event.payload, Event.position).where(
@@ -418,7 +418,8 @@ FROM (
     .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS))
 )
 
-# statement_timestamp() is earlier than the look at the locks: whoever takes one later gets a later position.
+# statement_timestamp() is earlier than the look at the locks: a transaction that takes its lock later gets
+# a later position.
 _HORIZON = (
     text("""
 SELECT least(
@@ -445,7 +446,7 @@ def _read(cursor: str) -> tuple[int, str]:
     except (binascii.Error, ValueError):
         match = None
     if match is None:
-        raise CursorError("this cursor is not one of ours")
+        raise CursorError("this cursor did not come from this list")
     if match["old"] is not None:
         return 0, match["old"]
     return int(match["position"]), match["id"]

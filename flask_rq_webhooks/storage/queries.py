@@ -227,7 +227,7 @@ def list_deliveries(
 
     :param cursor: of the page before.
     :param limit: items on the page; at most :data:`MAX_PAGE`.
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     limit = bounded(limit)
     before = None if cursor is None else _id_of(cursor)
@@ -246,7 +246,7 @@ def list_endpoints(
 ) -> Page[EndpointView]:
     """Return endpoints, newest first.
 
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     query = select(Endpoint).where(Endpoint.kind == kind)
     if cursor is not None:
@@ -385,7 +385,7 @@ def _id_of(cursor: str) -> str:
         raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         text = raw.decode("ascii")
     except (binascii.Error, ValueError) as exc:
-        raise CursorError("this cursor is not one of ours") from exc
+        raise CursorError("this cursor did not come from this list") from exc
     if not text.startswith("1") or not text.isprintable():
-        raise CursorError("this cursor is not one of ours")
+        raise CursorError("this cursor did not come from this list")
     return text[1:]

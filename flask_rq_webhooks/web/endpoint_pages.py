@@ -115,7 +115,7 @@ def _add_actions(pages: Pages, state: State) -> None:
         if "recover" not in request.form:
             return done("enabled", ".page_endpoint", endpoint_id=endpoint_id)
         since = operations.missed_since(state, before)
-        # As the field of the list has it, which continues with what is left.
+        # In the form of the list's own field, which continues with what is left.
         text = since.replace(tzinfo=None).isoformat(timespec="milliseconds")
         wanted = read_filter(MultiDict([("endpoint_id", endpoint_id), ("since", text)]))
         did = operations.recover(state, wanted.where)

@@ -128,7 +128,7 @@ def recover(state: State, where: DeliveryFilter, cursor: str | None = None) -> P
     See :func:`~flask_rq_webhooks.storage.deliveries.recover_part` for which.
 
     :param cursor: of the call before.
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     render = safe_render(state)
 
@@ -149,7 +149,7 @@ def cancel(state: State, where: DeliveryFilter, cursor: str | None = None) -> Pr
     """Cancel unfinished deliveries, as many as :data:`AT_MOST` and :data:`ENOUGH_S` allow.
 
     :param cursor: of the call before.
-    :raises CursorError: when *cursor* is not one of ours.
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
 
     def step(*, cursor: str | None, at_most: int) -> deliveries.Part:
@@ -197,7 +197,7 @@ def endpoint_schema(state: State) -> Schema:
 def standing(state: State, endpoint_id: str) -> EndpointView:
     """Return a standing endpoint.
 
-    :raises UnknownItemError: when there is none with this id.
+    :raises UnknownItemError: when no standing endpoint has this id.
     """
     found = queries.endpoint_detail(state.database, endpoint_id)
     if found is None or found.kind != "standing":

@@ -314,7 +314,7 @@ def default_ssl_context(
 
 
 def verifying_context(context: ssl.SSLContext | None, ca_file: str | None) -> ssl.SSLContext:
-    """Return *context*, or :func:`default_ssl_context` if there is none.
+    """Return *context*, or :func:`default_ssl_context` if it is ``None``.
 
     :raises ValueError: for a context that does not verify certificates and names.
     """
