@@ -34,7 +34,7 @@ quick: $(VENV)/.dev  ## run the unit tests only: no servers, no coverage
 chaos: $(VENV)/.dev  ## storms and kills, a quarter of an hour, LONG=1 an hour and more; write what they measured into the documentation
 	rm -f .chaos.jsonl .endings.json
 	RQ_WEBHOOKS_ENDINGS_FILE=.endings.json $(BIN)/python -m pytest -q tests/acceptance/test_endings.py -m "chaos or not chaos"
-	RQ_WEBHOOKS_CHAOS_LONG=$(LONG) RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -v -n 2 --dist loadfile \
+	RQ_WEBHOOKS_CHAOS_LONG=$(LONG) RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -v -n 2 --dist worksteal \
 		tests/chaos -m "chaos or slow" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.chaos.write_tables .endings.json .chaos.jsonl
 
@@ -93,7 +93,7 @@ oldest: .venv-oldest/.oldest  ## run the server tests on the oldest supported ve
 	.venv-oldest/bin/python -m pytest -q -W default -p no:cacheprovider -n 2 --dist loadfile $(OLDEST_TESTS)
 
 OLDEST_TESTS ?= $(addprefix tests/acceptance/test_,pipeline.py example_app.py endings.py) tests/unit/test_callbacks.py tests/unit/test_attach.py $(wildcard tests/integration/test_capture_*.py) \
-	tests/integration/test_accepts_webhook.py tests/integration/test_enqueue_with_webhook.py tests/integration/test_four_endings.py
+	tests/integration/test_accepts_webhook.py tests/integration/test_enqueue_with_webhook.py tests/integration/test_four_endings.py tests/integration/test_running_jobs.py tests/integration/test_operator_events.py tests/integration/test_progress.py
 
 clean:  ## remove what these targets made
 	rm -rf $(VENV) .venv-oldest .venv-bench .bench.json build dist docs/_build htmlcov .coverage .coverage.* *.egg-info \

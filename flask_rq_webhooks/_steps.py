@@ -12,6 +12,8 @@ event stored      event and deliveries are stored, the entries are still in the 
 delivery claimed  a lease is taken, nothing is sent
 attempt made      the receiver has answered, nothing is recorded
 attempt recorded  the attempt is recorded
+newer stored      a transaction holds newer progress or an ending, and older deliveries are still to be sent
+older canceled    they are canceled in the same transaction, which is not committed
 reconcile found   endings nobody reported were found, nothing is stored
 reconcile told    they are stored, their watches are not noted
 ================  =========================================================================

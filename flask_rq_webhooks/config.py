@@ -372,6 +372,12 @@ class Settings:
     reconcile_interval: float = setting(
         _seconds, 15.0, "Seconds between passes that find endings without a callback."
     )
+    progress_interval: float | None = setting(
+        _optional(_seconds),
+        None,
+        "Least seconds between two job.progress of a job; default: RECONCILE_INTERVAL.",
+    )
+    progress_meta_key: str = setting(_text, "progress", "Key of job.meta that holds a job's progress.")
     clean_abandoned: bool = setting(
         _boolean,
         False,

@@ -12,15 +12,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/unit/test_outcomes.py", "tests/unit/test_observe_machine.py")
 
-OUTCOMES, CONCLUSIONS, INGEST, SETTLED, RECONCILE = (
-    f"flask_rq_webhooks/observe/{name}.py"
-    for name in ("outcomes", "conclusions", "ingest", "settled_watches", "reconcile")
+OUTCOMES, CONCLUSIONS, INGEST, RECONCILE = (
+    f"flask_rq_webhooks/observe/{name}.py" for name in ("outcomes", "conclusions", "ingest", "reconcile")
 )
+#: What is asked beside them where a rule is no pure function.
+MORE_TESTS = {
+    INGEST: ("tests/integration/test_four_endings.py", "tests/integration/test_ingest.py"),
+    RECONCILE: ("tests/integration/test_reconcile.py", "tests/integration/test_four_endings.py"),
+}
 
 #: Rule, file, text, and what it becomes.
 MUTANTS: tuple[tuple[str, str, str, str], ...] = (
@@ -66,7 +71,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
      "return last if abs(last.ended_at - job.ended_at) <= _MILLISECOND else None", "return last"),
     ("earlier runs: not the current run's result", OUTCOMES,
      "        if result is not own\n        and result.type", "        if result.type"),
-    ("earlier runs: not what was reported", OUTCOMES, "    left = _unclaimed(results, reported)",
+    ("earlier runs: not what was reported", OUTCOMES, "    left = _unclaimed(results, others)",
      "    left = list(results)"),
     ("earlier runs: not those before the run that is noted", OUTCOMES,
      "found = [result for result in left if result.at >= since - CLOCK_SKEW]", "found = list(left)"),
@@ -112,9 +117,9 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
      "False for outcome in earlier"),
     ("a retry is told to those who asked", CONCLUSIONS,
      "        return [Outcome(type=JOB_RETRYING, run=noted)]", "        return []"),
-    ("a new run opens a settled watch", SETTLED, "            if run and run != watch.run.encode():",
+    ("a new run opens a settled watch", RECONCILE, "            if run and run != watch.run.encode():",
      "            if False:"),
-    ("a change of mind is looked for", SETTLED,
+    ("a change of mind is looked for", RECONCILE,
      "                if committed is not None and committed != watch.outcome:", "                if False:"),
     ("ingest: a loss is corrected by the report", INGEST, "        and stored_type == JOB_LOST",
      "        and stored_type == 'never'"),
@@ -123,21 +128,24 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("ingest: reports of one job are seen together", INGEST, "            if len(some) > 1:",
      "            if False:"),
     ("reconcile: the outbox is asked before anything else", RECONCILE,
-     "return OutboxRead(until=until or absent_since, absent_since=absent_since)",
-     "return OutboxRead(until=server_time(self._redis), absent_since=absent_since)"),
+     "            until=until or absent_since, absent_since=",
+     "            until=server_time(self._redis), absent_since="),
+    ("a report that may be unread is not missing", CONCLUSIONS, "and at < outbox.complete_until", "and at"),
 )  # fmt: skip
 
 
-def caught_by(folder: Path) -> str | None:
-    """Return the first test that fails on the package in *folder*."""
+def caught_by(folder: Path, tests: Sequence[str]) -> str | None:
+    """Return the first of the tests that fails on the package in *folder*."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.setdefault("RQ_WEBHOOKS_GAMES", "500")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if answer.returncode == 0:
         return None
     failed = re.search(r"^FAILED (.+?)(?: - .*)?$", answer.stdout, re.MULTILINE)
-    return failed[1].removeprefix("tests/unit/") if failed else answer.stdout[-300:]
+    if failed is None:
+        raise SystemExit(f"the tests could not run:\n{answer.stdout}{answer.stderr}")
+    return failed[1].removeprefix("tests/")
 
 
 def main() -> int:
@@ -148,7 +156,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            for part in ("flask_rq_webhooks", "tests"):
+            for part in ("flask_rq_webhooks", "tests", "benchmarks", "example_app"):
                 shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
             for part in ("setup.cfg", "pyproject.toml"):
                 shutil.copy(ROOT / part, folder / part)
@@ -158,7 +166,7 @@ def main() -> int:
                 survivors += 1
                 continue
             (folder / path).write_text(source.replace(text, becomes))
-            test = caught_by(folder)
+            test = caught_by(folder, (*TESTS, *MORE_TESTS.get(path, ())))
         survivors += test is None
         print(f"{rule}: {test or 'SURVIVES'}", flush=True)
     print(f"{survivors} survive")

@@ -85,6 +85,15 @@ ENDINGS = {
             "status_code": 503,
         },
     ),
+    "progress": replace(
+        SUCCESS,
+        type="job.progress",
+        source="reconciled",
+        ended_at=None,
+        result=None,
+        progress={"step": 3, "of": 9},
+        sequence=2,
+    ),
     "disabled": Occurrence(
         type="webhook.endpoint_disabled",
         occurred_at=ENDED_AT,

@@ -23,7 +23,7 @@ from werkzeug.routing.exceptions import RequestRedirect
 from ..config import PREFIX, SECRET_FROM_ENVIRONMENT
 from ..dispatch.http import NAT64_WAIT_S, Lookups, find_nat64, system_resolver
 from ..queue.job_callbacks import SameDatabase, databases_elsewhere
-from ..queue.outbox import age_of_oldest
+from ..queue.outbox import age_of_oldest, missing_reports
 from ..queue.redis_database import database_name
 from ..storage.crypto import stored_samples
 from ..storage.dispatchers import ALIVE_S, dispatcher_alive, paused_since
@@ -191,10 +191,7 @@ def _outbox(state: State) -> str:
         )
     silent = state.outbox.silent_callbacks()
     if silent:
-        raise WrongError(
-            f"{silent} jobs finished within an hour and no callback reported it, so their workers cannot "
-            f"write our key; give their Redis user `~rq_webhooks:*` (ACL SETUSER), and see their logs."
-        )
+        raise WrongError(" ".join(missing_reports(state.outbox, silent)))
     waiting = state.outbox.length()
     if waiting >= state.settings.outbox_maxlen:
         raise WrongError(

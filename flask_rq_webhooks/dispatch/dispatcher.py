@@ -27,6 +27,7 @@ from ..errors import RQWebhooksError, StorageUnavailableError
 from ..observe.ingest import Ingest
 from ..observe.publisher import Publisher
 from ..observe.reconcile import Reconciler, ReconcileReport
+from ..queue.outbox import missing_reports
 from ..storage.claims import free_expired_leases
 from ..storage.dispatchers import drop_reconcile_lease, forget_dead, heartbeat, sign_off, take_reconcile_lease
 from ..storage.models import new_id
@@ -186,6 +187,7 @@ class Dispatcher:
             PeriodicJob(
                 name="reconcile", interval_s=interval_s, first_after_s=interval_s, run=self._reconcile
             ),
+            *self._progress_job(),
             PeriodicJob(name="trees", interval_s=TREES_S, run=lambda _should_stop: trees.run_hinted()),
             PeriodicJob(name="prune", interval_s=PRUNE_S, first_after_s=PRUNE_S / 60, run=self._prune),
             *periodic,
@@ -311,19 +313,27 @@ class Dispatcher:
             logger.info("Reconcile reported endings that no callback had: %s", dict(report.reported))
         self._notice_silent_callbacks(report.silent_successes)
 
+    def _progress_job(self) -> list[PeriodicJob]:
+        """Return the pass that publishes progress more often than reconcile does, where it is asked for."""
+        interval_s = self._state.settings.progress_interval
+        if interval_s is None or interval_s >= self._state.settings.reconcile_interval:
+            return []
+
+        def publish(should_stop: Callable[[], bool]) -> None:
+            if take_reconcile_lease(self._state.database, self.id, _lease_s(self._state)):
+                self._reconciler.publish_progress(should_stop)
+
+        return [PeriodicJob(name="progress", interval_s=interval_s, first_after_s=interval_s, run=publish)]
+
     def _notice_silent_callbacks(self, count: int) -> None:
-        """Say once that workers cannot write to the outbox: a callback reports every success."""
+        """Say once that reports are missing from the outbox, and why where that is known."""
         if not count:
             return
         self._state.outbox.note_silent_callbacks(count)
         if not self._warned_of_silence and (silent := self._state.outbox.silent_callbacks()):
             self._warned_of_silence = True
-            logger.warning(
-                "%d jobs finished and no callback reported it: their workers cannot write the key %s. "
-                "Give their Redis user the permission '~rq_webhooks:*' (ACL), and see their logs. "
-                "Until then every webhook waits for reconcile.",
-                silent, self._state.outbox.key,
-            )  # fmt: skip
+            what, advice = missing_reports(self._state.outbox, silent)
+            logger.warning("%s %s Until then such webhooks wait for reconcile.", what, advice)
 
     def _prune(self, _should_stop: Callable[[], bool]) -> None:
         days = timedelta(days=self._state.settings.retention_days)

@@ -24,6 +24,7 @@ from ..observe.publisher import Publisher
 from ..protocol.events import (
     DELIVERY_EXHAUSTED,
     ENDPOINT_DISABLED,
+    JOB_PROGRESS,
     OPERATOR_TYPES,
     SOURCE_APPLICATION,
     WEBHOOK_PING,
@@ -31,7 +32,7 @@ from ..protocol.events import (
 )
 from ..protocol.headers import mask_headers
 from ..protocol.urls import redact_url
-from ..storage.attempts import AttemptRecord, Decision, RecordResult, record_attempts
+from ..storage.attempts import PROGRESS_SCHEDULE, AttemptRecord, Decision, RecordResult, record_attempts
 from ..storage.claims import ClaimedDelivery
 from ..storage.events import IngestedEvent, IngestItem
 from ..storage.models import EXHAUSTED
@@ -58,7 +59,10 @@ def judge(
     state: State, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult
 ) -> AttemptRecord:
     """Return what an answer means for its delivery, as it is recorded."""
-    decision = state.retry_policy.decide(
+    policy = state.retry_policy
+    if delivery.event_type == JOB_PROGRESS:
+        policy = replace(policy, schedule=PROGRESS_SCHEDULE, max_retry_after_s=PROGRESS_SCHEDULE[-1])
+    decision = policy.decide(
         status_code=result.status_code,
         error_code=result.error_code,
         number=delivery.number,

@@ -81,10 +81,12 @@ class OutboxRead:
 
     :param until: every report before was read, and its event is stored.
     :param absent_since: a job that was absent in the pass before was absent then; its reports are older.
+    :param complete_until: as *until*, and as late as is certain; ``None`` where nobody asks.
     """
 
     until: datetime
     absent_since: datetime
+    complete_until: datetime | None = None
 
     @property
     def has_all_of_absent(self) -> bool:
@@ -221,6 +223,18 @@ def _of_absent_job(
     if watch.missing_passes + 1 < LOST_AFTER_PASSES:
         return Conclusion(action=WatchAction.MISSING)
     return Conclusion(action=WatchAction.LOST if outbox.has_all_of_absent else WatchAction.WAIT)
+
+
+def lacks_report(outcome: Outcome, outbox: OutboxRead) -> bool:
+    """Say whether a callback should have reported *outcome* and has not: it reports every success."""
+    at = outcome.ended_at if outcome.result is None else outcome.result.at
+    return (
+        outcome.type == JOB_SUCCESS
+        and outcome.supersedes is None
+        and at is not None
+        and outbox.complete_until is not None
+        and at < outbox.complete_until
+    )
 
 
 def later_run(run: str | None, reported: Sequence[Reported]) -> Reported | None:

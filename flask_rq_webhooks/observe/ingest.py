@@ -185,7 +185,7 @@ class Ingest:
             decided += more
             undecided += left
         if decided:
-            self._store(decided)
+            self._store(decided, jobs)
         self._look_again(undecided)
 
     def _look_closely(
@@ -333,12 +333,14 @@ class Ingest:
 
     # -- storing --------------------------------------------------------------------------------------
 
-    def _store(self, decided: Sequence[tuple[_Waiting, Outcome]]) -> None:
+    def _store(self, decided: Sequence[tuple[_Waiting, Outcome]], jobs: Jobs) -> None:
         items: list[tuple[_Waiting, IngestItem]] = []
         # Two callbacks may report one run (on_success timed out, then on_failure); the one that agrees with
         # RQ knows more and goes first, the other is then a no-op.
         for waiting, outcome in sorted(decided, key=lambda pair: not _agrees(pair[0].entry, pair[1])):
-            occurrence = occurrence_of_report(waiting.entry, outcome, self._state.settings)
+            occurrence = occurrence_of_report(
+                waiting.entry, outcome, self._state.settings, jobs.get(waiting.entry.job_id)
+            )
             items.append((waiting, _item(waiting, occurrence)))
         self._store_items(items)
 

@@ -12,27 +12,28 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import TYPE_CHECKING
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
 from ..errors import OutboxEntryError, StorageUnavailableError
 from ..protocol.events import (
     JOB_BLOCKED,
+    JOB_PROGRESS,
     JOB_STALLED,
     JOB_STARTED,
-    JOB_SUCCESS,
     RUNNING_TYPES,
     Occurrence,
     run_key,
 )
 from ..queue.abandoned_jobs import expired_jobs
-from ..queue.job_reader import JobRecord, probe_jobs, read_jobs, read_statuses
+from ..queue.job_reader import JobRecord, probe_jobs, read_jobs, read_metas, read_statuses
 from ..queue.outbox_entry import OutboxEntry, parse_entry
+from ..queue.safe_pickle import progress_in
 from ..storage import watches as storage
 from ..storage.database import Database
-from ..storage.events import IngestItem
+from ..storage.events import IngestItem, last_progress
 from ..storage.models import RESERVED
 from ..storage.watches import Reported, WatchProbe, WatchRow, WatchUpdates
 from .conclusions import (
@@ -42,11 +43,13 @@ from .conclusions import (
     conclude,
     counts,
     is_blocked,
+    lacks_report,
     later_run,
     outcome_of_loss,
 )
 from .outcomes import TYPE_OF_STATUS, Outcome
 from .publisher import (
+    AT_ONCE,
     OccurrenceReader,
     PendingEvents,
     Publish,
@@ -95,8 +98,7 @@ class OpenWatches:
         running: list[RunningJob] = []
         for watch, job in zip(page, jobs, strict=True):
             if job is not None and job[0] == b"started" and not watch.wants.isdisjoint(RUNNING_TYPES):
-                its_run, its_queue = (one.decode("utf-8", "replace") for one in job[1:])
-                running.append(RunningJob(watch.job_id, its_run, its_queue, watch.wants))
+                running.append(_running(watch, job))
             if job is None or watch.needs_full_read or watch.missing_passes or watch.run is None:
                 close.append(watch.id)
                 continue
@@ -113,7 +115,18 @@ class OpenWatches:
         self.look_closely(close, report, now, outbox=outbox, wants_blocked=wants_blocked)
         if running:
             report.reported.update(self._running.publish_new(running, now))
+            report.reported.update(self._running.publish_progress(running, now))
         return queues
+
+    def publish_progress(self, page: Sequence[WatchProbe], now: datetime) -> Counter[str]:
+        """Publish the progress of the jobs of *page* that are running, and nothing else."""
+        jobs = probe_jobs(self._redis, [watch.job_id for watch in page])
+        running = [
+            _running(watch, job)
+            for watch, job in zip(page, jobs, strict=True)
+            if job is not None and job[0] == b"started"
+        ]
+        return self._running.publish_progress(running, now)
 
     def look_closely(
         self,
@@ -174,7 +187,7 @@ class OpenWatches:
         conclusion = conclude(facts, job, reported, now=now, outbox=outbox)
         for outcome in conclusion.outcomes:
             if job is not None and row.endpoint_id in job.tokens and facts.report is None:
-                report.silent_successes += outcome.type == JOB_SUCCESS and outcome.supersedes is None
+                report.silent_successes += lacks_report(outcome, outbox)
             events.add(row, self._occurrence(job, outcome, facts.report, now))
         if conclusion.uses_report:
             updates.decided.add(row.id)
@@ -229,6 +242,11 @@ class OpenWatches:
             events.add(row, self._occurrences.of_job(job, outcome, now=now))
 
 
+def _running(watch: WatchProbe, job: tuple[bytes, bytes, bytes]) -> RunningJob:
+    run, queue = (one.decode("utf-8", "replace") for one in job[1:])
+    return RunningJob(watch.job_id, run, queue, watch.wants)
+
+
 def _facts(row: WatchRow) -> WatchFacts:
     return WatchFacts(
         job_id=row.job_id,
@@ -274,6 +292,20 @@ class RunningJob:
     wants: frozenset[str]
 
 
+@dataclass(slots=True)
+class _Progress:
+    """What was last seen of a job's progress.
+
+    :param meta: hash of the meta that was last looked into.
+    :param value: as it was last stored.
+    :param at: when that was.
+    """
+
+    meta: int | None = None
+    value: Any = None
+    at: datetime | None = None
+
+
 class RunningJobs:
     """Publish what is new about runs that are under way."""
 
@@ -285,6 +317,8 @@ class RunningJobs:
         self._publish = publish
         self._occurrences = occurrences
         self._stored: set[str] = set()
+        self._progress: dict[str, _Progress] = {}
+        self._looked_at: datetime | None = None
 
     def publish_new(self, jobs: Sequence[RunningJob], now: datetime) -> Counter[str]:
         """Publish what is new about *jobs*.
@@ -318,4 +352,56 @@ class RunningJobs:
                 occurrence = replace(occurrence, occurred_at=record.started_at or now)
             items.append(IngestItem(occurrence))
         published = publish_some(self._publish, items) if items else []
+        return Counter(item.occurrence.type for item in published)
+
+    def publish_progress(self, jobs: Sequence[RunningJob], now: datetime) -> Counter[str]:
+        """Publish the progress of those of *jobs* whose meta says something else than was stored last.
+
+        At most one in ``PROGRESS_INTERVAL``; what changes in between waits for the next pass.
+
+        :returns: how many occurrences were published, by type.
+        """
+        wanted = {job.job_id: job for job in jobs if JOB_PROGRESS in job.wants}
+        if not wanted:
+            return Counter()
+        settings = self._occurrences.settings
+        interval_s = settings.progress_interval or settings.reconcile_interval
+        if len(self._progress) > _MAX_REMEMBERED or (
+            self._looked_at is not None and (now - self._looked_at).total_seconds() > 2 * interval_s
+        ):
+            self._progress.clear()  # another dispatcher may have gone on meanwhile
+        self._looked_at = now
+        # Passes begin a little sooner or later than the interval says.
+        not_since = now - timedelta(seconds=interval_s - min(0.5, 0.1 * interval_s))
+        changed: dict[str, tuple[int, Any]] = {}
+        for job_id, meta in zip(wanted, read_metas(self._redis, list(wanted)), strict=True):
+            seen = self._progress.get(job_id)
+            if seen is not None and (
+                seen.meta == hash(meta) or (seen.at is not None and seen.at > not_since)
+            ):
+                continue
+            changed[job_id] = (hash(meta), progress_in(meta, settings.progress_meta_key))
+        unknown = [job_id for job_id in changed if job_id not in self._progress]
+        stored = last_progress(self._database, unknown) if unknown else {}
+        self._progress.update((job_id, _Progress(None, *stored.get(job_id, ()))) for job_id in unknown)
+        due = []
+        for job_id, (meta_hash, value) in changed.items():
+            seen = self._progress[job_id]
+            if value is None or value == seen.value:
+                seen.meta = meta_hash
+            elif seen.at is None or seen.at <= not_since:
+                due.append(job_id)
+        items = []
+        for job_id, record in read_jobs(self._redis, due).items():
+            if record.status == "started" and record.run == wanted[job_id].run:
+                occurrence = self._occurrences.of_job(
+                    record, Outcome(type=JOB_PROGRESS, run=record.run), now=now
+                )
+                items += [IngestItem(occurrence)] if occurrence.progress is not None else []
+        published: list[IngestItem] = []
+        for start in range(0, len(items), AT_ONCE):
+            published += publish_some(self._publish, items[start : start + AT_ONCE])
+        for item in published:
+            seen = self._progress[item.occurrence.job_id or ""]
+            seen.value, seen.at = item.occurrence.progress, now
         return Counter(item.occurrence.type for item in published)

@@ -22,6 +22,7 @@ from .._steps import reached
 from ..config import Settings
 from ..protocol.events import (
     JOB_FAILURE,
+    JOB_PROGRESS,
     JOB_SUCCESS,
     SOURCE_CALLBACK,
     SOURCE_RECONCILED,
@@ -34,7 +35,7 @@ from ..protocol.json_safe import dumps_capped, safe_text, to_json_safe
 from ..protocol.payloads import FORMATS, RenderContext, Rendered
 from ..queue.job_reader import JobRecord, read_result_value
 from ..queue.outbox_entry import OutboxEntry
-from ..queue.safe_pickle import UNKNOWN
+from ..queue.safe_pickle import UNKNOWN, progress_in
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.events import IngestedEvent, IngestItem, ingest, ingest_within
@@ -55,7 +56,7 @@ logger = logging.getLogger(__name__)
 MAX_RUN_NAME = 512
 
 #: What a scrub function may change.
-_EDITABLE = ("runid", "result", "error", "data")
+_EDITABLE = ("runid", "result", "error", "progress", "data")
 
 
 class Publisher:
@@ -139,7 +140,8 @@ class Publisher:
 def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
     """Return the host's scrub function, which then never raises and always returns JSON; or ``None``.
 
-    Where it fails, result, error and data are left out: better too little than what it was to remove.
+    Where it fails, result, error, progress and data are left out: better too little
+    than what it was to remove.
     """
     scrub = state.hooks.scrub_function
     if scrub is None:
@@ -156,7 +158,8 @@ def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | Non
             return kept
         except Exception:
             logger.exception(
-                "The scrub function failed for %s of job %r; it is published without result, error and data.",
+                "The scrub function failed for %s of job %r; it is published without result, error, progress "
+                "and data.",
                 payload.get("event"), payload.get("job_id"),
             )  # fmt: skip
             return {"runid": payload.get("runid")}
@@ -168,7 +171,7 @@ def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes 
     """Return :meth:`State.render`, which then never raises.
 
     Where the host's format fails or is not registered here, the event is rendered in the format ``job``
-    without result and error.
+    without result, error and progress.
     """
 
     def render(endpoint: EndpointRow, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
@@ -177,10 +180,11 @@ def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes 
         except Exception:
             logger.exception(
                 "Format %r cannot render %s of job %r for endpoint %s; it is sent in the format 'job', "
-                "without result and error.", endpoint.format, occurrence.type, occurrence.job_id, endpoint.id,
+                "without result, error and progress.",
+                endpoint.format, occurrence.type, occurrence.job_id, endpoint.id,
             )  # fmt: skip
         return FORMATS["job"](
-            replace(occurrence, result=None, error=None),
+            replace(occurrence, result=None, error=None, progress=None),
             RenderContext(
                 event_id=event_id,
                 runid=endpoint.runid or occurrence.runid,
@@ -200,7 +204,7 @@ def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes 
 Publish = Callable[[Sequence[IngestItem]], object]
 
 #: Occurrences published in one transaction.
-_AT_ONCE = 200
+AT_ONCE = 200
 
 
 @dataclass(slots=True)
@@ -209,7 +213,7 @@ class ReconcileReport:
 
     :param looked_at: watches compared with RQ's state.
     :param reported: occurrences published, by type; some may have been published before.
-    :param silent_successes: jobs that carry our callbacks, finished, and were reported by no callback.
+    :param silent_successes: jobs that carry our callbacks and finished, with no report of it in the outbox.
     :param adopted: reserved watches whose job was found.
     :param cleaned_queues: queues in which RQ ended jobs whose worker was gone.
     """
@@ -247,9 +251,9 @@ class PendingEvents:
         """
         items = self._new_items()
         published: list[IngestItem] = []
-        for start in range(0, len(items), _AT_ONCE):
+        for start in range(0, len(items), AT_ONCE):
             reached("reconcile found")
-            published += publish_some(publish, items[start : start + _AT_ONCE])
+            published += publish_some(publish, items[start : start + AT_ONCE])
             reached("reconcile told")
         return Counter(item.occurrence.type for item in published)
 
@@ -282,8 +286,13 @@ def publish_some(publish: Publish, items: Sequence[IngestItem]) -> Sequence[Inge
 # -- from an outcome to an occurrence ---------------------------------------------------------------------
 
 
-def occurrence_of_report(report: OutboxEntry, outcome: Outcome, settings: Settings) -> Occurrence:
-    """Return what a callback reported, as far as it fits the outcome."""
+def occurrence_of_report(
+    report: OutboxEntry, outcome: Outcome, settings: Settings, job: JobRecord | None = None
+) -> Occurrence:
+    """Return what a callback reported, as far as it fits the outcome.
+
+    :param job: as RQ keeps it; its meta holds the last progress.
+    """
     result, truncated, error = None, False, None
     if outcome.type == JOB_SUCCESS and settings.include_result:
         if report.kind == "success":
@@ -309,7 +318,16 @@ def occurrence_of_report(report: OutboxEntry, outcome: Outcome, settings: Settin
         result_truncated=truncated,
         error=error,
         supersedes=outcome.supersedes,
+        progress=_progress(job, outcome, settings),
     )
+
+
+def _progress(job: JobRecord | None, outcome: Outcome, settings: Settings) -> Any:
+    """Return the progress in the job's meta, where the job still is in the run that the outcome is of."""
+    shown = outcome.type in TERMINAL_TYPES or outcome.type == JOB_PROGRESS
+    if job is None or not job.meta or not shown or job.run != outcome.run:
+        return None
+    return progress_in(job.meta, settings.progress_meta_key)
 
 
 def occurrence_of_loss(job_id: str, outcome: Outcome, *, now: datetime) -> Occurrence:
@@ -361,6 +379,7 @@ class OccurrenceReader:
             result_truncated=truncated,
             error=error,
             supersedes=outcome.supersedes,
+            progress=_progress(job, outcome, self.settings),
         )
 
     def _result(

@@ -16,12 +16,12 @@ watch is updated after its event is stored.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from ..config import Settings
-from ..protocol.events import JOB_LOST
+from ..protocol.events import JOB_LOST, JOB_PROGRESS
 from ..queue.abandoned_jobs import end_abandoned
 from ..queue.job_reader import any_exists, probe_jobs
 from ..queue.outbox import read_until, server_time
@@ -100,11 +100,20 @@ class Reconciler:
         self._last_pass = (server_time(self._redis), time.monotonic())
         return report
 
+    def publish_progress(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Publish the progress of running jobs, and look at nothing else; for short intervals."""
+        now = self._clock()
+        for page in self._waiting_pages((OPEN,), wanting=JOB_PROGRESS):
+            if should_stop():
+                return
+            self._open.publish_progress(page, now)
+
     def _look_at_outbox(self) -> OutboxRead:
         """Return how far the callbacks' reports have been read.
 
         Asked before anything else: whatever was read by then is stored by the time SQL is asked.
         """
+        asked_at = server_time(self._redis)
         until = read_until(self._redis, self._outbox_key)
         absent_since = server_time(self._redis)
         # A job missed in the pass before was absent at its end. A longer time ago another dispatcher may
@@ -113,15 +122,25 @@ class Reconciler:
             ended_at, noted = self._last_pass
             if time.monotonic() - noted < 2 * self._settings.reconcile_interval:
                 absent_since = ended_at
-        return OutboxRead(until=until or absent_since, absent_since=absent_since)
+        complete_until = asked_at if until is None else min(until, asked_at)
+        return OutboxRead(
+            until=until or absent_since, absent_since=absent_since, complete_until=complete_until
+        )
 
-    def _waiting_pages(self) -> Iterator[list[WatchProbe]]:
+    def _waiting_pages(
+        self, statuses: Sequence[str] = (OPEN, RESERVED), *, wanting: str | None = None
+    ) -> Iterator[list[WatchProbe]]:
         standing_want = storage.optional_types_of_standing(self._database)
-        for status in (OPEN, RESERVED):
+        for status in statuses:
             after = ""
             while True:
                 page = storage.probe_waiting(
-                    self._database, status, after=after, limit=PAGE, standing_want=standing_want
+                    self._database,
+                    status,
+                    after=after,
+                    limit=PAGE,
+                    standing_want=standing_want,
+                    wanting=wanting,
                 )
                 if page:
                     yield page

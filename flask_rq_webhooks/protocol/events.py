@@ -6,7 +6,7 @@ Owns the vocabulary and the run key. Knows nothing of how events are stored, ren
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,6 +19,7 @@ JOB_LOST = "job.lost"
 JOB_RETRYING = "job.retrying"
 JOB_BLOCKED = "job.blocked"
 JOB_STARTED = "job.started"
+JOB_PROGRESS = "job.progress"
 JOB_STALLED = "job.stalled"
 WEBHOOK_PING = "webhook.ping"
 ENDPOINT_DISABLED = "webhook.endpoint_disabled"
@@ -27,10 +28,12 @@ DELIVERY_EXHAUSTED = "webhook.delivery_exhausted"
 #: One of these ends every run.
 TERMINAL_TYPES = frozenset({JOB_SUCCESS, JOB_FAILURE, JOB_STOPPED, JOB_CANCELED, JOB_LOST})
 #: Sent only to those who ask for them by name.
-OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED, JOB_STARTED, JOB_STALLED})
-#: About a run that is under way: never stored after its ending.
-RUNNING_TYPES = frozenset({JOB_STARTED, JOB_STALLED})
+OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED, JOB_STARTED, JOB_PROGRESS, JOB_STALLED})
+#: About a run that is under way: never stored after its ending, and no longer sent.
+RUNNING_TYPES = frozenset({JOB_STARTED, JOB_PROGRESS, JOB_STALLED})
 JOB_TYPES = TERMINAL_TYPES | OPTIONAL_TYPES
+#: In the event list of an endpoint: every type there is but ``job.progress``, application types included.
+EVERY_TYPE = "*"
 #: About deliveries, for the standing endpoints of operators that ask for them by name.
 OPERATOR_TYPES = frozenset({ENDPOINT_DISABLED, DELIVERY_EXHAUSTED})
 
@@ -85,6 +88,17 @@ def run_of(enqueued_at: datetime | None, created_at: datetime) -> str:
     return f"created:{format_time(created_at)}" if enqueued_at is None else format_time(enqueued_at)
 
 
+def is_wanted(event_type: str, names: Collection[str] | None) -> bool:
+    """Say whether an endpoint with the event list *names* gets events of *event_type*.
+
+    Without a list: of every terminal type. With one: of what it names; :data:`EVERY_TYPE` names everything
+    but ``job.progress``, of which a long job has very many.
+    """
+    if names is None:
+        return event_type in TERMINAL_TYPES
+    return event_type in names or (EVERY_TYPE in names and event_type != JOB_PROGRESS)
+
+
 def run_key(job_id: str, run: str, event_type: str, *, correction: bool = False) -> str:
     """Return the key that makes an event of one run unique in SQL.
 
@@ -113,6 +127,7 @@ class Occurrence:
     :param error: ``{"type", "message", "traceback"}``; only with ``job.failure``.
     :param jobs: for trees, counts by status.
     :param supersedes: id of the event this one corrects.
+    :param progress: JSON-safe value in the job's meta, where it is known.
     :param data: an application event's own object.
     :param sequence: 1, 2, 3 … of the job's events, given when it is stored.
     """
@@ -135,6 +150,7 @@ class Occurrence:
     scope: str = "job"
     jobs: Mapping[str, int] | None = None
     supersedes: str | None = None
+    progress: Any = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -143,4 +159,6 @@ class Occurrence:
         if self.job_id is None or self.run is None:
             return None
         key = run_key(self.job_id, self.run, self.type, correction=self.supersedes is not None)
+        if self.type == JOB_PROGRESS:  # many in a run
+            key += f"|{self.occurred_at.timestamp():.3f}"
         return f"tree|{key}" if self.scope == "tree" else key

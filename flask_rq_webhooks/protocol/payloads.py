@@ -23,6 +23,7 @@ from .events import (
     JOB_CANCELED,
     JOB_FAILURE,
     JOB_LOST,
+    JOB_PROGRESS,
     JOB_RETRYING,
     JOB_STALLED,
     JOB_STARTED,
@@ -86,6 +87,7 @@ _TASK_WORDS = MappingProxyType(
         JOB_RETRYING: ("task.retrying", "RETRY"),
         JOB_BLOCKED: ("task.blocked", "PENDING"),
         JOB_STARTED: ("task.started", "STARTED"),
+        JOB_PROGRESS: ("task.progress", "STARTED"),
         JOB_STALLED: ("task.stalled", "STARTED"),
     }
 )
@@ -99,7 +101,6 @@ _MESSAGES = MappingProxyType(
         JOB_CANCELED: "The job was canceled.",
         JOB_RETRYING: "The job failed and will be tried again.",
         JOB_BLOCKED: "The job waits for a job that did not succeed.",
-        JOB_STARTED: "",
         JOB_STALLED: "The worker of the job gives no sign of life.",
     }
 )
@@ -130,10 +131,10 @@ def render_task(occurrence: Occurrence, context: RenderContext) -> bytes:
     ``event_type``, ``timestamp`` (ISO 8601, UTC), ``task`` with ``id``, ``name`` (last component of the
     function) and ``status``; then ``result`` of a success, else ``error``, a message. A stopped or
     canceled job is ``task.cancelled``, a lost one ``task.failed`` with a message that says the outcome is
-    unknown; ``task.retrying`` (``RETRY``), ``task.blocked`` (``PENDING``), ``task.started`` and
-    ``task.stalled`` (``STARTED``) only for those who ask for
-    them. Application events and pings have ``event_type``, ``timestamp`` and ``data``. ``reference`` and
-    ``supersedes`` are added where there is one.
+    unknown; ``task.retrying`` (``RETRY``), ``task.blocked`` (``PENDING``), ``task.started``,
+    ``task.progress`` and ``task.stalled`` (``STARTED``) only for those who ask for them. Application events
+    and pings have ``event_type``, ``timestamp`` and ``data``. ``reference``, ``supersedes`` and
+    ``progress`` are added where there is one.
     """
     return fit(_task, occurrence, context, sort_keys=True)[1]
 
@@ -222,9 +223,9 @@ def fit(
 ) -> tuple[dict[str, Any], bytes]:
     """Return what *build* makes of *occurrence* and its bytes, at most ``context.max_bytes`` of them.
 
-    What goes first is what is large and least missed: the result or the data as a whole (``null``, and
-    ``result_truncated`` or ``data_truncated`` says so), the beginning of the traceback, the end of the
-    error message, then of other texts. The job's id is never cut.
+    What goes first is what is large and least missed: the progress, the result or the data as a whole
+    (``null``, and ``result_truncated`` or ``data_truncated`` says so), the beginning of the traceback, the
+    end of the error message, then of other texts. The job's id is never cut.
     """
     payload = build(occurrence, context)
     body = _serialise(payload, sort_keys=sort_keys)
@@ -246,9 +247,10 @@ def _smaller(
     error = occurrence.error
     if error is None:
         # Nothing else is large: the result, an application's data, or absurd names.
-        occurrence = replace(occurrence, result=None, data={}, result_truncated=True)
+        occurrence = replace(occurrence, result=None, data={}, result_truncated=True, progress=None)
         yield occurrence, context
     else:
+        occurrence = replace(occurrence, progress=None)
         traceback = error.get("traceback") or ""
         # One character is one byte of JSON at least, so cutting the excess may be enough.
         enough = len(traceback) - excess - len(_CUT) - 1
@@ -349,7 +351,7 @@ def _task(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
         payload["task"] = {"id": occurrence.job_id, "name": name, "status": status}
         if occurrence.type == JOB_SUCCESS:
             payload.update(_outcome(occurrence, context))
-        elif occurrence.type != JOB_STARTED:
+        elif occurrence.type not in (JOB_STARTED, JOB_PROGRESS):
             payload["error"] = (occurrence.error or {}).get("message") or _MESSAGES[occurrence.type]
     else:
         payload["event_type"] = occurrence.type
@@ -358,6 +360,8 @@ def _task(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
         payload["reference"] = context.reference
     if occurrence.supersedes is not None:
         payload["supersedes"] = occurrence.supersedes
+    if occurrence.progress is not None:
+        payload["progress"] = occurrence.progress
     return payload
 
 
@@ -418,6 +422,8 @@ def _particulars(occurrence: Occurrence, context: RenderContext) -> dict[str, An
         payload["jobs"] = dict(occurrence.jobs or {})
     if occurrence.sequence is not None:
         payload["sequence"] = occurrence.sequence
+    if occurrence.progress is not None:
+        payload["progress"] = occurrence.progress
     return payload
 
 

@@ -15,8 +15,9 @@ from rq.registry import StartedJobRegistry
 from rq.serializers import DefaultSerializer, JSONSerializer
 
 from ..protocol.events import CLOCK_SKEW
-from .job_reader import inflated, job_key
+from .job_reader import job_key
 from .outbox import server_time
+from .safe_pickle import inflated
 
 logger = logging.getLogger(__name__)
 

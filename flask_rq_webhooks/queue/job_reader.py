@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import zlib
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from rq.results import Result
 from ..callbacks import run_name
 from ..protocol.events import format_time, parse_time
 from ..protocol.json_safe import safe_text
-from .safe_pickle import MAX_BYTES, UNKNOWN, load_plain, plain_call
+from .safe_pickle import MAX_BYTES, UNKNOWN, inflated, load_plain, plain_call
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +46,11 @@ _MAX_LOGGED = 10_000
 
 _PROBE_FIELDS = ("status", "enqueued_at", "created_at", "origin")
 #: Fields that say how a run ended.
-_ENDING_FIELDS = ("status", "created_at", "enqueued_at", "ended_at", "retries_left", "exc_info")
+_ENDING_FIELDS = ("status", "created_at", "enqueued_at", "ended_at", "retries_left", "exc_info", "meta")
 _CALLBACK_FIELDS = ("success_callback_name", "failure_callback_name", "stopped_callback_name")
 _FIELDS = (
     *_ENDING_FIELDS, *_CALLBACK_FIELDS, "started_at", "origin", "description", "repeat_intervals",
-    "dependency_ids", "dependency_id", "allow_dependency_failures", "data", "meta",
+    "dependency_ids", "dependency_id", "allow_dependency_failures", "data",
 )  # fmt: skip
 _TOKEN = re.compile(r"flask_rq_webhooks\.callbacks\.(?:success|failure|stopped)\.(ep[0-9a-z]+_[0-9a-z]+)")
 #: The names of jobs whose first argument does not name their run.
@@ -90,6 +89,7 @@ class JobRecord:
     :param repeats: whether the job was enqueued with ``Repeat``.
     :param tokens: ids of the endpoints its callbacks report to.
     :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
+    :param meta: as RQ serialized it, see :func:`~.safe_pickle.progress_in`.
     :param children: ids in meta under the prefix asked for.
     :param results: RQ's results of the job at the same moment, oldest first; ``None`` where not asked for.
     """
@@ -110,6 +110,7 @@ class JobRecord:
     allow_dependency_failures: bool = False
     exc: str | None = None
     tokens: frozenset[str] = frozenset()
+    meta: bytes | None = None
     children: tuple[str, ...] = ()
     results: tuple[JobResult, ...] | None = None
 
@@ -154,7 +155,6 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
     """Return status, run and queue of many jobs, undecoded and as cheaply as can be; ``None`` if absent.
 
     The run is ``enqueued_at``, or empty for a job that was not enqueued yet.
-
     """
     if not job_ids:
         return []
@@ -221,6 +221,14 @@ def read_callback_names(redis: Redis, keys: Sequence[str]) -> list[frozenset[str
             exists = not isinstance(values, Exception) and any(value is not None for value in values)
             found.append(_tokens(values[:-1]) if exists else None)
     return found
+
+
+def read_metas(redis: Redis, job_ids: Sequence[str]) -> list[bytes | None]:
+    """Return the meta of each job as RQ serialized it, for :func:`~.safe_pickle.progress_in`."""
+    metas: list[bytes | None] = []
+    for _chunk, answers in _pipelined(redis, job_ids, lambda job_id: ("HGET", job_key(job_id), "meta")):
+        metas += [None if isinstance(meta, Exception) else _bytes(meta) or None for meta in answers]
+    return metas
 
 
 def read_dependents(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[str]]:
@@ -350,6 +358,7 @@ def _record(
         allow_dependency_failures=fields.get("allow_dependency_failures") == b"1",
         exc=_inflated_text(fields["exc_info"]),
         tokens=_tokens(fields.get(name) for name in _CALLBACK_FIELDS),
+        meta=_bytes(fields["meta"]) or None,
         children=children,
         results=results,
     )
@@ -481,17 +490,6 @@ def _from_base64(value: Any) -> bytes | None:
         return b64decode(value, validate=True)
     except ValueError:
         return None
-
-
-def inflated(value: bytes, limit: int = MAX_BYTES) -> bytes:
-    """Return *value* decompressed, or as it is where RQ did not compress it.
-
-    :param limit: bytes; a few compressed ones may stand for gigabytes, so more than this is cut off.
-    """
-    try:
-        return zlib.decompressobj().decompress(value, limit)
-    except zlib.error:
-        return value[:limit]
 
 
 def _inflated_text(value: Any) -> str | None:

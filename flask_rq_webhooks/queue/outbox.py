@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from redis import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from ..callbacks import DEFAULT_MAXLEN, OUTBOX_KEY_PREFIX
 from ..errors import OutboxEntryError
@@ -33,8 +33,8 @@ TICK_MS = 100
 #: Milliseconds of silence after which a reader that holds nothing is forgotten.
 FORGET_IDLE_MS = 24 * 3600 * 1000
 
-#: Jobs without a callback's report after which workers count as unable to write here, and seconds for which
-#: they are counted. A work-horse that dies between the callback and the commit leaves none either.
+#: Jobs without a callback's report from which on it is said, and seconds for which they are counted. A few
+#: mean nothing: a callback that meets a server on its way down leaves no report either.
 SILENT_CALLBACKS, SILENCE_S = 3, 3600
 
 #: How servers say that the stream or its group is not there, or was deleted while we waited for it. The last
@@ -104,6 +104,26 @@ class Outbox:
         """Return how many such jobs there were; 0 while there are too few to mean anything."""
         count = int(self._redis.get(self._silent_key) or 0)
         return count if count >= SILENT_CALLBACKS else 0
+
+    def refused_user(self) -> str | None:
+        """Return a Redis user whose commands on the stream were refused of late, if the server says so.
+
+        Only ``ACL LOG`` proves it, which not every user may read; ``None`` means that nobody knows.
+        """
+        try:
+            log = self._raw("ACL", "LOG", 128)
+        except RedisError:
+            return None
+        for refused in log:
+            fields = (
+                refused.items()
+                if isinstance(refused, dict)
+                else zip(refused[::2], refused[1::2], strict=False)
+            )
+            said = {_text(name): value for name, value in fields}
+            if said.get("reason") == b"key" and said.get("object") == self.key.encode():
+                return _text(said["username"])
+        return None
 
     def read(self, consumer: str, count: int, block_ms: int) -> list[Entry]:
         """Return up to *count* entries: first what this reader left unfinished before a restart, then what a
@@ -261,6 +281,24 @@ class Outbox:
     def _raw(self, *command: Any) -> Any:
         # Undecoded even where the client decodes: bytes that are no text must not end the whole read.
         return self._redis.execute_command(*command, NEVER_DECODE=True)  # type: ignore[no-untyped-call]
+
+
+def missing_reports(outbox: Outbox, count: int) -> tuple[str, str]:
+    """Return what is known of jobs whose callbacks left no report, and what to do about it.
+
+    :param count: :meth:`Outbox.silent_callbacks`.
+    """
+    what = f"{count:,} jobs finished within an hour without a callback report in the outbox"
+    user = outbox.refused_user()
+    if user is not None:
+        return (
+            f"{what}: Redis refuses its user {user!r} the key {outbox.key} (NOPERM).",
+            "Allow the workers' Redis user the keys ~rq_webhooks:* (ACL SETUSER).",
+        )
+    return (
+        f"{what}: it was not written, or was lost with Redis.",
+        "See the workers' logs: a callback that could not append says why there.",
+    )
 
 
 def age_of_oldest(redis: Redis, key: str) -> float | None:

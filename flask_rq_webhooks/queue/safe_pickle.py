@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import pickletools
 import re
+import zlib
 from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -20,6 +21,8 @@ from enum import Enum
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final
 from uuid import UUID
+
+from ..protocol.json_safe import dumps_capped
 
 #: Bytes of a pickle, and of JSON, that are read. Of one text, four bytes of memory may come of each.
 MAX_BYTES, MAX_JSON_BYTES = 4 * 2**20, 2**20
@@ -31,6 +34,9 @@ _SET_STEPS = 4
 _MAX_WEAK_KEYS = 1000
 #: Values within one tuple that is a key: each container of shared tuples doubles what hashing it costs.
 _MAX_KEY_VALUES = 64
+
+#: Bytes of the JSON of a job's progress.
+MAX_PROGRESS_BYTES = 4096
 
 #: How RQ's own description of a job begins.
 _CALL = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+(?=\()")
@@ -84,6 +90,30 @@ def plain_call(data: bytes, description: str | None = None) -> tuple[str | None,
         return name, arguments[0] if isinstance(arguments, tuple | list) and arguments else None
     match = _CALL.match(description or "")
     return (match[0] if match else None), None
+
+
+def progress_in(meta: bytes | None, key: str) -> Any:
+    """Return the value under *key* in a job's meta, JSON-safe; ``None`` where there is none.
+
+    What cannot be read, and what takes more than :data:`MAX_PROGRESS_BYTES`, counts as none.
+    """
+    # Both serializers write an ordinary key as it is.
+    if not meta or (key.isidentifier() and key.isascii() and key.encode() not in meta):
+        return None
+    values = load_plain(meta)
+    value = values.get(key, UNKNOWN) if isinstance(values, dict) else UNKNOWN
+    return None if value is UNKNOWN else dumps_capped(value, MAX_PROGRESS_BYTES)[0]
+
+
+def inflated(value: bytes, limit: int = MAX_BYTES) -> bytes:
+    """Return *value* decompressed, or as it is where RQ did not compress it.
+
+    :param limit: bytes; a few compressed ones may stand for gigabytes, so more than this is cut off.
+    """
+    try:
+        return zlib.decompressobj().decompress(value, limit)
+    except zlib.error:
+        return value[:limit]
 
 
 # -- constructors -------------------------------------------------------------------------------------------

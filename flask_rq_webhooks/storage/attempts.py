@@ -277,6 +277,10 @@ MAX_RETRY_AFTER_S = 86_400.0
 SHORT_LIVED_STATUSES = frozenset({401, 403, 404})
 SHORT_LIVED_ATTEMPTS = 5
 
+#: Attempts of a ``job.progress``, and the seconds between them: soon there is a newer one.
+PROGRESS_ATTEMPTS = 3
+PROGRESS_SCHEDULE = (1.0, 4.0)
+
 #: Error codes after which another attempt cannot help.
 _FINAL_CODES = frozenset({"blocked", "rate_limited", "redirect", "http_4xx"})
 #: Error codes that restate an HTTP status; the status decides where it is known.
@@ -319,6 +323,7 @@ class RetryPolicy:
         allows more attempts than the schedule has.
     :param statuses: HTTP statuses that are retried; :data:`SHORT_LIVED_STATUSES` are in any case, but not
         as often.
+    :param max_retry_after_s: longest delay a receiver can ask for.
     :param jitter: share by which a delay varies, so that many deliveries do not return in one moment after
         an outage.
     """
@@ -326,6 +331,7 @@ class RetryPolicy:
     schedule: tuple[float, ...]
     statuses: frozenset[int]
     jitter: float = 0.1
+    max_retry_after_s: float = MAX_RETRY_AFTER_S
 
     def decide(
         self,
@@ -385,7 +391,7 @@ class RetryPolicy:
         asked = None if retry_after is None else parse_retry_after(retry_after, now)
         if asked is None:
             return delay
-        return max(delay, scheduled, min(asked, MAX_RETRY_AFTER_S))
+        return max(delay, scheduled, min(asked, self.max_retry_after_s))
 
 
 def error_code_for_status(status: int) -> str | None:

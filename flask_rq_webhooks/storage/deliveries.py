@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from sqlalchemy import ColumnElement, case, exists, func, or_, select, text, update
 
 from ..errors import ErasedError
-from ..protocol.events import WEBHOOK_PING, Occurrence
+from ..protocol.events import RUNNING_TYPES, WEBHOOK_PING, Occurrence
 from ..protocol.payloads import occurrence_from_json
 from .database import Database
 from .events import Render
@@ -22,7 +22,14 @@ from .filters import DeliveryFilter
 from .models import CANCELED, EXHAUSTED, MANUAL, PENDING, SENDING, Delivery, Endpoint, Event, first_id_at
 from .queries import CursorError
 from .statistics import COUNT_CAP
-from .subscriptions import ENDPOINT_COLUMNS, EndpointRow, delivery_values, endpoint_row, store_deliveries
+from .subscriptions import (
+    ENDPOINT_COLUMNS,
+    EndpointRow,
+    canceled_now,
+    delivery_values,
+    endpoint_row,
+    store_deliveries,
+)
 
 #: Rows per transaction of everything that may touch many.
 BATCH = 500
@@ -32,6 +39,9 @@ EVENTS_PER_PART = 5_000
 
 #: The last delivery changed; or the endpoint and the last event looked at.
 _CURSOR = re.compile(r"(dlv_[0-9a-z]{26})|(ep[0-9a-z]{0,20}_[0-9a-z]{26}):(evt_[0-9a-z]{26})")
+
+#: What was said of a run under way is out of date by the time somebody recovers deliveries.
+_IS_CURRENT = (Delivery.event_type.not_in(sorted(RUNNING_TYPES)),)
 
 
 def resend(database: Database, delivery_id: str) -> str | None:
@@ -103,7 +113,8 @@ def recover_part(
 ) -> Part:
     """Make some deliveries due now, for one more attempt each, in one transaction.
 
-    Without ``where.statuses``: those exhausted or canceled, and then those that were never made because
+    Never those about a run under way (``job.started``, ``job.progress``, ``job.stalled``). Without
+    ``where.statuses``: those exhausted or canceled, and then those that were never made because
     their standing endpoint was disabled when the event happened (since that endpoint was made, by what it
     listens for now). With it: those of these statuses.
 
@@ -115,7 +126,7 @@ def recover_part(
     """
     after, endpoint_id, after_event = _read(cursor)
     if endpoint_id is None:
-        ready = [~in_flight(database), Delivery.erased_at.is_(None)]
+        ready = [*_IS_CURRENT, ~in_flight(database), Delivery.erased_at.is_(None)]
         part = _change(database, _recoverable(where), ready, due_again(database), after, at_most)
         if part.cursor is not None or where.statuses is not None:
             return part
@@ -150,7 +161,7 @@ def left_to_recover(database: Database, where: DeliveryFilter, cursor: str | Non
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     after, endpoint_id, _after_event = _read(cursor)
-    return _left(database, _recoverable(where), after) if endpoint_id is None else None
+    return _left(database, _recoverable(where), after, *_IS_CURRENT) if endpoint_id is None else None
 
 
 def left_to_cancel(database: Database, where: DeliveryFilter, cursor: str | None) -> int:
@@ -199,8 +210,8 @@ def _change(
     return Part(done, ids[at_most - 1] if len(ids) > at_most else None)
 
 
-def _left(database: Database, chosen: DeliveryFilter, after: str | None) -> int:
-    query = select(Delivery.id).where(*chosen.conditions())
+def _left(database: Database, chosen: DeliveryFilter, after: str | None, *also: ColumnElement[bool]) -> int:
+    query = select(Delivery.id).where(*chosen.conditions(), *also)
     if after is not None:
         query = query.where(Delivery.id > after)
     with database.read() as connection:
@@ -221,11 +232,6 @@ def due_again(database: Database) -> dict[str, Any]:
         "lease_id": None,
         "lease_until": None,
     }
-
-
-def canceled_now(database: Database) -> dict[str, Any]:
-    """Return the values that cancel a delivery. The lease stays: its sender may still record the attempt."""
-    return {"status": CANCELED, "next_attempt_at": None, "finished_at": database.clock()}
 
 
 def in_flight(database: Database) -> ColumnElement[bool]:
@@ -254,7 +260,7 @@ def _make_missing(
         select(Event.id, Event.type, Event.payload)
         .where(
             Event.id > after,
-            Event.type != WEBHOOK_PING,
+            Event.type.not_in([WEBHOOK_PING, *RUNNING_TYPES]),
             Event.erased_at.is_(None),
             ~exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id == endpoint.id),
             *_event_conditions(where),

@@ -1,10 +1,10 @@
-"""Events: an occurrence becomes an event and its deliveries, exactly once; the feed reads them in order.
+"""Events: an occurrence becomes an event and its deliveries, exactly once; and their order in the feed.
 
 Owns the rows of events and the order of the steps within the one transaction: the event, its receivers and
 deliveries (:mod:`.subscriptions`), the watches it settles (:mod:`.watches`). Knows nothing of where
 occurrences come from; a function it is given renders the bodies.
 
-The database orders the feed (``GET /api/events?after=``): event ids begin with the clock of the dispatcher
+The database orders the feed (:func:`.queries.events_after`): event ids begin with the clock of the dispatcher
 that made them. Every event has a ``position``: microseconds of the database's clock, at least one more than
 that of the event before. A cursor is a position; a reader never sees one beyond which an event may still
 appear:
@@ -20,25 +20,31 @@ Events stored before there were positions have 0 and keep the order of their ids
 
 from __future__ import annotations
 
-import base64
-import binascii
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, String, bindparam, func, literal, select, text, tuple_
+from sqlalchemy import BigInteger, Connection, bindparam, func, select, text, update
 
-from ..protocol.events import JOB_FAILURE, JOB_SUCCESS, RUNNING_TYPES, Occurrence, run_key
+from .._steps import reached
+from ..protocol.events import (
+    JOB_FAILURE,
+    JOB_PROGRESS,
+    JOB_SUCCESS,
+    RUNNING_TYPES,
+    TERMINAL_TYPES,
+    Occurrence,
+    run_key,
+)
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
-from .models import Event, UTCDateTime, new_id
-from .queries import EVENT_COLUMNS, CursorError, EventView, Page, bounded
+from .models import PENDING, SENDING, Delivery, Event, UTCDateTime, new_id
 from .subscriptions import (
     EndpointRow,
+    canceled_now,
     delivery_values,
     endpoints_of,
     receivers_of,
@@ -120,8 +126,8 @@ def ingest(
     :param render: the bytes to deliver, from endpoint, event id and occurrence.
     :param max_attempts: where the endpoint itself sets none.
     :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
-        ``queue`` and ``result``, ``error`` or ``data``, and returns it changed (or changes it in place).
-        What it does to ``runid``, ``result``, ``error`` and ``data`` is stored, sent and shown.
+        ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
+        in place). What it does to ``runid`` and to these is stored, sent and shown.
     :returns: one for each item, in their order.
     """
     if not items:
@@ -171,6 +177,7 @@ def ingest_within(
                 )
             )
     made = store_deliveries(database, connection, rows)
+    _cancel_outdated(database, connection, stored)
     for event in stored:
         event.deliveries = made.get(event.id, 0)
     settle_watches(database, connection, stored, watches, endpoints, now)
@@ -213,6 +220,8 @@ def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:
         payload["result"] = copy.deepcopy(occurrence.result)
     if occurrence.type == JOB_FAILURE:
         payload["error"] = copy.deepcopy(dict(occurrence.error)) if occurrence.error is not None else None
+    if occurrence.progress is not None:
+        payload["progress"] = copy.deepcopy(occurrence.progress)
     if occurrence.data:
         payload["data"] = copy.deepcopy(dict(occurrence.data))
     edited = scrub(payload)
@@ -223,6 +232,7 @@ def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:
         runid=edited.get("runid"),
         result=edited.get("result"),
         error=edited.get("error"),
+        progress=edited.get("progress"),
         data=edited.get("data") or {},
     )
 
@@ -287,6 +297,45 @@ def _ended_runs(connection: Connection, items: Sequence[IngestItem]) -> set[str]
     return ended
 
 
+def _cancel_outdated(database: Database, connection: Connection, stored: Sequence[StoredEvent]) -> None:
+    """Cancel deliveries about runs under way whose ending is stored, and of progress where newer is stored.
+
+    One that a sender holds may arrive all the same; it is not tried again.
+    """
+    # Most jobs have one event.
+    new = [one.occurrence for one in stored if one.created and (one.occurrence.sequence or 0) > 1]
+    progressed = {one.job_id for one in new if one.type == JOB_PROGRESS}
+    ended = {f"{one.job_id}|{one.run}|" for one in new if one.type in TERMINAL_TYPES and one.scope == "job"}
+    jobs = sorted({one.job_id or "" for one in new if one.type in TERMINAL_TYPES | {JOB_PROGRESS}})
+    if not jobs:
+        return
+    query = (
+        select(Delivery.id, Event.id, Event.type, Event.job_id, Event.run_key)
+        .join(Event, Event.id == Delivery.event_id)
+        .where(
+            one_of(database, Event.job_id, "jobs"),
+            Event.type.in_(sorted(RUNNING_TYPES)),
+            Delivery.status.in_([PENDING, SENDING]),
+        )
+        .order_by(Delivery.id)  # as recording locks them
+        .with_for_update(of=Delivery)
+    )
+    latest = {event.id for event in stored}
+    outdated = []
+    for chunk in chunks_of(jobs):
+        for delivery_id, event_id, event_type, job_id, key in connection.execute(query, {"jobs": chunk}):
+            is_older = event_type == JOB_PROGRESS and job_id in progressed and event_id not in latest
+            run = (key or "").removeprefix(f"{job_id}|").partition("|")[0]
+            if is_older or f"{job_id}|{run}|" in ended:
+                outdated.append(delivery_id)
+    if outdated:
+        reached("newer stored")
+    for chunk in chunks_of(outdated):
+        connection.execute(update(Delivery).where(Delivery.id.in_(chunk)).values(canceled_now(database)))
+    if outdated:
+        reached("older canceled")
+
+
 def _number(database: Database, connection: Connection, events: Sequence[StoredEvent]) -> None:
     """Give each event its place among those of its job."""
     jobs = sorted({event.occurrence.job_id for event in events if event.occurrence.job_id is not None})
@@ -303,6 +352,23 @@ def _number(database: Database, connection: Connection, events: Sequence[StoredE
         if job_id is not None:
             counts[job_id] = counts.get(job_id, 0) + 1
             event.occurrence = replace(event.occurrence, sequence=counts[job_id])
+
+
+def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple[Any, datetime]]:
+    """Return the progress of each job that was stored last, and when it was seen."""
+    query = (
+        select(func.max(Event.id))
+        .where(one_of(database, Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
+        .group_by(Event.job_id)
+    )
+    found: dict[str, tuple[Any, datetime]] = {}
+    with database.read() as connection:
+        for chunk in chunks_of(job_ids):
+            newest = connection.execute(query, {"jobs": chunk}).scalars().all()
+            rows = select(Event.job_id, Event.payload, Event.occurred_at).where(Event.id.in_(newest))
+            for job_id, payload, at in connection.execute(rows) if newest else ():
+                found[job_id or ""] = (occurrence_from_json(payload).progress, at)
+    return found
 
 
 #: First key of the advisory locks of :func:`_lock_jobs`; any number that nobody else uses.
@@ -344,10 +410,6 @@ LOCK_CLASS = 0x7271_7769
 #: The second key is a 32-bit number: seconds since this one of the Unix time.
 LOCK_EPOCH_S = 1_500_000_000
 
-#: What is inside a cursor: ``1`` and the id of an event, as given out before there were positions; or ``2``,
-#: a position and an id.
-_CURSOR = re.compile(r"1(?P<old>\w+)|2(?P<position>\d{1,18})\.(?P<id>\w+)", re.ASCII)
-
 
 def first_position(database: Database, connection: Connection) -> tuple[datetime, int]:
     """Return the database's clock, and the position of the first event this transaction stores.
@@ -364,39 +426,6 @@ def first_position(database: Database, connection: Connection) -> tuple[datetime
         position = connection.execute(_LAST).scalar_one() + 1
     return now.astimezone(UTC), position
 
-
-def events_after(
-    database: Database,
-    *,
-    cursor: str | None = None,
-    runid: str | None = None,
-    event_type: str | None = None,
-    limit: int = 50,
-) -> Page[EventView]:
-    """Return the events after *cursor*, oldest first: the feed for clients that were down.
-
-    :param cursor: of the last answer; ``None`` for the beginning.
-    :returns: a page whose cursor continues where it ends, also when it is empty.
-    :raises CursorError: when *cursor* is malformed or from elsewhere.
-    """
-    wanted = ((Event.type, event_type), (Event.runid, runid))
-    query = select(*EVENT_COLUMNS, Event.payload, Event.position).where(
-        *(column == value for column, value in wanted if value is not None)
-    )
-    if cursor is not None:
-        position, event_id = _read(cursor)
-        after = tuple_(literal(position, BigInteger), literal(event_id, String))
-        query = query.where(tuple_(Event.position, Event.id) > after)
-    query = query.order_by(Event.position, Event.id).limit(bounded(limit))
-    with database.read() as connection:
-        if not database.is_sqlite:
-            query = query.where(Event.position < connection.execute(_HORIZON).scalar_one())
-        found = connection.execute(query).all()
-    items = tuple(EventView(**{name: row._mapping[name] for name in _FIELDS}) for row in found)
-    return Page(items, _cursor_of(found[-1].position, found[-1].id) if found else cursor)
-
-
-_FIELDS = [column.key for column in EVENT_COLUMNS] + ["payload"]
 
 _LAST = select(func.max(Event.position))
 
@@ -417,36 +446,3 @@ FROM (
     .columns(now=UTCDateTime, position=BigInteger, last=BigInteger)
     .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS))
 )
-
-# statement_timestamp() is earlier than the look at the locks: a transaction that takes its lock later gets
-# a later position.
-_HORIZON = (
-    text("""
-SELECT least(
-    greatest(CAST(extract(epoch FROM statement_timestamp()) * 1000000 AS bigint),
-             1 + (SELECT max(position) FROM rq_webhooks_event)),
-    (SELECT (:epoch + min(CAST(objid AS bigint))) * 1000000 FROM pg_locks
-     WHERE locktype = 'advisory' AND classid = CAST(:class AS oid) AND objsubid = 2
-       AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))
-) AS horizon
-""")
-    .columns(horizon=BigInteger)
-    .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS, BigInteger))
-)
-
-
-def _cursor_of(position: int, event_id: str) -> str:
-    return base64.urlsafe_b64encode(f"2{position}.{event_id}".encode()).decode().rstrip("=")
-
-
-def _read(cursor: str) -> tuple[int, str]:
-    try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-        match = _CURSOR.fullmatch(raw.decode("ascii"))
-    except (binascii.Error, ValueError):
-        match = None
-    if match is None:
-        raise CursorError("this cursor did not come from this list")
-    if match["old"] is not None:
-        return 0, match["old"]
-    return int(match["position"]), match["id"]

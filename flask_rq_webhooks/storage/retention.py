@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Connection, delete, exists, or_, select, t
 
 from ..protocol.payloads import occurrence_from_json, occurrence_to_json
 from .database import Database
-from .deliveries import BATCH, canceled_now, in_flight
+from .deliveries import BATCH, in_flight
 from .dispatchers import forget_dead
 from .models import (
     CANCELED,
@@ -38,6 +38,7 @@ from .models import (
     Watch,
     first_id_at,
 )
+from .subscriptions import canceled_now
 
 Progress = Callable[[int], None]
 
@@ -285,7 +286,12 @@ def _erase_events(database: Database, connection: Connection, event_ids: Sequenc
         select(Event.id, Event.payload).where(Event.id.in_(event_ids))
     ).all():
         skeleton = replace(
-            occurrence_from_json(payload), result=None, error=None, data={}, result_truncated=False
+            occurrence_from_json(payload),
+            result=None,
+            error=None,
+            data={},
+            progress=None,
+            result_truncated=False,
         )
         connection.execute(
             update(Event)

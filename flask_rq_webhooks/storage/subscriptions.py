@@ -16,19 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, select
 
-from ..protocol.events import CLOCK_SKEW, OPERATOR_TYPES, TERMINAL_TYPES, WEBHOOK_PING, Occurrence, parse_time
+from ..protocol.events import (
+    CLOCK_SKEW,
+    JOB_PROGRESS,
+    OPERATOR_TYPES,
+    WEBHOOK_PING,
+    Occurrence,
+    is_wanted,
+    parse_time,
+)
 from ..protocol.payloads import JSON, Rendered, as_rendered
+from .attempts import PROGRESS_ATTEMPTS
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
-from .models import CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
+from .models import CANCELED, CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
 
 if TYPE_CHECKING:
     from .events import StoredEvent
 
 logger = logging.getLogger(__name__)
-
-#: In the event list of an endpoint: every type there is, application types and optional ones included.
-EVERY_TYPE = "*"
 
 #: Ends the token of jobs that only standing endpoints get events of (``ATTACH="all"``).
 NO_ENDPOINT_SUFFIX = "_all"
@@ -50,13 +56,8 @@ class EndpointRow:
     created_at: datetime
 
     def wants(self, event_type: str) -> bool:
-        """Say whether the endpoint gets events of *event_type*.
-
-        Without a list: of every terminal type. With one: of what it names; ``"*"`` names everything.
-        """
-        if self.events is None:
-            return event_type in TERMINAL_TYPES
-        return event_type in self.events or EVERY_TYPE in self.events
+        """Say whether the endpoint gets events of *event_type*."""
+        return is_wanted(event_type, self.events)
 
 
 def is_endpoint(endpoint_id: str | None) -> bool:
@@ -115,11 +116,11 @@ def standing_endpoints(connection: Connection) -> list[EndpointRow]:
 
 def wanted_by_standing(connection: Connection, event_types: Iterable[str]) -> frozenset[str]:
     """Return those of *event_types* to which enabled standing endpoints subscribe by name or by ``"*"``."""
-    wanted: set[str] = set()
+    named: set[str] = set()
     query = select(Endpoint.events).where(Endpoint.kind == "standing", Endpoint.enabled)
     for events in connection.execute(query).scalars():
-        wanted |= set(json.loads(events or "[]"))
-    return frozenset(one for one in event_types if one in wanted or EVERY_TYPE in wanted)
+        named |= set(json.loads(events or "[]"))
+    return frozenset(one for one in event_types if is_wanted(one, named))
 
 
 def existing_endpoints(connection: Connection, ids: Iterable[str | None]) -> set[str]:
@@ -181,6 +182,7 @@ def delivery_values(
 ) -> dict[str, Any]:
     """Return the row of a new delivery, due at once."""
     body, content_type = as_rendered(made)
+    allowed = endpoint.max_attempts or max_attempts
     return {
         "id": new_id("dlv"),
         "event_id": event_id,
@@ -192,7 +194,7 @@ def delivery_values(
         "body": body,
         "content_type": None if content_type == JSON else content_type,
         "attempts": 0,
-        "max_attempts": endpoint.max_attempts or max_attempts,
+        "max_attempts": min(allowed, PROGRESS_ATTEMPTS) if event_type == JOB_PROGRESS else allowed,
         "next_attempt_at": now,
         "created_at": now,
     }
@@ -205,3 +207,8 @@ def store_deliveries(
     in_order = sorted(rows, key=lambda row: (row["event_id"], row["endpoint_id"]))
     new = insert_new(database, connection, Delivery, in_order)
     return Counter(row["event_id"] for row in in_order if row["id"] in new)
+
+
+def canceled_now(database: Database) -> dict[str, Any]:
+    """Return the values that cancel a delivery. The lease stays: its sender may still record the attempt."""
+    return {"status": CANCELED, "next_attempt_at": None, "finished_at": database.clock()}

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Executable, String, bindparam, func, or_, select, text, update
 
-from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES
+from ..protocol.events import OPTIONAL_TYPES, TERMINAL_TYPES, is_wanted
 from .bulk_insert import chunks_of, insert_into, insert_or_ignore, one_of
 from .database import Database
 from .models import CLOSED, OPEN, RESERVED, SETTLED, Endpoint, Event, UTCDateTime, Watch, new_id
-from .subscriptions import EVERY_TYPE, EndpointRow, existing_endpoints, is_endpoint, wanted_by_standing
+from .subscriptions import EndpointRow, existing_endpoints, is_endpoint, wanted_by_standing
 
 if TYPE_CHECKING:
     from .events import IngestItem, StoredEvent
@@ -131,12 +131,14 @@ class WatchUpdates:
 
 
 def probe_waiting(
-    database: Database, status: str, *, after: str, limit: int, standing_want: frozenset[str] = frozenset()
-) -> list[WatchProbe]:
+    database: Database, status: str, *, after: str, limit: int,
+    standing_want: frozenset[str] = frozenset(), wanting: str | None = None,
+) -> list[WatchProbe]:  # fmt: skip
     """Return one page of the watches with *status* (``open`` or ``reserved``), by id.
 
     :param after: id of the last one of the page before; empty for the first page.
     :param standing_want: optional types that standing endpoints subscribe to.
+    :param wanting: only those for which somebody names this optional type.
     """
     query = (
         select(
@@ -148,6 +150,8 @@ def probe_waiting(
         .order_by(Watch.id)
         .limit(limit)
     )  # fmt: skip
+    if wanting is not None and wanting not in standing_want:
+        query = query.where(Endpoint.events.contains(f'"{wanting}"'))
     with database.read() as connection:
         return [
             WatchProbe(id_, job_id, run, missing, bool(full), standing_want | _optional_types(events))
@@ -158,7 +162,7 @@ def probe_waiting(
 @lru_cache(maxsize=256)
 def _optional_types(events: str | None) -> frozenset[str]:
     named = frozenset(json.loads(events or "[]"))
-    return OPTIONAL_TYPES if EVERY_TYPE in named else OPTIONAL_TYPES & named
+    return frozenset(one for one in OPTIONAL_TYPES if is_wanted(one, named))
 
 
 def probe_settled(database: Database, *, kept: bool, after: str, limit: int) -> list[SettledProbe]:
@@ -375,9 +379,7 @@ def settle_watches(
             }  # fmt: skip
     if settled:
         statement = _SETTLE_SQLITE if database.is_sqlite else _SETTLE_POSTGRESQL
-        rows = [
-            {"id": watch_id, "run": run, "outcome": outcome} for watch_id, (run, outcome) in settled.items()
-        ]
+        rows = [{"id": key, "run": run, "outcome": outcome} for key, (run, outcome) in settled.items()]
         connection.execute(statement, {"settled": json.dumps(rows), "now": now})
     for chunk in chunks_of([missing[key] for key in sorted(missing)]):
         connection.execute(insert_or_ignore(database, Watch), chunk)
@@ -463,7 +465,9 @@ def park_reports(database: Database, reports: Sequence[ParkedReport], *, now: da
             connection, {report.endpoint_id for report in reports if is_endpoint(report.endpoint_id)}
         )
         # In one order everywhere, so that two dispatchers never wait in a circle.
-        for report in sorted(reports, key=_order):
+        for report in sorted(
+            reports, key=lambda r: (r.job_id, is_endpoint(r.endpoint_id), str(r.endpoint_id))
+        ):
             bound = is_endpoint(report.endpoint_id)
             if bound and report.endpoint_id not in existing:
                 logger.warning(
@@ -489,10 +493,6 @@ def park_reports(database: Database, reports: Sequence[ParkedReport], *, now: da
                     index_elements=["job_id", "endpoint_id"] if bound else ["id"], set_=changes
                 )
             )
-
-
-def _order(report: ParkedReport) -> tuple[str, str]:
-    return report.job_id, (report.endpoint_id or "") if is_endpoint(report.endpoint_id) else ""
 
 
 def unbound_watch_id(job_id: str) -> str:

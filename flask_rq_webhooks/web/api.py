@@ -20,8 +20,7 @@ from ..state import State
 from ..storage import queries
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.endpoints import ROTATION_GRACE_S
-from ..storage.events import events_after
-from ..storage.queries import EndpointView, EventView, Page
+from ..storage.queries import EndpointView, EventView, Page, events_after
 from ..storage.statistics import statistics
 from . import api_schemas as inputs
 from . import api_schemas as schemas

@@ -24,10 +24,9 @@ from ..accept.request_schema import (
     timeout_range,
 )
 from ..config import Settings
-from ..protocol.events import JOB_TYPES, OPERATOR_TYPES, is_application_type
+from ..protocol.events import EVERY_TYPE, JOB_TYPES, OPERATOR_TYPES, is_application_type
 from ..protocol.urls import UrlPolicy, redact_url
 from ..storage.models import CANCELED, EXHAUSTED, PENDING, SENDING, SUCCEEDED
-from ..storage.subscriptions import EVERY_TYPE
 
 #: Error codes as clients see them: not whether a name exists or an address is private.
 _COARSE = {"blocked": "unreachable", "dns": "unreachable", "connect": "unreachable"}

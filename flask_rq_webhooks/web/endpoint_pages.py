@@ -7,13 +7,12 @@ from typing import Any
 from flask import Blueprint, abort, request
 from werkzeug.datastructures import MultiDict
 
-from ..protocol.events import OPERATOR_TYPES, OPTIONAL_TYPES, TERMINAL_TYPES
+from ..protocol.events import EVERY_TYPE, OPERATOR_TYPES, OPTIONAL_TYPES, TERMINAL_TYPES
 from ..state import State
 from ..storage import queries
 from ..storage.endpoints import ROTATION_GRACE_S
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView
-from ..storage.subscriptions import EVERY_TYPE
 from . import operations
 from .api_schemas import RotateInput
 from .forms import endpoint_values, read_filter

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from redis.exceptions import RedisError
 
 from ..errors import ConfigurationError
-from ..queue.outbox import age_of_oldest
+from ..queue.outbox import age_of_oldest, missing_reports
 from ..state import State
 from ..storage.dispatchers import dispatcher_alive, paused_since
 from ..storage.statistics import COUNT_CAP, Statistics, statistics
@@ -99,10 +99,7 @@ def everywhere(state: State) -> list[Alarm]:
             severe=True,
         )
     if silent:
-        alarm(
-            f"{number(silent)} jobs finished within an hour and no callback reported it.",
-            "Their workers cannot write our Redis key: allow them ~rq_webhooks:* (ACL).",
-        )
+        alarm(*missing_reports(state.outbox, silent))
     if rejected:
         alarm(
             f"{number(rejected)} outbox entries were set aside because they are malformed.",

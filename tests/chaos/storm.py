@@ -72,6 +72,8 @@ KINDS: dict[str, tuple[int, dict[str, Any], str]] = {
 HELD = 2
 #: Jobs that may wait in RQ before clients wait.
 BACKLOG = 30
+#: Jobs accepted for each hit; clients wait for the killer where a fast machine would outrun it.
+JOBS_PER_HIT = 6
 #: Seconds of calm after which what was not reported is lost, and seconds that nothing more may happen in.
 PATIENCE_S = 150
 QUIET_S = 2 * INTERVAL_S + 14
@@ -187,10 +189,11 @@ class Clients:
                     wait_until(self._field.web_answers, timeout=60)
 
     def _wait_for_room(self) -> None:
-        """Wait while RQ has enough to do, or is away."""
+        """Wait while RQ has enough to do or is away, and while hits lag behind the jobs."""
         for _ in range(600):
             with suppress(redis.RedisError):
-                if self._field.redis.llen("rq:queue:default") < BACKLOG:
+                has_room = self._field.redis.llen("rq:queue:default") < BACKLOG
+                if has_room and self.accepted < JOBS_PER_HIT * (self._field.kills.total() + 1):
                     return
             time.sleep(0.1)
 
@@ -221,7 +224,7 @@ class Killer(threading.Thread):
     def run(self) -> None:
         try:
             self._stop_dispatcher(LEASE_S + 3)
-            while not self.stopping.wait(self.random.uniform(0.4, 2.4)):
+            while not self.stopping.wait(self.random.uniform(0.1, 1.3)):
                 part = self.random.choices(self._parts, [self.VICTIMS[part] for part in self._parts])[0]
                 try:
                     self._hit(part)

@@ -71,6 +71,8 @@ def words(said: Sequence[str]) -> str:
 
 #: Faults, in the order of the tables' columns.
 FAULTS = ("lost", "untruthful", "doubled", "early", "altered")
+#: Hits after which every process lives on.
+NO_KILLS = ("receiver answers 503", "receiver resets", "dispatcher stopped", "time passes")
 
 
 def kills(lines: Sequence[dict[str, Any]]) -> str:
@@ -89,7 +91,7 @@ def storms(lines: Sequence[dict[str, Any]]) -> str:
     lines = sorted(lines, key=lambda line: (line["profile"], line["seed"]))
     rows = [
         (
-            line["profile"], str(line["seed"]), f"{line['accepted']:,}", f"{sum(line['kills'].values()):,}",
+            line["profile"], str(line["seed"]), f"{line['accepted']:,}", f"{killed_in(line['kills']):,}",
             f"{line['by_source'].get('reconciled', 0):,}", str(line["corrections"]),
             *(str(line["faults"].get(kind, 0)) for kind in FAULTS), repeats(line),
         )
@@ -102,13 +104,18 @@ def storms(lines: Sequence[dict[str, Any]]) -> str:
     )
     falsified = min(line["falsified"] for line in lines)
     return (
-        f"{sum(line['accepted'] for line in lines):,} accepted jobs, {sum(killed.values()):,} kills.\n\n"
+        f"{sum(line['accepted'] for line in lines):,} accepted jobs, {sum(line['runs'] for line in lines):,} "
+        f"runs, {killed_in(killed):,} kills and {killed.total() - killed_in(killed):,} other hits.\n\n"
         + table(headers, rows)
         + f"\n*Hit*: {counted(killed)}.\n"
         + f"\n*Jobs*: {counted(kinds)}.\n"
         + f"\n*Reported*: {reported(events)}.\n"
         + f"\nAt least {falsified} falsifications were put into each finished storm; each was counted.\n"
     )
+
+
+def killed_in(hits: Mapping[str, int]) -> int:
+    return sum(count for part, count in hits.items() if part not in NO_KILLS)
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -490,8 +490,9 @@ BROKEN: dict[Callable[[Setup], None], str] = {
     "403; register one with @webhooks.authorize.",
     authorized_later: "FAIL permission function: it is `async def`, which is not awaited, so every request "
     "is answered 403; make it a plain `def` that returns True or False.",
-    silent_callbacks: "FAIL outbox: 3 jobs finished within an hour and no callback reported it, so their "
-    "workers cannot write our key; give their Redis user `~rq_webhooks:*` (ACL SETUSER), and see their logs.",
+    silent_callbacks: "FAIL outbox: 3 jobs finished within an hour without a callback report in the outbox: "
+    "it was not written, or was lost with Redis. See the workers' logs: a callback that could not append "
+    "says why there.",
     queue_elsewhere: "FAIL queue database: this app has queues in {elsewhere}, but we use {redis}: jobs "
     "there run without webhooks; correct RQ_WEBHOOKS_REDIS_URL.",
     jobs_were_refused: "FAIL queue database: this app has queues in redis://other:6379/0, but we use "

@@ -179,9 +179,34 @@ def test_workers_that_cannot_write_our_key_are_noticed(
                 confirm(state.database, endpoint_id, existing=[job_id], unseen=[], reserved_job_id=None)
             receiver.wait_for(3)
             wait_until(lambda: "~rq_webhooks:*" in caplog.text)
+            assert "Redis refuses its user 'worker' the key" in caplog.text
         assert state.outbox.silent_callbacks() == 3
         assert any("~rq_webhooks:*" in alarm.advice for alarm in everywhere(state))
         worker.close()
+
+
+@pytest.mark.parametrize("report", ["is unread", "is missing"])
+def test_reports_that_are_unread_are_not_missing_and_missing_ones_are_no_fault_of_the_acl(
+    database_url: str, redis_url: str, receiver: Receiver, caplog: pytest.LogCaptureFixture, report: str
+) -> None:
+    with open_state(database_url, redis_url, reconcile_interval=0.3) as state:
+        endpoint_id = add_endpoint(state, receiver.url)
+        state.outbox.read("dispatcher-that-dies", 1, 0)
+        for number in range(3):
+            enqueue(state, endpoint_id, "tests.jobs.add", number, 1)
+        if report == "is unread":
+            assert len(state.outbox.read("dispatcher-that-dies", 10, 0)) == 3
+        else:
+            state.redis.xtrim(state.outbox.key, 0)
+        with running(state):
+            receiver.wait_for(3)
+            assert {got.json["source"] for got in receiver.received} == {"reconciled"}
+            time.sleep(1)
+        silent = 3 if report == "is missing" else 0
+        assert state.outbox.silent_callbacks() == silent
+        assert ("without a callback report in the outbox: it was not written" in caplog.text) == bool(silent)
+        assert "ACL" not in caplog.text
+        assert "NOPERM" not in caplog.text
 
 
 @contextmanager

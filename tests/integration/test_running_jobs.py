@@ -119,6 +119,7 @@ def test_real_worker_is_seen_while_the_job_runs(state: State, redis_url: str, re
     try:
         wait_until(lambda: state.redis.hget(f"rq:job:{job_id}", "status") == b"started")
         reconcile_now(state)
+        Dispatcher(state).run(burst=True)  # what waits at the end is not sent any more
         worker.wait(60)
     finally:
         worker.kill()

@@ -46,6 +46,8 @@ DEFAULTS: dict[str, Any] = {
     "timestamp_header": None,
     "signing_keys": (),
     "payload_retention_hours": None,
+    "progress_interval": None,
+    "progress_meta_key": "progress",
     "user_agent": f"flask-rq-webhooks/{__version__}",
     "concurrency": 64,
     "concurrency_per_host": 8,

@@ -15,6 +15,7 @@ from flask_rq_webhooks.observe.conclusions import (
     conclude,
     counts,
     is_blocked,
+    lacks_report,
     outcome_of_loss,
 )
 from flask_rq_webhooks.observe.job_trees import blocked_jobs, verdict_on
@@ -646,6 +647,24 @@ def test_conclusion(
     conclusion = conclude(watching, job, [], now=NOW, outbox=outbox)
 
     assert (conclusion.action, [outcome.type for outcome in conclusion.outcomes]) == (action, types)
+
+
+@pytest.mark.parametrize(
+    ("read", "type_", "missing"),
+    [
+        (ago(1), "job.success", True),
+        (ago(3), "job.success", False),
+        (None, "job.success", False),
+        (ago(1), "job.failure", False),
+    ],
+    ids=["read past it", "not read so far", "nobody asked", "of which there may be none"],
+)
+def test_success_lacks_its_report_where_the_outbox_is_read_past_it(
+    read: datetime | None, type_: str, missing: bool
+) -> None:
+    outcome = Outcome(type=type_, run=format_time(ago(5)), ended_at=ago(2))
+    outbox = OutboxRead(until=NOW, absent_since=NOW, complete_until=read)
+    assert lacks_report(outcome, outbox) is missing
 
 
 def test_settled_run_that_others_reported_is_caught_up_with() -> None:
