@@ -14,7 +14,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, cast
 
@@ -59,6 +59,8 @@ REGISTERED_HEADER, JOB_ID_HEADER, MAX_JOB_IDS = "Webhook-Registered", "Webhook-J
 #: Seconds that the confirmation waits for another SQLite writer, who may be the host itself, in a
 #: transaction that ends only after we answer. The outbox takes the confirmation then.
 CONFIRM_BUSY_TIMEOUT_S = 0.05
+#: Seconds between two attempts at a confirmation that neither SQL nor Redis took, and for which it is tried.
+CONFIRM_AGAIN_EVERY_S, CONFIRM_AGAIN_FOR_S = 0.5, 600.0
 #: Seconds between two looks for a living dispatcher, and between two warnings that no dispatcher runs.
 LOOK_EVERY_S, WARN_EVERY_S = 60.0, 300.0
 
@@ -419,7 +421,23 @@ def _confirm_later(
     try:
         state.outbox.append(confirm_entry(endpoint_id, job_ids, seal=seal))
     except RedisError as exc:
-        logger.error("Jobs %r could not be confirmed, reconcile will find them: %s", job_ids, exc)
+        logger.error("Jobs %r cannot be confirmed, trying again: SQL and Redis are away: %s", job_ids, exc)
+    else:
+        return
+
+    def try_again() -> None:
+        until = time.monotonic() + CONFIRM_AGAIN_FOR_S
+        seen: dict[str, Any] = {"existing": existing, "unseen": unseen, "runs": runs}
+        while time.monotonic() < until:
+            time.sleep(CONFIRM_AGAIN_EVERY_S)
+            with suppress(StorageUnavailableError, SQLAlchemyError):
+                return endpoints.confirm(state.database, endpoint_id, reserved_job_id=None, **seen)
+            with suppress(RedisError):
+                return state.outbox.append(confirm_entry(endpoint_id, job_ids, seal=seal))
+
+    # The view has run and the answer promises a report. A request cannot wait: what keeps SQLite busy may be
+    # the host's own transaction, which ends with the request.
+    threading.Thread(target=try_again, name="rq-webhooks-confirm", daemon=True).start()
 
 
 def _began(job: Job) -> datetime | None:
