@@ -234,7 +234,7 @@ def register(
             runid=runid_text(runid),
             timeout_s=wanted.timeout_s,
             max_attempts=wanted.max_attempts,
-            tenant=current_tenant(state),
+            tenant=None if state.hooks.tenant_function is None else current_tenant(state),
         ),
         namespace=state.namespace,
         reserved_job_id=reserved_job_id,

@@ -373,7 +373,7 @@ def rotate_secret(
 def enable_standing(database: Database, endpoint_id: str, *, tenant: str | None = None) -> bool:
     """Let a standing endpoint get deliveries again, with a clean record.
 
-    What happened meanwhile is delivered by :func:`~.bulk.recover_part`.
+    What happened meanwhile is delivered by :func:`~.deliveries.recover_part`.
 
     :returns: whether there is such an endpoint.
     """
