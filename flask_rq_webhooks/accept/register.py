@@ -23,6 +23,7 @@ from flask import (
     Response,
     after_this_request,
     current_app,
+    g,
     has_app_context,
     has_request_context,
     request,
@@ -32,7 +33,7 @@ from rq import Queue
 from rq.job import Job
 
 from .._steps import reached
-from ..errors import InvalidWebhookError, StorageUnavailableError
+from ..errors import InvalidWebhookError, RQWebhooksError, StorageUnavailableError
 from ..protocol.events import format_time, parse_time, run_of
 from ..queue.job_callbacks import (
     Attachment,
@@ -59,6 +60,8 @@ REGISTERED_HEADER, JOB_ID_HEADER, MAX_JOB_IDS = "Webhook-Registered", "Webhook-J
 #: Seconds that the confirmation waits for another SQLite writer, who may be the host itself, in a
 #: transaction that ends only after we answer. The outbox takes the confirmation then.
 CONFIRM_BUSY_TIMEOUT_S = 0.05
+#: Where an app context keeps its jobs that only standing endpoints get events of, and how many.
+_CREATED, MAX_CREATED = "_rq_webhooks_created", 100
 #: Seconds between two looks for a living dispatcher, and between two warnings that no dispatcher runs.
 LOOK_EVERY_S, WARN_EVERY_S = 60.0, 300.0
 
@@ -349,7 +352,30 @@ def attachment_for_current_app() -> Attachment | None:
         endpoint_id=None,
         token=make_token(f"ep{state.namespace}_all", state.settings.outbox_maxlen),
         same_database=same_database(state),
+        on_created=_note_created,
     )
+
+
+def _note_created(job: Job) -> None:
+    created = g.setdefault(_CREATED, [])
+    created.append(job)
+    if len(created) >= MAX_CREATED:
+        watch_created()
+    elif not has_request_context():  # such an app context may last for days
+        _watch_later([job], [])
+
+
+def watch_created(_error: BaseException | None = None) -> None:
+    """Let ingest watch the jobs of this app context that only standing endpoints get events of."""
+    if jobs := g.pop(_CREATED, None):
+        _watch_later(jobs, [job.id for job in jobs if was_handed_over(job)])
+
+
+def _watch_later(jobs: Sequence[Job], seen: Sequence[str]) -> None:
+    runs = {job.id: run_of(job.enqueued_at, job.created_at) for job in jobs}
+    state = get_state()
+    unseen = [job_id for job_id in runs if job_id not in seen]
+    _confirm_later(state, f"ep{state.namespace}_all", seen, unseen, runs)
 
 
 def runid_text(runid: Any) -> str | None:
@@ -415,10 +441,10 @@ def _confirm_later(
         return  # reconcile closes the reserved watch
     # What this process saw is the only proof that a job existed which is gone when the entry is read.
     known = {job_id: runs.get(job_id) for job_id in job_ids}
-    seal = state.cipher.encrypt(json.dumps([endpoint_id, known, list(unseen)]))
     try:
+        seal = state.cipher.encrypt(json.dumps([endpoint_id, known, list(unseen)]))
         state.outbox.append(confirm_entry(endpoint_id, job_ids, seal=seal))
-    except RedisError as exc:
+    except (RedisError, RQWebhooksError) as exc:
         logger.error("Jobs %r could not be confirmed, reconcile will find them: %s", job_ids, exc)
 
 

@@ -10,16 +10,16 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, String, bindparam, select, text, update
 
-from ..protocol.events import TERMINAL_TYPES
+from ..protocol.events import TERMINAL_TYPES, parse_time
 from .bulk_insert import chunks_of, insert_into, insert_or_ignore, one_of
 from .database import Database
-from .models import CLOSED, OPEN, SETTLED, UTCDateTime, Watch, new_id
+from .models import CLOSED, OPEN, RESERVED, SETTLED, UTCDateTime, Watch, new_id
 from .subscriptions import EndpointRow, existing_endpoints, is_endpoint
 
 if TYPE_CHECKING:
@@ -197,6 +197,39 @@ def park_reports(database: Database, reports: Sequence[ParkedReport], *, now: da
                     index_elements=["job_id", "endpoint_id"] if bound else ["id"], set_=changes
                 )
             )
+
+
+def watch_for_standing(
+    database: Database, existing: Sequence[str], unseen: Sequence[str], runs: Mapping[str, str | None]
+) -> None:
+    """Watch jobs that only standing endpoints get events of. May be repeated; no watch goes backwards.
+
+    :param existing: ids of jobs that RQ took.
+    :param unseen: ids of jobs that were created; reconcile finds out about them.
+    :param runs: the run of each job, or when it was created.
+    """
+    now = datetime.now(UTC)
+    rows = [
+        {"id": unbound_watch_id(job_id), "endpoint_id": None, "job_id": job_id, "status": status,
+         "run": runs.get(job_id) if status == OPEN else None, "missing_passes": 0,
+         "created_at": _began(runs.get(job_id), now), "confirmed_at": now if status == OPEN else None,
+         "settled_at": None}
+        for status, job_ids in ((OPEN, existing), (RESERVED, unseen))
+        for job_id in job_ids
+    ]  # fmt: skip
+    if not rows:
+        return
+    statement = insert_into(database, Watch)
+    again = {name: statement.excluded[name] for name in rows[0] if name not in ("id", "job_id")}
+    upsert = statement.on_conflict_do_update(
+        index_elements=["id"], set_=again, where=Watch.status.in_([RESERVED, CLOSED])
+    )
+    with database.write() as connection:
+        connection.execute(upsert, sorted(rows, key=lambda row: str(row["id"])))
+
+
+def _began(run: str | None, now: datetime) -> datetime:
+    return now if run is None else min(now, parse_time(run.removeprefix("created:")))
 
 
 def _order(report: ParkedReport) -> tuple[str, str]:
