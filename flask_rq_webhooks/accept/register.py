@@ -14,7 +14,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, cast
 
@@ -22,9 +22,6 @@ from flask import (
     Request,
     Response,
     after_this_request,
-    current_app,
-    g,
-    has_app_context,
     has_request_context,
     request,
 )
@@ -33,7 +30,7 @@ from rq import Queue
 from rq.job import Job
 
 from .._steps import reached
-from ..errors import InvalidWebhookError, RQWebhooksError, StorageUnavailableError
+from ..errors import InvalidWebhookError, StorageUnavailableError
 from ..protocol.events import format_time, parse_time, run_of
 from ..queue.job_callbacks import (
     Attachment,
@@ -46,10 +43,11 @@ from ..queue.job_callbacks import (
     was_handed_over,
 )
 from ..queue.outbox_entry import confirm_entry
-from ..state import EXTENSION_NAME, State, get_state
+from ..state import State
 from ..storage import endpoints
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.sql_errors import SQLAlchemyError
+from ..storage.subscriptions import is_endpoint
 from .request_fields import FIELDS, URL, take_fields
 from .request_schema import WebhookRequest, load_webhook
 
@@ -60,8 +58,8 @@ REGISTERED_HEADER, JOB_ID_HEADER, MAX_JOB_IDS = "Webhook-Registered", "Webhook-J
 #: Seconds that the confirmation waits for another SQLite writer, who may be the host itself, in a
 #: transaction that ends only after we answer. The outbox takes the confirmation then.
 CONFIRM_BUSY_TIMEOUT_S = 0.05
-#: Where an app context keeps its jobs that only standing endpoints get events of, and how many.
-_CREATED, MAX_CREATED = "_rq_webhooks_created", 100
+#: Seconds between two attempts at a confirmation that neither SQL nor Redis took, and for which it is tried.
+CONFIRM_AGAIN_EVERY_S, CONFIRM_AGAIN_FOR_S = 0.5, 600.0
 #: Seconds between two looks for a living dispatcher, and between two warnings that no dispatcher runs.
 LOOK_EVERY_S, WARN_EVERY_S = 60.0, 300.0
 
@@ -341,43 +339,6 @@ def _watch_for_request(state: State, job: Job, asked: Asked | None) -> str | Non
     return attachment.endpoint_id
 
 
-def attachment_for_current_app() -> Attachment | None:
-    """Return what every job of an app with ``RQ_WEBHOOKS_ATTACH="all"`` is attached to: no endpoint."""
-    if not has_app_context() or EXTENSION_NAME not in current_app.extensions:
-        return None
-    state = get_state()
-    if state.settings.attach != "all" or not state.settings.enabled:
-        return None
-    return Attachment(
-        endpoint_id=None,
-        token=make_token(f"ep{state.namespace}_all", state.settings.outbox_maxlen),
-        same_database=same_database(state),
-        on_created=_note_created,
-    )
-
-
-def _note_created(job: Job) -> None:
-    created = g.setdefault(_CREATED, [])
-    created.append(job)
-    if len(created) >= MAX_CREATED:
-        watch_created()
-    elif not has_request_context():  # such an app context may last for days
-        _watch_later([job], [])
-
-
-def watch_created(_error: BaseException | None = None) -> None:
-    """Let ingest watch the jobs of this app context that only standing endpoints get events of."""
-    if jobs := g.pop(_CREATED, None):
-        _watch_later(jobs, [job.id for job in jobs if was_handed_over(job)])
-
-
-def _watch_later(jobs: Sequence[Job], seen: Sequence[str]) -> None:
-    runs = {job.id: run_of(job.enqueued_at, job.created_at) for job in jobs}
-    state = get_state()
-    unseen = [job_id for job_id in runs if job_id not in seen]
-    _confirm_later(state, f"ep{state.namespace}_all", seen, unseen, runs)
-
-
 def runid_text(runid: Any) -> str | None:
     """Return what the host calls a run as text that every database can hold."""
     return None if runid is None else str(runid).replace("\0", "\ufffd")
@@ -429,23 +390,46 @@ def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[
         )
     except (StorageUnavailableError, SQLAlchemyError) as exc:
         logger.info("Jobs %r are confirmed through the outbox: %s", job_ids, exc)
-        _confirm_later(state, attachment.endpoint_id, existing, on_their_way, runs)
+        confirm_later(state, attachment.endpoint_id, existing, on_their_way, runs)
     return [job_id for job_id in job_ids if job_id in existing or job_id in on_their_way]
 
 
-def _confirm_later(
+def confirm_later(
     state: State, endpoint_id: str, existing: Sequence[str], unseen: Sequence[str], runs: Mapping[str, str]
 ) -> None:
+    """Let ingest confirm jobs, by an entry in the outbox.
+
+    :param endpoint_id: or ``ep<namespace>_all``: the jobs are watched for standing endpoints only.
+    :param existing: ids of jobs that RQ took.
+    :param unseen: ids of jobs that were made.
+    """
     job_ids = [*existing, *unseen]
     if not job_ids:
         return  # reconcile closes the reserved watch
     # What this process saw is the only proof that a job existed which is gone when the entry is read.
     known = {job_id: runs.get(job_id) for job_id in job_ids}
+    seal = state.cipher.encrypt(json.dumps([endpoint_id, known, list(unseen)]))
     try:
-        seal = state.cipher.encrypt(json.dumps([endpoint_id, known, list(unseen)]))
         state.outbox.append(confirm_entry(endpoint_id, job_ids, seal=seal))
-    except (RedisError, RQWebhooksError) as exc:
-        logger.error("Jobs %r could not be confirmed, reconcile will find them: %s", job_ids, exc)
+    except RedisError as exc:
+        logger.error("Jobs %r cannot be confirmed, trying again: SQL and Redis are away: %s", job_ids, exc)
+    else:
+        return
+
+    def try_again() -> None:
+        until = time.monotonic() + CONFIRM_AGAIN_FOR_S
+        seen: dict[str, Any] = {"existing": existing, "unseen": unseen, "runs": runs}
+        while time.monotonic() < until:
+            time.sleep(CONFIRM_AGAIN_EVERY_S)
+            with suppress(RedisError):
+                return state.outbox.append(confirm_entry(endpoint_id, job_ids, seal=seal))
+            if is_endpoint(endpoint_id):
+                with suppress(StorageUnavailableError, SQLAlchemyError):
+                    return endpoints.confirm(state.database, endpoint_id, reserved_job_id=None, **seen)
+
+    # The view has run and the answer promises a report. A request cannot wait: what keeps SQLite busy may be
+    # the host's own transaction, which ends with the request.
+    threading.Thread(target=try_again, name="rq-webhooks-confirm", daemon=True).start()
 
 
 def _began(job: Job) -> datetime | None:

@@ -20,12 +20,14 @@ from flask_wtf import CSRFProtect
 from sqlalchemy.pool import QueuePool
 
 from flask_rq_webhooks import ConfigurationError, Queue
+from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.queue.job_callbacks import current_attachment
+from flask_rq_webhooks.storage import endpoints
 from flask_rq_webhooks.storage.dispatchers import heartbeat
 from flask_rq_webhooks.testing import deliver_all
 from tests.acceptance import tasks
 from tests.integration.hosts import FIELDS, URL, Host
-from tests.servers import valkey_server
+from tests.servers import valkey_server, wait_until
 
 MODULE = "flask_rq_webhooks.accept.register"
 
@@ -647,6 +649,41 @@ def test_redis_gone_after_enqueuing_keeps_the_promise(
     assert response.headers["Webhook-Job-Id"] == job_id
     assert watches == [(job_id, "open")]
     assert "cannot say whether" in caplog.text
+    assert [(webhook.json["event"], webhook.json["job_id"]) for webhook in delivered] == [
+        ("job.lost", job_id)
+    ]
+
+
+def test_redis_and_sql_gone_after_enqueuing_keep_the_promise(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither takes the confirmation until both are back; by then the job is gone, which is reported."""
+    confirm = endpoints.confirm
+    with valkey_server() as server:
+        host = Host(database_url, server.url)
+
+        def fail(*_arguments: Any, **_options: Any) -> None:
+            raise StorageUnavailableError("busy")
+
+        def build() -> Any:
+            job_id = host.enqueue()
+            server.stop()
+            monkeypatch.setattr(endpoints, "confirm", fail)
+            return {"job_id": job_id}
+
+        host.route(build)
+        response = host.post()
+        job_id = response.get_json()["job_id"]
+        assert host.watches() == [(job_id, "reserved")]
+        monkeypatch.setattr(endpoints, "confirm", confirm)
+        wait_until(lambda: host.watches() == [(job_id, "open")], timeout=10)
+        server.start()
+        delivered: list[Any] = []
+        for _ in range(4):
+            delivered += deliver_all(host.app)
+        host.close()
+
+    assert response.headers["Webhook-Registered"] == "true"
     assert [(webhook.json["event"], webhook.json["job_id"]) for webhook in delivered] == [
         ("job.lost", job_id)
     ]
