@@ -117,7 +117,8 @@ class RQWebhooks:
         app.register_error_handler(InvalidWebhookError, decorator.answer_invalid)
         app.register_error_handler(StorageUnavailableError, decorator.answer_unavailable)
         if settings.attach == "all":
-            job_callbacks.set_default_attachment(register.attachment_for_current_app)
+            job_callbacks.set_default_attachment(decorator.attachment_for_current_app)
+            app.teardown_appcontext(decorator.watch_created)
         if self._instrument_rq:
             job_callbacks.instrument()
 

@@ -19,7 +19,7 @@ from .._steps import reached
 from ..errors import DecryptionError
 from ..protocol.events import JOB_LOST, TERMINAL_TYPES, Occurrence
 from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
-from ..storage.endpoints import confirm
+from ..storage.endpoints import confirm, watch_for_standing
 from ..storage.events import IngestItem
 from ..storage.sql_errors import is_about_a_row
 from ..storage.subscriptions import is_endpoint
@@ -311,6 +311,10 @@ class Ingest:
         else:
             runs, unseen = sealed
             existing = [job_id for job_id in entry.jobs if job_id not in unseen]
+        if not is_endpoint(entry.endpoint):
+            watch_for_standing(self._state.database, existing, unseen, runs)
+            self._finish([waiting])
+            return
         confirm(
             self._state.database,
             entry.endpoint,
