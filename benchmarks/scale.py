@@ -10,8 +10,7 @@ from itertools import pairwise
 import psutil
 from sqlalchemy import func, select
 
-from flask_rq_webhooks.protocol.retry import Decision
-from flask_rq_webhooks.storage.attempts import AttemptRecord, record_attempts
+from flask_rq_webhooks.storage.attempts import AttemptRecord, Decision, record_attempts
 from flask_rq_webhooks.storage.claims import ClaimedDelivery, claim_due
 from flask_rq_webhooks.storage.models import Attempt, Delivery, new_id
 

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flask_rq_webhooks.dispatch.host_limits import RateLimiter
 from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, open_transport
-from flask_rq_webhooks.dispatch.rate_limit import RateLimiter
 from flask_rq_webhooks.dispatch.recorder import judge
 from flask_rq_webhooks.dispatch.request_builder import build_request
 from flask_rq_webhooks.observe.ingest import Ingest

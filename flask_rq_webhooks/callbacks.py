@@ -212,7 +212,7 @@ def _call_of(kind: str, job: Job, outcome: tuple[Any, ...]) -> tuple[Any, Any]:
 
 
 def _error(outcome: tuple[Any, ...]) -> dict[str, str]:
-    from .protocol.worker_errors import error_texts
+    from .protocol.job_errors import error_texts
 
     return error_texts(*outcome)
 

@@ -25,7 +25,7 @@ from .queue import job_callbacks
 from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, get_state
 from .storage.events import IngestItem
 from .storage.models import copy_tables
-from .web import api, endpoint_pages, host_pages, pages
+from .web import api, endpoint_pages, job_status, pages
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -104,7 +104,7 @@ class RQWebhooks:
             copy_tables(db.metadatas, settings.bind_key)
         app.extensions[EXTENSION_NAME] = state
         blueprint = api.create_blueprint(state)
-        host_pages.add_to(blueprint)
+        job_status.add_to(blueprint)
         if settings.dashboard:
             pages.add_pages(blueprint, state)
             endpoint_pages.add_pages(blueprint, state)
@@ -116,7 +116,8 @@ class RQWebhooks:
         app.register_error_handler(InvalidWebhookError, decorator.answer_invalid)
         app.register_error_handler(StorageUnavailableError, decorator.answer_unavailable)
         if settings.attach == "all":
-            job_callbacks.set_default_attachment(register.attachment_for_current_app)
+            job_callbacks.set_default_attachment(decorator.attachment_for_current_app)
+            app.teardown_appcontext(decorator.watch_created)
         if self._instrument_rq:
             job_callbacks.instrument()
 

@@ -94,7 +94,7 @@ class VerifiedWebhook:
     def json(self) -> Any:
         """Return the body as JSON.
 
-        :raises ValueError: when it is none; a signature says who sent the bytes, not what they are.
+        :raises ValueError: when it is not JSON; a signature says who sent the bytes, not what they are.
         """
         return json.loads(self.body)
 

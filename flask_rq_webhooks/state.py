@@ -18,11 +18,11 @@ from redis import Redis
 from .config import Settings
 from .errors import ConfigurationError
 from .protocol.payloads import PayloadFormat, RenderContext, Rendered
-from .protocol.retry import RetryPolicy
 from .protocol.signatures import SigningKey
 from .protocol.urls import UrlPolicy
 from .queue.outbox import Outbox
 from .queue.redis_database import connect
+from .storage.attempts import RetryPolicy
 from .storage.crypto import Cipher
 from .storage.database import Database, make_url
 from .storage.dispatchers import shared_namespace

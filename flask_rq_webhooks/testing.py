@@ -35,9 +35,9 @@ from flask import Flask, current_app, has_request_context, request, request_star
 
 from .accept.register import asked_in_request
 from .dispatch.dispatcher import reconcile_now
+from .dispatch.host_limits import RateLimiter
 from .dispatch.http import AttemptRequest, AttemptResult
 from .dispatch.pubsub import Notices
-from .dispatch.rate_limit import RateLimiter
 from .dispatch.recorder import Recorder
 from .dispatch.sender import Sender
 from .observe.ingest import Ingest
@@ -45,8 +45,8 @@ from .observe.publisher import Publisher
 from .queue.enqueue_observer import SeenJob, observe
 from .receiver import VerifiedWebhook, verify
 from .state import State, get_state
+from .storage.deliveries import make_all_due
 from .storage.models import new_id
-from .storage.retention import make_all_due
 
 __all__ = [
     "InMemoryReceiver",

@@ -169,3 +169,7 @@ def count_up(steps: int, pause_s: float) -> str:
         job.save_meta()
         time.sleep(pause_s)
     return "counted"
+
+
+def exit_at_once(status: int) -> None:
+    os._exit(status)

@@ -12,8 +12,7 @@ from typing import Any
 from sqlalchemy import event, select, update
 
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
-from flask_rq_webhooks.protocol.retry import Decision
-from flask_rq_webhooks.storage.attempts import AttemptRecord
+from flask_rq_webhooks.storage.attempts import AttemptRecord, Decision
 from flask_rq_webhooks.storage.claims import ClaimedDelivery, claim_due
 from flask_rq_webhooks.storage.crypto import Cipher
 from flask_rq_webhooks.storage.database import Database

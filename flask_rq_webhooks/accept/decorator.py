@@ -15,19 +15,29 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from flask import Response, current_app, request
+from flask import Response, current_app, g, has_app_context, has_request_context, request
 
-from ..errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
-from ..protocol.events import JOB_TYPES
-from ..queue.job_callbacks import current_attachment, name_of
-from ..state import get_state
-from .register import DestinationBusyError, asked_in_request, load, promise, register
+from ..errors import ConfigurationError, InvalidWebhookError, RQWebhooksError, StorageUnavailableError
+from ..protocol.events import JOB_TYPES, run_of
+from ..queue.job_callbacks import Attachment, current_attachment, make_token, name_of, was_handed_over
+from ..state import EXTENSION_NAME, get_state
+from .register import (
+    DestinationBusyError,
+    asked_in_request,
+    confirm_later,
+    load,
+    promise,
+    register,
+    same_database,
+)
 
 logger = logging.getLogger(__name__)
 
 View = TypeVar("View", bound=Callable[..., Any])
 Jobs = Sequence[str | Callable[..., Any]] | Callable[[str], bool]
 
+#: Where an app context keeps its jobs that only standing endpoints get events of, and how many.
+_CREATED, MAX_CREATED = "_rq_webhooks_created", 100
 #: Seconds after which a client may try again.
 RETRY_UNAVAILABLE_S, RETRY_BUSY_S = 5, 60
 
@@ -253,3 +263,46 @@ def _chooser(jobs: Jobs | None) -> Callable[[str], bool] | None:
         )
     names = frozenset(name_of(job) for job in jobs)
     return lambda name: name in names or name.rpartition(".")[2] in names
+
+
+# -- ATTACH="all" -------------------------------------------------------------------------------------------
+
+
+def attachment_for_current_app() -> Attachment | None:
+    """Return what every job of an app with ``RQ_WEBHOOKS_ATTACH="all"`` is attached to: no endpoint."""
+    if not has_app_context() or EXTENSION_NAME not in current_app.extensions:
+        return None
+    state = get_state()
+    if state.settings.attach != "all" or not state.settings.enabled:
+        return None
+    return Attachment(
+        endpoint_id=None,
+        token=make_token(f"ep{state.namespace}_all", state.settings.outbox_maxlen),
+        same_database=same_database(state),
+        on_created=_note_created,
+    )
+
+
+def _note_created(job: Any) -> None:
+    created = g.setdefault(_CREATED, [])
+    created.append(job)
+    if len(created) >= MAX_CREATED:
+        watch_created()
+    elif not has_request_context():  # such an app context may last for days
+        _watch_later([job], [])
+
+
+def watch_created(_error: BaseException | None = None) -> None:
+    """Let ingest watch the jobs of this app context that only standing endpoints get events of."""
+    if jobs := g.pop(_CREATED, None):
+        _watch_later(jobs, [job.id for job in jobs if was_handed_over(job)])
+
+
+def _watch_later(jobs: Sequence[Any], seen: Sequence[str]) -> None:
+    runs = {job.id: run_of(job.enqueued_at, job.created_at) for job in jobs}
+    unseen = [job_id for job_id in runs if job_id not in seen]
+    state = get_state()
+    try:
+        confirm_later(state, f"ep{state.namespace}_all", seen, unseen, runs)
+    except RQWebhooksError:
+        logger.exception("Jobs %r are not watched; standing endpoints get what callbacks report.", list(runs))

@@ -22,8 +22,6 @@ from flask import (
     Request,
     Response,
     after_this_request,
-    current_app,
-    has_app_context,
     has_request_context,
     request,
 )
@@ -45,10 +43,11 @@ from ..queue.job_callbacks import (
     was_handed_over,
 )
 from ..queue.outbox_entry import confirm_entry
-from ..state import EXTENSION_NAME, State, get_state
+from ..state import State
 from ..storage import endpoints
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.sql_errors import SQLAlchemyError
+from ..storage.subscriptions import is_endpoint
 from .request_fields import FIELDS, URL, take_fields
 from .request_schema import WebhookRequest, load_webhook
 
@@ -340,20 +339,6 @@ def _watch_for_request(state: State, job: Job, asked: Asked | None) -> str | Non
     return attachment.endpoint_id
 
 
-def attachment_for_current_app() -> Attachment | None:
-    """Return what every job of an app with ``RQ_WEBHOOKS_ATTACH="all"`` is attached to: no endpoint."""
-    if not has_app_context() or EXTENSION_NAME not in current_app.extensions:
-        return None
-    state = get_state()
-    if state.settings.attach != "all" or not state.settings.enabled:
-        return None
-    return Attachment(
-        endpoint_id=None,
-        token=make_token(f"ep{state.namespace}_all", state.settings.outbox_maxlen),
-        same_database=same_database(state),
-    )
-
-
 def runid_text(runid: Any) -> str | None:
     """Return what the host calls a run as text that every database can hold."""
     return None if runid is None else str(runid).replace("\0", "\ufffd")
@@ -405,13 +390,19 @@ def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[
         )
     except (StorageUnavailableError, SQLAlchemyError) as exc:
         logger.info("Jobs %r are confirmed through the outbox: %s", job_ids, exc)
-        _confirm_later(state, attachment.endpoint_id, existing, on_their_way, runs)
+        confirm_later(state, attachment.endpoint_id, existing, on_their_way, runs)
     return [job_id for job_id in job_ids if job_id in existing or job_id in on_their_way]
 
 
-def _confirm_later(
+def confirm_later(
     state: State, endpoint_id: str, existing: Sequence[str], unseen: Sequence[str], runs: Mapping[str, str]
 ) -> None:
+    """Let ingest confirm jobs, by an entry in the outbox.
+
+    :param endpoint_id: or ``ep<namespace>_all``: the jobs are watched for standing endpoints only.
+    :param existing: ids of jobs that RQ took.
+    :param unseen: ids of jobs that were made.
+    """
     job_ids = [*existing, *unseen]
     if not job_ids:
         return  # reconcile closes the reserved watch
@@ -430,10 +421,11 @@ def _confirm_later(
         seen: dict[str, Any] = {"existing": existing, "unseen": unseen, "runs": runs}
         while time.monotonic() < until:
             time.sleep(CONFIRM_AGAIN_EVERY_S)
-            with suppress(StorageUnavailableError, SQLAlchemyError):
-                return endpoints.confirm(state.database, endpoint_id, reserved_job_id=None, **seen)
             with suppress(RedisError):
                 return state.outbox.append(confirm_entry(endpoint_id, job_ids, seal=seal))
+            if is_endpoint(endpoint_id):
+                with suppress(StorageUnavailableError, SQLAlchemyError):
+                    return endpoints.confirm(state.database, endpoint_id, reserved_job_id=None, **seen)
 
     # The view has run and the answer promises a report. A request cannot wait: what keeps SQLite busy may be
     # the host's own transaction, which ends with the request.

@@ -27,14 +27,23 @@ from ..storage.models import SENDING
 from ..storage.retention import prune
 from ..storage.schema import upgrade_schema
 from ..web import operations
-from ..web.api_inputs import EraseInput, ManyInput
+from ..web.api_schemas import EraseInput, ManyInput
 from ..web.operations import InvalidInputError
 from .doctor import examine
 from .endpoint_commands import endpoints
-from .failures import EXPLAINED, explain
 from .listen import listen
-from .options import MOMENT, ProcessCount, as_json, cleaned, echo, echo_json, progress_to_stderr
 from .route_commands import routes
+from .terminal import (
+    EXPLAINED,
+    MOMENT,
+    ProcessCount,
+    as_json,
+    cleaned,
+    echo,
+    echo_json,
+    explain,
+    progress_to_stderr,
+)
 
 
 class _Commands(AppGroup):

@@ -13,9 +13,9 @@ from ..state import get_state
 from ..storage.endpoints import ROTATION_GRACE_S
 from ..storage.queries import EndpointView, list_endpoints
 from ..web import operations
-from ..web.api_inputs import RotateInput
+from ..web.api_schemas import RotateInput
 from ..web.forms import header_pairs
-from .options import as_json, echo, echo_json
+from .terminal import as_json, echo, echo_json
 
 #: What ``list --json`` leaves out: headers are secret, the kind is always the same.
 _NOT_LISTED = frozenset({"headers", "kind", "updated_at"})

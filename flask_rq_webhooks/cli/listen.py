@@ -14,8 +14,7 @@ import click
 
 from ..errors import SignatureError
 from ..receiver import ALL_SCHEMES, verify
-from .failures import of_port
-from .options import cleaned, echo
+from .terminal import cleaned, echo, of_port
 
 #: Bytes of a body that are read.
 MAX_BODY_BYTES = 16 * 2**20

@@ -17,7 +17,7 @@ from flask import current_app
 from flask.cli import with_appcontext
 
 from ..accept.route_report import Route, survey
-from .options import as_json, echo, echo_json
+from .terminal import as_json, echo, echo_json
 
 _WORDS = {
     "decorator": "yes",

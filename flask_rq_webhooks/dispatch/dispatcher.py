@@ -30,13 +30,12 @@ from ..observe.reconcile import Reconciler, ReconcileReport
 from ..queue.outbox import missing_reports
 from ..storage.claims import free_expired_leases
 from ..storage.dispatchers import drop_reconcile_lease, forget_dead, heartbeat, sign_off, take_reconcile_lease
-from ..storage.erasure import erase_finished
 from ..storage.models import new_id
-from ..storage.retention import Pruned, prune
+from ..storage.retention import Pruned, erase_finished, prune
 from ..storage.sql_errors import is_away
+from .host_limits import RateLimiter
 from .http import Transport, open_transport
 from .pubsub import Notices
-from .rate_limit import RateLimiter
 from .recorder import Recorder
 from .sender import Sender
 

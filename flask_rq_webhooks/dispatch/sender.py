@@ -2,7 +2,7 @@
 
 Owns when to ask SQL for more, and how much. SQL is the truth: everything in memory here is covered by a
 lease, and what is lost here is sent again under the same ``webhook-id``. Which hosts may have a place is
-decided in :mod:`~flask_rq_webhooks.dispatch.host_shares`, what a result means in
+decided in :mod:`~flask_rq_webhooks.dispatch.host_limits`, what a result means in
 :mod:`~flask_rq_webhooks.dispatch.recorder`.
 """
 
@@ -23,9 +23,8 @@ from ..errors import ConfigurationError, DecryptionError, StorageUnavailableErro
 from ..storage.attempts import latest_outcomes
 from ..storage.claims import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
 from ..storage.models import new_id
-from .host_shares import HostRecords, InFlight
+from .host_limits import HostRecords, InFlight, RateLimiter
 from .http import AttemptRequest, AttemptResult, Transport
-from .rate_limit import RateLimiter
 from .recorder import Recorder
 from .request_builder import build_request
 

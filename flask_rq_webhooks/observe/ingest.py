@@ -19,12 +19,11 @@ from .._steps import reached
 from ..errors import DecryptionError
 from ..protocol.events import JOB_LOST, TERMINAL_TYPES, Occurrence
 from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
-from ..storage.endpoints import confirm
+from ..storage.endpoints import confirm, watch_for_standing
 from ..storage.events import IngestItem
-from ..storage.settling import ParkedReport, park_reports
 from ..storage.sql_errors import is_about_a_row
 from ..storage.subscriptions import is_endpoint
-from ..storage.watches import Reported, reported_endings
+from ..storage.watches import ParkedReport, Reported, park_reports, reported_endings
 from .outcomes import Outcome, Undecided, news, outcome_of
 from .publisher import Publisher, occurrence_of_report
 
@@ -315,6 +314,10 @@ class Ingest:
         else:
             runs, unseen = sealed
             existing = [job_id for job_id in entry.jobs if job_id not in unseen]
+        if not is_endpoint(entry.endpoint):
+            watch_for_standing(self._state.database, existing, unseen, runs)
+            self._finish([waiting])
+            return
         confirm(
             self._state.database,
             entry.endpoint,

@@ -34,8 +34,8 @@ from ..protocol.events import (
     format_time,
     parse_time,
 )
+from ..protocol.job_errors import error_from_text
 from ..protocol.json_safe import dumps_capped
-from ..protocol.tracebacks import error_from_text
 from ..queue.job_reader import (
     JobRecord,
     read_dependents,

@@ -30,9 +30,9 @@ from ..protocol.events import (
     Occurrence,
     parse_time,
 )
+from ..protocol.job_errors import error_from_text
 from ..protocol.json_safe import dumps_capped, safe_text, to_json_safe
 from ..protocol.payloads import FORMATS, RenderContext, Rendered
-from ..protocol.tracebacks import error_from_text
 from ..queue.job_reader import JobRecord, read_result_value
 from ..queue.outbox_entry import OutboxEntry
 from ..queue.safe_pickle import UNKNOWN, progress_in
@@ -77,6 +77,7 @@ class Publisher:
         self._state = state
         self._on_deliveries = on_deliveries
         self._on_ended = on_ended
+        self._max_attempts = state.settings.max_attempts
         self._render = safe_render(state)
         self._scrub = safe_scrub(state)
 
@@ -92,7 +93,7 @@ class Publisher:
                 state.database,
                 items,
                 render=self._render,
-                max_attempts=max_attempts or state.settings.max_attempts,
+                max_attempts=max_attempts or self._max_attempts,
                 scrub=self._scrub,
             )
         self.announce(events)
@@ -110,7 +111,7 @@ class Publisher:
                 connection,
                 items,
                 render=self._render,
-                max_attempts=state.settings.max_attempts,
+                max_attempts=self._max_attempts,
                 scrub=self._scrub,
             )
 
@@ -324,7 +325,7 @@ def occurrence_of_report(
 def _progress(job: JobRecord | None, outcome: Outcome, settings: Settings) -> Any:
     """Return the progress in the job's meta, where the job still is in the run that the outcome is of."""
     shown = outcome.type in TERMINAL_TYPES or outcome.type == JOB_PROGRESS
-    if job is None or not shown or job.run != outcome.run:
+    if job is None or not job.meta or not shown or job.run != outcome.run:
         return None
     return progress_in(job.meta, settings.progress_meta_key)
 

@@ -3,6 +3,9 @@
 Owns parsing, the policy, and what of a URL may be shown. A URL is checked by :meth:`UrlPolicy.check_url`
 before it is stored and again before it is used, and every address of its name by
 :meth:`UrlPolicy.check_address` before a connection is opened. Knows nothing of DNS, sockets or SQL.
+
+The standard library's ``is_global`` is not used: its answers differ between Python versions and miss ranges
+(multicast, 168.63.129.16, NAT64, 6to4, IPv4-compatible addresses).
 """
 
 from __future__ import annotations
@@ -12,29 +15,22 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import idna
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
 from ..errors import BlockedURLError, ConfigurationError
-from .addresses import LOOPBACK, IPAddress, IPNetwork, inside, is_public, nat64_ipv4
 
 MAX_URL_LENGTH = 2048
-
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 #: Names that mean the machine itself or the cloud's metadata service, whatever DNS says.
-_LOCAL_NAMES = frozenset(
-    {
-        "localhost.localdomain",
-        "localhost6.localdomain6",
-        "metadata.google.internal",
-        "metadata.goog",
-        "instance-data.ec2.internal",
-    }
-)
+_LOCAL_NAMES = frozenset((
+    "localhost.localdomain", "localhost6.localdomain6", "metadata.google.internal", "metadata.goog",
+    "instance-data.ec2.internal",
+))  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
 #: Controls, spaces of every script, line and paragraph separators, surrogates, backslash.
@@ -50,9 +46,8 @@ _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _DOTTED_QUAD = re.compile(rf"{_OCTET}(?:\.{_OCTET}){{3}}")
 _IPV6_TEXT = re.compile(r"[0-9A-Fa-f:.]{2,45}")
-_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
-#: What may stand in a path or query as it is (RFC 3986, 3.3 and 3.4); the same set urllib3 sends untouched.
-_TARGET_SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=:@/")
+#: What may not stand in a path or query as it is (RFC 3986, 3.3 and 3.4); urllib3 sends the rest untouched.
+_UNSAFE = re.compile(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~!$&'()*+,;=:@/?%-]")
 
 _MESSAGES = {
     "not_text": "The URL must be a string.",
@@ -90,8 +85,7 @@ class CheckedURL:
     :param host: ASCII, lower case, without brackets or trailing dot.
     :param port: the given or the scheme's own.
     :param target: path and query, the bytes of the request line.
-    :param host_key: what counts as one destination: the host, with its port where that is not the
-        scheme's own.
+    :param host_key: one destination: the host, with its port where that is not the scheme's own.
     """
 
     url: str
@@ -181,14 +175,8 @@ class UrlPolicy:
             _refuse("too_long")
         _check_agreement(url, raw_host, raw_port)
         _check_agreement(normalised, host, None if is_default else str(port))
-        return CheckedURL(
-            url=normalised,
-            scheme=scheme,
-            host=host,
-            port=port,
-            target=target,
-            host_key=host if is_default else netloc,
-        )
+        key = host if is_default else netloc
+        return CheckedURL(url=normalised, scheme=scheme, host=host, port=port, target=target, host_key=key)
 
     def check_address(
         self, ip: str, port: int, *, scheme: str = "https", nat64: Iterable[ipaddress.IPv6Network] = ()
@@ -250,9 +238,8 @@ def redact_url(url: object) -> str:
 
     :param url: any text, also a malformed URL.
     """
-    if not isinstance(url, str):
-        return "…"
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://([^/?#]*)([^?#]*)", url, re.ASCII | re.DOTALL)
+    form = r"([A-Za-z][A-Za-z0-9+.-]{0,15})://([^/?#]*)([^?#]*)"
+    match = re.match(form, url, re.ASCII | re.DOTALL) if isinstance(url, str) else None
     if match is None:
         return "…"
     scheme, authority, path = match.groups()
@@ -273,9 +260,7 @@ _PLAIN_SEGMENT = re.compile(rf"{_PLAIN_WORD}(?:[-_.]{_PLAIN_WORD}){{0,3}}", re.A
 
 
 def _is_plain_segment(segment: str) -> bool:
-    if segment == "":
-        return True
-    if len(segment) > 32 or not _PLAIN_SEGMENT.fullmatch(segment):
+    if len(segment) > 32 or (segment and not _PLAIN_SEGMENT.fullmatch(segment)):
         return False
     return sum(character.isdigit() for character in segment) <= 6
 
@@ -370,34 +355,14 @@ def _ascii_label(label: str, underscores: bool) -> str:
 
 
 def _target(rest: str) -> str:
-    """Return path and query as they go over the wire."""
-    rest = rest.partition("#")[0]
-    path, mark, query = rest.partition("?")
-    return (_escape(path, _TARGET_SAFE) or "/") + mark + _escape(query, _TARGET_SAFE | {"?"})
-
-
-def _escape(text: str, safe: frozenset[str]) -> str:
-    if not text.strip("/") or all(character in safe for character in text):
-        return text
-    escaped = []
-    index = 0
-    while index < len(text):
-        character = text[index]
-        if character == "%" and _ESCAPE.match(text, index):
-            escaped.append(text[index : index + 3])  # as it was sent: signatures of URLs depend on it
-            index += 3
-            continue
-        escaped.append(
-            character if character in safe else "".join(f"%{byte:02X}" for byte in character.encode())
-        )
-        index += 1
-    return "".join(escaped)
+    """Return path and query as they go over the wire; escapes stay as they came, URLs may be signed."""
+    path, mark, query = rest.partition("#")[0].partition("?")
+    return _UNSAFE.sub(lambda found: quote(found[0], safe=""), (path or "/") + mark + query)
 
 
 def _check_agreement(url: str, host: str, port: str | None) -> None:
     """Refuse what the two parsers on the way to the socket read differently from us."""
-    expected_host = host.strip("[]").lower()
-    expected_port = None if port is None else int(port)
+    expected = (host.strip("[]").lower(), None if port is None else int(port), None)
     try:
         by_stdlib = urlsplit(url)
         seen = [(by_stdlib.hostname, by_stdlib.port, by_stdlib.username)]
@@ -406,7 +371,7 @@ def _check_agreement(url: str, host: str, port: str | None) -> None:
             seen.append(((by_urllib3.host or "").strip("[]").lower(), by_urllib3.port, by_urllib3.auth))
     except (ValueError, LocationParseError) as exc:
         _refuse("ambiguous", exc)
-    if any(parsed != (expected_host, expected_port, None) for parsed in seen):
+    if any(parsed != expected for parsed in seen):
         _refuse("ambiguous")
 
 
@@ -470,3 +435,66 @@ def _covered(host: str, domains: tuple[str, ...]) -> bool:
         host.endswith(domain) if domain.startswith(".") else host == domain or host.endswith(f".{domain}")
         for domain in domains
     )
+
+
+# -- which addresses are public ---------------------------------------------------------------------------
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+#: No public receiver lives here. Source: IANA IPv4 Special-Purpose Address Registry,
+#: plus multicast, the deprecated 6to4 relays, and two addresses outside of it on which clouds serve secrets.
+_IPV4_DENIED = tuple(map(ipaddress.IPv4Network, (
+    "0.0.0.0/8",  # "this network"; Linux connects 0.0.0.0 to itself
+    "10.0.0.0/8", "127.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16",
+    "100.64.0.0/10",  # carrier-grade NAT; 100.100.100.200 is Alibaba's metadata
+    "168.63.129.16/32",  # Azure's host agent, inside a public range
+    "169.254.0.0/16",  # link local; 169.254.169.254 is the metadata of most clouds
+    "192.0.0.0/24",  # 192.0.0.192 is Oracle's metadata
+    "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.175.48.0/24",
+    "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+)))  # fmt: skip
+#: The rest of IPv6 is not, or not yet, the public internet.
+_IPV6_PUBLIC = ipaddress.IPv6Network("2000::/3")
+_IPV6_DENIED = tuple(map(ipaddress.IPv6Network, (
+    "2001::/23",  # Teredo, ORCHID, benchmarking
+    "2001:db8::/32", "3fff::/20",
+    "2002::/16",  # 6to4: carries any IPv4 address
+)))  # fmt: skip
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+LOOPBACK: tuple[IPNetwork, ...] = (ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128"))
+#: Upper half of an ISATAP interface identifier; the lower half is an IPv4 address (RFC 5214, 6.1).
+_ISATAP = (0x00005EFE, 0x02005EFE)
+
+
+def inside(address: IPAddress, networks: tuple[IPNetwork, ...]) -> bool:
+    """Say whether *address* is in one of *networks*."""
+    return any(address in network for network in networks)
+
+
+def is_public(address: IPAddress) -> bool:
+    """Say whether a webhook of a stranger may be sent to *address*."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return not inside(address, _IPV4_DENIED)
+    is_isatap = (int(address) >> 32) & 0xFFFFFFFF in _ISATAP
+    return address in _IPV6_PUBLIC and not inside(address, _IPV6_DENIED) and not is_isatap
+
+
+def nat64_ipv4(
+    address: IPAddress, prefixes: Iterable[ipaddress.IPv6Network] = ()
+) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address to which a NAT64 gateway translates *address*; ``None`` for any other.
+
+    :param prefixes: of this network, beside the well-known one.
+    """
+    if isinstance(address, ipaddress.IPv6Address):
+        for prefix in (_NAT64, *prefixes):
+            if address in prefix:
+                return embedded_ipv4(address, prefix.prefixlen)
+    return None
+
+
+def embedded_ipv4(address: ipaddress.IPv6Address, length: int) -> ipaddress.IPv4Address:
+    """Return the four bytes after the prefix, without the byte that is always zero (RFC 6052, 2.2)."""
+    after = [byte for index, byte in enumerate(address.packed) if index >= length // 8 and index != 8]
+    return ipaddress.IPv4Address(bytes(after[:4]))

@@ -55,6 +55,7 @@ class Attachment:
     :param same_database: says whether a queue's connection leads to the configured database;
         :class:`SameDatabase` does.
     :param chosen: says by the dotted name of its function whether a job is to be reported; ``None``: all.
+    :param on_created: called with each job where no request asks for them; must not raise.
     :param jobs: the jobs attached, in the order they were made. A job made is not yet a job enqueued.
     :param watched: ids of jobs that are reported although they do not carry our callbacks.
     :param passed_over: functions of the jobs that were not *chosen*.
@@ -67,6 +68,7 @@ class Attachment:
     reserved_job_id: str | None = None
     same_database: Callable[[Redis], bool] = lambda connection: True
     chosen: Callable[[str], bool] | None = None
+    on_created: Callable[[Job], None] = lambda job: None
     jobs: list[Job] = field(default_factory=list)
     watched: set[str] = field(default_factory=set)
     passed_over: list[str] = field(default_factory=list)
@@ -240,6 +242,8 @@ def _create_job(
             attachment._give_reserved_id_back()
     if requested is not None:
         requested.jobs.append(job)
+    else:
+        attachment.on_created(job)
     return job
 
 

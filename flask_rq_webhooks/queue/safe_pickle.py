@@ -93,7 +93,7 @@ def plain_call(data: bytes, description: str | None = None) -> tuple[str | None,
 
 
 def progress_in(meta: bytes | None, key: str) -> Any:
-    """Return the value under *key* in a job's meta, JSON-safe; ``None`` where there is none.
+    """Return the value under *key* in a job's meta, JSON-safe; ``None`` where it has no such key.
 
     What cannot be read, and what takes more than :data:`MAX_PROGRESS_BYTES`, counts as none.
     """

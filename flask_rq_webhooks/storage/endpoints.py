@@ -21,10 +21,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from ..protocol.events import parse_time
+from .bulk_insert import insert_into
 from .crypto import Cipher
 from .database import Database
 from .models import (
     ALPHABET,
+    CLOSED,
     OPEN,
     RESERVED,
     Attempt,
@@ -36,6 +38,7 @@ from .models import (
     Watch,
     new_id,
 )
+from .watches import unbound_watch_id
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +173,35 @@ def confirm(
         if endpoint_exists(database, endpoint_id):
             raise
         logger.warning("Jobs of the endpoint %r cannot be confirmed: it does not exist here.", endpoint_id)
+
+
+def watch_for_standing(
+    database: Database, existing: Sequence[str], unseen: Sequence[str], runs: Mapping[str, str | None]
+) -> None:
+    """Watch jobs that only standing endpoints get events of. May be repeated; no watch goes backwards.
+
+    :param existing: ids of jobs that RQ took.
+    :param unseen: ids of jobs that were created; reconcile finds out about them.
+    :param runs: the run of each job, or when it was created.
+    """
+    now = datetime.now(UTC)
+    rows = [
+        {"id": unbound_watch_id(job_id), "endpoint_id": None, "job_id": job_id, "status": status,
+         "run": runs.get(job_id) if status == OPEN else None, "missing_passes": 0,
+         "created_at": now if (run := runs.get(job_id)) is None else min(now, _began(run)),
+         "confirmed_at": now if status == OPEN else None, "settled_at": None}
+        for status, job_ids in ((OPEN, existing), (RESERVED, unseen))
+        for job_id in job_ids
+    ]  # fmt: skip
+    if not rows:
+        return
+    statement = insert_into(database, Watch)
+    again = {name: statement.excluded[name] for name in rows[0] if name not in ("id", "job_id")}
+    upsert = statement.on_conflict_do_update(
+        index_elements=["id"], set_=again, where=Watch.status.in_([RESERVED, CLOSED])
+    )
+    with database.write() as connection:
+        connection.execute(upsert, sorted(rows, key=lambda row: str(row["id"])))
 
 
 def endpoint_exists(database: Database, endpoint_id: str) -> bool:
@@ -321,7 +353,7 @@ def rotate_secret(
 def enable_standing(database: Database, endpoint_id: str) -> bool:
     """Let a standing endpoint get deliveries again, with a clean record.
 
-    What happened meanwhile is delivered by :func:`~.bulk.recover_part`.
+    What happened meanwhile is delivered by :func:`~.deliveries.recover_part`.
 
     :returns: whether there is such an endpoint.
     """

@@ -1,8 +1,21 @@
-"""Events: an occurrence becomes an event and its deliveries, exactly once.
+"""Events: an occurrence becomes an event and its deliveries, exactly once; and their order in the feed.
 
 Owns the rows of events and the order of the steps within the one transaction: the event, its receivers and
-deliveries (:mod:`.subscriptions`), the watches it settles (:mod:`.settling`). Knows nothing of where
+deliveries (:mod:`.subscriptions`), the watches it settles (:mod:`.watches`). Knows nothing of where
 occurrences come from; a function it is given renders the bodies.
+
+The database orders the feed (:func:`.queries.events_after`): event ids begin with the clock of the dispatcher
+that made them. Every event has a ``position``: microseconds of the database's clock, at least one more than
+that of the event before. A cursor is a position; a reader never sees one beyond which an event may still
+appear:
+
+- SQLite has one writer at a time, so positions are committed in their order.
+- On PostgreSQL transactions end in any order. Before a writer chooses positions it takes a shared advisory
+  lock, whose key is the second it began in. A reader first notes the clock, then looks at these locks, and
+  reads no further than the first second that is still locked. No reader or writer waits for another, and long
+  transactions of the host do not hold the feed up.
+
+Events stored before there were positions have 0 and keep the order of their ids.
 """
 
 from __future__ import annotations
@@ -10,10 +23,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, select, text, update
+from sqlalchemy import BigInteger, Connection, bindparam, func, select, text, update
 
 from .._steps import reached
 from ..protocol.events import (
@@ -28,18 +41,17 @@ from ..protocol.events import (
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
-from .feed import first_position
-from .models import PENDING, SENDING, Delivery, Event, new_id
-from .retention import canceled_now
-from .settling import settle_watches, watches_of
+from .models import PENDING, SENDING, Delivery, Event, UTCDateTime, new_id
 from .subscriptions import (
     EndpointRow,
+    canceled_now,
     delivery_values,
     endpoints_of,
     receivers_of,
     standing_endpoints,
     store_deliveries,
 )
+from .watches import settle_watches, watches_of
 
 Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -106,7 +118,7 @@ def ingest(
     A run has one terminal event, no matter who reports it and how many do so at once; an endpoint named for
     an event that is already there gets its missing delivery, rendered from what was stored. Standing
     endpoints get a delivery of new events only, and only while enabled: what happens while one is disabled
-    is left to :func:`~.bulk.recover_part`.
+    is left to :func:`~.deliveries.recover_part`.
 
     All or nothing: where *render* or *scrub* raises, nothing of the batch is stored. The caller then
     brings the items one by one, so that one that cannot be stored never holds up the others.
@@ -342,6 +354,23 @@ def _number(database: Database, connection: Connection, events: Sequence[StoredE
             event.occurrence = replace(event.occurrence, sequence=counts[job_id])
 
 
+def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple[Any, datetime]]:
+    """Return the progress of each job that was stored last, and when it was seen."""
+    query = (
+        select(func.max(Event.id))
+        .where(one_of(database, Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
+        .group_by(Event.job_id)
+    )
+    found: dict[str, tuple[Any, datetime]] = {}
+    with database.read() as connection:
+        for chunk in chunks_of(job_ids):
+            newest = connection.execute(query, {"jobs": chunk}).scalars().all()
+            rows = select(Event.job_id, Event.payload, Event.occurred_at).where(Event.id.in_(newest))
+            for job_id, payload, at in connection.execute(rows) if newest else ():
+                found[job_id or ""] = (occurrence_from_json(payload).progress, at)
+    return found
+
+
 #: First key of the advisory locks of :func:`_lock_jobs`; any number that nobody else uses.
 JOB_LOCK_CLASS = 0x7271_7770
 _LOCK_JOBS = text("""
@@ -372,3 +401,48 @@ def _storable(text: str | None) -> str | None:
     if text is None:
         return None
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+# -- the feed ---------------------------------------------------------------------------------------------
+
+#: First key of the advisory locks; any number that nobody else uses.
+LOCK_CLASS = 0x7271_7769
+#: The second key is a 32-bit number: seconds since this one of the Unix time.
+LOCK_EPOCH_S = 1_500_000_000
+
+
+def first_position(database: Database, connection: Connection) -> tuple[datetime, int]:
+    """Return the database's clock, and the position of the first event this transaction stores.
+
+    The events after it count up by one. Call this in the transaction that stores them.
+    """
+    if database.is_sqlite:
+        now = datetime.now(UTC)
+        last = connection.execute(_LAST).scalar_one() or 0
+        return now, max(last + 1, int(now.timestamp() * 1_000_000))
+    now, position, last = connection.execute(_ENTER).one()
+    if last is not None and last >= position:
+        # The clock was set back, as by a failover. The lock is held now, so this is the last one there is.
+        position = connection.execute(_LAST).scalar_one() + 1
+    return now.astimezone(UTC), position
+
+
+_LAST = select(func.max(Event.position))
+
+# The columns are computed from left to right: the lock is held when the clock is read for the position.
+_ENTER = (
+    text("""
+SELECT clock_timestamp() AS now,
+       greatest(
+           (:epoch + s.second) * 1000000, CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)
+       ) AS position,
+       (SELECT max(position) FROM rq_webhooks_event) AS last
+FROM (
+    SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
+        SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
+    ) began OFFSET 0
+) s
+""")
+    .columns(now=UTCDateTime, position=BigInteger, last=BigInteger)
+    .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS))
+)

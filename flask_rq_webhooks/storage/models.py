@@ -238,7 +238,7 @@ class Watch(Base):
 class Event(Base):
     """One stored occurrence. ``payload`` is the canonical JSON of everything formats render from.
 
-    ``position`` is its place in the feed, see :mod:`.feed`; 0 for those stored before there was one.
+    ``position`` is its place in the feed, see :mod:`.events`; 0 for those stored before there was one.
     """
 
     __tablename__ = "rq_webhooks_event"

@@ -1,28 +1,31 @@
-"""What people do with one delivery: resend; with all that wait: make_all_due; and what time does: prune.
+"""Delete rows that ended long ago (prune), and erase the content of rows that stay.
 
-Owns the changes that come from outside the pipeline, but for those to many deliveries by a filter, which are
-in :mod:`~.bulk`. Everything long is done in bounded transactions, so that it never holds the pipeline
-up, and may be stopped and started again.
+Erased: results, errors and data of events; the bytes of deliveries; the answers of receivers and the headers
+of requests; a client's own headers and reference; callback reports kept as evidence. Kept: ids, types, times,
+statuses, URLs and signing secrets. ``erased_at`` of event and delivery marks them. Works in bounded
+transactions, so that it never blocks the pipeline and may be stopped and started again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, case, delete, exists, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, delete, exists, or_, select, text, update
 
-from ..errors import ErasedError
+from ..protocol.payloads import occurrence_from_json, occurrence_to_json
 from .database import Database
+from .deliveries import BATCH, in_flight
 from .dispatchers import forget_dead
 from .models import (
     CANCELED,
     CLOSED,
     EXHAUSTED,
-    MANUAL,
+    OPEN,
     PENDING,
+    RESERVED,
     SENDING,
     SETTLED,
     SHARED,
@@ -35,50 +38,9 @@ from .models import (
     Watch,
     first_id_at,
 )
+from .subscriptions import canceled_now
 
 Progress = Callable[[int], None]
-
-#: Rows per transaction of everything that may touch many.
-BATCH = 500
-
-
-def resend(database: Database, delivery_id: str) -> str | None:
-    """Make a delivery due now, for one more attempt, whatever became of it before.
-
-    Same event id, same bytes. The attempt decides the status anew: a delivery that had succeeded and now
-    fails for the last time is exhausted.
-
-    :returns: its status now: ``"pending"``; ``"sending"``, unchanged, where an attempt is under way; ``None``
-        where there is no such delivery.
-    :raises ErasedError: when its body was erased.
-    """
-    with database.write() as connection:
-        row = connection.execute(
-            select(Delivery.status, Delivery.erased_at, in_flight(database).label("in_flight"))
-            .where(Delivery.id == delivery_id)
-            .with_for_update()
-        ).one_or_none()
-        if row is None:
-            return None
-        if row.erased_at is not None:
-            raise ErasedError(f"The body of delivery {delivery_id} was erased; it cannot be sent again.")
-        if row.in_flight:
-            return SENDING
-        connection.execute(update(Delivery).where(Delivery.id == delivery_id).values(due_again(database)))
-    return PENDING
-
-
-def make_all_due(database: Database) -> int:
-    """Make every delivery due that waits for its next attempt; return how many.
-
-    Unlike :func:`recover` it changes nothing else: same trigger, same number of attempts left.
-    """
-    with database.write(single_statement=True) as connection:
-        return connection.execute(
-            update(Delivery)
-            .where(Delivery.status == text("'pending'"), Delivery.next_attempt_at > database.clock())
-            .values(next_attempt_at=database.clock())
-        ).rowcount
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,31 +112,6 @@ def prune(
     return Pruned(**deleted)
 
 
-def due_again(database: Database) -> dict[str, Any]:
-    """Return the values that make a delivery due now, for one more attempt by hand."""
-    one_more = Delivery.attempts + 1
-    return {
-        "status": PENDING,
-        "trigger": MANUAL,
-        "next_attempt_at": database.clock(),
-        "max_attempts": case((Delivery.max_attempts < one_more, one_more), else_=Delivery.max_attempts),
-        "finished_at": None,
-        "lease_id": None,
-        "lease_until": None,
-    }
-
-
-def canceled_now(database: Database) -> dict[str, Any]:
-    """Return the values that cancel a delivery. The lease stays: its sender may still record the attempt."""
-    return {"status": CANCELED, "next_attempt_at": None, "finished_at": database.clock()}
-
-
-def in_flight(database: Database) -> ColumnElement[bool]:
-    """Return the condition that a sender holds the delivery; a canceled one may still be under way."""
-    held = or_(Delivery.status == SENDING, Delivery.status == CANCELED)
-    return held & Delivery.lease_until.is_not(None) & (Delivery.lease_until > database.clock())
-
-
 def _batches(
     database: Database,
     order: Any,
@@ -205,3 +142,202 @@ def _batches(
                 last = rows[-1]
         if len(rows) < batch:
             return
+
+
+# -- erasing ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Erasure:
+    """What one call of :func:`erase` did.
+
+    :param events: erased, with their deliveries and attempts.
+    :param canceled: deliveries that were not finished.
+    :param in_flight: events with a delivery that is being sent at this moment. It is canceled; another call
+        erases them once its attempt was recorded or given up.
+    :param running: jobs that have not ended; their endings will be reported, and another call erases these.
+    """
+
+    events: int = 0
+    canceled: int = 0
+    in_flight: int = 0
+    running: int = 0
+
+
+def erase(
+    database: Database,
+    *,
+    job_id: str | None = None,
+    runid: str | None = None,
+    reference: str | None = None,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+) -> Erasure:
+    """Erase the content of every event of a job, a run or a reference. May be stopped and called again.
+
+    Each transaction erases whole events, so that a crash leaves nothing half erased.
+
+    On SQLite the freed space is overwritten and the log of a database in WAL mode is emptied as soon as no
+    reader needs it. PostgreSQL overwrites it when it reuses the space after a vacuum.
+
+    :raises ValueError: unless exactly one of *job_id*, *runid* and *reference* is given.
+    """
+    if [job_id, runid, reference].count(None) != 2:
+        raise ValueError("name exactly one of job_id, runid and reference")
+    endpoints = _endpoints(job_id, runid, reference)
+    chosen = _events(job_id, runid, endpoints)
+    erased = canceled = 0
+    after = ""
+    while True:
+        with database.write() as connection:
+            _overwrite_freed_space(database, connection)
+            ids = _next(connection, [chosen, Event.erased_at.is_(None)], after, batch)
+            canceled += _cancel(database, connection, ids)
+            free = _not_in_flight(database, connection, ids)
+            _erase_events(database, connection, free)
+        erased += len(free)
+        if progress is not None and free:
+            progress(erased)
+        if len(ids) < batch:
+            break
+        after = ids[-1]
+    with database.write() as connection:
+        _overwrite_freed_space(database, connection)
+        left = len(_next(connection, [chosen, Event.erased_at.is_(None)], "", batch))
+        running = _forget_requests(database, connection, job_id, endpoints)
+    if database.is_sqlite:
+        _empty_log(database)
+    return Erasure(events=erased, canceled=canceled, in_flight=left, running=running)
+
+
+def erase_finished(database: Database, older_than: datetime, *, batch: int = BATCH) -> int:
+    """Erase the bodies and answers of deliveries that finished before *older_than*; return how many.
+
+    Then of events all of whose deliveries are erased.
+
+    :param older_than: aware.
+    """
+    finished = [
+        Delivery.erased_at.is_(None),
+        Delivery.finished_at < older_than,
+        Delivery.status.in_([SUCCEEDED, EXHAUSTED, CANCELED]),
+        ~in_flight(database),
+    ]
+    done = 0
+    while True:
+        with database.write() as connection:
+            query = select(Delivery.id).where(*finished).order_by(Delivery.finished_at).limit(batch)
+            ids = connection.execute(query.with_for_update(skip_locked=True)).scalars().all()
+            _erase_deliveries(database, connection, Delivery.id.in_(ids))
+        done += len(ids)
+        if len(ids) < batch:
+            break
+    readable = exists().where(Delivery.event_id == Event.id, Delivery.erased_at.is_(None))
+    while True:
+        with database.write() as connection:
+            conditions = [Event.erased_at.is_(None), Event.created_at < older_than, ~readable]
+            ids = _next(connection, conditions, "", batch)
+            _erase_events(database, connection, ids)
+        if len(ids) < batch:
+            return done
+
+
+def _endpoints(job_id: str | None, runid: str | None, reference: str | None) -> Any:
+    """Return the query for the endpoints that came with the requests meant."""
+    query = select(Endpoint.id).where(Endpoint.kind == "job")
+    if reference is not None:
+        return query.where(Endpoint.reference == reference)
+    watched = exists().where(Watch.endpoint_id == Endpoint.id, Watch.job_id == job_id)
+    return query.where(watched if job_id is not None else Endpoint.runid == runid)
+
+
+def _events(job_id: str | None, runid: str | None, endpoints: Any) -> ColumnElement[bool]:
+    if job_id is not None:
+        return Event.job_id == job_id
+    sent = exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id.in_(endpoints))
+    return sent if runid is None else or_(Event.runid == runid, sent)
+
+
+def _next(
+    connection: Connection, conditions: Sequence[ColumnElement[bool]], after: str, batch: int
+) -> list[str]:
+    query = select(Event.id).where(Event.id > after, *conditions).order_by(Event.id).limit(batch)
+    return list(connection.execute(query.with_for_update()).scalars())
+
+
+def _cancel(database: Database, connection: Connection, event_ids: Sequence[str]) -> int:
+    return connection.execute(
+        update(Delivery)
+        .where(Delivery.event_id.in_(event_ids), Delivery.status.in_([PENDING, SENDING]))
+        .values(canceled_now(database))
+    ).rowcount
+
+
+def _not_in_flight(database: Database, connection: Connection, event_ids: Sequence[str]) -> list[str]:
+    """Return the events no delivery of which a sender holds: it could still record what was answered."""
+    held = select(Delivery.event_id).where(Delivery.event_id.in_(event_ids), in_flight(database))
+    busy = set(connection.execute(held).scalars())
+    return [event_id for event_id in event_ids if event_id not in busy]
+
+
+def _erase_events(database: Database, connection: Connection, event_ids: Sequence[str]) -> None:
+    _erase_deliveries(database, connection, Delivery.event_id.in_(event_ids))
+    for event_id, payload in connection.execute(
+        select(Event.id, Event.payload).where(Event.id.in_(event_ids))
+    ).all():
+        skeleton = replace(
+            occurrence_from_json(payload),
+            result=None,
+            error=None,
+            data={},
+            progress=None,
+            result_truncated=False,
+        )
+        connection.execute(
+            update(Event)
+            .where(Event.id == event_id)
+            .values(payload=occurrence_to_json(skeleton), erased_at=database.clock())
+        )
+
+
+def _erase_deliveries(database: Database, connection: Connection, chosen: ColumnElement[bool]) -> None:
+    connection.execute(
+        update(Attempt)
+        .where(Attempt.delivery_id.in_(select(Delivery.id).where(chosen)))
+        .values(request_headers=None, response_headers=None, response_body=None, error_detail=None)
+    )
+    connection.execute(
+        update(Delivery)
+        .where(chosen, Delivery.erased_at.is_(None))
+        .values(body=b"", content_type=None, erased_at=database.clock())
+    )
+
+
+def _forget_requests(database: Database, connection: Connection, job_id: str | None, endpoints: Any) -> int:
+    """Erase what came with the requests, where all their jobs have ended; return how many have not.
+
+    Their watches are closed: a correction would bring the result back.
+    """
+    ids = list(connection.execute(endpoints).scalars())
+    mine = Watch.endpoint_id.in_(ids) if job_id is None else Watch.job_id == job_id
+    waiting = Watch.status.in_([OPEN, RESERVED])
+    running = connection.execute(select(Watch.job_id).where(mine, waiting).distinct()).scalars().all()
+    connection.execute(update(Watch).where(mine, ~waiting).values(evidence=None, status=CLOSED))
+    still = exists().where(Watch.endpoint_id == Endpoint.id, waiting)
+    connection.execute(
+        update(Endpoint).where(Endpoint.id.in_(ids), ~still).values(headers=None, reference=None)
+    )
+    return len(running)
+
+
+def _overwrite_freed_space(database: Database, connection: Connection) -> None:
+    if database.is_sqlite:
+        connection.execute(text("PRAGMA secure_delete = ON"))
+
+
+def _empty_log(database: Database) -> None:
+    """Move the log into the database file and truncate it; where a reader needs it, SQLite leaves it."""
+    with database.read() as connection:
+        raw: Any = connection.connection.driver_connection
+        raw.rollback()
+        raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").close()

@@ -26,10 +26,10 @@ from ..protocol.events import (
     parse_time,
 )
 from ..protocol.payloads import JSON, Rendered, as_rendered
-from ..protocol.retry import PROGRESS_ATTEMPTS
+from .attempts import PROGRESS_ATTEMPTS
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
-from .models import CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
+from .models import CANCELED, CLOSED, PENDING, SCHEDULED, Delivery, Endpoint, new_id
 
 if TYPE_CHECKING:
     from .events import StoredEvent
@@ -207,3 +207,8 @@ def store_deliveries(
     in_order = sorted(rows, key=lambda row: (row["event_id"], row["endpoint_id"]))
     new = insert_new(database, connection, Delivery, in_order)
     return Counter(row["event_id"] for row in in_order if row["id"] in new)
+
+
+def canceled_now(database: Database) -> dict[str, Any]:
+    """Return the values that cancel a delivery. The lease stays: its sender may still record the attempt."""
+    return {"status": CANCELED, "next_attempt_at": None, "finished_at": database.clock()}

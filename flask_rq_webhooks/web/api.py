@@ -20,19 +20,15 @@ from ..state import State
 from ..storage import queries
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.endpoints import ROTATION_GRACE_S
-from ..storage.feed import events_after
-from ..storage.queries import EndpointView, EventView, Page
+from ..storage.queries import EndpointView, EventView, Page, events_after
 from ..storage.statistics import statistics
-from . import api_inputs as inputs
+from . import api_schemas as inputs
 from . import api_schemas as schemas
 from . import operations
 from .api_contract import Api, ApiError, not_found, routes_of
-from .blueprint import WebhookBlueprint
-from .csrf import csrf_token, replace_csrf_protect
-from .health import nothing_comes_of_reports
+from .blueprint import WebhookBlueprint, csrf_token, is_allowed, replace_csrf_protect
 from .job_status import job_status
-from .metrics import CONTENT_TYPE, metrics_text
-from .permissions import is_allowed
+from .monitoring import CONTENT_TYPE, metrics_text, nothing_comes_of_reports
 
 
 def create_blueprint(state: State) -> WebhookBlueprint:
@@ -97,7 +93,7 @@ def _add_open_routes(api: Api, state: State) -> None:
     @api.route("GET", "/openapi.json", "read", "application/json")
     def openapi() -> Any:
         """Return this description."""
-        from .openapi import openapi_document
+        from .api_contract import openapi_document
 
         try:
             return openapi_document(state, routes_of(current_app), root=request.script_root)

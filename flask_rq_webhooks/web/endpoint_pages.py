@@ -14,7 +14,7 @@ from ..storage.endpoints import ROTATION_GRACE_S
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView
 from . import operations
-from .api_inputs import RotateInput
+from .api_schemas import RotateInput
 from .forms import endpoint_values, read_filter
 from .page_frame import Pages, done, possible_id, render
 from .pages import PAGE_ITEMS, done_some, refresh_s

@@ -16,7 +16,7 @@ from werkzeug.datastructures import MultiDict
 from ..protocol.events import JOB_TYPES, OPERATOR_TYPES
 from ..state import State
 from ..storage.filters import DeliveryFilter
-from .api_inputs import FilterInput
+from .api_schemas import FilterInput
 from .operations import InvalidInputError, checked, delivery_filter, endpoint_schema
 
 #: Fields of the filter that hold one line of text, in the order of the page.

@@ -1,7 +1,8 @@
-"""The state of a job's webhook, for the client who submitted the job.
+"""The state of a job's webhook: for the client who submitted the job, and for the host's own pages.
 
-Owns the answer of the status route. It is coarse on purpose: no response bodies, no headers, and nothing that
-reveals hosts the client cannot reach.
+Owns the answer of the status route. It is coarse on purpose: no response bodies, no headers, and nothing
+that reveals hosts the client cannot reach. The Jinja global ``rq_webhooks_job`` gives the same to
+templates; the macros are in ``rq_webhooks/_macros.html`` and need none of our styles and no JavaScript.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from flask import Response, jsonify, request
+from flask import Blueprint, Response, jsonify, request, url_for
 from redis.exceptions import RedisError
 
+from ..errors import StorageUnavailableError
 from ..protocol.urls import redact_url
 from ..queue.job_reader import read_statuses
-from ..state import State
+from ..state import State, get_state
 from ..storage.models import PENDING, SENDING
 from ..storage.queries import JobWebhook, job_webhook
 from .api_contract import ApiError, is_possible_id
 from .api_schemas import EventSchema, StatusAttemptSchema, StatusDeliverySchema
-from .permissions import is_allowed
+from .blueprint import is_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -109,3 +111,38 @@ def _worth_waiting_s(found: JobWebhook) -> int | None:
     due = found.deliveries[0][0].next_attempt_at
     left_s = 0.0 if due is None else (due - datetime.now(UTC)).total_seconds()
     return min(max(math.ceil(left_s), 1), MOST_S)
+
+
+# -- on a host's own pages --------------------------------------------------------------------------------
+
+
+def add_to(blueprint: Blueprint) -> None:
+    """Give the templates of *blueprint*'s app the global and the macros."""
+    blueprint.template_folder = "templates"
+    blueprint.add_app_template_global(rq_webhooks_job)
+
+
+def rq_webhooks_job(job_id: str) -> dict[str, Any] | None:
+    """Return the state of a job's webhook: what ``GET /jobs/<job_id>`` answers, as a dict.
+
+    Each delivery also has a ``page``: the URL of its page, where the caller has the permission ``read``.
+
+    :returns: ``None`` where the job has no webhook, where the caller lacks the permission ``status`` for it,
+        and where SQL cannot be reached: a host's page never fails for it.
+    """
+    state = get_state()
+    try:
+        found = cleared_webhook(state, job_id)
+    except StorageUnavailableError as exc:
+        logger.error("The webhook of job %r is unknown: %s", job_id, exc)
+        return None
+    if found is None:
+        return None
+    shown = status_body(found, None)
+    del shown["job_status"]  # the host's page knows better
+    linked = bool(shown["deliveries"]) and state.settings.dashboard and is_allowed(state, "read")
+    for delivery in shown["deliveries"]:
+        delivery["page"] = (
+            url_for("rq_webhooks.page_delivery", delivery_id=delivery["id"]) if linked else None
+        )
+    return shown

@@ -21,13 +21,13 @@ from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from ..protocol.signatures import generate_secret
 from ..state import State
-from ..storage import bulk, dispatchers, endpoints, erasure, queries, retention
+from ..storage import deliveries, dispatchers, endpoints, queries, retention
 from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
-from ..storage.erasure import Erasure
 from ..storage.events import IngestedEvent, IngestItem
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView
-from .api_inputs import endpoint_input
+from ..storage.retention import Erasure
+from .api_schemas import endpoint_input
 
 #: Deliveries that one call changes at most, and how many in one transaction.
 AT_MOST, PER_PART = 1000, 500
@@ -84,7 +84,7 @@ def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = No
 
 
 def delivery_filter(values: Mapping[str, Any]) -> DeliveryFilter:
-    """Return the filter that checked values of a :class:`~.api_inputs.FilterInput` describe."""
+    """Return the filter that checked values of a :class:`~.api_schemas.FilterInput` describe."""
     status = values.get("status")
     names = ("since", "until", "endpoint_id", "host", "event_id", "job_id", "runid")
     return DeliveryFilter(
@@ -101,7 +101,7 @@ def resend(state: State, delivery_id: str) -> str:
     :raises UnknownItemError: when there is no such delivery.
     :raises ErasedError: when its body was erased.
     """
-    status = retention.resend(state.database, delivery_id)
+    status = deliveries.resend(state.database, delivery_id)
     if status is None:
         raise UnknownItemError("delivery", delivery_id)
     return status
@@ -125,15 +125,15 @@ class Progress:
 def recover(state: State, where: DeliveryFilter, cursor: str | None = None) -> Progress:
     """Make deliveries due now, as many as :data:`AT_MOST` and :data:`ENOUGH_S` allow.
 
-    See :func:`~flask_rq_webhooks.storage.bulk.recover_part` for which.
+    See :func:`~flask_rq_webhooks.storage.deliveries.recover_part` for which.
 
     :param cursor: of the call before.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     render = safe_render(state)
 
-    def step(*, cursor: str | None, at_most: int) -> bulk.Part:
-        return bulk.recover_part(
+    def step(*, cursor: str | None, at_most: int) -> deliveries.Part:
+        return deliveries.recover_part(
             state.database,
             where,
             render=render,
@@ -142,7 +142,7 @@ def recover(state: State, where: DeliveryFilter, cursor: str | None = None) -> P
             at_most=at_most,
         )
 
-    return _some(step, cursor, lambda after: bulk.left_to_recover(state.database, where, after))
+    return _some(step, cursor, lambda after: deliveries.left_to_recover(state.database, where, after))
 
 
 def cancel(state: State, where: DeliveryFilter, cursor: str | None = None) -> Progress:
@@ -152,13 +152,13 @@ def cancel(state: State, where: DeliveryFilter, cursor: str | None = None) -> Pr
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
 
-    def step(*, cursor: str | None, at_most: int) -> bulk.Part:
-        return bulk.cancel_part(state.database, where, cursor=cursor, at_most=at_most)
+    def step(*, cursor: str | None, at_most: int) -> deliveries.Part:
+        return deliveries.cancel_part(state.database, where, cursor=cursor, at_most=at_most)
 
-    return _some(step, cursor, lambda after: bulk.left_to_cancel(state.database, where, after))
+    return _some(step, cursor, lambda after: deliveries.left_to_cancel(state.database, where, after))
 
 
-def _some(step: bulk.Step, cursor: str | None, count_left: Callable[[str], int | None]) -> Progress:
+def _some(step: deliveries.Step, cursor: str | None, count_left: Callable[[str], int | None]) -> Progress:
     began = time.monotonic()
     part = step(cursor=cursor, at_most=PER_PART)
     done = part.done
@@ -171,9 +171,9 @@ def _some(step: bulk.Step, cursor: str | None, count_left: Callable[[str], int |
 def erase(state: State, values: Mapping[str, Any]) -> Erasure:
     """Erase what is stored of a job, a run or a reference, and keep the skeleton of the log.
 
-    :param values: checked values of an :class:`~.api_inputs.EraseInput`.
+    :param values: checked values of an :class:`~.api_schemas.EraseInput`.
     """
-    return erasure.erase(state.database, **values)
+    return retention.erase(state.database, **values)
 
 
 def pause(state: State) -> None:
@@ -275,7 +275,7 @@ def rotate(
 ) -> str:
     """Give a standing endpoint a new secret; the old ones sign beside it for *grace_s* seconds.
 
-    Arguments are checked by :class:`~.api_inputs.RotateInput`.
+    Arguments are checked by :class:`~.api_schemas.RotateInput`.
 
     :param secret: generated if omitted.
     :returns: the new secret.

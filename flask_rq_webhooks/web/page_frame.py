@@ -23,10 +23,9 @@ from ..state import State
 from ..storage.queries import CursorError
 from ..storage.statistics import COUNT_CAP
 from . import formatting
-from .csrf import FORM_FIELD, csrf_token, is_forgeable
-from .health import everywhere
+from .blueprint import FORM_FIELD, Permission, csrf_token, is_allowed, is_forgeable
+from .monitoring import everywhere
 from .operations import InvalidInputError, UnknownItemError
-from .permissions import Permission, is_allowed
 
 logger = logging.getLogger(__name__)
 

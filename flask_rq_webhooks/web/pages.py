@@ -27,10 +27,10 @@ from ..storage.models import PENDING, SENDING
 from ..storage.queries import DeliveryView
 from ..storage.statistics import FINISHED_WINDOW, statistics
 from . import formatting, operations
-from .api_inputs import STATUSES, ManyInput
-from .charts import OUTCOMES, RANGES, endings
+from .api_schemas import STATUSES, ManyInput
+from .formatting import OUTCOMES, RANGES, endings
 from .forms import FilterForm, read_filter
-from .health import everywhere, of_numbers
+from .monitoring import everywhere, of_numbers
 from .page_frame import Pages, done, possible_id, render
 
 logger = logging.getLogger(__name__)

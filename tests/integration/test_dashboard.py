@@ -23,7 +23,7 @@ from werkzeug.test import TestResponse
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.dispatchers import heartbeat, paused_since
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint, Event, Secret
-from flask_rq_webhooks.web import health, operations
+from flask_rq_webhooks.web import monitoring, operations
 from flask_rq_webhooks.web.operations import AT_MOST
 from flask_rq_webhooks.web.pages import REFRESH_ALARM_S, REFRESH_IDLE_S
 from tests import storage_rows
@@ -717,7 +717,7 @@ def test_alarms(client: FlaskClient, state: State, monkeypatch: pytest.MonkeyPat
     )
     add_watch(state, endpoint_id, "slow", created_at=datetime.now(UTC) - timedelta(days=2))
     submit(client, page(client, f"/endpoints/{endpoint_id}"), "/disable")
-    monkeypatch.setattr(health, "OUTBOX_LONG", 2)
+    monkeypatch.setattr(monitoring, "OUTBOX_LONG", 2)
     for number in range(3):
         state.outbox.append({"number": number})
     state.redis.xadd(state.outbox.rejected_key, {"why": "not JSON"})

@@ -19,9 +19,9 @@ from sqlalchemy import update
 from flask_rq_webhooks import signals
 from flask_rq_webhooks.dispatch import sender
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher, PeriodicJob
+from flask_rq_webhooks.dispatch.host_limits import RateLimiter
 from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, RequestsTransport
 from flask_rq_webhooks.dispatch.pubsub import Notices
-from flask_rq_webhooks.dispatch.rate_limit import RateLimiter
 from flask_rq_webhooks.dispatch.recorder import Recorder
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.observe.ingest import Ingest

@@ -14,7 +14,7 @@ import pytest
 
 from flask_rq_webhooks import Queue
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
-from flask_rq_webhooks.storage import erasure
+from flask_rq_webhooks.storage import retention
 from tests.acceptance import tasks
 from tests.integration.hosts import Host
 from tests.servers import Receiver
@@ -129,11 +129,11 @@ def test_what_is_being_sent_is_erased_afterwards(host: Host, receiver: Receiver)
     with host.state.database.write() as connection:
         lease = host.state.database.clock(60)
         connection.execute(
-            erasure.update(erasure.Delivery).values(status="sending", lease_id="l", lease_until=lease)
+            retention.update(retention.Delivery).values(status="sending", lease_id="l", lease_until=lease)
         )
     assert erase(host, job_id=job_id) == {"events": 0, "canceled": 1, "in_flight": 1, "running": 0}
     with host.state.database.write() as connection:
-        connection.execute(erasure.update(erasure.Delivery).values(lease_id=None, lease_until=None))
+        connection.execute(retention.update(retention.Delivery).values(lease_id=None, lease_until=None))
     assert erase(host, job_id=job_id) == {"events": 1, "canceled": 0, "in_flight": 0, "running": 0}
     assert ANSWER not in everything(host)
 
@@ -155,9 +155,9 @@ def test_the_command(host: Host, receiver: Receiver) -> None:
 
 def test_bodies_may_go_earlier_than_the_log(host: Host, receiver: Receiver) -> None:
     submit(host, receiver)
-    assert erasure.erase_finished(host.state.database, datetime.now(UTC) - timedelta(hours=1)) == 0
+    assert retention.erase_finished(host.state.database, datetime.now(UTC) - timedelta(hours=1)) == 0
     assert RESULT in everything(host)
-    assert erasure.erase_finished(host.state.database, datetime.now(UTC) + timedelta(seconds=5)) == 1
+    assert retention.erase_finished(host.state.database, datetime.now(UTC) + timedelta(seconds=5)) == 1
     after = everything(host)
     assert RESULT not in after
     assert ANSWER not in after
@@ -166,14 +166,14 @@ def test_bodies_may_go_earlier_than_the_log(host: Host, receiver: Receiver) -> N
 
 def die_in_the_middle(database_url: str, redis_url: str, runid: str) -> None:
     host = Host(database_url, redis_url)
-    erase_deliveries = erasure._erase_deliveries
+    erase_deliveries = retention._erase_deliveries
 
     def die(*args: Any) -> None:
         erase_deliveries(*args)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    erasure._erase_deliveries = die
-    erasure.erase(host.state.database, runid=runid)
+    retention._erase_deliveries = die
+    retention.erase(host.state.database, runid=runid)
 
 
 def test_a_kill_in_the_middle_leaves_nothing_half_erased(

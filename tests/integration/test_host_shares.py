@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from flask_rq_webhooks.dispatch import host_shares
+from flask_rq_webhooks.dispatch import host_limits
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
+from flask_rq_webhooks.dispatch.host_limits import RateLimiter
 from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult
 from flask_rq_webhooks.dispatch.pubsub import Notices
-from flask_rq_webhooks.dispatch.rate_limit import RateLimiter
 from flask_rq_webhooks.dispatch.recorder import Recorder
 from flask_rq_webhooks.dispatch.sender import Sender
 from flask_rq_webhooks.observe.ingest import Ingest
@@ -73,7 +73,7 @@ def add_due(state: State, count: int, url: str) -> None:
 @pytest.fixture
 def _nothing_hangs_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep a slow machine from letting requests in flight grow old."""
-    monkeypatch.setattr(host_shares, "HANGING_S", 600.0)
+    monkeypatch.setattr(host_limits, "HANGING_S", 600.0)
 
 
 @pytest.mark.usefixtures("_nothing_hangs_yet")
@@ -94,7 +94,7 @@ def test_new_hosts_have_half_of_the_places_while_no_host_fails(state: State) -> 
 def test_a_new_host_does_not_wait_for_new_hosts_that_hang(
     state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_shares, "HANGING_S", 0.0)  # what is in flight hangs
+    monkeypatch.setattr(host_limits, "HANGING_S", 0.0)  # what is in flight hangs
     add_due(state, 5, "http://127.0.1.{number}:9/")
     transport = HangsBut("127.0.0.1:9")
     sender = sender_of(state, transport)

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
-from flask_rq_webhooks.dispatch.rate_limit import PAUSE_S, RateLimiter
+from flask_rq_webhooks.dispatch.host_limits import PAUSE_S, RateLimiter
 from tests.pipeline import add_endpoint, attempts, deliveries, enqueue, open_state
 from tests.servers import Receiver, free_port, valkey_server
 

@@ -23,7 +23,7 @@ from flask_rq_webhooks.observe.publisher import Publisher
 from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import Occurrence
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.bulk import left_to_recover, recover_part
+from flask_rq_webhooks.storage.deliveries import left_to_recover, recover_part
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from tests.integration.test_running_jobs import start

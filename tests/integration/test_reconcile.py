@@ -23,7 +23,7 @@ from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_standing, register
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Event, Watch
-from flask_rq_webhooks.storage.settling import ParkedReport, park_reports
+from flask_rq_webhooks.storage.watches import ParkedReport, park_reports
 from tests.jobs import Callbacks
 from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
 

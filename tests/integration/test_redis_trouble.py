@@ -24,7 +24,7 @@ from flask_rq_webhooks.errors import RQWebhooksError
 from flask_rq_webhooks.queue.redis_database import connect
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import confirm
-from flask_rq_webhooks.web.health import everywhere, nothing_comes_of_reports
+from flask_rq_webhooks.web.monitoring import everywhere, nothing_comes_of_reports
 from tests.pipeline import add_endpoint, callbacks, enqueue, open_state
 from tests.security.test_rule_pickles import ATTACKS
 from tests.servers import Forwarder, Receiver, valkey_server, wait_until

@@ -11,14 +11,13 @@ import pytest
 
 from flask_rq_webhooks.storage import claims
 from flask_rq_webhooks.storage.attempts import record_attempts
-from flask_rq_webhooks.storage.bulk import cancel_part
 from flask_rq_webhooks.storage.claims import defer, free_expired_leases, next_due_in, release
 from flask_rq_webhooks.storage.database import Database
+from flask_rq_webhooks.storage.deliveries import cancel_part, resend
 from flask_rq_webhooks.storage.dispatchers import pause, resume
 from flask_rq_webhooks.storage.endpoints import rotate_secret
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Delivery, Event, Secret
-from flask_rq_webhooks.storage.retention import resend
 from tests.storage_rows import CIPHER, attempt, claim, deliver_to, new_endpoint, row, rows, set_values
 
 

@@ -25,7 +25,7 @@ from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Delivery, Event, Watch
-from flask_rq_webhooks.storage.settling import ParkedReport, park_reports
+from flask_rq_webhooks.storage.watches import ParkedReport, park_reports
 from tests.storage_rows import MAX_ATTEMPTS, new_endpoint, occurrence, row, rows, statements_of, tell
 
 

@@ -13,23 +13,25 @@ import pytest
 from sqlalchemy import select, update
 
 from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
-from flask_rq_webhooks.storage import bulk
+from flask_rq_webhooks.storage import deliveries
 from flask_rq_webhooks.storage.attempts import record_attempts
-from flask_rq_webhooks.storage.bulk import (
+from flask_rq_webhooks.storage.crypto import Cipher, rekey
+from flask_rq_webhooks.storage.database import Database
+from flask_rq_webhooks.storage.deliveries import (
+    BATCH,
     Part,
     cancel_part,
     left_to_cancel,
     left_to_recover,
     recover_part,
+    resend,
 )
-from flask_rq_webhooks.storage.crypto import Cipher, rekey
-from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
 from flask_rq_webhooks.storage.events import IngestItem
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch
 from flask_rq_webhooks.storage.queries import CursorError
-from flask_rq_webhooks.storage.retention import BATCH, Pruned, prune, resend
+from flask_rq_webhooks.storage.retention import Pruned, prune
 from tests.storage_rows import (
     CIPHER,
     EXHAUSTED,
@@ -181,7 +183,7 @@ def test_a_part_that_was_the_last_says_so(database: Database) -> None:
 def test_what_disabled_endpoints_missed_is_made_in_parts(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "EVENTS_PER_PART", 3)
+    monkeypatch.setattr(deliveries, "EVENTS_PER_PART", 3)
     ids = sorted(new_endpoint(database, kind="standing", host=f"{name}.example") for name in "abc")
     for endpoint_id in ids:
         disable_standing(database, endpoint_id)

@@ -12,7 +12,6 @@ from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.dispatchers import heartbeat, pause
 from flask_rq_webhooks.storage.endpoints import confirm, disable_standing
 from flask_rq_webhooks.storage.events import IngestItem
-from flask_rq_webhooks.storage.feed import events_after
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Delivery, Event
 from flask_rq_webhooks.storage.queries import (
@@ -21,6 +20,7 @@ from flask_rq_webhooks.storage.queries import (
     delivery_detail,
     endpoint_detail,
     event_detail,
+    events_after,
     job_webhook,
     list_deliveries,
     list_endpoints,

@@ -9,15 +9,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from flask_rq_webhooks.protocol.retry import Decision
-from flask_rq_webhooks.storage.attempts import AttemptRecord, RecordResult, record_attempts
-from flask_rq_webhooks.storage.bulk import cancel_part
+from flask_rq_webhooks.storage.attempts import AttemptRecord, Decision, RecordResult, record_attempts
 from flask_rq_webhooks.storage.claims import free_expired_leases
 from flask_rq_webhooks.storage.database import Database
+from flask_rq_webhooks.storage.deliveries import cancel_part, resend
 from flask_rq_webhooks.storage.endpoints import enable_standing
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint
-from flask_rq_webhooks.storage.retention import resend
 from tests.storage_rows import (
     EXHAUSTED,
     attempt,

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from flask_rq_webhooks.config import load_settings
 from flask_rq_webhooks.dispatch.http import Transport, default_ssl_context, open_transport
-from flask_rq_webhooks.dispatch.http.dns import alternate
+from flask_rq_webhooks.dispatch.http.address_guard import alternate
 from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, after_request, elapsed, read_request, silence

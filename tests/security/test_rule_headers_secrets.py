@@ -295,7 +295,7 @@ def test_a_wrong_key_says_so_and_loses_nothing(
     assert SECRET not in caplog.text
 
     with open_state(database_url, redis_url, encryption_keys=["newest", "right"]) as state:
-        from flask_rq_webhooks.storage.retention import resend
+        from flask_rq_webhooks.storage.deliveries import resend
 
         resend(state.database, waiting.id)  # due now, instead of when its pause is over
         Dispatcher(state).run(burst=True)

@@ -29,7 +29,7 @@ from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 from rq.utils import import_attribute
 
 from flask_rq_webhooks import callbacks
-from flask_rq_webhooks.protocol import worker_errors
+from flask_rq_webhooks.protocol import job_errors
 from flask_rq_webhooks.protocol.json_safe import dumps_capped
 from flask_rq_webhooks.queue.outbox_entry import parse_entry
 
@@ -453,11 +453,11 @@ def test_long_error_is_cut() -> None:
 
     error = parse_entry(stream.appended[0][1].encode()).error
     assert error is not None
-    assert error["message"] == message[: worker_errors.MAX_MESSAGE_CHARS - 3] + "..."
+    assert error["message"] == message[: job_errors.MAX_MESSAGE_CHARS - 3] + "..."
     assert error["traceback"].startswith("ValueError: first")
     assert error["traceback"].endswith(" last\n")
     assert "characters left out" in error["traceback"]
-    assert len(error["traceback"]) < worker_errors.MAX_TRACEBACK_CHARS + 100
+    assert len(error["traceback"]) < job_errors.MAX_TRACEBACK_CHARS + 100
 
 
 # -- jobs that did not run in this process ------------------------------------------------------------------

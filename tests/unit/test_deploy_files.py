@@ -54,7 +54,7 @@ def test_compose_file() -> None:
 
 def test_alerts_name_metrics_that_exist() -> None:
     documented = set(re.findall(r"``(rq_webhooks_\w+)", (ROOT / "docs" / "metrics.rst").read_text()))
-    source = (ROOT / "flask_rq_webhooks" / "web" / "metrics.py").read_text()
+    source = (ROOT / "flask_rq_webhooks" / "web" / "monitoring.py").read_text()
     alerts = re.findall(r"rq_webhooks_\w+", (DEPLOY / "alerts.yml").read_text())
     assert len(alerts) >= 6
     for name in alerts:

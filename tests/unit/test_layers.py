@@ -33,7 +33,7 @@ RANKS = {
 
 #: Outside the ranks: what runs in users' workers and receivers may use hardly anything.
 ALONE = {
-    "callbacks": {"protocol.worker_errors", "protocol.json_safe", "queue.safe_pickle"},
+    "callbacks": {"protocol.job_errors", "protocol.json_safe", "queue.safe_pickle"},
     "receiver": {"protocol.signatures", "errors"},
     # The names of the package, loaded on first use; `version` is all it really imports.
     "__init__": {"version", "errors", "extension", "queue.job_callbacks"},
@@ -59,7 +59,7 @@ SEAMS = {
     ("receiver", "flask"): "offers a decorator to Flask receivers",
     ("callbacks", "rq"): "runs in RQ's work-horse",
     ("dispatch.pubsub", "redis"): "publishes on a Redis of its own",
-    ("dispatch.rate_limit", "redis"): "counts through the limits library",
+    ("dispatch.host_limits", "redis"): "counts through the limits library",
     ("accept.register", "rq"): "enqueues on queues the host gives it",
     ("accept.route_report", "rq"): "recognises what enqueues",
     ("observe.publisher", "rq"): "knows RQ's word for a result that cannot be pickled",
@@ -131,8 +131,12 @@ def test_every_module_has_a_rank() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "expected"),
     [
-        ("protocol.retry", "from ..storage import models", ["protocol.retry:1 imports storage.models"]),
-        ("protocol.retry", "from ..storage.models import Event", ["protocol.retry:1 imports storage.models"]),
+        ("protocol.urls", "from ..storage import models", ["protocol.urls:1 imports storage.models"]),
+        (
+            "protocol.urls",
+            "from ..storage.models import Event",
+            ["protocol.urls:1 imports storage.models"],
+        ),
         (
             "storage.models",
             "def f():\n    from ..queue import job_callbacks",
@@ -213,14 +217,14 @@ def test_every_seam_is_needed(module: str, library: str) -> None:
         ("web.api", "import sqlalchemy", ["web.api:1 imports sqlalchemy"]),
         ("cli.doctor", "def f():\n    from sqlalchemy import select", ["cli.doctor:2 imports sqlalchemy"]),
         ("observe.ingest", "from sqlalchemy.exc import DBAPIError", ["observe.ingest:1 imports sqlalchemy"]),
-        ("web.health", "from redis import Redis", ["web.health:1 imports redis"]),
-        ("web.health", "from redis.exceptions import RedisError", []),
+        ("web.monitoring", "from redis import Redis", ["web.monitoring:1 imports redis"]),
+        ("web.monitoring", "from redis.exceptions import RedisError", []),
         ("storage.claims", "import redis.asyncio", ["storage.claims:1 imports redis"]),
         ("dispatch.sender", "from rq.job import Job", ["dispatch.sender:1 imports rq"]),
         ("dispatch.sender", "if TYPE_CHECKING:\n    from rq.job import Job", []),
         ("observe.ingest", "from flask import Blueprint", ["observe.ingest:1 imports flask"]),
         ("storage.models", "import flask_sqlalchemy", ["storage.models:1 imports flask_sqlalchemy"]),
-        ("web.metrics", "n = self._state.redis.xlen(key)", ["web.metrics:1 sends a command to Redis"]),
+        ("web.monitoring", "n = self._state.redis.xlen(key)", ["web.monitoring:1 sends a command to Redis"]),
         ("queue.outbox", "from redis import Redis\nstate.redis.xlen(key)", []),
         ("web.api", "from flask import Blueprint", []),
         ("storage.claims", "from sqlalchemy import text", []),

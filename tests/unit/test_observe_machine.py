@@ -31,8 +31,7 @@ from flask_rq_webhooks.queue.job_reader import JobRecord, JobResult, Jobs
 from flask_rq_webhooks.queue.outbox import Entry
 from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
 from flask_rq_webhooks.storage.events import IngestedEvent
-from flask_rq_webhooks.storage.settling import _is_as_late
-from flask_rq_webhooks.storage.watches import Reported, SettledProbe, WatchProbe, WatchRow
+from flask_rq_webhooks.storage.watches import Reported, SettledProbe, WatchProbe, WatchRow, _is_as_late
 
 GAMES = int(os.environ.get("RQ_WEBHOOKS_GAMES", "300"))
 SEED = int(os.environ.get("RQ_WEBHOOKS_GAMES_SEED", "20260301"))

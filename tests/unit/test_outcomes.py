@@ -28,7 +28,7 @@ from flask_rq_webhooks.observe.outcomes import (
     unreported_outcomes,
 )
 from flask_rq_webhooks.protocol.events import format_time
-from flask_rq_webhooks.protocol.tracebacks import error_from_text
+from flask_rq_webhooks.protocol.job_errors import error_from_text
 from flask_rq_webhooks.queue.job_reader import JobRecord, JobResult
 from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
 from flask_rq_webhooks.storage.watches import Reported

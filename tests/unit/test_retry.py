@@ -10,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_rq_webhooks.config import DEFAULT_RETRY_SCHEDULE, DEFAULT_RETRY_STATUSES
-from flask_rq_webhooks.protocol.retry import Decision, RetryPolicy, error_code_for_status, parse_retry_after
+from flask_rq_webhooks.storage.attempts import (
+    Decision,
+    RetryPolicy,
+    error_code_for_status,
+    parse_retry_after,
+)
 
 NOW = datetime(2024, 1, 1, 12, 0, 0, tzinfo=UTC)
 POLICY = RetryPolicy(DEFAULT_RETRY_SCHEDULE, frozenset(DEFAULT_RETRY_STATUSES))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flask_rq_webhooks.protocol.tracebacks import error_from_text
+from flask_rq_webhooks.protocol.job_errors import error_from_text
 
 
 def group() -> None:

@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from urllib3.util import parse_url
 
+from flask_rq_webhooks.dispatch.http.address_guard import nat64_prefixes
 from flask_rq_webhooks.errors import BlockedURLError, ConfigurationError
-from flask_rq_webhooks.protocol.addresses import nat64_ipv4, nat64_prefixes
-from flask_rq_webhooks.protocol.urls import MAX_URL_LENGTH, UrlPolicy, redact_url
+from flask_rq_webhooks.protocol.urls import MAX_URL_LENGTH, UrlPolicy, nat64_ipv4, redact_url
 
 
 def refusal(policy: UrlPolicy, url: object) -> str | None:

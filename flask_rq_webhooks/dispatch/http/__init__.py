@@ -6,23 +6,20 @@ kilobytes, and reaches only addresses that the policy accepted. Knows nothing of
 A :class:`Transport` is an object handed to the dispatcher; tests hand in another one. The modules:
 
 ==================== ===========================================================================
-``contract``         what the dispatcher sees: request, result, the protocol of a transport
+``contract``         what the dispatcher sees: request, result, the protocol of a transport, error codes
 ``client``           the transport: threads, and the :mod:`requests` adapter
 ``pool``             connections, kept ones included; TLS verification settings
 ``wire_format``      the bytes of a request; what is read of a response, and what of it is kept
-``address_guard``    which URL and which address may be used; opens connections
-``dns``              names to addresses, under a deadline
+``address_guard``    which URL and which address may be used; looks names up, opens connections
 ``deadline``         the total deadline of an attempt, and the watchdog that enforces it
-``transport_errors`` why there is no response: the coarse error codes
 ==================== ===========================================================================
 """
 
 from __future__ import annotations
 
-from .address_guard import NAT64_WAIT_S, find_nat64
+from .address_guard import MAX_ADDRESSES, NAT64_WAIT_S, Lookups, Resolver, find_nat64, system_resolver
 from .client import RequestsTransport, open_transport
 from .contract import AttemptRequest, AttemptResult, Transport
-from .dns import MAX_ADDRESSES, Lookups, Resolver, system_resolver
 from .pool import default_ssl_context
 from .wire_format import BODY_CAP, KEPT_HEADERS, MAX_HEADER_BYTES
 

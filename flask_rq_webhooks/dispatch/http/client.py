@@ -30,12 +30,10 @@ from ...config import Settings
 from ...errors import ConfigurationError
 from ...protocol.urls import UrlPolicy, redact_url
 from . import pool
-from .address_guard import AddressGuard
-from .contract import AttemptRequest, AttemptResult
+from .address_guard import AddressGuard, Lookups, Resolver, system_resolver
+from .contract import NETWORK_ERRORS, AttemptRequest, AttemptResult, Failure, failure_of
 from .deadline import RunningAttempt, Watchdog
-from .dns import Lookups, Resolver, system_resolver
 from .pool import ConnectionPool, PinnedConnection, default_ssl_context, verifying_context
-from .transport_errors import NETWORK_ERRORS, Failure, failure_of
 from .wire_format import BODY_CAP, BoundedResponse, clean, head_of, request_bytes, wire_headers
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from ...protocol.urls import CheckedURL
-from .transport_errors import Failure, deadline_passed, transport_closed
+from .contract import Failure, deadline_passed, transport_closed
 
 logger = logging.getLogger(__name__)
 

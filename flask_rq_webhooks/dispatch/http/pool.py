@@ -21,8 +21,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.poolmanager import PoolManager, proxy_from_url
 
 from .address_guard import AddressGuard
+from .contract import Failure, ProxyFailure
 from .deadline import RunningAttempt, SocketHandle
-from .transport_errors import Failure, ProxyFailure
 
 if sys.platform != "win32":
     import resource

@@ -18,9 +18,8 @@ from typing import Any, cast
 from urllib3.util.ssltransport import SSLTransport
 
 from ...protocol.urls import CheckedURL
-from .contract import AttemptRequest
+from .contract import AttemptRequest, Failure
 from .deadline import RunningAttempt
-from .transport_errors import Failure
 
 #: Headers of the connection layer; a request's own are dropped.
 _TRANSPORT_HEADERS = frozenset(

@@ -1,12 +1,19 @@
-"""What RQ's own record of a failure says: type, message and traceback from a text.
+"""The error of a failed job as ``type``, ``message`` and ``traceback``: from an exception or from RQ's text.
 
-Pure. RQ keeps the formatted traceback of an exception, or one sentence of its own where there was none
-(the work-horse died, the job was abandoned).
+:func:`error_texts` runs inside users' workers, so this imports only what RQ has loaded already. A module of
+its own, apart from :mod:`flask_rq_webhooks.callbacks`, so that jobs that succeed do not pay for it.
 """
 
 from __future__ import annotations
 
 import re
+import sys
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from .json_safe import safe_text
 
 _EXCEPTION = re.compile(r"(?P<type>[^\W\d]\w*(?:\.[^\W\d]\w*)*)(?::\s?(?P<message>.*))?", re.DOTALL)
 _TRACEBACK = "Traceback (most recent call last):"
@@ -88,3 +95,38 @@ def _undrawn(lines: list[str]) -> list[str]:
             break
         own.append(line.removeprefix("  | "))
     return own
+
+
+# -- from an exception ------------------------------------------------------------------------------------
+
+#: Characters kept of an exception's class, of its message and of its traceback.
+MAX_TYPE_CHARS, MAX_MESSAGE_CHARS, MAX_TRACEBACK_CHARS = 512, 10_000, 65_536
+
+
+def error_texts(kind: Any = None, value: Any = None, tb: Any = None) -> dict[str, str]:
+    """Return what RQ hands to on_failure as ``type``, ``message`` and ``traceback``.
+
+    :param tb: a traceback only where the job ran in this process.
+    """
+    full = _get(
+        lambda: "".join(
+            traceback.format_exception(kind, value, tb if isinstance(tb, TracebackType) else None)
+        )
+    )
+    text = safe_text(full or "", sys.maxsize)
+    if len(text) > MAX_TRACEBACK_CHARS:
+        half = MAX_TRACEBACK_CHARS // 2
+        text = f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+    return {
+        "type": safe_text(_get(lambda: kind.__name__) or kind, MAX_TYPE_CHARS),
+        "message": safe_text(value, MAX_MESSAGE_CHARS),
+        "traceback": text,
+    }
+
+
+def _get(read: Callable[[], Any]) -> Any:
+    """Return ``read()``, or ``None`` where it fails: objects of other people's programs are read here."""
+    try:
+        return read()
+    except Exception:
+        return None

@@ -1,8 +1,7 @@
-"""Many deliveries by a filter: made due again, made at last, or canceled.
+"""What operators do with deliveries: resend one, make all due, recover or cancel many by a filter.
 
-Owns the order in which they are walked, so that any number of them is worked off in parts that each take
-little: a part says where the next one begins. A walk goes up by id, so it ends, whatever becomes of what it
-has passed: what fails again is not met a second time.
+Owns the order in which many are walked, in parts that each take little: a part says where the next one
+begins. A walk goes up by id, so it ends, and a delivery that fails again is not met a second time.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from sqlalchemy import ColumnElement, exists, func, select, update
+from sqlalchemy import ColumnElement, case, exists, func, or_, select, text, update
 
+from ..errors import ErasedError
 from ..protocol.events import RUNNING_TYPES, WEBHOOK_PING, Occurrence
 from ..protocol.payloads import occurrence_from_json
 from .database import Database
@@ -21,9 +21,18 @@ from .events import Render
 from .filters import DeliveryFilter
 from .models import CANCELED, EXHAUSTED, MANUAL, PENDING, SENDING, Delivery, Endpoint, Event, first_id_at
 from .queries import CursorError
-from .retention import BATCH, canceled_now, due_again, in_flight
 from .statistics import COUNT_CAP
-from .subscriptions import ENDPOINT_COLUMNS, EndpointRow, delivery_values, endpoint_row, store_deliveries
+from .subscriptions import (
+    ENDPOINT_COLUMNS,
+    EndpointRow,
+    canceled_now,
+    delivery_values,
+    endpoint_row,
+    store_deliveries,
+)
+
+#: Rows per transaction of everything that may touch many.
+BATCH = 500
 
 #: Events that one part looks at, for those that a disabled endpoint missed; most have their deliveries.
 EVENTS_PER_PART = 5_000
@@ -33,6 +42,45 @@ _CURSOR = re.compile(r"(dlv_[0-9a-z]{26})|(ep[0-9a-z]{0,20}_[0-9a-z]{26}):(evt_[
 
 #: What was said of a run under way is out of date by the time somebody recovers deliveries.
 _IS_CURRENT = (Delivery.event_type.not_in(sorted(RUNNING_TYPES)),)
+
+
+def resend(database: Database, delivery_id: str) -> str | None:
+    """Make a delivery due now, for one more attempt, whatever became of it before.
+
+    Same event id, same bytes. The attempt decides the status anew: a delivery that had succeeded and now
+    fails for the last time is exhausted.
+
+    :returns: its status now: ``"pending"``; ``"sending"``, unchanged, where an attempt is under way; ``None``
+        where there is no such delivery.
+    :raises ErasedError: when its body was erased.
+    """
+    with database.write() as connection:
+        row = connection.execute(
+            select(Delivery.status, Delivery.erased_at, in_flight(database).label("in_flight"))
+            .where(Delivery.id == delivery_id)
+            .with_for_update()
+        ).one_or_none()
+        if row is None:
+            return None
+        if row.erased_at is not None:
+            raise ErasedError(f"The body of delivery {delivery_id} was erased; it cannot be sent again.")
+        if row.in_flight:
+            return SENDING
+        connection.execute(update(Delivery).where(Delivery.id == delivery_id).values(due_again(database)))
+    return PENDING
+
+
+def make_all_due(database: Database) -> int:
+    """Make every delivery due that waits for its next attempt; return how many.
+
+    Unlike :func:`recover` it changes nothing else: same trigger, same number of attempts left.
+    """
+    with database.write(single_statement=True) as connection:
+        return connection.execute(
+            update(Delivery)
+            .where(Delivery.status == text("'pending'"), Delivery.next_attempt_at > database.clock())
+            .values(next_attempt_at=database.clock())
+        ).rowcount
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +218,26 @@ def _left(database: Database, chosen: DeliveryFilter, after: str | None, *also: 
         capped = query.limit(COUNT_CAP + 1).subquery()
         number: int = connection.execute(select(func.count()).select_from(capped)).scalar_one()
     return number
+
+
+def due_again(database: Database) -> dict[str, Any]:
+    """Return the values that make a delivery due now, for one more attempt by hand."""
+    one_more = Delivery.attempts + 1
+    return {
+        "status": PENDING,
+        "trigger": MANUAL,
+        "next_attempt_at": database.clock(),
+        "max_attempts": case((Delivery.max_attempts < one_more, one_more), else_=Delivery.max_attempts),
+        "finished_at": None,
+        "lease_id": None,
+        "lease_until": None,
+    }
+
+
+def in_flight(database: Database) -> ColumnElement[bool]:
+    """Return the condition that a sender holds the delivery; a canceled one may still be under way."""
+    held = or_(Delivery.status == SENDING, Delivery.status == CANCELED)
+    return held & Delivery.lease_until.is_not(None) & (Delivery.lease_until > database.clock())
 
 
 # -- deliveries that were never made ----------------------------------------------------------------------
