@@ -222,13 +222,11 @@ def _verify(
     content = body.encode() if isinstance(body, str) else _bytes(body)
     keys = _usable(secrets)
     plain, plain_timestamp = (name.lower() for name in plain_names)
-    pairs = list(headers.items() if hasattr(headers, "items") else headers)
-    found = _headers(pairs, {_ID, _TIMESTAMP, _SIGNATURE})
+    found = _headers(headers, {_ID, _TIMESTAMP, _SIGNATURE, plain, plain_timestamp})
     current = _unix_time(now)
 
     if _SIGNATURE in found and not {"v1", "v1a"}.isdisjoint(schemes):
         return _verify_standard(content, found, keys, tolerance, current, schemes)
-    found |= _headers(pairs, {plain, plain_timestamp})
     if "sha256" not in schemes:
         if plain in found:
             raise SignatureError(
@@ -333,11 +331,12 @@ def _usable(secrets: Any) -> list[str | bytes]:
     return usable
 
 
-def _headers(pairs: Iterable[Any], wanted: Collection[str]) -> dict[str, str]:
+def _headers(headers: Any, wanted: Collection[str]) -> dict[str, str]:
     """Return the *wanted* headers by lower-case name.
 
     :raises SignatureError: when one comes twice or is no printable ASCII.
     """
+    pairs = headers.items() if hasattr(headers, "items") else headers
     found: dict[str, str] = {}
     for name, value in pairs:
         plain = _ascii(name)
