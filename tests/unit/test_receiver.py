@@ -652,7 +652,7 @@ def test_mutated_headers(event_id: str, timestamp: str, signature: str, plain: s
         "X-Webhook-Signature": plain,
     }
     good = event_id == ID and timestamp == str(T) and V1 in signature.split(" ")
-    # A damaged header of ours is refused even where it is not the one that counts, as one that comes twice is.
+    # A damaged header of ours is refused even where another one counts, like one that comes twice.
     good = good and plain.isascii() and plain.isprintable()
     try:
         assert check(headers).id == ID
