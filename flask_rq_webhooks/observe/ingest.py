@@ -115,7 +115,9 @@ class Ingest:
         self._acknowledge()
         self._read(block_ms)
         now = self._clock()
-        due = [waiting for waiting in self._waiting.values() if waiting.look_at <= now]
+        jobs = {waiting.entry.job_id for waiting in self._waiting.values() if waiting.look_at <= now}
+        # Reports of one job are judged together: a later one shows that RQ began the run again.
+        due = [waiting for waiting in self._waiting.values() if waiting.entry.job_id in jobs]
         if not due:
             return 0
         before = len(self._waiting)
@@ -204,7 +206,8 @@ class Ingest:
             entry = waiting.entry
             known = reported.get(entry.job_id, [])
             job = _existing(jobs, entry.job_id)
-            if job is None and entry.retries_left and self._caught_up_at < waiting.since:
+            is_newest = waiting.id not in following
+            if job is None and is_newest and entry.retries_left and self._caught_up_at < waiting.since:
                 undecided.append(waiting)  # the report of a later run, which shows the retry, may come
                 continue
             outcome = self._outcome_of(waiting, job, following, known)

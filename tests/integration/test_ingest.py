@@ -17,12 +17,16 @@ import rq
 from flask_rq_webhooks import signals
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.observe.ingest import PATIENCE_S, Ingest
-from flask_rq_webhooks.observe.publisher import Publisher
+from flask_rq_webhooks.observe.outcomes import Outcome
+from flask_rq_webhooks.observe.publisher import Publisher, occurrence_of_loss
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.queue.outbox_entry import confirm_entry
 from flask_rq_webhooks.state import State
+from flask_rq_webhooks.storage.endpoints import confirm
+from flask_rq_webhooks.storage.events import IngestItem
 from flask_rq_webhooks.storage.models import Watch
 from tests.pipeline import add_endpoint, deliveries, enqueue, events, open_state, rows, work
+from tests.servers import wait_until
 
 URL = "http://127.0.0.1:9/hook"
 
@@ -336,6 +340,47 @@ def confirmation(state: State, endpoint_id: str, runs: dict[str, str], unseen: l
     """Return the entry of a web process that could not confirm in SQL."""
     seal = state.cipher.encrypt(json.dumps([endpoint_id, runs, unseen]))
     return confirm_entry(endpoint_id, list(runs), seal=seal)
+
+
+def test_report_of_a_lost_job_that_is_back_corrects_the_loss(state: State) -> None:
+    endpoint_id = add_endpoint(state, URL)
+    entry = append(state, "success", endpoint_id)
+    lost = Outcome(type="job.lost", run=entry["run"], committed=False)
+    Publisher(state).publish(
+        [IngestItem(occurrence_of_loss(entry["job_id"], lost, now=datetime.now(UTC)), (endpoint_id,))]
+    )
+    set_hash(state, entry, "finished")
+
+    ingest_of(state).run_once(block_ms=1)
+    state.outbox.append(entry)
+    ingest_of(state).run_once(block_ms=1)
+
+    loss, correction = events(state)
+    assert (loss.type, loss.supersedes) == ("job.lost", None)
+    assert (correction.type, correction.supersedes) == ("job.success", loss.id)
+
+
+def test_success_of_a_gone_job_waits_for_the_report_that_shows_its_retry(
+    database_url: str, redis_url: str
+) -> None:
+    """Its worker died before the commit, RQ ran the job again, and nothing of it is left but two reports."""
+    with open_state(database_url, redis_url, batch=1) as state:
+        endpoint_id = add_endpoint(state, URL)
+        now = datetime.now(UTC)
+        first = append(state, "success", endpoint_id, retries_left=1)
+        again = format_time(now - timedelta(milliseconds=300))
+        job_id = first["job_id"]
+        confirm(state.database, endpoint_id, existing=[job_id], unseen=[], reserved_job_id=None)
+        append(
+            state, "success", endpoint_id, job_id=job_id, retries_left=0, run=again,
+            enqueued_at=again, started_at=again,
+        )  # fmt: skip
+        ingest = ingest_of(state)
+        wait_until(lambda: ingest.run_once(block_ms=1) >= 0 and ingest.is_idle())
+        assert {event.run_key: event.type for event in events(state)} == {
+            f"{job_id}|{first['run']}|job.retrying": "job.retrying",
+            f"{job_id}|{again}|end": "job.success",
+        }
 
 
 def test_confirmation_through_the_outbox_opens_the_watches(state: State) -> None:
