@@ -106,7 +106,7 @@ def scoped(values: Mapping[str, Any], tenant: str | None) -> str | None:
 
 
 def delivery_filter(values: Mapping[str, Any], tenant: str | None = None) -> DeliveryFilter:
-    """Return the filter that checked values of a :class:`~.api_inputs.FilterInput` describe.
+    """Return the filter that checked values of a :class:`~.api_schemas.FilterInput` describe.
 
     :param tenant: see :func:`scoped`.
     """
