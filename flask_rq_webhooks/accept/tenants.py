@@ -15,7 +15,7 @@ from collections import OrderedDict
 from ..errors import StorageUnavailableError
 from ..state import State
 from ..storage.models import MAX_TENANT
-from ..storage.subscriptions import job_types_wanted
+from ..storage.subscriptions import any_tenant_subscribes, job_types_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +73,13 @@ class Subscribers:
         self._known: OrderedDict[str, tuple[float, tuple[str, ...] | None]] = OrderedDict()
 
     def nobody(self) -> bool:
-        """Say whether no tenant has such an endpoint."""
+        """Say whether no tenant has an enabled endpoint, whatever it wants."""
         now = time.monotonic()
         if now < self._nobody_until:
             return True
         if now < self._anybody_until:
             return False
-        found = job_types_wanted(self._database, None) is not None
+        found = any_tenant_subscribes(self._database)
         until = time.monotonic() + LOOK_EVERY_S
         self._nobody_until, self._anybody_until = (0.0, until) if found else (until, 0.0)
         return not found

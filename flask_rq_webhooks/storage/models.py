@@ -200,9 +200,14 @@ class Endpoint(Base):
     __table_args__ = (
         Index(conv("ix_rq_webhooks_endpoint_kind"), "kind", "id"),
         _partial("ix_rq_webhooks_endpoint_tenant", "tenant IS NOT NULL", "tenant", "kind", "id"),
-        # The standing endpoints of operators, however many those of tenants are.
+        # The standing endpoints of operators, however many those of tenants are. SQLite takes it for its two
+        # equalities; with fewer it prefers the index above.
         _partial(
-            "ix_rq_webhooks_endpoint_operators", "kind = 'standing' AND tenant IS NULL", "only_tenant", "id"
+            "ix_rq_webhooks_endpoint_operators",
+            "kind = 'standing' AND tenant IS NULL",
+            "kind",
+            "tenant",
+            "id",
         ),
     )
 

@@ -158,23 +158,28 @@ def wanted_by_standing(
     return {tenant: frozenset(one for one in types if is_wanted(one, some)) for tenant, some in named.items()}
 
 
-def job_types_wanted(database: Database, tenant: str | None) -> tuple[str, ...] | None:
+def any_tenant_subscribes(database: Database) -> bool:
+    """Say whether any tenant has an enabled standing endpoint."""
+    query = select(Endpoint.id).where(_IS_STANDING, Endpoint.enabled, Endpoint.tenant.is_not(None)).limit(1)
+    with database.read() as connection:
+        return connection.execute(query).first() is not None
+
+
+def job_types_wanted(database: Database, tenant: str) -> tuple[str, ...] | None:
     """Return the event types of jobs that the enabled standing endpoints of a tenant want.
 
-    :param tenant: ``None``: of any tenant at all; only whether there are some then counts.
     :returns: ``None`` where they want none, or there are no such endpoints.
     """
-    query = select(Endpoint.events).where(_IS_STANDING, Endpoint.enabled).limit(_MAX_LOOK)
-    query = query.where(Endpoint.tenant.is_not(None) if tenant is None else Endpoint.tenant == tenant)
+    query = select(Endpoint.events).where(_IS_STANDING, Endpoint.enabled, Endpoint.tenant == tenant)
     types: set[str] = set()
     with database.read() as connection:
-        for events in connection.execute(query.distinct()).scalars():
+        for events in connection.execute(query.limit(_MAX_LOOK)).scalars():
             named = None if events is None else json.loads(events)
             types.update(one for one in JOB_TYPES if is_wanted(one, named))
     return tuple(sorted(types)) or None
 
 
-#: Different lists of event types that are looked at for one tenant.
+#: Endpoints that are looked at for one tenant.
 _MAX_LOOK = 1000
 
 
