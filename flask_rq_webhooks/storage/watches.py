@@ -474,9 +474,7 @@ def park_reports(database: Database, reports: Sequence[ParkedReport], *, now: da
             connection, {report.endpoint_id for report in reports if is_endpoint(report.endpoint_id)}
         )
         # In one order everywhere, so that two dispatchers never wait in a circle.
-        for report in sorted(
-            reports, key=lambda r: (r.job_id, is_endpoint(r.endpoint_id), str(r.endpoint_id))
-        ):
+        for report in sorted(reports, key=_order):
             bound = is_endpoint(report.endpoint_id)
             if bound and report.endpoint_id not in existing:
                 logger.warning(
@@ -503,6 +501,10 @@ def park_reports(database: Database, reports: Sequence[ParkedReport], *, now: da
                     index_elements=["job_id", "endpoint_id"] if bound else ["id"], set_=changes
                 )
             )
+
+
+def _order(report: ParkedReport) -> tuple[str, str]:
+    return report.job_id, (report.endpoint_id or "") if is_endpoint(report.endpoint_id) else ""
 
 
 def unbound_watch_id(job_id: str) -> str:

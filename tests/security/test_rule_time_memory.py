@@ -50,6 +50,7 @@ def continues(connection: Any) -> None:
         time.sleep(0.002)  # faster, and the headers are soon too long
 
 
+@pytest.mark.slow_machine(reason="two seconds between the first timeout and the next request")
 @pytest.mark.parametrize("script", [slow_headers, slow_body, continues], ids=lambda script: script.__name__)
 def test_an_attacker_is_left_at_the_deadline_and_the_next_host_is_not_kept_waiting(
     open_: OpenState, receiver: Receiver, script: Any
