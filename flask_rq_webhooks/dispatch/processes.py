@@ -117,7 +117,8 @@ class _Child:
     """One place for a dispatcher process, whichever process fills it at the moment.
 
     :param pipe: read end of its signs of life; ``None`` while there is no process.
-    :param alive_at: monotonic time of the last sign; ``None`` before the first.
+    :param alive_at: monotonic time of the last sign; of the start before the first, so that a process that
+        hangs while it starts is replaced as well.
     :param pause_s: before the next restart.
     """
 
@@ -125,7 +126,7 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     pipe: int | None = None
     started_at: float = 0.0
-    alive_at: float | None = None
+    alive_at: float = 0.0
     pause_s: float = FIRST_PAUSE_S
     restart_at: float = 0.0
 
@@ -178,7 +179,7 @@ class Supervisor:
                     if code is not None:
                         worst = code or worst
                         self._ended(child, code, now)
-                    elif child.alive_at is not None and now - child.alive_at > HUNG_S:
+                    elif now - child.alive_at > HUNG_S:
                         logger.error("Process %d (pid %d) hangs; killed.", child.number, child.process.pid)
                         child.process.kill()
                 self._notify(now)
@@ -210,7 +211,8 @@ class Supervisor:
             )
         finally:
             os.close(write_end)
-        child.pipe, child.alive_at, child.started_at = read_end, None, time.monotonic()
+        child.pipe = read_end
+        child.alive_at = child.started_at = time.monotonic()
         self._selector.register(read_end, selectors.EVENT_READ, child)
 
     def _read(self, child: _Child) -> None:
