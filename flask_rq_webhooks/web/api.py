@@ -112,8 +112,9 @@ def _add_reads(api: Api, state: State) -> None:
         """Return events in the order they were stored; with a runid, the permission status is enough."""
         runid = wanted.get("runid")
         may = runid is not None and is_allowed(state, "status", job_id=None, runid=runid)
-        tenant = None if may or is_allowed(state, "read") else own_tenant(state)
-        if not may and tenant is None and not is_allowed(state, "read"):
+        may = may or is_allowed(state, "read")
+        tenant = None if may else own_tenant(state)
+        if not may and tenant is None:
             raise ApiError(403, "forbidden", "This needs the permission 'read', or 'status' for one runid.")
         page = events_after(
             state.database,
