@@ -144,24 +144,11 @@ def statistics(database: Database, *, hours: int = 24, tenant: str | None = None
         return _of_tenant(database, tenant, hours)
     with database.read() as connection:
         now = database.now(connection)
-        by_hour, complete = _finished_by_hour(database, connection, now - timedelta(hours=hours))
-        succeeded = sum(hour.succeeded for hour in by_hour)
-        ended = succeeded + sum(hour.exhausted for hour in by_hour)
-        durations, hosts = _recent_attempts(connection)
         watches, oldest_watch = _unsettled_watches(connection)
         due = earliest_due(database, connection)
         return Statistics(
-            counts={
-                status: _count(connection, select(Delivery.id).where(Delivery.status == status))
-                for status in (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
-            },
+            **_of_deliveries(database, connection, hours),
             oldest_due_s=(now - due).total_seconds() if due is not None and due <= now else None,
-            hours=by_hour,
-            hours_complete=complete,
-            success_rate=succeeded / ended if ended else None,
-            p50_ms=_percentile(durations, 0.50),
-            p95_ms=_percentile(durations, 0.95),
-            worst_hosts=hosts,
             watches=watches,
             oldest_watch=oldest_watch,
             endpoints_disabled=_count(
@@ -183,32 +170,47 @@ def _of_tenant(database: Database, tenant: str, hours: int) -> Statistics:
     mine = Delivery.tenant == tenant
     newest = select(Delivery.id).where(mine).order_by(Delivery.id.desc())
     with database.read() as connection:
-        since = database.now(connection) - timedelta(hours=hours)
         recent = Delivery.id.in_(newest.limit(FINISHED_WINDOW))
-        by_hour, complete = _finished_by_hour(database, connection, since, recent)
         few = Attempt.delivery_id.in_(newest.limit(ATTEMPT_WINDOW))
-        durations, hosts = _recent_attempts(connection, few)
-        succeeded = sum(hour.succeeded for hour in by_hour)
-        ended = succeeded + sum(hour.exhausted for hour in by_hour)
         theirs = [Endpoint.tenant == tenant, Endpoint.kind == "standing", ~Endpoint.enabled]
         return Statistics(
-            counts={
-                status: _count(connection, select(Delivery.id).where(mine, Delivery.status == status))
-                for status in (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
-            },
+            **_of_deliveries(database, connection, hours, counted=[mine], finished=[recent], attempted=[few]),
             oldest_due_s=None,
-            hours=by_hour,
-            hours_complete=complete,
-            success_rate=succeeded / ended if ended else None,
-            p50_ms=_percentile(durations, 0.50),
-            p95_ms=_percentile(durations, 0.95),
-            worst_hosts=hosts,
             watches={},
             oldest_watch=None,
             endpoints_disabled=_count(connection, select(Endpoint.id).where(*theirs)),
             dispatchers=0,
             paused_since=None,
         )
+
+
+def _of_deliveries(
+    database: Database,
+    connection: Connection,
+    hours: int,
+    *,
+    counted: Sequence[ColumnElement[bool]] = (),
+    finished: Sequence[ColumnElement[bool]] = (),
+    attempted: Sequence[ColumnElement[bool]] = (),
+) -> dict[str, Any]:
+    """Return the numbers that operators and tenants see alike, of the rows that the conditions choose."""
+    since = database.now(connection) - timedelta(hours=hours)
+    by_hour, complete = _finished_by_hour(database, connection, since, *finished)
+    succeeded = sum(hour.succeeded for hour in by_hour)
+    ended = succeeded + sum(hour.exhausted for hour in by_hour)
+    durations, hosts = _recent_attempts(connection, *attempted)
+    return {
+        "counts": {
+            status: _count(connection, select(Delivery.id).where(Delivery.status == status, *counted))
+            for status in (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
+        },
+        "hours": by_hour,
+        "hours_complete": complete,
+        "success_rate": succeeded / ended if ended else None,
+        "p50_ms": _percentile(durations, 0.50),
+        "p95_ms": _percentile(durations, 0.95),
+        "worst_hosts": hosts,
+    }
 
 
 def _count(connection: Connection, query: Any) -> int:
