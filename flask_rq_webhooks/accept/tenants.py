@@ -12,6 +12,8 @@ import time
 import weakref
 from collections import OrderedDict
 
+from flask import has_request_context
+
 from ..errors import StorageUnavailableError
 from ..state import State
 from ..storage.models import MAX_TENANT
@@ -34,7 +36,7 @@ def current_tenant(state: State) -> str | None:
     :returns: 1 to 128 printable characters; ``None`` without a function, a request or a tenant.
     """
     function = state.hooks.tenant_function
-    if function is None:
+    if function is None or not has_request_context():
         return None
     try:
         tenant: object = function()
