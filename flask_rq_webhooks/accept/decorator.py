@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -178,9 +178,8 @@ def _begin(
     try:
         fields = asked.fields(body=options.body, hide=options.hide)
         state = get_state()
-        runid = {**(request.view_args or {}), **view_arguments}.get(options.runid or "")
         if fields is None:
-            return _begin_subscribed(state, asked, options, runid)
+            return _begin_subscribed(state, asked, options, view_arguments)
         wanted = load(state, fields)
         if wanted is None:
             return None
@@ -189,7 +188,7 @@ def _begin(
             wanted,
             events=options.events,
             scope=options.scope,
-            runid=runid,
+            runid=_runid(options, view_arguments),
             ignores_argument=options.runid is None,
             chosen=options.chosen,
         )
@@ -201,7 +200,7 @@ def _begin(
 
 
 def _begin_subscribed(
-    state: State, asked: Asked, options: _Options, runid: Any
+    state: State, asked: Asked, options: _Options, view_arguments: Mapping[str, Any]
 ) -> AbstractContextManager[None] | None:
     """Register the webhook of a request without a URL, where its caller has subscribed once."""
     subscriber = subscriber_in_request(state)
@@ -209,10 +208,14 @@ def _begin_subscribed(
         return None
     tenant, wanted = subscriber
     asked.attachment = subscribe(
-        state, tenant, events=wanted, scope=options.scope, runid=runid,
+        state, tenant, events=wanted, scope=options.scope, runid=_runid(options, view_arguments),
         ignores_argument=options.runid is None, chosen=options.chosen,
     )  # fmt: skip
     return None if asked.attachment is None else promise(state, asked.attachment, asked)
+
+
+def _runid(options: _Options, view_arguments: Mapping[str, Any]) -> Any:
+    return {**(request.view_args or {}), **view_arguments}.get(options.runid or "")
 
 
 # -- parsers above ------------------------------------------------------------------------------------------

@@ -175,14 +175,15 @@ def ingest_within(
     by_item, stored = store_events(
         database, connection, believed, now, position, owner=lambda event: owner_of(event, requests(event))
     )
-    tenants = {tenant for event in stored for tenant in tenants_of(event, requests(event))}
+    asked = {event.id: requests(event) for event in stored}
+    tenants = {tenant for event in stored for tenant in tenants_of(event, asked[event.id])}
     tenants |= {event.tenant for event in stored if event.tenant is not None}
     standing: list[EndpointRow] = []
     if tenants or any(event.created for event in stored):
         standing = standing_endpoints(database, connection, tenants)
     rows: list[dict[str, Any]] = []
     for event in stored:
-        for endpoint in receivers_of(event, requests(event), standing):
+        for endpoint in receivers_of(event, asked[event.id], standing):
             rendered = render(endpoint, event.id, event.occurrence)
             rows.append(
                 delivery_values(

@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 #: Ends the token of jobs that only standing endpoints get events of (``ATTACH="all"``).
 NO_ENDPOINT_SUFFIX = "_all"
+#: As the partial indexes have it: a parameter would hide it from the planner.
+_IS_STANDING = text("kind = 'standing'")
+#: Locks an endpoint: pruning must not take it before its delivery is there.
+_SHARED: dict[str, Any] = {"read": True, "key_share": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +100,7 @@ def endpoints_of(
         select(*ENDPOINT_COLUMNS)
         .where(one_of(database, Endpoint.id, "ids"))
         .order_by(Endpoint.id)
-        .with_for_update(read=True, key_share=True)  # pruning must not take one before its delivery is there
+        .with_for_update(**_SHARED)
     )
     endpoints: dict[str, EndpointRow] = {}
     for chunk in chunks_of(sorted(ids)):
@@ -123,11 +127,6 @@ def standing_endpoints(
         found += connection.execute(theirs, {"tenants": chunk})
     rows = (endpoint_row(row) for row in found)
     return [row for row in rows if row.only_tenant is None or row.only_tenant in tenants]
-
-
-#: As the partial indexes have it: a parameter would hide it from the planner.
-_IS_STANDING = text("kind = 'standing'")
-_SHARED: dict[str, Any] = {"read": True, "key_share": True}
 
 
 def wanted_by_standing(
@@ -187,7 +186,7 @@ def existing_endpoints(connection: Connection, ids: Iterable[str | None]) -> set
     """Return those of *ids* that are there, locked against pruning."""
     found: set[str] = set()
     for chunk in chunks_of(sorted(endpoint_id for endpoint_id in ids if endpoint_id is not None)):
-        query = select(Endpoint.id).where(Endpoint.id.in_(chunk)).with_for_update(read=True, key_share=True)
+        query = select(Endpoint.id).where(Endpoint.id.in_(chunk)).with_for_update(**_SHARED)
         found.update(connection.execute(query).scalars())
     return found
 
