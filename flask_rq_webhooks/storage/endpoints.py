@@ -36,6 +36,7 @@ from .models import (
     EndpointFields,
     Secret,
     Watch,
+    encoded,
     new_id,
 )
 from .watches import unbound_watch_id
@@ -344,11 +345,9 @@ def update_standing(
         raise ValueError(f"cannot change {sorted(unknown)}")
     if ("url" in changes) != ("host" in changes):
         raise ValueError("url and host go together")
-    values = dict(changes)
+    values = encoded(changes)
     if "headers" in values:
         values["headers"] = _encrypted_headers(cipher, values["headers"])
-    if "events" in values:
-        values["events"] = _events_json(values["events"])
     with database.write() as connection:
         changed = connection.execute(
             update(Endpoint)
@@ -483,10 +482,9 @@ def _endpoint_values(
     cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime
 ) -> dict[str, Any]:
     given = {one.name: getattr(endpoint, one.name) for one in fields(NewEndpoint) if one.name != "secret"}
-    return given | {
+    return encoded(given) | {
         "id": endpoint_id,
         "headers": _encrypted_headers(cipher, endpoint.headers),
-        "events": _events_json(endpoint.events),
         "enabled": True,
         "failures": 0,
         "created_at": now,
@@ -509,10 +507,6 @@ def _encrypted_headers(cipher: Cipher, headers: Mapping[str, str]) -> str | None
 
 def _began(run: str) -> datetime:
     return parse_time(run.removeprefix("created:"))
-
-
-def _events_json(events: Sequence[str] | None) -> str | None:
-    return None if events is None else json.dumps(list(events))
 
 
 # The statements of every request are built once: building them takes longer than running them.

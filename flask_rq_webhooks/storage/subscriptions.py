@@ -30,7 +30,7 @@ from ..protocol.payloads import JSON, Rendered, as_rendered
 from .attempts import PROGRESS_ATTEMPTS
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
-from .models import CANCELED, CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, new_id
+from .models import CANCELED, CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, decoded, new_id
 
 if TYPE_CHECKING:
     from .events import IngestItem, StoredEvent
@@ -58,6 +58,7 @@ class EndpointRow:
     reference: str | None
     runid: str | None
     max_attempts: int | None
+    retry_schedule: tuple[float, ...] | None
     created_at: datetime
     tenant: str | None = None
     only_tenant: str | None = None
@@ -74,8 +75,7 @@ def is_endpoint(endpoint_id: str | None) -> bool:
 
 def endpoint_row(row: Any) -> EndpointRow:
     """Return what rendering may know, from a row of :data:`ENDPOINT_COLUMNS`."""
-    events = None if row.events is None else tuple(json.loads(row.events))
-    return EndpointRow(**{**row._mapping, "events": events})
+    return EndpointRow(**decoded(row._mapping))
 
 
 ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointRow))
@@ -273,7 +273,8 @@ def delivery_values(
 ) -> dict[str, Any]:
     """Return the row of a new delivery, due at once."""
     body, content_type = as_rendered(made)
-    allowed = endpoint.max_attempts or max_attempts
+    own = None if endpoint.retry_schedule is None else len(endpoint.retry_schedule) + 1
+    allowed = endpoint.max_attempts or own or max_attempts
     return {
         "id": new_id("dlv"),
         "event_id": event_id,

@@ -356,9 +356,7 @@ def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     if "url" in found:
         found["url"], found["host"] = found["url"].url, found["url"].host_key
-    if found.get("events") is not None:
-        found["events"] = tuple(found["events"])
-    return found
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def rotate(
@@ -419,7 +417,8 @@ def missed_since(state: State, before: EndpointView) -> datetime:
     """
     if before.failing_since is not None:
         # The delivery that failed first is older than that: at most as old as the retry schedule is long.
-        return before.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
+        schedule = before.retry_schedule or state.settings.retry_schedule
+        return before.failing_since - timedelta(seconds=sum(schedule))
     return before.disabled_at or before.created_at
 
 
