@@ -18,7 +18,7 @@ from ..web.forms import header_pairs
 from .terminal import as_json, echo, echo_json
 
 #: What ``list --json`` leaves out: headers are secret, the kind is always the same.
-_NOT_LISTED = frozenset({"headers", "kind", "updated_at"})
+_NOT_LISTED = frozenset({"headers", "kind", "trace", "updated_at"})
 
 
 @click.group(cls=AppGroup)

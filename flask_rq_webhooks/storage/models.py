@@ -147,6 +147,7 @@ class EndpointFields:
     :param retry_statuses: HTTP statuses that are retried, and no others: ``"429"``, or ``"5xx"`` for all of
         these; ``None`` for those of the settings.
     :param tenant: see :class:`Endpoint`, as for *only_tenant*.
+    :param trace: of the request it came with, see :mod:`~flask_rq_webhooks.tracing`; nobody chooses it.
     """
 
     url: str = field(repr=False)
@@ -165,6 +166,7 @@ class EndpointFields:
     description: str | None = None
     tenant: str | None = None
     only_tenant: str | None = None
+    trace: str | None = field(default=None, repr=False)
 
 
 #: Fields of an endpoint whose columns hold a JSON list.
@@ -215,6 +217,7 @@ class Endpoint(Base):
     description: Mapped[str | None]
     tenant: Mapped[str | None] = mapped_column(Tenant)
     only_tenant: Mapped[str | None] = mapped_column(Tenant)
+    trace: Mapped[str | None]
     enabled: Mapped[bool] = mapped_column(Boolean, default=True)
     disabled_at: Mapped[datetime | None]
     disabled_reason: Mapped[str | None] = mapped_column(String(64))
@@ -309,6 +312,7 @@ class Event(Base):
     erased_at: Mapped[datetime | None]
     position: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
     tenant: Mapped[str | None] = mapped_column(Tenant)
+    trace: Mapped[str | None]
 
     __table_args__ = (
         Index(conv("ix_rq_webhooks_event_position"), "position", "id"),

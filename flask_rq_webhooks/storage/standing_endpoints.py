@@ -124,7 +124,13 @@ def _id_of_key(namespace: str, idempotency_key: str) -> str:
 
 
 #: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
-CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {"secret", "kind", "scope", "tenant"}
+CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {
+    "secret",
+    "kind",
+    "scope",
+    "tenant",
+    "trace",
+}
 
 
 def update_standing(

@@ -62,6 +62,7 @@ class EndpointRow:
     created_at: datetime
     tenant: str | None = None
     only_tenant: str | None = None
+    trace: str | None = None
 
     def wants(self, event_type: str) -> bool:
         """Say whether the endpoint gets events of *event_type*."""
@@ -210,10 +211,21 @@ def requests_of(
 
 def owner_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | None:
     """Return the tenant whose *event* is: of the request its report names, else of the newest one."""
-    owned = [row for row in requests.values() if row.tenant is not None]
-    named = [row for row in owned if row.id in event.named]
-    newest = max(named or owned, key=lambda row: (row.created_at, row.id), default=None)
-    return None if newest is None else newest.tenant
+    return _of_request(event, requests, "tenant")
+
+
+def trace_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | None:
+    """Return the trace of the request that *event*'s report names, else of the newest one."""
+    return _of_request(event, requests, "trace")
+
+
+def _of_request(event: StoredEvent, requests: Mapping[str, EndpointRow], name: str) -> str | None:
+    """Return a field of the request that the report names, else of the newest one, as far as it is set."""
+    having = [row for row in requests.values() if getattr(row, name) is not None]
+    named = [row for row in having if row.id in event.named]
+    newest = max(named or having, key=lambda row: (row.created_at, row.id), default=None)
+    found: str | None = None if newest is None else getattr(newest, name)
+    return found
 
 
 def tenants_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> set[str]:
