@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any
 
 import redis
@@ -70,7 +71,10 @@ def main(database_url: str, redis_url: str, receiver_url: str, traceparent: str)
     )
     assert response.headers["Webhook-Registered"] == "true"
     TracedWorker([queue], connection=queue.connection).work(burst=True, logging_level="ERROR")
-    Dispatcher(state).run(burst=True)
+    until = time.monotonic() + 20
+    while exporter.get_finished_spans()[-1].attributes.get("rq_webhooks.attempt") != 2:
+        assert time.monotonic() < until, "no second attempt"
+        Dispatcher(state).run(burst=True)
     print(json.dumps([_shown(span) for span in exporter.get_finished_spans()]))
 
 
