@@ -73,7 +73,7 @@ class BusyHostError(RQWebhooksError):
 
 
 class ReusedKeyError(RQWebhooksError):
-    """This Idempotency-Key was used for another endpoint; choose a new key."""
+    """This Idempotency-Key was used for another endpoint."""
 
 
 def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = None) -> dict[str, Any]:
