@@ -24,4 +24,8 @@ PROMISES: Final[dict[str, str]] = {
     "growth": "Rate of claim and record with a long history, and with a long backlog, against 10,000 rows",
     "memory": "Resident memory of a dispatcher with a long backlog",
     "two-dispatchers": "Two dispatchers against one, receivers of 50 ms, PostgreSQL, CPU not saturated",
+    "look": "A decorated route without ``webhook_url`` where customers may subscribe, the caller has no endpoint",
+    "fan-out": "An event to 20 endpoints of its customer: among 20,000 of others against alone",
+    "lists": "Lists of one customer's own, 1,000 customers with 1,000 deliveries each, PostgreSQL, p95",
+    "upgrade": "``init-db`` from the version before customers, 1,000,000 deliveries, with the app up",
 }

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, cast
@@ -247,7 +247,7 @@ def subscribe(
     state: State,
     tenant: str,
     *,
-    events: Sequence[str],
+    events: Iterable[str],
     scope: str,
     runid: Any,
     ignores_argument: bool,
@@ -260,7 +260,7 @@ def subscribe(
     """
     reserved_job_id = str(uuid.uuid4())
     stands_for = endpoints.NewEndpoint(
-        url="", host="", kind=SUBSCRIBED, events=tuple(events), scope=scope, runid=runid_text(runid),
+        url="", host="", kind=SUBSCRIBED, events=tuple(sorted(events)), scope=scope, runid=runid_text(runid),
         tenant=tenant,
     )  # fmt: skip
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from marshmallow import Schema, ValidationError
 
 from ..accept.request_schema import flat_details
+from ..accept.tenants import look_again
 from ..errors import DecryptionError, RQWebhooksError
 from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
@@ -332,6 +333,7 @@ def create(
         if found is None or found.url != endpoint.url:
             raise ReusedKeyError from None
         return Created(exc.endpoint_id, None, replayed=True)
+    look_again(state)
     return Created(endpoint_id, endpoint.secret, generated)
 
 
@@ -349,6 +351,7 @@ def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant:
     stored = _stored(values)
     if not endpoints.update_standing(state.database, state.cipher, endpoint_id, stored, tenant=tenant):
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
 
 
 def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,6 +412,7 @@ def enable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Endp
     """
     before = standing(state, endpoint_id, tenant=tenant)
     endpoints.enable_standing(state.database, endpoint_id, tenant=tenant)
+    look_again(state)
     return before
 
 
@@ -431,11 +435,14 @@ def disable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Non
     reason = "operator" if tenant is None else "customer"
     if not endpoints.disable_standing(state.database, endpoint_id, reason=reason, tenant=tenant):
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
 
 
 def disable_tenant(state: State, tenant: str) -> int:
     """Disable all standing endpoints of a tenant; return how many were enabled."""
-    return endpoints.disable_tenant(state.database, tenant)
+    disabled = endpoints.disable_tenant(state.database, tenant)
+    look_again(state)
+    return disabled
 
 
 def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool:
@@ -450,6 +457,7 @@ def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool
         deleted = endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
     if deleted is None:
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
     return deleted
 
 
