@@ -288,21 +288,14 @@ def _install(blueprint: Blueprint) -> None:
         # Without the id, and without saying of which kind an endpoint is.
         return refused(not_found(exc.what.rpartition(" ")[2]))
 
-    @blueprint.errorhandler(operations.ReusedKeyError)
-    def reused(exc: operations.ReusedKeyError) -> Response:
-        return _refusal(409, "idempotency_key", "This Idempotency-Key was used for another endpoint.")
-
-    @blueprint.errorhandler(operations.TenantLimitError)
-    def too_many(exc: operations.TenantLimitError) -> Response:
-        return _refusal(409, "too_many_endpoints", str(exc))
-
-    @blueprint.errorhandler(operations.BusyHostError)
-    def busy(exc: operations.BusyHostError) -> Response:
-        return _refusal(429, "too_many_waiting", str(exc))
-
-    @blueprint.errorhandler(ErasedError)
-    def erased(exc: ErasedError) -> Response:
-        return _refusal(409, "erased", str(exc))
+    for kind, status, code in (
+        (operations.ReusedKeyError, 409, "idempotency_key"),
+        (operations.TenantLimitError, 409, "too_many_endpoints"),
+        (operations.BusyHostError, 429, "too_many_waiting"),
+        (ErasedError, 409, "erased"),
+    ):
+        refuse = functools.partial(_refusal, status, code)
+        blueprint.register_error_handler(kind, lambda exc, refuse=refuse: refuse(str(exc)))
 
     @blueprint.errorhandler(CursorError)
     def bad_cursor(exc: CursorError) -> Response:
