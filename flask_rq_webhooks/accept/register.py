@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -141,7 +141,7 @@ def subscribe(
     state: State,
     tenant: str,
     *,
-    events: Sequence[str],
+    events: Iterable[str],
     scope: str,
     runid: Any,
     ignores_argument: bool,
@@ -154,7 +154,7 @@ def subscribe(
     """
     reserved_job_id = str(uuid.uuid4())
     stands_for = endpoints.NewEndpoint(
-        url="", host="", kind=SUBSCRIBED, events=tuple(events), scope=scope, runid=runid_text(runid),
+        url="", host="", kind=SUBSCRIBED, events=tuple(sorted(events)), scope=scope, runid=runid_text(runid),
         tenant=tenant,
     )  # fmt: skip
     try:

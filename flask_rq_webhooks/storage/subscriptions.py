@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, Text, and_, cast, func, select, text
 
 from ..protocol.events import (
     CLOCK_SKEW,
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 NO_ENDPOINT_SUFFIX = "_all"
 #: As the partial indexes have it: a parameter would hide it from the planner.
 _IS_STANDING = text("kind = 'standing'")
+_TENANTS_STANDING = and_(_IS_STANDING, Endpoint.enabled, Endpoint.tenant.is_not(None))
 #: Locks an endpoint: pruning must not take it before its delivery is there.
 _SHARED: dict[str, Any] = {"read": True, "key_share": True}
 
@@ -158,25 +159,44 @@ def wanted_by_standing(
     return {tenant: frozenset(one for one in types if is_wanted(one, some)) for tenant, some in named.items()}
 
 
-def any_tenant_subscribes(database: Database) -> bool:
-    """Say whether any tenant has an enabled standing endpoint."""
-    query = select(Endpoint.id).where(_IS_STANDING, Endpoint.enabled, Endpoint.tenant.is_not(None)).limit(1)
-    with database.read() as connection:
-        return connection.execute(query).first() is not None
+def subscribing_tenants(database: Database, *, at_most: int) -> dict[str, frozenset[str]] | None:
+    """Return, by tenant, the event types of jobs that enabled standing endpoints of tenants want.
 
+    The database writes the tenants of each list of types into one text: twenty thousand rows would keep
+    the interpreter busy for longer than it takes to find them.
 
-def job_types_wanted(database: Database, tenant: str) -> tuple[str, ...] | None:
-    """Return the event types of jobs that the enabled standing endpoints of a tenant want.
-
-    :returns: ``None`` where they want none, or there are no such endpoints.
+    :param at_most: endpoints that are read.
+    :returns: only tenants that want any; ``None`` where there are more endpoints than *at_most*.
     """
-    query = select(Endpoint.events).where(_IS_STANDING, Endpoint.enabled, Endpoint.tenant == tenant)
-    types: set[str] = set()
+    theirs = select(Endpoint.tenant, Endpoint.events).where(_TENANTS_STANDING).limit(at_most + 1).subquery()
+    several = func.json_group_array if database.is_sqlite else func.json_agg
+    tenants = cast(several(theirs.c.tenant.distinct()), Text)
+    query = select(theirs.c.events, func.count(), tenants).group_by(theirs.c.events)
     with database.read() as connection:
-        for events in connection.execute(query.limit(_MAX_LOOK)).scalars():
-            named = None if events is None else json.loads(events)
-            types.update(one for one in JOB_TYPES if is_wanted(one, named))
-    return tuple(sorted(types)) or None
+        rows = connection.execute(query).all()
+    if sum(count for _, count, _ in rows) > at_most:
+        return None
+    found: dict[str, frozenset[str]] = {}
+    for events, _, names in rows:
+        types = _job_types(events)
+        if types:
+            named = dict.fromkeys(json.loads(names), types)
+            twice = {tenant: found[tenant] | types for tenant in named.keys() & found.keys()}
+            found |= named | twice
+    return found
+
+
+def job_types_wanted(database: Database, tenant: str) -> frozenset[str]:
+    """Return the event types of jobs that the enabled standing endpoints of a tenant want."""
+    query = select(Endpoint.events).where(_TENANTS_STANDING, Endpoint.tenant == tenant).limit(_MAX_LOOK)
+    with database.read() as connection:
+        lists = connection.execute(query).scalars().all()
+    return frozenset[str]().union(*map(_job_types, lists))
+
+
+def _job_types(events: str | None) -> frozenset[str]:
+    named = None if events is None else json.loads(events)
+    return frozenset(one for one in JOB_TYPES if is_wanted(one, named))
 
 
 #: Endpoints that are looked at for one tenant.

@@ -54,8 +54,9 @@ STEPS = {
 }
 
 
+@pytest.mark.parametrize("subscribed", ["", "subscribed, "], ids=["by-url", "subscribed"])
 @pytest.mark.parametrize("step", STEPS, ids=[step.replace(" ", "-") for step in STEPS])
-def test_sigkill_at_a_named_step(field: Field, step: str, tmp_path: Path) -> None:
+def test_sigkill_at_a_named_step(field: Field, step: str, subscribed: str, tmp_path: Path) -> None:
     process, times = STEPS[step]
     mark = tmp_path / "died"
     field.die = {"TEST_DIE_AT": step, "TEST_DIE_ONCE": str(mark)}
@@ -63,7 +64,7 @@ def test_sigkill_at_a_named_step(field: Field, step: str, tmp_path: Path) -> Non
         field.start(name)
 
     # A work-horse that dies has no callback, so that reconcile has to find its job.
-    answer = field.submit(1, "be_killed" if step.startswith("reconcile") else "succeed")
+    answer = field.submit(1, subscribed + ("be_killed" if step.startswith("reconcile") else "succeed"))
     wait_until(mark.exists, timeout=90, what=step)
     wait_until(lambda: any(p.popen.poll() is not None for p in field.processes.values()))
     field.restart_dead()
@@ -82,7 +83,7 @@ def test_sigkill_at_a_named_step(field: Field, step: str, tmp_path: Path) -> Non
     assert (found.requests, found.repeats) == (times, times - 1)
     assert found.reported.total() == 1
     assert delivered(field, 1)
-    note(f"killed at: {step}", found, {process: 1})
+    note(f"killed at: {step}{', subscribed once' if subscribed else ''}", found, {process: 1})
 
 
 @pytest.mark.parametrize("step", ["newer stored", "older canceled"])
