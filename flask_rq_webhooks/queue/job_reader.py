@@ -27,6 +27,7 @@ from rq.results import Result
 from ..callbacks import run_name
 from ..protocol.events import format_time, parse_time
 from ..protocol.json_safe import safe_text
+from .redis_database import pairs_in
 from .safe_pickle import MAX_BYTES, UNKNOWN, inflated, load_plain, plain_call
 
 logger = logging.getLogger(__name__)
@@ -443,8 +444,7 @@ def _result(job_id: str, entry: Any) -> JobResult | None:
 
 
 def _fields(raw: Any) -> dict[str, Any]:
-    pairs = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=False)
-    return {_text(name) or "": value for name, value in pairs}
+    return {_text(name) or "": value for name, value in pairs_in(raw)}
 
 
 # -- values -------------------------------------------------------------------------------------------------
