@@ -27,7 +27,6 @@ from rq.results import Result
 from ..callbacks import run_name
 from ..protocol.events import format_time, parse_time
 from ..protocol.json_safe import safe_text
-from .redis_database import pairs_in
 from .safe_pickle import MAX_BYTES, UNKNOWN, inflated, load_plain, plain_call
 
 logger = logging.getLogger(__name__)
@@ -441,6 +440,11 @@ def _result(job_id: str, entry: Any) -> JobResult | None:
     except (ValueError, OverflowError, OSError, TypeError) as exc:
         _log_once(job_id, f"one of its results cannot be read ({exc})")
         return None
+
+
+def pairs_in(answer: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the names and values of an answer that is a map, in whichever shape the protocol has it."""
+    return answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=False)
 
 
 def _fields(raw: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from redis.exceptions import RedisError, ResponseError
 
 from ..callbacks import DEFAULT_MAXLEN, OUTBOX_KEY_PREFIX
 from ..errors import OutboxEntryError
+from .job_reader import pairs_in
 from .outbox_entry import OutboxEntry, dump_entry, parse_entry
-from .redis_database import pairs_in
 
 #: The consumer group all dispatchers of one SQL database belong to.
 GROUP = "dispatchers"

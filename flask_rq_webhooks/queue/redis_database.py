@@ -1,8 +1,7 @@
-"""Our own Redis client, the shape of answers, and which database a client leads to: for comparing and naming."""
+"""Our own Redis client, and which database a client leads to: for comparing two, and for naming one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from redis import Redis
@@ -60,11 +59,6 @@ def database_name(connection: Redis) -> str:
     if kind == "fake":
         return f"fakeredis server {where:#x}, database {database}"
     return f"{kind} {where}, database {database}"
-
-
-def pairs_in(answer: Any) -> Iterable[tuple[Any, Any]]:
-    """Return the names and values of an answer that is a map, in whichever shape the protocol has it."""
-    return answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=False)
 
 
 def _database_number(connection: Redis) -> int:
