@@ -116,16 +116,13 @@ def rekey(
     return done
 
 
-def stored_samples(database: Database, *, at_most: int = 20) -> list[str]:
-    """Return encrypted values for a test of the keys: the oldest and the newest secrets and headers.
-
-    :param at_most: of each of the four.
-    """
+def stored_samples(database: Database) -> list[str]:
+    """Return encrypted values for a test of the keys: the 20 oldest and newest secrets and headers."""
     stored: list[str] = []
     with database.read() as connection:
         for column, key in ((Secret.secret, Secret.id), (Endpoint.headers, Endpoint.id)):
             for order in (key.asc(), key.desc()):
-                query = select(column).where(column.is_not(None)).order_by(order).limit(at_most)
+                query = select(column).where(column.is_not(None)).order_by(order).limit(20)
                 stored += [text for text in connection.execute(query).scalars() if text is not None]
     return stored
 

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from ..errors import ConfigurationError, StorageUnavailableError
 from ..protocol.headers import mask_headers
-from ..protocol.payloads import RenderContext, job_payload, occurrence_from_json
+from ..protocol.payloads import job_payload, occurrence_from_json
 from ..state import State
 from ..storage import queries
 from ..storage.dispatchers import dispatcher_alive
@@ -313,16 +313,6 @@ def _with_payload(state: State, event: EventView) -> dict[str, Any]:
     if event.erased_at is not None:
         shown["payload"] = None
     elif event.payload is not None:
-        settings = state.settings
-        shown["payload"] = job_payload(
-            occurrence_from_json(event.payload),
-            RenderContext(
-                event_id=event.id,
-                runid=event.runid,
-                reference=None,
-                traceback=settings.traceback,
-                include_result=settings.include_result,
-                max_bytes=settings.max_payload_bytes,
-            ),
-        )
+        context = state.render_context(event.id, event.runid)
+        shown["payload"] = job_payload(occurrence_from_json(event.payload), context)
     return shown
