@@ -367,6 +367,9 @@ class Settings:
     base_template: str | None = _dashboard(
         _optional(_text), None, "Template the pages extend; default: our own."
     )
+    portal_base_template: str | None = _dashboard(
+        _optional(_text), None, "Template the customers' pages extend; default: our own."
+    )
     pubsub_url: str | None = _dashboard(
         _optional(_redis_url), None, "Redis for status notices; default: none are published.", secret=True
     )

@@ -25,7 +25,7 @@ from .queue import job_callbacks
 from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, Tenant, get_state
 from .storage.events import IngestItem
 from .storage.models import copy_tables
-from .web import api, endpoint_pages, job_status, pages
+from .web import api, endpoint_pages, job_status, page_frame, pages
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -107,8 +107,9 @@ class RQWebhooks:
         blueprint = api.create_blueprint(state)
         job_status.add_to(blueprint)
         if settings.dashboard:
-            pages.add_pages(blueprint, state)
-            endpoint_pages.add_pages(blueprint, state)
+            for shown in page_frame.dashboard_and_portal(blueprint, state):
+                pages.add_pages(shown)
+                endpoint_pages.add_pages(shown)
         app.register_blueprint(blueprint)
         # `flask rq-webhooks` finds its entry point first, even where the app cannot be loaded; this is for
         # what asks the app itself, as app.test_cli_runner() does.
@@ -256,12 +257,7 @@ class RQWebhooks:
         job_callbacks.uninstrument()
 
     def send(
-        self,
-        event_type: str,
-        data: Mapping[str, Any],
-        *,
-        runid: str | None = None,
-        tenant: str | None = None,
+        self, event_type: str, data: Mapping[str, Any], *, runid: str | None = None, tenant: str | None = None
     ) -> str:
         """Send an application event to the standing endpoints that listen for it.
 

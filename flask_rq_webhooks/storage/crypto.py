@@ -88,11 +88,7 @@ class Cipher:
 
 
 def rekey(
-    database: Database,
-    cipher: Cipher,
-    *,
-    batch: int = 500,
-    progress: Callable[[int], None] | None = None,
+    database: Database, cipher: Cipher, *, batch: int = 500, progress: Callable[[int], None] | None = None
 ) -> int:
     """Encrypt every stored secret and header anew with the first key; then older keys may go.
 

@@ -23,18 +23,7 @@ from ..protocol.events import parse_time
 from .bulk_insert import insert_into
 from .crypto import Cipher
 from .database import Database
-from .models import (
-    CLOSED,
-    OPEN,
-    RESERVED,
-    Base,
-    Delivery,
-    Endpoint,
-    EndpointFields,
-    Secret,
-    Watch,
-    new_id,
-)
+from .models import CLOSED, OPEN, RESERVED, Base, Delivery, Endpoint, EndpointFields, Secret, Watch, new_id
 from .reported_runs import unbound_watch_id
 
 logger = logging.getLogger(__name__)

@@ -99,7 +99,7 @@ class EventView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryView:
-    """A delivery with what is shown of its event and endpoint."""
+    """A delivery with what is shown of its event and endpoint; ``tenant`` is the endpoint's."""
 
     id: str
     event_id: str
@@ -121,6 +121,7 @@ class DeliveryView:
     finished_at: datetime | None
     erased_at: datetime | None
     tenant: str | None
+    event_tenant: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,7 +351,7 @@ def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[
             Delivery.endpoint_id, Endpoint.kind.label("endpoint_kind"), Endpoint.url, Delivery.host,
             Delivery.status, Delivery.trigger, Delivery.attempts, Delivery.max_attempts,
             Delivery.next_attempt_at, Delivery.status_code, Delivery.error_code, Delivery.created_at,
-            Delivery.finished_at, Delivery.erased_at, Delivery.tenant,
+            Delivery.finished_at, Delivery.erased_at, Delivery.tenant, Event.tenant.label("event_tenant"),
         )
         .join(Event, Event.id == Delivery.event_id)
         .join(Endpoint, Endpoint.id == Delivery.endpoint_id)

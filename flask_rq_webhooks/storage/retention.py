@@ -113,12 +113,7 @@ def prune(
 
 
 def _batches(
-    database: Database,
-    order: Any,
-    conditions: list[ColumnElement[bool]],
-    batch: int,
-    *,
-    key: Any = None,
+    database: Database, order: Any, conditions: list[ColumnElement[bool]], batch: int, *, key: Any = None
 ) -> Iterator[tuple[Connection, list[str]]]:
     """Walk rows in the order of an index, each batch locked in a transaction of its own.
 

@@ -15,7 +15,6 @@ from redis.exceptions import RedisError
 
 from ..errors import ConfigurationError, StorageUnavailableError
 from ..protocol.headers import mask_headers
-from ..protocol.payloads import job_payload, occurrence_from_json
 from ..state import State
 from ..storage import queries
 from ..storage.dispatchers import dispatcher_alive
@@ -107,7 +106,9 @@ def _add_open_routes(api: Api, state: State) -> None:
 
 
 def _add_reads(api: Api, state: State) -> None:
-    @api.route("GET", "/api/events", "read", schemas.FeedSchema, query=schemas.FeedInput, asks_itself=True)
+    @api.route(
+        "GET", "/api/events", "read", schemas.FeedSchema, query=schemas.FeedInput, own=True, asks_itself=True
+    )
     def events(wanted: Mapping[str, Any]) -> Any:
         """Return events in the order they were stored; with a runid, the permission status is enough."""
         runid = wanted.get("runid")
@@ -309,10 +310,4 @@ def _with_headers(state: State, endpoint: EndpointView) -> dict[str, Any]:
 def _with_payload(state: State, event: EventView) -> dict[str, Any]:
     """Return an event with its payload, as the format ``job`` renders it."""
     shown = {field.name: getattr(event, field.name) for field in fields(event)}
-    del shown["payload"]
-    if event.erased_at is not None:
-        shown["payload"] = None
-    elif event.payload is not None:
-        context = state.render_context(event.id, event.runid)
-        shown["payload"] = job_payload(occurrence_from_json(event.payload), context)
-    return shown
+    return shown | {"payload": operations.event_payload(state, event)}

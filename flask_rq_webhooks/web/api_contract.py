@@ -145,7 +145,7 @@ def _served(state: State, route: Route, view: Callable[..., Any]) -> Callable[..
     @functools.wraps(view)
     def served(**parts: Any) -> Response:
         tenant = None if route.asks_itself else _ask(state, route, parts)
-        if route.own:
+        if route.own and not route.asks_itself:
             parts["tenant"] = tenant
         if route.idempotent:
             parts["key"] = _idempotency_key()
@@ -339,7 +339,8 @@ def openapi_document(state: State, routes: Iterable[Route], *, root: str) -> dic
         openapi_version="3.1.0",
         info={
             "description": "The state of webhooks, and what operators do about it. The app decides who may; "
-            "each operation names the permission it needs as x-permission."
+            "each operation names the permission it needs as x-permission, and says as x-own whether own is "
+            "enough for what belongs to the caller's tenant."
         },
         servers=[{"url": (root + state.settings.url_prefix).rstrip("/") or "/"}],
         plugins=[plugin],
@@ -394,8 +395,9 @@ def _add_endpoint_inputs(spec: APISpec, state: State) -> None:
 def _described(route: Route) -> dict[str, Any]:
     found: dict[str, Any] = {
         "summary": route.summary,
-        "description": f"Needs the permission {route.permission}." if route.permission else "Open.",
+        "description": _needs(route),
         "x-permission": route.permission,
+        "x-own": route.own,
         "parameters": list(_parameters(route)),
         "responses": {
             **{str(status): _response(*answer) for status, answer in route.answers.items()},
@@ -408,6 +410,13 @@ def _described(route: Route) -> dict[str, Any]:
             "content": {"application/json": {"schema": route.body}},
         }
     return found
+
+
+def _needs(route: Route) -> str:
+    if route.permission is None:
+        return "Open."
+    or_own = ", or own: then only what belongs to the caller's tenant exists" if route.own else ""
+    return f"Needs the permission {route.permission}{or_own}."
 
 
 def _parameters(route: Route) -> Iterable[dict[str, Any]]:

@@ -160,7 +160,7 @@ def replace_csrf_protect(blueprint: Blueprint) -> None:
     # Registered before a later CSRFProtect's own check, and so run before it.
     @blueprint.before_app_request
     def exempt_late() -> None:
-        if request.blueprint == blueprint.name:
+        if (request.blueprint or "").rpartition(".")[2] == blueprint.name:  # one of ours is in another
             exempt(current_app)
 
     blueprint.record(lambda setup: exempt(setup.app))

@@ -19,6 +19,7 @@ from ..accept.request_schema import flat_details
 from ..errors import DecryptionError, RQWebhooksError
 from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from ..protocol.payloads import job_payload, occurrence_from_json
 from ..protocol.signatures import generate_secret
 from ..state import State
 from ..storage import deliveries, dispatchers, endpoints, queries, retention, standing_endpoints
@@ -26,7 +27,7 @@ from ..storage.attempts import coarse_code
 from ..storage.endpoints import NewEndpoint
 from ..storage.events import IngestedEvent, IngestItem
 from ..storage.filters import DeliveryFilter
-from ..storage.queries import DeliveryDetail, DeliveryView, EndpointView, Page
+from ..storage.queries import DeliveryDetail, DeliveryView, EndpointView, EventView, Page
 from ..storage.retention import Erasure
 from ..storage.standing_endpoints import ROTATION_GRACE_S
 from .api_schemas import endpoint_input
@@ -131,15 +132,18 @@ def delivery(state: State, delivery_id: str, *, tenant: str | None = None) -> De
         raise UnknownItemError("delivery", delivery_id)
     if tenant is None:
         return found
-    event = found.event if found.event.tenant == tenant else replace(found.event, runid=None, payload=None)
+    # The receiver is the tenant's own, and public unless the settings open private networks: then an answer
+    # could be that of a neighbour which the tenant cannot reach by itself.
+    answers = found.delivery.endpoint_kind == "standing" and not state.settings.allow_networks
     return replace(
         found,
-        delivery=for_tenant(found.delivery, event.runid),
-        event=event,
+        delivery=_for_tenant(found.delivery),
+        event=found.event if found.event.tenant == tenant else replace(found.event, runid=None, payload=None),
         attempts=tuple(
             replace(
                 attempt, error_code=coarse_code(attempt.error_code), error_detail=None, request_headers={},
-                response_headers={}, response_body=b"", dispatcher_id=None,
+                response_headers={}, response_body=attempt.response_body if answers else b"",
+                dispatcher_id=None,
             )
             for attempt in found.attempts
         ),
@@ -161,12 +165,24 @@ def list_deliveries(
     if tenant is None:
         return queries.list_deliveries(state.database, where, cursor=cursor, limit=limit)
     page = queries.list_deliveries(state.database, replace(where, tenant=tenant), cursor=cursor, limit=limit)
-    return replace(page, items=tuple(for_tenant(one, one.runid) for one in page.items))
+    return replace(page, items=tuple(map(_for_tenant, page.items)))
 
 
-def for_tenant(delivery: DeliveryView, runid: str | None) -> DeliveryView:
-    """Return a delivery as its tenant may see it: why it failed only as the status route says it."""
+def _for_tenant(delivery: DeliveryView) -> DeliveryView:
+    """Return a delivery as its tenant may see it: why it failed only as the status route says it.
+
+    Requests of two tenants may have chosen the same job id; the run is that of the event's tenant.
+    """
+    runid = delivery.runid if delivery.event_tenant == delivery.tenant else None
     return replace(delivery, error_code=coarse_code(delivery.error_code), runid=runid)
+
+
+def event_payload(state: State, event: EventView) -> dict[str, Any] | None:
+    """Return an event's payload as the format ``job`` renders it; ``None`` where it is erased or not read."""
+    if event.erased_at is not None or event.payload is None:
+        return None
+    context = state.render_context(event.id, event.runid)
+    return job_payload(occurrence_from_json(event.payload), context)
 
 
 def resend(state: State, delivery_id: str, *, tenant: str | None = None) -> str:
@@ -301,11 +317,7 @@ class Created:
 
 
 def create(
-    state: State,
-    values: Mapping[str, Any],
-    *,
-    idempotency_key: str | None = None,
-    tenant: str | None = None,
+    state: State, values: Mapping[str, Any], *, idempotency_key: str | None = None, tenant: str | None = None
 ) -> Created:
     """Create a standing endpoint, of *tenant* or of operators.
 

@@ -53,6 +53,7 @@ PAGES = (
     "/endpoints",
     "/endpoints?kind=job",
     "/endpoints/<endpoint_id>",
+    "/tenants",
 )
 MANAGED_PAGES = ("/endpoints/new", "/endpoints/<endpoint_id>/edit")
 FORMS = (
@@ -68,6 +69,7 @@ FORMS = (
     "/endpoints/<endpoint_id>/enable",
     "/endpoints/<endpoint_id>/disable",
     "/endpoints/<endpoint_id>/delete",
+    "/tenants/disable",
 )
 
 

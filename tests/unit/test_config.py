@@ -62,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
     "url_prefix": "/webhooks",
     "dashboard": True,
     "base_template": None,
+    "portal_base_template": None,
     "pubsub_url": None,
     "pubsub_channel": "{runid}:webhook",
 }
