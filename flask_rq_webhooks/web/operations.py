@@ -16,6 +16,7 @@ from typing import Any
 from marshmallow import Schema, ValidationError
 
 from ..accept.request_schema import flat_details
+from ..accept.tenants import look_again
 from ..errors import DecryptionError, RQWebhooksError
 from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
@@ -345,6 +346,7 @@ def create(
         if found is None or found.url != endpoint.url:
             raise ReusedKeyError from None
         return Created(exc.endpoint_id, None, replayed=True)
+    look_again(state)
     return Created(endpoint_id, endpoint.secret, generated)
 
 
@@ -364,6 +366,7 @@ def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant:
         state.database, state.cipher, endpoint_id, stored, tenant=tenant
     ):
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
 
 
 def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,9 +374,7 @@ def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     if "url" in found:
         found["url"], found["host"] = found["url"].url, found["url"].host_key
-    if found.get("events") is not None:
-        found["events"] = tuple(found["events"])
-    return found
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def rotate(
@@ -424,6 +425,7 @@ def enable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Endp
     """
     before = standing(state, endpoint_id, tenant=tenant)
     standing_endpoints.enable_standing(state.database, endpoint_id, tenant=tenant)
+    look_again(state)
     return before
 
 
@@ -434,7 +436,8 @@ def missed_since(state: State, before: EndpointView) -> datetime:
     """
     if before.failing_since is not None:
         # The delivery that failed first is older than that: at most as old as the retry schedule is long.
-        return before.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
+        schedule = before.retry_schedule or state.settings.retry_schedule
+        return before.failing_since - timedelta(seconds=sum(schedule))
     return before.disabled_at or before.created_at
 
 
@@ -446,11 +449,14 @@ def disable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Non
     reason = "operator" if tenant is None else "customer"
     if not standing_endpoints.disable_standing(state.database, endpoint_id, reason=reason, tenant=tenant):
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
 
 
 def disable_tenant(state: State, tenant: str) -> int:
     """Disable all standing endpoints of a tenant; return how many were enabled."""
-    return standing_endpoints.disable_tenant(state.database, tenant)
+    disabled = standing_endpoints.disable_tenant(state.database, tenant)
+    look_again(state)
+    return disabled
 
 
 def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool:
@@ -465,6 +471,7 @@ def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool
         deleted = standing_endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
     if deleted is None:
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
     return deleted
 
 
