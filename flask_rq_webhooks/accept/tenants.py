@@ -102,6 +102,11 @@ class Subscribers:
 _subscribers: weakref.WeakKeyDictionary[State, Subscribers] = weakref.WeakKeyDictionary()
 
 
+def look_again(state: State) -> None:
+    """Let what this process just changed about endpoints count at once here; elsewhere it counts in time."""
+    _subscribers.pop(state, None)
+
+
 def subscriber_in_request(state: State) -> tuple[str, tuple[str, ...]] | None:
     """Return the caller's tenant and the types its endpoints want; ``None``: its jobs are not reported.
 

@@ -16,6 +16,7 @@ from typing import Any
 from marshmallow import Schema, ValidationError
 
 from ..accept.request_schema import flat_details
+from ..accept.tenants import look_again
 from ..errors import DecryptionError, RQWebhooksError
 from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
@@ -357,6 +358,7 @@ def create(
         if found is None or found.url != endpoint.url:
             raise ReusedKeyError from None
         return Created(exc.endpoint_id, None, replayed=True)
+    look_again(state)
     return Created(endpoint_id, endpoint.secret, generated)
 
 
@@ -376,6 +378,7 @@ def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant:
         state.database, state.cipher, endpoint_id, stored, tenant=tenant
     ):
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
 
 
 def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -436,6 +439,7 @@ def enable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Endp
     """
     before = standing(state, endpoint_id, tenant=tenant)
     standing_endpoints.enable_standing(state.database, endpoint_id, tenant=tenant)
+    look_again(state)
     return before
 
 
@@ -458,6 +462,7 @@ def disable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Non
     reason = "operator" if tenant is None else "customer"
     if not standing_endpoints.disable_standing(state.database, endpoint_id, reason=reason, tenant=tenant):
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
 
 
 def disable_tenant(state: State, tenant: str) -> int:
