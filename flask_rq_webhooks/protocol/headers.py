@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InvalidWebhookError
+from ..tracing import TRACEPARENT, checked
 
 MAX_HEADERS = 32
 MAX_NAME_BYTES = 256
@@ -178,7 +179,11 @@ def mask_headers(mapping: Mapping[str, str], *, header_prefix: str = "X-Webhook"
     """
     family = f"{header_prefix.lower()}-"
     shown = _SHOWN | {family + name for name in _SHOWN_OF_FAMILY}
-    return {name: value if name.lower() in shown else MASK for name, value in mapping.items()}
+
+    def is_shown(name: str, value: str) -> bool:
+        return name.lower() in shown or (name == TRACEPARENT and checked(value) is not None)
+
+    return {name: value if is_shown(name, value) else MASK for name, value in mapping.items()}
 
 
 def _refusal(name: Any, value: Any, header_prefix: str) -> str | None:

@@ -33,6 +33,7 @@ from .models import (
     EndpointFields,
     Secret,
     Watch,
+    encoded,
     new_id,
 )
 from .reported_runs import unbound_watch_id
@@ -211,10 +212,9 @@ def waiting_for_host(database: Database, host: str, *, at_most: int | None = Non
 def rows_of(cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime) -> dict[str, Any]:
     """Return the rows of an endpoint that has no jobs yet, by table."""
     given = {one.name: getattr(endpoint, one.name) for one in fields(NewEndpoint) if one.name != "secret"}
-    row = given | {
+    row = encoded(given) | {
         "id": endpoint_id,
         "headers": encrypted_headers(cipher, endpoint.headers),
-        "events": events_json(endpoint.events),
         "enabled": True,
         "failures": 0,
         "created_at": now,
@@ -252,11 +252,6 @@ def encrypted_headers(cipher: Cipher, headers: Mapping[str, str]) -> str | None:
 
 def _began(run: str) -> datetime:
     return parse_time(run.removeprefix("created:"))
-
-
-def events_json(events: Sequence[str] | None) -> str | None:
-    """Return event types as they are stored."""
-    return None if events is None else json.dumps(list(events))
 
 
 # The statements of every request are built once: building them takes longer than running them.

@@ -39,6 +39,7 @@ from .models import (
     Event,
     Secret,
     Watch,
+    decoded,
 )
 
 #: Items on a page at most, whatever is asked for.
@@ -392,9 +393,7 @@ def _endpoints(database: Database, connection: Connection, query: Select[Any]) -
     secrets = {endpoint_id: count for endpoint_id, count in connection.execute(live)}
     found = []
     for row in rows:
-        values = dict(row._mapping)
-        values["events"] = None if row.events is None else tuple(json.loads(row.events))
-        found.append(EndpointView(**values, secrets=secrets.get(row.id, 0)))
+        found.append(EndpointView(**decoded(row._mapping), secrets=secrets.get(row.id, 0)))
     return found
 
 

@@ -303,7 +303,7 @@ def _erase_events(database: Database, connection: Connection, event_ids: Sequenc
         connection.execute(
             update(Event)
             .where(Event.id == event_id)
-            .values(payload=occurrence_to_json(skeleton), erased_at=database.clock())
+            .values(payload=occurrence_to_json(skeleton), trace=None, erased_at=database.clock())
         )
 
 
@@ -332,7 +332,7 @@ def _forget_requests(database: Database, connection: Connection, job_id: str | N
     connection.execute(update(Watch).where(mine, ~waiting).values(evidence=None, status=CLOSED))
     still = exists().where(Watch.endpoint_id == Endpoint.id, waiting)
     connection.execute(
-        update(Endpoint).where(Endpoint.id.in_(ids), ~still).values(headers=None, reference=None)
+        update(Endpoint).where(Endpoint.id.in_(ids), ~still).values(headers=None, reference=None, trace=None)
     )
     return len(running)
 

@@ -16,8 +16,8 @@ from sqlalchemy import ColumnElement, delete, func, insert, select, text, update
 
 from .crypto import Cipher
 from .database import Database
-from .endpoints import NewEndpoint, encrypted_headers, events_json, insertion, rows_of, secret_row
-from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, new_id
+from .endpoints import NewEndpoint, encrypted_headers, insertion, rows_of, secret_row
+from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, encoded, new_id
 
 #: Seconds that a replaced secret keeps signing beside its successor.
 ROTATION_GRACE_S = 86400.0
@@ -90,7 +90,13 @@ def _id_of_key(namespace: str, idempotency_key: str) -> str:
 
 
 #: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
-CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {"secret", "kind", "scope", "tenant"}
+CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {
+    "secret",
+    "kind",
+    "scope",
+    "tenant",
+    "trace",
+}
 
 
 def update_standing(
@@ -113,11 +119,9 @@ def update_standing(
         raise ValueError(f"cannot change {sorted(unknown)}")
     if ("url" in changes) != ("host" in changes):
         raise ValueError("url and host go together")
-    values = dict(changes)
+    values = encoded(changes)
     if "headers" in values:
         values["headers"] = encrypted_headers(cipher, values["headers"])
-    if "events" in values:
-        values["events"] = events_json(values["events"])
     with database.write() as connection:
         changed = connection.execute(
             update(Endpoint)

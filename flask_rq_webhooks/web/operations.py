@@ -386,9 +386,7 @@ def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     if "url" in found:
         found["url"], found["host"] = found["url"].url, found["url"].host_key
-    if found.get("events") is not None:
-        found["events"] = tuple(found["events"])
-    return found
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def rotate(
@@ -450,7 +448,8 @@ def missed_since(state: State, before: EndpointView) -> datetime:
     """
     if before.failing_since is not None:
         # The delivery that failed first is older than that: at most as old as the retry schedule is long.
-        return before.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
+        schedule = before.retry_schedule or state.settings.retry_schedule
+        return before.failing_since - timedelta(seconds=sum(schedule))
     return before.disabled_at or before.created_at
 
 
@@ -467,7 +466,9 @@ def disable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Non
 
 def disable_tenant(state: State, tenant: str) -> int:
     """Disable all standing endpoints of a tenant; return how many were enabled."""
-    return standing_endpoints.disable_tenant(state.database, tenant)
+    disabled = standing_endpoints.disable_tenant(state.database, tenant)
+    look_again(state)
+    return disabled
 
 
 def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool:
@@ -482,6 +483,7 @@ def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool
         deleted = standing_endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
     if deleted is None:
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
     return deleted
 
 
