@@ -258,12 +258,7 @@ class RQWebhooks:
         job_callbacks.uninstrument()
 
     def send(
-        self,
-        event_type: str,
-        data: Mapping[str, Any],
-        *,
-        runid: str | None = None,
-        tenant: str | None = None,
+        self, event_type: str, data: Mapping[str, Any], *, runid: str | None = None, tenant: str | None = None
     ) -> str:
         """Send an application event to the standing endpoints that listen for it.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
-from ..protocol.payloads import RenderContext, as_rendered
+from ..protocol.payloads import as_rendered
 from ..protocol.signatures import signature_headers
 from ..storage.models import new_id
 from ..tracing import TRACESTATE, headers_of
@@ -131,7 +131,6 @@ def send_ping(
     transport: Transport,
     secret: str | None = None,
     payload_format: str | None = None,
-    now: datetime | None = None,
 ) -> Ping:
     """Send one ``webhook.ping`` to *url* and wait for the result. Nothing is stored.
 
@@ -141,25 +140,13 @@ def send_ping(
     :param payload_format: name of the format to render it in; the app's default otherwise.
     :raises ConfigurationError: when there is no such format.
     """
-    now = now or datetime.now(UTC)
-    settings = state.settings
+    now, settings = datetime.now(UTC), state.settings
     name = payload_format or settings.format
     if name not in state.formats:
         raise ConfigurationError(f"There is no payload format {name!r}; known are {sorted(state.formats)}.")
     event_id = new_id("evt")
     occurrence = Occurrence(type=WEBHOOK_PING, occurred_at=now, source=SOURCE_APPLICATION)
-    made = state.formats[name](
-        occurrence,
-        RenderContext(
-            event_id=event_id,
-            runid=None,
-            reference=None,
-            traceback=settings.traceback,
-            include_result=settings.include_result,
-            max_bytes=settings.max_payload_bytes,
-        ),
-    )
-    rendered = as_rendered(made)
+    rendered = as_rendered(state.formats[name](occurrence, state.render_context(event_id)))
     chosen = secret or settings.signing_secret
     message = Message(
         event_id=event_id,

@@ -126,23 +126,16 @@ def confirm(
     existing = list(dict.fromkeys(existing))
     unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
     statements: list[tuple[Executable, Any]] = []
-    if existing:
+    for status, job_ids in ((OPEN, existing), (RESERVED, unseen)):
         rows = [
-            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
-             "run": (runs or {}).get(job_id), "missing_passes": 0,
-             "of_endpoint": endpoint_id, "created_at": since.get(job_id, now),
-             "confirmed_at": now}
-            for job_id in existing
+            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": status,
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "of_endpoint": endpoint_id,
+             "created_at": since.get(job_id, now), "confirmed_at": now if status == OPEN else None}
+            for job_id in job_ids
         ]  # fmt: skip
-        statements.append((_INSERT_OPEN[database.is_sqlite], rows[0] if len(rows) == 1 else rows))
-    if unseen:
-        rows = [
-            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
-             "run": (runs or {}).get(job_id), "missing_passes": 0,
-             "of_endpoint": endpoint_id, "created_at": since.get(job_id, now)}
-            for job_id in unseen
-        ]  # fmt: skip
-        statements.append((_INSERT_RESERVED[database.is_sqlite], rows))
+        if rows:
+            statement = _INSERT_WATCH[status, database.is_sqlite]
+            statements.append((statement, rows[0] if len(rows) == 1 else rows))
     if reserved_job_id is not None and reserved_job_id not in existing and reserved_job_id not in unseen:
         close = (
             update(Watch)
@@ -294,9 +287,9 @@ def _insert_watch(statement: Any, *changed: str) -> Executable:
     return insert
 
 
-#: Whether on SQLite → the statement that opens a watch, or notes the run on one that is only reserved.
-_INSERT_OPEN, _INSERT_RESERVED = (
-    {True: _insert_watch(sqlite.insert(_WATCHES), *changed),
-     False: _insert_watch(postgresql.insert(_WATCHES), *changed)}
-    for changed in (("status", "confirmed_at", "run"), ("run",))
-)  # fmt: skip
+#: What opens a watch, or notes the run on one that is only reserved: by its status, and whether on SQLite.
+_INSERT_WATCH = {
+    (status, dialect is sqlite): _insert_watch(dialect.insert(_WATCHES), *changed)
+    for status, changed in ((OPEN, ("status", "confirmed_at", "run")), (RESERVED, ("run",)))
+    for dialect in (sqlite, postgresql)
+}

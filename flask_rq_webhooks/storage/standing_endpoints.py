@@ -51,7 +51,6 @@ def create_standing(
     namespace: str,
     idempotency_key: str | None = None,
     at_most: int = 0,
-    now: datetime | None = None,
 ) -> str:
     """Store a standing endpoint and return its id.
 
@@ -78,7 +77,7 @@ def create_standing(
         limited = endpoint.tenant is not None and at_most
         if limited and connection.execute(theirs).scalar_one() >= at_most:
             raise TooManyError
-        rows = rows_of(cipher, endpoint, endpoint_id, now or datetime.now(UTC))
+        rows = rows_of(cipher, endpoint, endpoint_id, datetime.now(UTC))
         for statement, values in insertion(database, rows):
             connection.execute(statement, values)
     return endpoint_id
@@ -149,13 +148,12 @@ def rotate_secret(
     *,
     grace_s: float = ROTATION_GRACE_S,
     tenant: str | None = None,
-    now: datetime | None = None,
 ) -> bool:
     """Give a standing endpoint a new secret; the old ones go on signing beside it for *grace_s* seconds.
 
     :returns: whether there is such an endpoint.
     """
-    now = now or datetime.now(UTC)
+    now = datetime.now(UTC)
     with database.write() as connection:
         # The update also makes two rotations at once wait for each other.
         found = connection.execute(

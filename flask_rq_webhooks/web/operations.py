@@ -20,7 +20,7 @@ from ..accept.tenants import look_again
 from ..errors import DecryptionError, RQWebhooksError
 from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
-from ..protocol.payloads import RenderContext, job_payload, occurrence_from_json
+from ..protocol.payloads import job_payload, occurrence_from_json
 from ..protocol.signatures import generate_secret
 from ..state import State
 from ..storage import deliveries, dispatchers, endpoints, queries, retention, standing_endpoints
@@ -182,15 +182,7 @@ def event_payload(state: State, event: EventView) -> dict[str, Any] | None:
     """Return an event's payload as the format ``job`` renders it; ``None`` where it is erased or not read."""
     if event.erased_at is not None or event.payload is None:
         return None
-    settings = state.settings
-    context = RenderContext(
-        event_id=event.id,
-        runid=event.runid,
-        reference=None,
-        traceback=settings.traceback,
-        include_result=settings.include_result,
-        max_bytes=settings.max_payload_bytes,
-    )
+    context = state.render_context(event.id, event.runid)
     return job_payload(occurrence_from_json(event.payload), context)
 
 
@@ -326,11 +318,7 @@ class Created:
 
 
 def create(
-    state: State,
-    values: Mapping[str, Any],
-    *,
-    idempotency_key: str | None = None,
-    tenant: str | None = None,
+    state: State, values: Mapping[str, Any], *, idempotency_key: str | None = None, tenant: str | None = None
 ) -> Created:
     """Create a standing endpoint, of *tenant* or of operators.
 
