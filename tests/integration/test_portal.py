@@ -503,3 +503,20 @@ def test_the_code_on_the_page_verifies_what_is_delivered(
     assert verdicts("whsec_", good) == [401]
     assert verdicts("wrong", good) == [401]
     assert text_endpoint["secret"] == "plain text \u00fc"
+
+
+def test_the_description_says_which_routes_accept_own(host: Host) -> None:
+    document = visitor(host, "boss").get("/webhooks/openapi.json").get_json()
+    seen = set()
+    for path, item in document["paths"].items():
+        address = "/webhooks" + re.sub(r"{\w+}", "some_id", path)
+        for method, operation in item.items():
+            if operation["x-permission"] in ("read", "manage"):
+                # A caller known by its header: a cookie would need our token.
+                answer = visitor(host, "ada").open(
+                    address, method=method, json=None if method == "get" else {}
+                )
+                assert (answer.status_code != 403) == operation["x-own"], (method, path)
+                assert ("or own" in operation["description"]) == operation["x-own"]
+                seen.add(operation["x-own"])
+    assert seen == {True, False}
