@@ -367,9 +367,9 @@ def test_operators_see_tenants_filter_by_them_and_disable_their_endpoints(host: 
 
 
 def test_the_portal_is_in_the_customers_layout_and_the_dashboard_is_not(
-    database_url: str, redis_url: str, caplog: pytest.LogCaptureFixture
+    sqlite_url: str, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = Host(database_url, redis_url, RQ_WEBHOOKS_PORTAL_BASE_TEMPLATE="customer.html")
+    made = Host(sqlite_url, redis_url, RQ_WEBHOOKS_PORTAL_BASE_TEMPLATE="customer.html")
     made.webhooks.authorize(lambda permission, **what: True)
     made.webhooks.tenant(lambda: "ada")
     text = "{{ now }}<title>{% block title %}{% endblock %}</title>{% block head %}{% endblock %}"
