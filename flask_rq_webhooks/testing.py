@@ -33,7 +33,7 @@ from typing import Any
 
 from flask import Flask, current_app, has_request_context, request, request_started
 
-from .accept.register import asked_in_request
+from .accept.request_fields import asked_in_request
 from .dispatch.dispatcher import reconcile_now
 from .dispatch.host_limits import RateLimiter
 from .dispatch.http import AttemptRequest, AttemptResult

@@ -21,17 +21,8 @@ from ..errors import ConfigurationError, InvalidWebhookError, RQWebhooksError, S
 from ..protocol.events import JOB_TYPES, run_of
 from ..queue.job_callbacks import Attachment, current_attachment, make_token, name_of, was_handed_over
 from ..state import EXTENSION_NAME, State, get_state
-from .register import (
-    Asked,
-    DestinationBusyError,
-    asked_in_request,
-    confirm_later,
-    load,
-    promise,
-    register,
-    same_database,
-    subscribe,
-)
+from .register import DestinationBusyError, confirm_later, load, promise, register, same_database, subscribe
+from .request_fields import Asked, asked_in_request
 from .tenants import subscriber_in_request
 
 logger = logging.getLogger(__name__)

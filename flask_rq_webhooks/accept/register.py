@@ -16,15 +16,8 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
-from flask import (
-    Request,
-    Response,
-    after_this_request,
-    has_request_context,
-    request,
-)
 from redis.exceptions import RedisError
 from rq import Queue
 from rq.job import Job
@@ -49,14 +42,12 @@ from ..storage.dispatchers import dispatcher_alive
 from ..storage.models import SUBSCRIBED
 from ..storage.sql_errors import SQLAlchemyError
 from ..storage.subscriptions import is_endpoint
-from .request_fields import FIELDS, URL, take_fields
+from .request_fields import FIELDS, MAX_JOB_IDS, URL, Asked, asked_in_request
 from .request_schema import WebhookRequest, load_webhook
 from .tenants import current_tenant
 
 logger = logging.getLogger(__name__)
 
-#: Says whether the jobs of a request will be reported, and which they are (the first 20).
-REGISTERED_HEADER, JOB_ID_HEADER, MAX_JOB_IDS = "Webhook-Registered", "Webhook-Job-Id", 20
 #: Seconds that the confirmation waits for another SQLite writer, who may be the host itself, in a
 #: transaction that ends only after we answer. The outbox takes the confirmation then.
 CONFIRM_BUSY_TIMEOUT_S = 0.05
@@ -73,104 +64,6 @@ _NOTHING_SEEN = (
 
 class DestinationBusyError(InvalidWebhookError):
     """Too many deliveries wait for the host of this webhook already."""
-
-
-# -- what one request asks for ------------------------------------------------------------------------------
-
-
-class Asked:
-    """What one request asks for, and what its response says of it.
-
-    :ivar decorated: whether a decorated function has run.
-    :ivar attachment: of the request's own webhook, once it is registered.
-    :ivar watched: ids of the jobs handed to ``watch``, whether or not a webhook was asked for.
-    """
-
-    def __init__(self, asking: Request) -> None:
-        self._request = asking
-        self._taken: dict[str, Any] | InvalidWebhookError | None = None
-        self._is_taken = False
-        self._response: Response | None = None
-        self._job_ids: dict[str, None] = {}
-        self._registered = False
-        self._why_not: str | None = None
-        self._is_marked = False
-        self.decorated = False
-        self.attachment: Attachment | None = None
-        self.watched: set[str] = set()
-
-    def fields(self, *, body: bool, hide: str) -> Mapping[str, Any] | None:
-        """Return the request's webhook fields, taken from it at the first call; ``None``: it has none.
-
-        :raises InvalidWebhookError: at every call, for fields that cannot be taken.
-        """
-        if not self._is_taken:
-            self.take(body=body, hide=hide)
-        if isinstance(self._taken, InvalidWebhookError):
-            raise self._taken
-        return self._taken
-
-    def take(self, *, body: bool, hide: str) -> None:
-        """Take the fields from the request; see :func:`.request_fields.take_fields`."""
-        self._is_taken = True
-        try:
-            self._taken = take_fields(self._request, body=body, hide=hide)
-        except InvalidWebhookError as exc:
-            self._taken = exc
-        if self._taken is not None:
-            self.mark_response()
-
-    @property
-    def has_fields(self) -> bool:
-        """Say whether the request asks for a webhook in so many words."""
-        return self._is_marked
-
-    def mark_response(self) -> None:
-        """Let the response say whether a webhook was registered."""
-        if not self._is_marked:
-            self._is_marked = True
-            after_this_request(self._mark)
-
-    def note(self, job_ids: Sequence[str], why_not: str | None = None) -> None:
-        """Note which jobs will be reported, or why none will be.
-
-        :param why_not: for the log; ``None`` where the log says it already.
-        """
-        self._job_ids.update(dict.fromkeys(job_ids))
-        self._registered = self._registered or bool(job_ids)
-        self._why_not = why_not or self._why_not
-        if self._response is not None:  # after_request functions of the app come later than ours
-            self._write(self._response)
-
-    def _mark(self, response: Response) -> Response:
-        self._response = response
-        self._write(response)
-        if self._why_not and not self._registered and response.status_code < 400:
-            logger.warning(
-                "A webhook was asked for, and nothing will be reported: view %r of %s: %s.",
-                self._request.endpoint, self._request.url_rule, self._why_not,
-            )  # fmt: skip
-        return response
-
-    def _write(self, response: Response) -> None:
-        response.headers[REGISTERED_HEADER] = "true" if self._registered else "false"
-        # Ids that would not survive in a header are left out.
-        ids = [job_id for job_id in self._job_ids if job_id.isascii() and job_id.isprintable()]
-        ids = [job_id for job_id in ids if "," not in job_id][:MAX_JOB_IDS]
-        if ids:
-            response.headers[JOB_ID_HEADER] = ", ".join(ids)
-
-
-def asked_in_request() -> Asked | None:
-    """Return what the current request asks for; ``None`` outside of a request."""
-    if not has_request_context():
-        return None
-    # The request itself: an attribute set on its proxy does not last.
-    this_request = cast(Request, request._get_current_object())  # type: ignore[attr-defined]
-    asked = this_request.__dict__.get("_rq_webhooks_asked")
-    if asked is None:
-        asked = this_request.__dict__["_rq_webhooks_asked"] = Asked(this_request)
-    return cast(Asked, asked)
 
 
 # -- the promise --------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from flask.cli import AppGroup
 
 from ..protocol.urls import redact_url
 from ..state import get_state
-from ..storage.endpoints import ROTATION_GRACE_S
 from ..storage.queries import EndpointView, list_endpoints
+from ..storage.standing_endpoints import ROTATION_GRACE_S
 from ..web import operations
 from ..web.api_schemas import RotateInput
 from ..web.forms import header_pairs

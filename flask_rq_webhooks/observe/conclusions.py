@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from ..protocol.events import CLOCK_SKEW, JOB_LOST, JOB_RETRYING, JOB_SUCCESS, format_time
 from ..queue.job_reader import JobRecord
 from ..queue.outbox_entry import OutboxEntry
-from ..storage.watches import Reported
+from ..storage.reported_runs import Reported
 from .outcomes import (
     Outcome,
     Undecided,

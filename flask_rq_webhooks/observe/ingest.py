@@ -21,9 +21,9 @@ from ..protocol.events import JOB_LOST, TERMINAL_TYPES, Occurrence
 from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
 from ..storage.endpoints import confirm, watch_for_standing
 from ..storage.events import IngestItem
+from ..storage.reported_runs import ParkedReport, Reported, park_reports, reported_endings
 from ..storage.sql_errors import is_about_a_row
 from ..storage.subscriptions import is_endpoint
-from ..storage.watches import ParkedReport, Reported, park_reports, reported_endings
 from .outcomes import Outcome, Undecided, news, outcome_of
 from .publisher import Publisher, occurrence_of_report
 

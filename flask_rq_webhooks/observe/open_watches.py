@@ -31,11 +31,13 @@ from ..queue.abandoned_jobs import expired_jobs
 from ..queue.job_reader import JobRecord, probe_jobs, read_jobs, read_metas, read_statuses
 from ..queue.outbox_entry import OutboxEntry, parse_entry
 from ..queue.safe_pickle import progress_in
+from ..storage import reported_runs
 from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.events import IngestItem, last_progress
 from ..storage.models import RESERVED
-from ..storage.watches import Reported, WatchProbe, WatchRow, WatchUpdates
+from ..storage.reported_runs import Reported
+from ..storage.watches import WatchProbe, WatchRow, WatchUpdates
 from .conclusions import (
     OutboxRead,
     WatchAction,
@@ -147,7 +149,7 @@ class OpenWatches:
         job_ids = list({row.job_id for row in rows})
         jobs = read_jobs(self._redis, job_ids, results=True)
         # After Redis: what ingest stores meanwhile is seen, and not taken for unreported.
-        reported = storage.reported_endings(self._database, job_ids)
+        reported = reported_runs.reported_endings(self._database, job_ids)
         events, updates = PendingEvents(self._database), WatchUpdates()
         blocked: list[tuple[WatchRow, JobRecord]] = []
         # Those that know the run first: the others of the same job then report the same one.
@@ -338,7 +340,7 @@ class RunningJobs:
         new = found.keys() - self._stored
         if not new:
             return Counter()
-        self._stored |= storage.known_keys(self._database, new)
+        self._stored |= reported_runs.known_keys(self._database, new)
         new -= self._stored
         records = read_jobs(self._redis, sorted({found[key][0].job_id for key in new}))
         items = []

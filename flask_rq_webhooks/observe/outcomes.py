@@ -34,7 +34,7 @@ from ..protocol.events import (
 )
 from ..queue.job_reader import JobRecord, JobResult
 from ..queue.outbox_entry import OutboxEntry
-from ..storage.watches import Reported
+from ..storage.reported_runs import Reported
 
 #: How long RQ may change its mind about a run, such as when an orphaned work-horse finishes after all.
 #: Worse: the change is not reported.

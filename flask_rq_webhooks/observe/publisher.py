@@ -36,7 +36,7 @@ from ..protocol.payloads import FORMATS, RenderContext, Rendered
 from ..queue.job_reader import JobRecord, read_result_value
 from ..queue.outbox_entry import OutboxEntry
 from ..queue.safe_pickle import UNKNOWN, progress_in
-from ..storage import watches as storage
+from ..storage import reported_runs
 from ..storage.database import Database
 from ..storage.events import IngestedEvent, IngestItem, ingest, ingest_within
 from ..storage.sql_errors import is_about_a_row
@@ -266,7 +266,7 @@ class PendingEvents:
     def _new_items(self) -> list[IngestItem]:
         """Return the items, without those that are stored and settle nothing."""
         idle = [key for key, (_, receivers) in self._found.items() if all(receivers.values())]
-        known = storage.known_keys(self._database, idle) if idle else set()
+        known = reported_runs.known_keys(self._database, idle) if idle else set()
         return [
             IngestItem(occurrence, tuple(endpoint_id for endpoint_id in receivers if endpoint_id))
             for key, (occurrence, receivers) in self._found.items()

@@ -4,7 +4,7 @@ Owns the rows of events and the order of the steps within the one transaction: t
 deliveries (:mod:`.subscriptions`), the watches it settles (:mod:`.watches`). Knows nothing of where
 occurrences come from; a function it is given renders the bodies.
 
-The database orders the feed (:func:`.queries.events_after`): event ids begin with the clock of the dispatcher
+The database orders the feed (:func:`.feed.events_after`): event ids begin with the clock of the dispatcher
 that made them. Every event has a ``position``: microseconds of the database's clock, at least one more than
 that of the event before. A cursor is a position; a reader never sees one beyond which an event may still
 appear:
@@ -42,6 +42,7 @@ from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_js
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
 from .models import PENDING, SENDING, Delivery, Event, UTCDateTime, new_id
+from .reported_runs import settle_watches, watches_of
 from .subscriptions import (
     EndpointRow,
     canceled_now,
@@ -54,7 +55,6 @@ from .subscriptions import (
     store_deliveries,
     tenants_of,
 )
-from .watches import settle_watches, watches_of
 
 Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]

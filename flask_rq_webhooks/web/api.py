@@ -19,8 +19,9 @@ from ..protocol.payloads import RenderContext, job_payload, occurrence_from_json
 from ..state import State
 from ..storage import queries
 from ..storage.dispatchers import dispatcher_alive
-from ..storage.endpoints import ROTATION_GRACE_S
-from ..storage.queries import EndpointView, EventView, Page, events_after
+from ..storage.feed import events_after
+from ..storage.queries import EndpointView, EventView, Page
+from ..storage.standing_endpoints import ROTATION_GRACE_S
 from ..storage.statistics import statistics, tenant_numbers
 from . import api_schemas as inputs
 from . import api_schemas as schemas

@@ -10,9 +10,9 @@ from werkzeug.datastructures import MultiDict
 from ..protocol.events import EVERY_TYPE, OPERATOR_TYPES, OPTIONAL_TYPES, TERMINAL_TYPES
 from ..state import State
 from ..storage import queries
-from ..storage.endpoints import ROTATION_GRACE_S
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import EndpointView
+from ..storage.standing_endpoints import ROTATION_GRACE_S
 from . import operations
 from .api_schemas import RotateInput
 from .forms import endpoint_values, read_filter

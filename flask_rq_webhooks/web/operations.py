@@ -21,13 +21,14 @@ from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
 from ..protocol.signatures import generate_secret
 from ..state import State
-from ..storage import deliveries, dispatchers, endpoints, queries, retention
+from ..storage import deliveries, dispatchers, endpoints, queries, retention, standing_endpoints
 from ..storage.attempts import coarse_code
-from ..storage.endpoints import ROTATION_GRACE_S, NewEndpoint
+from ..storage.endpoints import NewEndpoint
 from ..storage.events import IngestedEvent, IngestItem
 from ..storage.filters import DeliveryFilter
 from ..storage.queries import DeliveryDetail, DeliveryView, EndpointView, Page
 from ..storage.retention import Erasure
+from ..storage.standing_endpoints import ROTATION_GRACE_S
 from .api_schemas import endpoint_input
 
 #: Deliveries that one call changes at most, and how many in one transaction.
@@ -321,13 +322,13 @@ def create(
     endpoint = NewEndpoint(kind="standing", tenant=tenant, **stored)
     at_most = state.settings.max_endpoints_per_tenant
     try:
-        endpoint_id = endpoints.create_standing(
+        endpoint_id = standing_endpoints.create_standing(
             state.database, state.cipher, endpoint, namespace=state.namespace,
             idempotency_key=idempotency_key, at_most=at_most,
         )  # fmt: skip
-    except endpoints.TooManyError:
+    except standing_endpoints.TooManyError:
         raise TenantLimitError(f"At most {at_most} endpoints are possible; delete one first.") from None
-    except endpoints.ExistsError as exc:
+    except standing_endpoints.ExistsError as exc:
         found = queries.endpoint_detail(state.database, exc.endpoint_id)
         if found is None or found.url != endpoint.url:
             raise ReusedKeyError from None
@@ -347,7 +348,9 @@ def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant:
     if refused:
         raise InvalidInputError(refused)
     stored = _stored(values)
-    if not endpoints.update_standing(state.database, state.cipher, endpoint_id, stored, tenant=tenant):
+    if not standing_endpoints.update_standing(
+        state.database, state.cipher, endpoint_id, stored, tenant=tenant
+    ):
         raise UnknownItemError("standing endpoint", endpoint_id)
 
 
@@ -378,7 +381,7 @@ def rotate(
     :raises UnknownItemError: when there is no such endpoint.
     """
     secret = secret or generate_secret()
-    if not endpoints.rotate_secret(
+    if not standing_endpoints.rotate_secret(
         state.database, state.cipher, endpoint_id, secret, grace_s=grace_s, tenant=tenant
     ):
         raise UnknownItemError("standing endpoint", endpoint_id)
@@ -408,7 +411,7 @@ def enable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Endp
     :raises UnknownItemError: when there is no such endpoint.
     """
     before = standing(state, endpoint_id, tenant=tenant)
-    endpoints.enable_standing(state.database, endpoint_id, tenant=tenant)
+    standing_endpoints.enable_standing(state.database, endpoint_id, tenant=tenant)
     return before
 
 
@@ -429,13 +432,13 @@ def disable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Non
     :raises UnknownItemError: when there is no such endpoint.
     """
     reason = "operator" if tenant is None else "customer"
-    if not endpoints.disable_standing(state.database, endpoint_id, reason=reason, tenant=tenant):
+    if not standing_endpoints.disable_standing(state.database, endpoint_id, reason=reason, tenant=tenant):
         raise UnknownItemError("standing endpoint", endpoint_id)
 
 
 def disable_tenant(state: State, tenant: str) -> int:
     """Disable all standing endpoints of a tenant; return how many were enabled."""
-    return endpoints.disable_tenant(state.database, tenant)
+    return standing_endpoints.disable_tenant(state.database, tenant)
 
 
 def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool:
@@ -445,9 +448,9 @@ def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool
     :raises UnknownItemError: when there is no such endpoint.
     """
     began = time.monotonic()
-    deleted = endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
+    deleted = standing_endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
     while deleted is False and time.monotonic() - began < ENOUGH_S:
-        deleted = endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
+        deleted = standing_endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
     if deleted is None:
         raise UnknownItemError("standing endpoint", endpoint_id)
     return deleted

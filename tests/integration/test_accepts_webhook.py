@@ -29,7 +29,7 @@ from tests.acceptance import tasks
 from tests.integration.hosts import FIELDS, URL, Host
 from tests.servers import valkey_server, wait_until
 
-MODULE = "flask_rq_webhooks.accept.register"
+MODULE = "flask_rq_webhooks.accept.request_fields"
 
 
 @pytest.fixture

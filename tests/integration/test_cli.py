@@ -30,8 +30,9 @@ from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage import dispatchers
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.endpoints import NewEndpoint, create_standing
+from flask_rq_webhooks.storage.endpoints import NewEndpoint
 from flask_rq_webhooks.storage.queries import list_endpoints
+from flask_rq_webhooks.storage.standing_endpoints import create_standing
 from tests.pipeline import add_endpoint, attempts, deliveries, enqueue
 from tests.servers import ROOT, PostgresHandle, Process, Receiver, free_port
 

@@ -14,8 +14,9 @@ from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.endpoints import NewEndpoint, create_standing
+from flask_rq_webhooks.storage.endpoints import NewEndpoint
 from flask_rq_webhooks.storage.models import Delivery, Endpoint
+from flask_rq_webhooks.storage.standing_endpoints import create_standing
 from flask_rq_webhooks.web import operations
 from tests.pipeline import SECRET, add_endpoint, deliveries, enqueue, events, open_state, rows
 from tests.servers import Receiver

@@ -26,8 +26,8 @@ from flask_rq_webhooks.storage.crypto import Cipher
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.dispatchers import heartbeat
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
+from flask_rq_webhooks.storage.feed import events_after
 from flask_rq_webhooks.storage.models import Endpoint, Event, Watch
-from flask_rq_webhooks.storage.queries import events_after
 from flask_rq_webhooks.storage.schema import missing_schema, upgrade_schema
 from tests.servers import Forwarder, PostgresHandle, Process, free_port, wait_until
 from tests.storage_rows import attempt, claim, new_endpoint, occurrence, rows, tell

@@ -20,10 +20,11 @@ from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, create_standing, register
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, register
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Event, Watch
-from flask_rq_webhooks.storage.watches import ParkedReport, park_reports
+from flask_rq_webhooks.storage.reported_runs import ParkedReport, park_reports
+from flask_rq_webhooks.storage.standing_endpoints import create_standing
 from tests.jobs import Callbacks
 from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
 

@@ -14,8 +14,9 @@ import sqlalchemy as sa
 
 from flask_rq_webhooks.storage import models
 from flask_rq_webhooks.storage.database import Database
+from flask_rq_webhooks.storage.feed import events_after
 from flask_rq_webhooks.storage.models import Event
-from flask_rq_webhooks.storage.queries import EventView, Page, events_after
+from flask_rq_webhooks.storage.queries import EventView, Page
 from flask_rq_webhooks.storage.retention import prune
 from tests.servers import PostgresHandle, wait_until
 from tests.storage_rows import new_endpoint, occurrence, render, rows, set_values, tell

@@ -22,10 +22,11 @@ from flask_rq_webhooks.protocol.events import (
 from flask_rq_webhooks.protocol.payloads import occurrence_from_json
 from flask_rq_webhooks.storage import bulk_insert
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
+from flask_rq_webhooks.storage.endpoints import confirm
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Delivery, Event, Watch
-from flask_rq_webhooks.storage.watches import ParkedReport, park_reports
+from flask_rq_webhooks.storage.reported_runs import ParkedReport, park_reports
+from flask_rq_webhooks.storage.standing_endpoints import disable_standing, enable_standing
 from tests.storage_rows import MAX_ATTEMPTS, new_endpoint, occurrence, row, rows, statements_of, tell
 
 

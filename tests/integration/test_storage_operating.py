@@ -26,12 +26,13 @@ from flask_rq_webhooks.storage.deliveries import (
     recover_part,
     resend,
 )
-from flask_rq_webhooks.storage.endpoints import confirm, disable_standing, enable_standing
+from flask_rq_webhooks.storage.endpoints import confirm
 from flask_rq_webhooks.storage.events import IngestItem
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch
 from flask_rq_webhooks.storage.queries import CursorError
 from flask_rq_webhooks.storage.retention import Pruned, prune
+from flask_rq_webhooks.storage.standing_endpoints import disable_standing, enable_standing
 from tests.storage_rows import (
     CIPHER,
     EXHAUSTED,

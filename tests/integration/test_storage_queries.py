@@ -10,8 +10,9 @@ from flask_rq_webhooks.protocol.events import SOURCE_APPLICATION, Occurrence
 from flask_rq_webhooks.storage.attempts import record_attempts
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.dispatchers import heartbeat, pause
-from flask_rq_webhooks.storage.endpoints import confirm, disable_standing
+from flask_rq_webhooks.storage.endpoints import confirm
 from flask_rq_webhooks.storage.events import IngestItem
+from flask_rq_webhooks.storage.feed import events_after
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Delivery, Event
 from flask_rq_webhooks.storage.queries import (
@@ -20,11 +21,11 @@ from flask_rq_webhooks.storage.queries import (
     delivery_detail,
     endpoint_detail,
     event_detail,
-    events_after,
     job_webhook,
     list_deliveries,
     list_endpoints,
 )
+from flask_rq_webhooks.storage.standing_endpoints import disable_standing
 from flask_rq_webhooks.storage.statistics import Hour, statistics
 from tests.storage_rows import (
     EXHAUSTED,

@@ -13,9 +13,9 @@ from flask_rq_webhooks.storage.attempts import AttemptRecord, Decision, RecordRe
 from flask_rq_webhooks.storage.claims import free_expired_leases
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import cancel_part, resend
-from flask_rq_webhooks.storage.endpoints import enable_standing
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint
+from flask_rq_webhooks.storage.standing_endpoints import enable_standing
 from tests.storage_rows import (
     EXHAUSTED,
     attempt,

@@ -13,19 +13,16 @@ import pytest
 
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.storage.database import Database
-from flask_rq_webhooks.storage.endpoints import (
-    NewEndpoint,
-    confirm,
+from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, register, waiting_for_host
+from flask_rq_webhooks.storage.models import Delivery, Endpoint, Secret, Watch
+from flask_rq_webhooks.storage.standing_endpoints import (
     create_standing,
     delete_standing_part,
     disable_standing,
     enable_standing,
-    register,
     rotate_secret,
     update_standing,
-    waiting_for_host,
 )
-from flask_rq_webhooks.storage.models import Delivery, Endpoint, Secret, Watch
 from tests.storage_rows import (
     CIPHER,
     NAMESPACE,

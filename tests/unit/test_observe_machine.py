@@ -31,7 +31,8 @@ from flask_rq_webhooks.queue.job_reader import JobRecord, JobResult, Jobs
 from flask_rq_webhooks.queue.outbox import Entry
 from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
 from flask_rq_webhooks.storage.events import IngestedEvent
-from flask_rq_webhooks.storage.watches import Reported, SettledProbe, WatchProbe, WatchRow, _is_as_late
+from flask_rq_webhooks.storage.reported_runs import Reported, _is_as_late
+from flask_rq_webhooks.storage.watches import SettledProbe, WatchProbe, WatchRow
 
 GAMES = int(os.environ.get("RQ_WEBHOOKS_GAMES", "300"))
 SEED = int(os.environ.get("RQ_WEBHOOKS_GAMES_SEED", "20260301"))
@@ -444,6 +445,7 @@ OURS = ("take_in", "take_in", "reconcile", "reconcile", "read_and_die", "start_a
 def instead_of_redis_and_sql(world: World) -> Iterator[None]:
     observe = "flask_rq_webhooks.observe"
     watches = "flask_rq_webhooks.storage.watches"
+    reported = "flask_rq_webhooks.storage.reported_runs"
     with ExitStack() as stack:
         for target, replacement in {
             f"{observe}.ingest.read_endings": world.read_jobs,
@@ -457,13 +459,13 @@ def instead_of_redis_and_sql(world: World) -> Iterator[None]:
             f"{observe}.reconcile.read_until": world.read_until,
             f"{observe}.reconcile.server_time": world.server_time,
             f"{observe}.reconcile.time": SimpleNamespace(monotonic=lambda: world.rq.now.timestamp()),
-            f"{watches}.reported_endings": world.reported_endings,
+            f"{reported}.reported_endings": world.reported_endings,
             f"{watches}.load_watches": world.load_watches,
             f"{watches}.probe_waiting": world.probe_waiting,
             f"{watches}.probe_settled": world.probe_settled,
             f"{watches}.write_updates": world.write_updates,
             f"{watches}.optional_types_of_standing": lambda *_arguments: {},
-            f"{watches}.known_keys": lambda *_arguments: {one["key"] for one in world.events},
+            f"{reported}.known_keys": lambda *_arguments: {one["key"] for one in world.events},
         }.items():
             stack.enter_context(patch(target, replacement))
         yield

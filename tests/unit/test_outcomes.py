@@ -31,7 +31,7 @@ from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.protocol.job_errors import error_from_text
 from flask_rq_webhooks.queue.job_reader import JobRecord, JobResult
 from flask_rq_webhooks.queue.outbox_entry import OutboxEntry
-from flask_rq_webhooks.storage.watches import Reported
+from flask_rq_webhooks.storage.reported_runs import Reported
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 ENDPOINT = "eptesttest_" + "0" * 26

@@ -1,0 +1,283 @@
+"""Standing endpoints: made by operators and tenants, changed, disabled, deleted.
+
+Owns their rows and secrets once they are made (:func:`.endpoints.register` inserts those of every endpoint).
+Knows nothing of what a URL may be: callers validated it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any
+
+from sqlalchemy import ColumnElement, delete, func, insert, select, text, update
+from sqlalchemy.exc import IntegrityError
+
+from .crypto import Cipher
+from .database import Database
+from .endpoints import (
+    NewEndpoint,
+    _encrypted_headers,
+    _endpoint_values,
+    _events_json,
+    _secret_values,
+    endpoint_exists,
+    register,
+)
+from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, new_id
+
+#: Seconds that a replaced secret keeps signing beside its successor.
+ROTATION_GRACE_S = 86400.0
+
+
+class ExistsError(Exception):
+    """An endpoint was made before with the same idempotency key.
+
+    :param endpoint_id: its id.
+    """
+
+    def __init__(self, endpoint_id: str) -> None:
+        super().__init__(f"The endpoint {endpoint_id} was made with this key.")
+        self.endpoint_id = endpoint_id
+
+
+def create_standing(
+    database: Database,
+    cipher: Cipher,
+    endpoint: NewEndpoint,
+    *,
+    namespace: str,
+    idempotency_key: str | None = None,
+    at_most: int = 0,
+    now: datetime | None = None,
+) -> str:
+    """Store a standing endpoint and return its id.
+
+    :param at_most: standing endpoints that its tenant may have with this one; 0 for any number.
+    :param idempotency_key: the endpoint's id is made of it, so that the primary key lets only one be made,
+        however many requests with it come at once. Such ids do not sort by time.
+    :raises ExistsError: when there is one with this key.
+    :raises TooManyError: when the tenant has *at_most* endpoints already.
+    """
+    if endpoint.kind != "standing":
+        raise ValueError(f"expected kind 'standing', got {endpoint.kind!r}")
+    endpoint_id = None
+    if idempotency_key is not None:
+        # A key contains no NUL. Two tenants may use the same key.
+        owner = "" if endpoint.tenant is None else f"{endpoint.tenant}\0"
+        endpoint_id = _id_of_key(namespace, owner + idempotency_key)
+    if endpoint.tenant is not None and at_most:
+        return _create_counted(
+            database, cipher, endpoint, endpoint_id or new_id("ep" + namespace), at_most, now
+        )
+    try:
+        return register(
+            database,
+            cipher,
+            endpoint,
+            namespace=namespace,
+            reserved_job_id=None,
+            endpoint_id=endpoint_id,
+            now=now,
+        )
+    except IntegrityError:
+        if endpoint_id is None or not endpoint_exists(database, endpoint_id):
+            raise
+        raise ExistsError(endpoint_id) from None
+
+
+class TooManyError(Exception):
+    """The tenant has as many standing endpoints as it may have."""
+
+
+def _create_counted(
+    database: Database, cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, at_most: int,
+    now: datetime | None,
+) -> str:  # fmt: skip
+    """Store a tenant's endpoint unless it has too many; two at once wait for each other."""
+    now = now or datetime.now(UTC)
+    with database.write() as connection:
+        if not database.is_sqlite:  # SQLite has one writer at a time
+            key = text("SELECT pg_advisory_xact_lock(:class, hashtext(:tenant))")
+            connection.execute(key, {"class": TENANT_LOCK_CLASS, "tenant": endpoint.tenant})
+        if connection.execute(select(Endpoint.id).where(Endpoint.id == endpoint_id)).first() is not None:
+            raise ExistsError(endpoint_id)
+        theirs = select(func.count()).where(Endpoint.tenant == endpoint.tenant, Endpoint.kind == "standing")
+        if connection.execute(theirs).scalar_one() >= at_most:
+            raise TooManyError
+        connection.execute(insert(Endpoint).values(_endpoint_values(cipher, endpoint, endpoint_id, now)))
+        if endpoint.secret is not None:
+            connection.execute(
+                insert(Secret).values(_secret_values(cipher, endpoint.secret, endpoint_id, now))
+            )
+    return endpoint_id
+
+
+#: First key of the advisory lock under which a tenant's endpoints are counted; any number nobody else uses.
+TENANT_LOCK_CLASS = 0x7271_7771
+
+
+def _id_of_key(namespace: str, idempotency_key: str) -> str:
+    number = int.from_bytes(blake2b(idempotency_key.encode(), digest_size=17).digest())
+    return f"ep{namespace}_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
+
+
+#: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
+CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {"secret", "kind", "scope", "tenant"}
+
+
+def update_standing(
+    database: Database,
+    cipher: Cipher,
+    endpoint_id: str,
+    changes: Mapping[str, Any],
+    *,
+    tenant: str | None = None,
+) -> bool:
+    """Change a standing endpoint. Waiting deliveries go to the new URL; their bytes stay what they are.
+
+    :param changes: attributes of :class:`NewEndpoint`, those in :data:`CHANGEABLE`. ``url`` and ``host``
+        go together.
+    :param tenant: only an endpoint of this tenant, as in the functions below.
+    :returns: whether there is such an endpoint.
+    """
+    unknown = set(changes) - CHANGEABLE
+    if unknown:
+        raise ValueError(f"cannot change {sorted(unknown)}")
+    if ("url" in changes) != ("host" in changes):
+        raise ValueError("url and host go together")
+    values = dict(changes)
+    if "headers" in values:
+        values["headers"] = _encrypted_headers(cipher, values["headers"])
+    if "events" in values:
+        values["events"] = _events_json(values["events"])
+    with database.write() as connection:
+        changed = connection.execute(
+            update(Endpoint)
+            .where(*_this_standing(endpoint_id, tenant))
+            .values(**values, updated_at=database.clock())
+        ).rowcount
+        if changed and "host" in changes:
+            connection.execute(
+                update(Delivery)
+                .where(
+                    Delivery.endpoint_id == endpoint_id,
+                    Delivery.status == "pending",
+                    Delivery.host != changes["host"],
+                )
+                .values(host=changes["host"])
+            )
+    return changed == 1
+
+
+def rotate_secret(
+    database: Database,
+    cipher: Cipher,
+    endpoint_id: str,
+    secret: str,
+    *,
+    grace_s: float = ROTATION_GRACE_S,
+    tenant: str | None = None,
+    now: datetime | None = None,
+) -> bool:
+    """Give a standing endpoint a new secret; the old ones go on signing beside it for *grace_s* seconds.
+
+    :returns: whether there is such an endpoint.
+    """
+    now = now or datetime.now(UTC)
+    with database.write() as connection:
+        # The update also makes two rotations at once wait for each other.
+        found = connection.execute(
+            update(Endpoint).where(*_this_standing(endpoint_id, tenant)).values(updated_at=now)
+        ).rowcount
+        if not found:
+            return False
+        connection.execute(
+            delete(Secret).where(Secret.endpoint_id == endpoint_id, Secret.expires_at <= database.clock())
+        )
+        connection.execute(
+            update(Secret)
+            .where(Secret.endpoint_id == endpoint_id, Secret.expires_at.is_(None))
+            .values(expires_at=database.clock(grace_s))
+        )
+        connection.execute(insert(Secret).values(_secret_values(cipher, secret, endpoint_id, now)))
+    return True
+
+
+def enable_standing(database: Database, endpoint_id: str, *, tenant: str | None = None) -> bool:
+    """Let a standing endpoint get deliveries again, with a clean record.
+
+    What happened meanwhile is delivered by :func:`~.deliveries.recover_part`.
+
+    :returns: whether there is such an endpoint.
+    """
+    return _set_enabled(database, _this_standing(endpoint_id, tenant), enabled=True, reason=None) == 1
+
+
+def disable_standing(
+    database: Database, endpoint_id: str, *, reason: str = "operator", tenant: str | None = None
+) -> bool:
+    """Stop a standing endpoint from getting new deliveries. Those that wait go on; cancel them apart.
+
+    :returns: whether there is such an endpoint.
+    """
+    return _set_enabled(database, _this_standing(endpoint_id, tenant), enabled=False, reason=reason) == 1
+
+
+def disable_tenant(database: Database, tenant: str) -> int:
+    """Disable every standing endpoint of a tenant; return how many were enabled."""
+    theirs: list[ColumnElement[bool]] = [
+        Endpoint.tenant == tenant,
+        Endpoint.kind == "standing",
+        Endpoint.enabled.is_(True),
+    ]
+    return _set_enabled(database, theirs, enabled=False, reason="operator")
+
+
+def delete_standing_part(
+    database: Database, endpoint_id: str, *, at_most: int = 1000, tenant: str | None = None
+) -> bool | None:
+    """Disable a standing endpoint and delete some of its deliveries; with the last of them, itself.
+
+    :param at_most: deliveries, in one transaction.
+    :returns: whether it is deleted now; otherwise call again. ``None``: there is no such endpoint.
+    """
+    if not disable_standing(database, endpoint_id, reason="deleted", tenant=tenant):
+        return None
+    some = select(Delivery.id).where(Delivery.endpoint_id == endpoint_id).limit(at_most)
+    with database.write() as connection:
+        ids = connection.execute(some).scalars().all()
+        if ids:
+            connection.execute(delete(Attempt).where(Attempt.delivery_id.in_(ids)))
+            connection.execute(delete(Delivery).where(Delivery.id.in_(ids)))
+        if len(ids) == at_most:
+            return False
+        # In the transaction that saw no further delivery; one made meanwhile goes by cascade.
+        connection.execute(delete(Endpoint).where(Endpoint.id == endpoint_id))
+    return True
+
+
+def _this_standing(endpoint_id: str, tenant: str | None) -> list[ColumnElement[bool]]:
+    this: list[ColumnElement[bool]] = [Endpoint.id == endpoint_id, Endpoint.kind == "standing"]
+    return this if tenant is None else [*this, Endpoint.tenant == tenant]
+
+
+def _set_enabled(
+    database: Database, which: Sequence[ColumnElement[bool]], *, enabled: bool, reason: str | None
+) -> int:
+    with database.write(single_statement=True) as connection:
+        changed = connection.execute(
+            update(Endpoint)
+            .where(*which)
+            .values(
+                enabled=enabled,
+                disabled_reason=reason,
+                disabled_at=None if enabled else func.coalesce(Endpoint.disabled_at, database.clock()),
+                failures=0,
+                failing_since=None,
+                updated_at=database.clock(),
+            )
+        )
+    return changed.rowcount
