@@ -6,6 +6,7 @@ import json
 import statistics
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ RATE = 20
 STAGES = ("callback", "outbox read", "RQ's commit", "confirmed", "SQL", "claim", "first byte")
 
 
-def register_endpoint(installation: Installation, url: str) -> str:
-    """Store an endpoint as a request does, and return the dotted name of its success callback."""
+def register_endpoint(installation: Installation, url: str, job_id: str | None = None) -> str:
+    """Store an endpoint as a request does, and return the dotted name of its success callback.
+
+    :param job_id: of the first job of the request, which is watched then.
+    """
     state = installation.state
     checked = state.url_policy.check_url(url)
     endpoint = register(
@@ -36,7 +40,7 @@ def register_endpoint(installation: Installation, url: str) -> str:
         state.cipher,
         NewEndpoint(url=checked.url, host=checked.host_key, secret=SECRET),
         namespace=state.namespace,
-        reserved_job_id=None,
+        reserved_job_id=job_id,
     )
     return f"flask_rq_webhooks.callbacks.success.{endpoint}"
 
@@ -79,16 +83,21 @@ def end_to_end(size: Size) -> Report:
 
 def _ends(installation: Installation, target: RunningReceiver, count: int) -> list[list[float]]:
     """Return for each delivery when its job ended, and when each stage did."""
-    callback = register_endpoint(installation, target.url(name="latency"))
+    url = target.url(name="latency")
+    job_ids = [str(uuid.uuid4()) for _ in range(count)]
+    callbacks = [register_endpoint(installation, url, job_id) for job_id in job_ids]
     queue = rq.Queue("default", connection=installation.redis)
     target.ask("/reset")
     with tempfile.NamedTemporaryFile() as file:
         with installation.dispatcher(steps=file.name) as dispatcher, rq_worker(installation.redis_url):
             dispatcher.wait_for_output("started")
             begin = time.monotonic() + 1
-            for number in range(count):
+            for number, job_id in enumerate(job_ids):
                 time.sleep(max(0.0, begin + number / RATE - time.monotonic()))
-                queue.enqueue_call("benchmarks.tasks.nothing", on_success=rq.Callback(callback), result_ttl=600)
+                report = rq.Callback(callbacks[number])
+                queue.enqueue_call(
+                    "benchmarks.tasks.nothing", on_success=report, result_ttl=600, job_id=job_id
+                )
             wait_until(lambda: target.ask("/count") >= count, timeout=60, what="all deliveries")
             installation.wait_until_recorded(count)
         steps = [json.loads(line) for line in Path(file.name).read_text().splitlines()]

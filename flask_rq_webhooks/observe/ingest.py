@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 #: Seconds an entry may wait for RQ's commit before it is left to reconcile. RQ commits within milliseconds.
 #: Worse: reconcile reports the ending in its next pass.
 PATIENCE_S = 5.0
-#: The first and the longest pause between two looks at an uncommitted job, seconds.
-FIRST_LOOK_S, LONGEST_LOOK_S = 0.003, 0.1
+#: The first and the longest pause between two looks at an uncommitted job, seconds, and the share of the
+#: time it has waited.
+FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0007, 0.1, 0.25
 #: Entries held in memory at most; the rest stays in the stream.
 MAX_WAITING = 5000
 
@@ -55,7 +56,6 @@ class _Waiting:
     entry: OutboxEntry
     since: float
     look_at: float
-    pause_s: float = FIRST_LOOK_S
     proven: bool = False
 
     @property
@@ -105,7 +105,7 @@ class Ingest:
         """
         return not self.waiting and self._state.outbox.length() == 0
 
-    def run_once(self, block_ms: int = 300) -> int:
+    def run_once(self, block_ms: float = 300) -> int:
         """Read what has come, store what can be stored, and return how many entries that were.
 
         :param block_ms: how long to wait for new entries; less while uncommitted ones are due for a look.
@@ -129,11 +129,11 @@ class Ingest:
 
     # -- the stream -----------------------------------------------------------------------------------
 
-    def _read(self, block_ms: int) -> None:
+    def _read(self, block_ms: float) -> None:
         room = min(self._state.settings.batch, MAX_WAITING - len(self._waiting))
         if self._waiting:
             next_look = min(waiting.look_at for waiting in self._waiting.values())
-            block_ms = max(1, min(block_ms, int((next_look - self._clock()) * 1000)))
+            block_ms = max(0.1, min(block_ms, (next_look - self._clock()) * 1000))
         if room <= 0:
             time.sleep(block_ms / 1000)
             return
@@ -266,8 +266,9 @@ class Ingest:
         overdue = []
         for waiting in undecided:
             if self._is_patient(waiting):
-                waiting.look_at = self._clock() + waiting.pause_s
-                waiting.pause_s = min(waiting.pause_s * 1.6, LONGEST_LOOK_S)
+                now = self._clock()
+                pause_s = max(FIRST_LOOK_S, LOOK_SHARE * (now - waiting.since))
+                waiting.look_at = now + min(pause_s, LONGEST_LOOK_S)
             else:
                 overdue.append(waiting)
         if overdue:

@@ -20,7 +20,8 @@ How a claim stays fast and fair with a million deliveries due:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -90,6 +91,37 @@ class ClaimedDelivery:
     tenant: str | None
 
 
+@dataclass(slots=True, kw_only=True)
+class AdvanceClaim:
+    """Places of a sender for deliveries that are about to be stored: those are stored as claimed by it.
+
+    :param lease_id: as :func:`claim_due` has it.
+    :param lease_s: as :func:`claim_due` has it.
+    :param take_place: keeps a place for one request to a host; ``False`` where there is none.
+    :ivar hosts: host of each delivery that got a place, by its id.
+    :ivar complete: whether no other delivery was stored, which would have to be claimed.
+    """
+
+    lease_id: str
+    lease_s: float
+    take_place: Callable[[str], bool]
+    began: float = field(default_factory=time.monotonic)
+    hosts: dict[str, str] = field(default_factory=dict)
+    complete: bool = True
+
+    def applied(self, row: dict[str, Any], now: datetime) -> dict[str, Any]:
+        """Return the row of a new delivery, claimed if there is a place for it.
+
+        :param now: the database's clock.
+        """
+        if not self.take_place(row["host"]):
+            self.complete = False
+            return row
+        self.hosts[row["id"]] = row["host"]
+        until = now + timedelta(seconds=self.lease_s)
+        return row | {"status": SENDING, "lease_id": self.lease_id, "lease_until": until}
+
+
 def claim_due(
     database: Database,
     *,
@@ -126,8 +158,8 @@ def claim_due(
         with database.write(durable=False) as connection:
             now = database.now(connection)
             parameters |= {"now": now, "lease_until": now + timedelta(seconds=lease_s)}
-            hosts = connection.execute(_CLAIM_SQLITE, parameters).scalars().all()
-            rows = connection.execute(_LOAD_SQLITE, parameters).all() if hosts else []
+            ids = list(connection.execute(_CLAIM_SQLITE, parameters).scalars())
+            rows = _loaded(database, connection, ids, lease_id) if ids else []
             turns = [(row.host <= after, row.host) for row in rows]
     else:
         with database.write(single_statement=True, durable=False, repeated=True) as connection:
@@ -138,6 +170,22 @@ def claim_due(
         # The last host of the walk; those it met after starting over come after all others.
         database.claim_after = rows[max(range(len(rows)), key=turns.__getitem__)].host
     return _claimed(rows, lease_id)
+
+
+def load_claimed(database: Database, claim: AdvanceClaim) -> list[ClaimedDelivery]:
+    """Return the deliveries that were stored with *claim*, without those that were canceled since."""
+    with database.read() as connection:
+        rows = _loaded(database, connection, list(claim.hosts), claim.lease_id)
+    return _claimed(rows, claim.lease_id)
+
+
+def _loaded(
+    database: Database, connection: Connection, ids: Sequence[str], lease_id: str
+) -> Sequence[Row[Any]]:
+    parameters: dict[str, Any] = {"lease_id": lease_id, "ids": json.dumps(ids) if database.is_sqlite else ids}
+    if not database.is_sqlite:
+        return connection.execute(_LOAD_POSTGRESQL, parameters).all()
+    return connection.execute(_LOAD_SQLITE, parameters | {"now": database.now(connection)}).all()
 
 
 def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: float) -> int:
@@ -275,8 +323,38 @@ SELECT next_attempt_at FROM rq_webhooks_delivery INDEXED BY ix_rq_webhooks_deliv
 WHERE status = 'pending' ORDER BY next_attempt_at LIMIT 1
 """).columns(next_attempt_at=UTCDateTime)
 
+_SELECT_CLAIMED = """
+SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
+       c.endpoint_id, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
+       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, s.secret
+FROM claimed c
+CROSS JOIN LATERAL (
+    SELECT job_id, runid FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
+) v
+CROSS JOIN LATERAL (
+    SELECT runid, kind, url, headers, sign_payload, format, timeout_s
+    FROM rq_webhooks_endpoint WHERE id = c.endpoint_id OFFSET 0
+) e
+LEFT JOIN LATERAL (
+    SELECT id, secret, expires_at FROM rq_webhooks_secret
+    WHERE endpoint_id = c.endpoint_id AND (expires_at IS NULL OR expires_at > clock_timestamp()) OFFSET 0
+) s ON true
+ORDER BY c.next_attempt_at, c.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
+"""
+
+_LOAD_POSTGRESQL = (
+    text(f"""
+WITH claimed AS MATERIALIZED (
+    SELECT d.*, 0 AS turn FROM rq_webhooks_delivery d
+    WHERE d.id = ANY(CAST(:ids AS text[])) AND d.status = 'sending' AND d.lease_id = :lease_id
+)
+{_SELECT_CLAIMED}""")  # noqa: S608  (no value in it)
+    .columns(**_LOADED)
+    .bindparams(bindparam("lease_id", type_=String))
+)
+
 _CLAIM_POSTGRESQL = (
-    text("""
+    text(f"""
 WITH RECURSIVE
 busy AS MATERIALIZED (
     SELECT key AS host, value::integer AS requests FROM json_each_text(CAST(:in_flight AS json))
@@ -355,23 +433,7 @@ claimed AS (
     WHERE delivery.id = picked.id AND delivery.status = 'pending'
     RETURNING delivery.*, picked.turn
 )
-SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
-       c.endpoint_id, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, s.secret
-FROM claimed c
-CROSS JOIN LATERAL (
-    SELECT job_id, runid FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
-) v
-CROSS JOIN LATERAL (
-    SELECT runid, kind, url, headers, sign_payload, format, timeout_s
-    FROM rq_webhooks_endpoint WHERE id = c.endpoint_id OFFSET 0
-) e
-LEFT JOIN LATERAL (
-    SELECT id, secret, expires_at FROM rq_webhooks_secret
-    WHERE endpoint_id = c.endpoint_id AND (expires_at IS NULL OR expires_at > clock_timestamp()) OFFSET 0
-) s ON true
-ORDER BY c.next_attempt_at, c.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
-""")
+{_SELECT_CLAIMED}""")  # noqa: S608  (no value in it)
     .columns(**_LOADED)
     .bindparams(
         bindparam("limit", type_=Integer),
@@ -430,7 +492,7 @@ UPDATE rq_webhooks_delivery
 SET status = 'sending', lease_id = :lease_id, lease_until = :lease_until
 WHERE rowid IN (
     SELECT row FROM slots WHERE rank <= :per_host ORDER BY rank, next_attempt_at LIMIT :limit)
-RETURNING host
+RETURNING id
 """).bindparams(bindparam("now", type_=UTCDateTime), bindparam("lease_until", type_=UTCDateTime))
 
 _LOAD_SQLITE = (
@@ -438,14 +500,15 @@ _LOAD_SQLITE = (
 SELECT d.id, d.trigger, d.attempts, d.max_attempts, d.body, d.content_type, d.host, d.event_id, d.event_type,
        d.endpoint_id, v.job_id, coalesce(e.runid, v.runid) AS runid,
        e.kind, e.url, e.headers, d.tenant, e.sign_payload, e.format, e.timeout_s, s.secret
-FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_lease
+FROM json_each(:ids) one
+CROSS JOIN rq_webhooks_delivery d ON d.id = one.value
 CROSS JOIN rq_webhooks_event v ON v.id = d.event_id
 CROSS JOIN rq_webhooks_endpoint e ON e.id = d.endpoint_id
 LEFT JOIN rq_webhooks_secret s
     ON s.endpoint_id = d.endpoint_id AND (s.expires_at IS NULL OR s.expires_at > :now)
-WHERE d.status = 'sending' AND d.lease_until = :lease_until AND d.lease_id = :lease_id
+WHERE d.status = 'sending' AND d.lease_id = :lease_id
 ORDER BY d.next_attempt_at, d.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
 """)
     .columns(**_LOADED)
-    .bindparams(bindparam("now", type_=UTCDateTime), bindparam("lease_until", type_=UTCDateTime))
+    .bindparams(bindparam("now", type_=UTCDateTime))
 )

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, bindparam, func, select, text, update
+from sqlalchemy import BigInteger, Boolean, Connection, bindparam, func, select, text, update
 
 from .._steps import reached
 from ..protocol.events import (
@@ -40,8 +40,9 @@ from ..protocol.events import (
 )
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from .bulk_insert import chunks_of, insert_new, one_of
+from .claims import AdvanceClaim
 from .database import Database
-from .models import PENDING, SENDING, Delivery, Event, UTCDateTime, new_id
+from .models import PENDING, SENDING, SHARED, Delivery, Dispatcher, Event, UTCDateTime, new_id
 from .reported_runs import settle_watches, watches_of
 from .subscriptions import (
     EndpointRow,
@@ -121,6 +122,7 @@ def ingest(
     render: Render,
     max_attempts: int,
     scrub: Scrub | None = None,
+    claim: AdvanceClaim | None = None,
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
@@ -137,13 +139,15 @@ def ingest(
     :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
         ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
         in place). What it does to ``runid`` and to these is stored, sent and shown.
+    :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
+        paused.
     :returns: one for each item, in their order.
     """
     if not items:
         return []
     with database.write() as connection:
         return ingest_within(
-            database, connection, items, render=render, max_attempts=max_attempts, scrub=scrub
+            database, connection, items, render=render, max_attempts=max_attempts, scrub=scrub, claim=claim
         )
 
 
@@ -155,13 +159,14 @@ def ingest_within(
     render: Render,
     max_attempts: int,
     scrub: Scrub | None = None,
+    claim: AdvanceClaim | None = None,
 ) -> list[IngestedEvent]:
     """Do what :func:`ingest` does as a part of the caller's transaction."""
     prepared = [
         item if scrub is None else replace(item, occurrence=_scrubbed(item.occurrence, scrub))
         for item in items
     ]
-    now, position = first_position(database, connection)
+    now, position, paused = first_position(database, connection)
     watches = watches_of(database, connection, prepared)
     believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
     _lock_jobs(database, connection, believed)
@@ -185,16 +190,12 @@ def ingest_within(
     for event in stored:
         for endpoint in receivers_of(event, asked[event.id], standing):
             rendered = render(endpoint, event.id, event.occurrence)
-            rows.append(
-                delivery_values(
-                    event.id,
-                    event.occurrence.type,
-                    endpoint,
-                    rendered,
-                    max_attempts=max_attempts,
-                    now=now,
-                )
+            row = delivery_values(
+                event.id, event.occurrence.type, endpoint, rendered, max_attempts=max_attempts, now=now
             )
+            rows.append(row if claim is None or paused else claim.applied(row, now))
+    if claim is not None and paused:
+        claim.complete = False
     made = store_deliveries(database, connection, rows)
     _cancel_outdated(database, connection, stored)
     for event in stored:
@@ -447,23 +448,25 @@ LOCK_CLASS = 0x7271_7769
 LOCK_EPOCH_S = 1_500_000_000
 
 
-def first_position(database: Database, connection: Connection) -> tuple[datetime, int]:
-    """Return the database's clock, and the position of the first event this transaction stores.
+def first_position(database: Database, connection: Connection) -> tuple[datetime, int, bool]:
+    """Return the database's clock, the position of the first event this transaction stores, and whether
+    sending is paused.
 
     The events after it count up by one. Call this in the transaction that stores them.
     """
     if database.is_sqlite:
         now = datetime.now(UTC)
-        last = connection.execute(_LAST).scalar_one() or 0
-        return now, max(last + 1, int(now.timestamp() * 1_000_000))
-    now, position, last = connection.execute(_ENTER).one()
+        last, paused_at = connection.execute(_LAST).one()
+        return now, max((last or 0) + 1, int(now.timestamp() * 1_000_000)), paused_at is not None
+    now, position, last, paused = connection.execute(_ENTER).one()
     if last is not None and last >= position:
         # The clock was set back, as by a failover. The lock is held now, so this is the last one there is.
-        position = connection.execute(_LAST).scalar_one() + 1
-    return now.astimezone(UTC), position
+        position = connection.execute(_LAST).one()[0] + 1
+    return now.astimezone(UTC), position, paused
 
 
-_LAST = select(func.max(Event.position))
+_PAUSED = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED).scalar_subquery()
+_LAST = select(select(func.max(Event.position)).scalar_subquery(), _PAUSED)
 
 # The columns are computed from left to right: the lock is held when the clock is read for the position.
 _ENTER = (
@@ -472,13 +475,16 @@ SELECT clock_timestamp() AS now,
        greatest(
            (:epoch + s.second) * 1000000, CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)
        ) AS position,
-       (SELECT max(position) FROM rq_webhooks_event) AS last
+       (SELECT max(position) FROM rq_webhooks_event) AS last,
+       EXISTS (
+           SELECT FROM rq_webhooks_dispatcher d WHERE d.id = 'shared' AND d.paused_at IS NOT NULL
+       ) AS paused
 FROM (
     SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
         SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
     ) began OFFSET 0
 ) s
 """)
-    .columns(now=UTCDateTime, position=BigInteger, last=BigInteger)
+    .columns(now=UTCDateTime, position=BigInteger, last=BigInteger, paused=Boolean)
     .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS))
 )

@@ -288,6 +288,8 @@ def delivery_values(
         "attempts": 0,
         "max_attempts": min(allowed, PROGRESS_ATTEMPTS) if event_type == JOB_PROGRESS else allowed,
         "next_attempt_at": now,
+        "lease_id": None,
+        "lease_until": None,
         "created_at": now,
     }
 
