@@ -124,6 +124,7 @@ class Publisher:
                     max_attempts=max_attempts or self._max_attempts,
                     scrub=self._scrub,
                     claim=claim,
+                    repeated=self._sender is not None,  # a dispatcher tries until it works
                 )
         except BaseException:
             if self._sender is not None and claim is not None:

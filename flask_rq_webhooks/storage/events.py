@@ -123,6 +123,7 @@ def ingest(
     max_attempts: int,
     scrub: Scrub | None = None,
     claim: AdvanceClaim | None = None,
+    repeated: bool = False,
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
@@ -141,11 +142,12 @@ def ingest(
         in place). What it does to ``runid`` and to these is stored, sent and shown.
     :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
         paused.
+    :param repeated: see :meth:`.Database.write`.
     :returns: one for each item, in their order.
     """
     if not items:
         return []
-    with database.write() as connection:
+    with database.write(repeated=repeated) as connection:
         return ingest_within(
             database, connection, items, render=render, max_attempts=max_attempts, scrub=scrub, claim=claim
         )
@@ -166,10 +168,10 @@ def ingest_within(
         item if scrub is None else replace(item, occurrence=_scrubbed(item.occurrence, scrub))
         for item in items
     ]
-    now, position, paused = first_position(database, connection)
+    jobs = sorted({item.occurrence.job_id for item in prepared if item.occurrence.job_id is not None})
+    now, position, paused = first_position(database, connection, jobs)
     watches = watches_of(database, connection, prepared)
     believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
-    _lock_jobs(database, connection, believed)
     over = _ended_runs(connection, believed)
     believed = [item for item in believed if _end_key(item.occurrence) not in over]
     endpoints = endpoints_of(database, connection, believed, watches)
@@ -308,14 +310,6 @@ def store_events(
     return by_item, stored
 
 
-def _lock_jobs(database: Database, connection: Connection, items: Sequence[IngestItem]) -> None:
-    """Wait for others who store events of the same jobs. Everybody takes the locks in one order."""
-    jobs = sorted({item.occurrence.job_id for item in items if item.occurrence.job_id is not None})
-    if not database.is_sqlite:
-        for chunk in chunks_of(jobs):
-            connection.execute(_LOCK_JOBS, {"class": JOB_LOCK_CLASS, "jobs": list(chunk)})
-
-
 def _end_key(occurrence: Occurrence) -> str | None:
     """Return the key of the ending after which *occurrence* is not stored; ``None`` where it always is."""
     if occurrence.type not in RUNNING_TYPES or occurrence.job_id is None or occurrence.run is None:
@@ -349,7 +343,7 @@ def _cancel_outdated(database: Database, connection: Connection, stored: Sequenc
         select(Delivery.id, Event.id, Event.type, Event.job_id, Event.run_key)
         .join(Event, Event.id == Delivery.event_id)
         .where(
-            one_of(database, Event.job_id, "jobs"),
+            one_of(Event.job_id, "jobs"),
             Event.type.in_(sorted(RUNNING_TYPES)),
             Delivery.status.in_([PENDING, SENDING]),
         )
@@ -377,12 +371,8 @@ def _number(database: Database, connection: Connection, events: Sequence[StoredE
     jobs = sorted({event.occurrence.job_id for event in events if event.occurrence.job_id is not None})
     counts: dict[str, int] = {}
     for chunk in chunks_of(jobs):
-        query = (
-            select(Event.job_id, func.count())
-            .where(one_of(database, Event.job_id, "jobs"))
-            .group_by(Event.job_id)
-        )
-        counts.update((str(job_id), count) for job_id, count in connection.execute(query, {"jobs": chunk}))
+        rows = connection.execute(_COUNTS, {"jobs": chunk})
+        counts.update((str(job_id), count) for job_id, count in rows)
     for event in events:
         job_id = event.occurrence.job_id
         if job_id is not None:
@@ -390,11 +380,14 @@ def _number(database: Database, connection: Connection, events: Sequence[StoredE
             event.occurrence = replace(event.occurrence, sequence=counts[job_id])
 
 
+_COUNTS = select(Event.job_id, func.count()).where(one_of(Event.job_id, "jobs")).group_by(Event.job_id)
+
+
 def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple[Any, datetime]]:
     """Return the progress of each job that was stored last, and when it was seen."""
     query = (
         select(func.max(Event.id))
-        .where(one_of(database, Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
+        .where(one_of(Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
         .group_by(Event.job_id)
     )
     found: dict[str, tuple[Any, datetime]] = {}
@@ -405,14 +398,6 @@ def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple
             for job_id, payload, at in connection.execute(rows) if newest else ():
                 found[job_id or ""] = (occurrence_from_json(payload).progress, at)
     return found
-
-
-#: First key of the advisory locks of :func:`_lock_jobs`; any number that nobody else uses.
-JOB_LOCK_CLASS = 0x7271_7770
-_LOCK_JOBS = text("""
-SELECT pg_advisory_xact_lock(:class, key)
-FROM (SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key) AS keys
-""")
 
 
 def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:
@@ -446,11 +431,18 @@ def _storable(text: str | None) -> str | None:
 LOCK_CLASS = 0x7271_7769
 #: The second key is a 32-bit number: seconds since this one of the Unix time.
 LOCK_EPOCH_S = 1_500_000_000
+#: The same for the advisory locks of jobs.
+JOB_LOCK_CLASS = 0x7271_7770
 
 
-def first_position(database: Database, connection: Connection) -> tuple[datetime, int, bool]:
+def first_position(
+    database: Database, connection: Connection, jobs: Sequence[str] = ()
+) -> tuple[datetime, int, bool]:
     """Return the database's clock, the position of the first event this transaction stores, and whether
     sending is paused.
+
+    :param jobs: PostgreSQL: wait for others who store events of these jobs. Everybody takes the locks in one
+        order.
 
     The events after it count up by one. Call this in the transaction that stores them.
     """
@@ -458,7 +450,7 @@ def first_position(database: Database, connection: Connection) -> tuple[datetime
         now = datetime.now(UTC)
         last, paused_at = connection.execute(_LAST).one()
         return now, max((last or 0) + 1, int(now.timestamp() * 1_000_000)), paused_at is not None
-    now, position, last, paused = connection.execute(_ENTER).one()
+    now, position, last, paused, _locked = connection.execute(_ENTER, {"jobs": list(jobs)}).one()
     if last is not None and last >= position:
         # The clock was set back, as by a failover. The lock is held now, so this is the last one there is.
         position = connection.execute(_LAST).one()[0] + 1
@@ -478,7 +470,10 @@ SELECT clock_timestamp() AS now,
        (SELECT max(position) FROM rq_webhooks_event) AS last,
        EXISTS (
            SELECT FROM rq_webhooks_dispatcher d WHERE d.id = 'shared' AND d.paused_at IS NOT NULL
-       ) AS paused
+       ) AS paused,
+       (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
+           SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
+       ) AS keys) AS locked
 FROM (
     SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
         SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
@@ -486,5 +481,9 @@ FROM (
 ) s
 """)
     .columns(now=UTCDateTime, position=BigInteger, last=BigInteger, paused=Boolean)
-    .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS))
+    .bindparams(
+        bindparam("epoch", LOCK_EPOCH_S, BigInteger),
+        bindparam("class", LOCK_CLASS),
+        bindparam("job_class", JOB_LOCK_CLASS),
+    )
 )

@@ -79,6 +79,17 @@ def endpoint_row(row: Any) -> EndpointRow:
 
 
 ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointRow))
+# Built once: to build a statement costs as much as to execute it. A lock for each row, which a union does not
+# allow.
+_ENDPOINTS = (
+    select(*ENDPOINT_COLUMNS)
+    .where(one_of(Endpoint.id, "ids"))
+    .order_by(Endpoint.id)
+    .with_for_update(**_SHARED)
+)
+_ENABLED = select(*ENDPOINT_COLUMNS).where(_IS_STANDING, Endpoint.enabled).with_for_update(**_SHARED)
+_OF_OPERATORS = _ENABLED.where(Endpoint.tenant.is_(None))
+_OF_TENANTS = _ENABLED.where(one_of(Endpoint.tenant, "tenants"))
 
 
 def endpoints_of(
@@ -96,15 +107,10 @@ def endpoints_of(
     }
     ids = set(named)
     ids |= {row.endpoint_id for rows in watches.values() for row in rows if row.endpoint_id is not None}
-    query = (
-        select(*ENDPOINT_COLUMNS)
-        .where(one_of(database, Endpoint.id, "ids"))
-        .order_by(Endpoint.id)
-        .with_for_update(**_SHARED)
-    )
     endpoints: dict[str, EndpointRow] = {}
     for chunk in chunks_of(sorted(ids)):
-        endpoints.update((row.id, endpoint_row(row)) for row in connection.execute(query, {"ids": chunk}))
+        rows = connection.execute(_ENDPOINTS, {"ids": chunk})
+        endpoints.update((row.id, endpoint_row(row)) for row in rows)
     for endpoint_id, job_id in named.items():
         if endpoint_id not in endpoints:
             logger.warning(
@@ -119,12 +125,9 @@ def standing_endpoints(
     database: Database, connection: Connection, tenants: Collection[str]
 ) -> list[EndpointRow]:
     """Return the enabled standing endpoints of operators and of *tenants*; nobody else's are read."""
-    enabled = select(*ENDPOINT_COLUMNS).where(_IS_STANDING, Endpoint.enabled)
-    # A lock for each row, which a union does not allow.
-    found = list(connection.execute(enabled.where(Endpoint.tenant.is_(None)).with_for_update(**_SHARED)))
-    theirs = enabled.where(one_of(database, Endpoint.tenant, "tenants")).with_for_update(**_SHARED)
+    found = list(connection.execute(_OF_OPERATORS))
     for chunk in chunks_of(sorted(tenants)):
-        found += connection.execute(theirs, {"tenants": chunk})
+        found += connection.execute(_OF_TENANTS, {"tenants": chunk})
     rows = (endpoint_row(row) for row in found)
     return [row for row in rows if row.only_tenant is None or row.only_tenant in tenants]
 
@@ -148,7 +151,7 @@ def wanted_by_standing(
     else:
         found += connection.execute(query.where(Endpoint.tenant.is_(None)))
         for chunk in chunks_of(sorted(tenants)):
-            theirs = query.where(one_of(database, Endpoint.tenant, "tenants"))
+            theirs = query.where(one_of(Endpoint.tenant, "tenants"))
             found += connection.execute(theirs, {"tenants": chunk})
     named: dict[str | None, set[str]] = {}
     for tenant, events in found:

@@ -48,7 +48,7 @@ def open_trees(database: Database, *, after: str = "", limit: int = 200) -> list
 def open_trees_of(database: Database, job_ids: Collection[str]) -> list[str]:
     """Return the same for those trees that jobs are known to be part of, by id."""
     found: set[str] = set()
-    query = _OPEN.where(one_of(database, Watch.job_id, "jobs"))
+    query = _OPEN.where(one_of(Watch.job_id, "jobs"))
     for chunk in chunks_of(sorted(job_ids)):
         with database.read() as connection:
             found.update(row.endpoint_id for row in connection.execute(query, {"jobs": chunk}))

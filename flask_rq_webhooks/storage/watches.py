@@ -180,7 +180,7 @@ def load_watches(database: Database, ids: Sequence[str]) -> list[WatchRow]:
             Endpoint.created_at.label("endpoint_created_at"), Endpoint.scope,
         )
         .outerjoin(Endpoint, Endpoint.id == Watch.endpoint_id)
-        .where(one_of(database, Watch.id, "ids"), Watch.status.in_([RESERVED, OPEN, SETTLED]))
+        .where(one_of(Watch.id, "ids"), Watch.status.in_([RESERVED, OPEN, SETTLED]))
     )  # fmt: skip
     with database.read() as connection:
         for chunk in chunks_of(ids):
