@@ -30,7 +30,6 @@ from ..storage.claims import (
     claim_due,
     defer,
     free_leases,
-    load_claimed,
     next_due_in,
     release,
 )
@@ -279,16 +278,14 @@ class Sender:
     def _send_stored(self, now: float) -> None:
         """Send what was stored as claimed; free it where that was too long ago for the lease."""
         while self._stored:
-            claim = self._stored[0]
+            claim = self._stored.popleft()
             if now - claim.began > QUEUED_S:
-                self.withdraw(self._stored.popleft())
+                self.withdraw(claim)
                 continue
-            claimed = load_claimed(self._state.database, claim)
-            self._stored.popleft()
             reached("delivery claimed")
             self.idle_since = None
             try:
-                self._submit(claimed)
+                self._submit(claim.claimed)
             finally:
                 self._in_flight.free_places(claim.hosts.values())
 

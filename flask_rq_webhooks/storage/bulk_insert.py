@@ -125,8 +125,9 @@ def insert_new(
     if database.is_sqlite:
         there = _select_ids(model)
         for chunk in chunks_of(rows):
-            connection.execute(insert_or_ignore(database, model), chunk)
-            new.update(connection.execute(there, {"ids": [row["id"] for row in chunk]}).scalars())
+            ids = [row["id"] for row in chunk]
+            inserted = connection.execute(insert_or_ignore(database, model), chunk).rowcount
+            new.update(ids if inserted == len(ids) else connection.execute(there, {"ids": ids}).scalars())
     elif rows:
         statement = _insert_from_json(model, tuple(rows[0]))
         for document in _documents(rows):

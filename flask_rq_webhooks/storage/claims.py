@@ -99,6 +99,7 @@ class AdvanceClaim:
     :param lease_s: as :func:`claim_due` has it.
     :param take_place: keeps a place for one request to a host; ``False`` where there is none.
     :ivar hosts: host of each delivery that got a place, by its id.
+    :ivar claimed: those that were stored, as :func:`claim_due` returns them.
     :ivar complete: whether no other delivery was stored, which would have to be claimed.
     """
 
@@ -107,6 +108,7 @@ class AdvanceClaim:
     take_place: Callable[[str], bool]
     began: float = field(default_factory=time.monotonic)
     hosts: dict[str, str] = field(default_factory=dict)
+    claimed: list[ClaimedDelivery] = field(default_factory=list)
     complete: bool = True
 
     def applied(self, row: dict[str, Any], now: datetime) -> dict[str, Any]:
@@ -120,6 +122,13 @@ class AdvanceClaim:
         self.hosts[row["id"]] = row["host"]
         until = now + timedelta(seconds=self.lease_s)
         return row | {"status": SENDING, "lease_id": self.lease_id, "lease_until": until}
+
+    def load(self, database: Database, connection: Connection) -> None:
+        """Read what was stored, in the transaction that stores it."""
+        if self.hosts:
+            self.claimed = _claimed(
+                _loaded(database, connection, list(self.hosts), self.lease_id), self.lease_id
+            )
 
 
 def claim_due(
@@ -170,13 +179,6 @@ def claim_due(
         # The last host of the walk; those it met after starting over come after all others.
         database.claim_after = rows[max(range(len(rows)), key=turns.__getitem__)].host
     return _claimed(rows, lease_id)
-
-
-def load_claimed(database: Database, claim: AdvanceClaim) -> list[ClaimedDelivery]:
-    """Return the deliveries that were stored with *claim*, without those that were canceled since."""
-    with database.read() as connection:
-        rows = _loaded(database, connection, list(claim.hosts), claim.lease_id)
-    return _claimed(rows, claim.lease_id)
 
 
 def _loaded(

@@ -203,6 +203,8 @@ def ingest_within(
     for event in stored:
         event.deliveries = made.get(event.id, 0)
     settle_watches(database, connection, stored, watches, endpoints, now)
+    if claim is not None:
+        claim.load(database, connection)
     seen: set[str] = set()
     by_believed = dict(zip(map(id, believed), by_item, strict=True))
     ingested = []
