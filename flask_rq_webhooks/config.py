@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from .errors import ConfigurationError
@@ -81,18 +82,8 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(items)
 
 
-def _networks(value: Any) -> tuple[Network, ...]:
-    return tuple(ipaddress.ip_network(item) for item in _items(value))
-
-
-def _ports(value: Any) -> tuple[int, ...]:
-    port = _integer(1, 65535)
-    return tuple(port(item) for item in _items(value))
-
-
-def _statuses(value: Any) -> tuple[int, ...]:
-    status = _integer(300, 599)
-    return tuple(status(item) for item in _items(value))
+def _all(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    return lambda value: tuple(parse(item) for item in _items(value))
 
 
 def _schedule(value: Any) -> tuple[float, ...]:
@@ -133,43 +124,29 @@ def _signing_secret(value: Any) -> str:
     return text
 
 
-def _header_prefix(value: Any) -> str:
-    text = _text(value)
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,63}", text) or text.endswith("-"):
-        raise ValueError("expected letters, digits and inner hyphens, such as 'X-Webhook'")
-    if text.lower() == "webhook":
-        raise ValueError("webhook-* names are those of Standard Webhooks, which are always sent")
-    return text
+def _matching(pattern: str, expected: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        text = _text(value)
+        if not re.fullmatch(pattern, text, re.DOTALL):
+            raise ValueError(f"expected {expected}")
+        return text
+
+    return parse
 
 
-def _header_name(value: Any) -> str:
-    text = _text(value)
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,99}", text) or text.lower().startswith(
-        ("webhook-", "content-")
-    ):
-        raise ValueError("expected the name of a header, not one of webhook-* or Content-*")
-    return text
-
-
-def _header_value(value: Any) -> str:
-    text = _text(value)
-    if not re.fullmatch(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?", text):
-        raise ValueError("expected printable ASCII")
-    return text
-
-
-def _url_prefix(value: Any) -> str:
-    text = _text(value)
-    if not text.startswith("/") or (text.endswith("/") and text != "/"):
-        raise ValueError("expected a path that starts with '/' and does not end with one")
-    return text
-
-
-def _redis_url(value: Any) -> str:
-    text = _text(value)
-    if not text.startswith(("redis://", "rediss://", "unix://")):
-        raise ValueError("expected a URL that starts with redis://, rediss:// or unix://")
-    return text
+_header_prefix = _matching(
+    r"(?!(?i:webhook)$)[A-Za-z](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?",
+    "letters, digits and inner hyphens, such as 'X-Webhook', and not webhook, which begins the names of "
+    "Standard Webhooks",
+)
+_header_name = _matching(
+    r"(?!(?i:webhook-|content-))[A-Za-z][A-Za-z0-9-]{0,99}",
+    "the name of a header, not one of webhook-* or Content-*",
+)
+_header_value = _matching(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?", "printable ASCII")
+_url_prefix = _matching("/|/.*[^/]", "a path that starts with '/' and does not end with one")
+_redis_url = _matching("(?:redis|rediss|unix)://.*", "a URL that starts with redis://, rediss:// or unix://")
+_proxy_url = _matching("https?://.*", "a URL that starts with http:// or https://")
 
 
 def _client_certs(value: Any) -> tuple[tuple[str, str, str], ...]:
@@ -188,18 +165,12 @@ def _client_certs(value: Any) -> tuple[tuple[str, str, str], ...]:
     return tuple(certs)
 
 
-def _proxy_url(value: Any) -> str:
-    text = _text(value)
-    if not text.startswith(("http://", "https://")):
-        raise ValueError("expected a URL that starts with http:// or https://")
-    return text
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """What is known of one setting beside its name and its type.
 
     :param name: key without ``RQ_WEBHOOKS_``.
+    :param group: section of the configuration page.
     :param parse: turns a value from ``app.config`` or the environment into the typed value, or raises
         :exc:`ValueError` with what was expected.
     :param default: typed value.
@@ -213,6 +184,7 @@ class Setting:
     """
 
     name: str = ""
+    group: str
     parse: Callable[[Any], Any]
     default: Any
     about: str
@@ -223,23 +195,32 @@ class Setting:
     secret: bool = False
 
 
-def setting(parse: Callable[[Any], Any], default: Any, about: str, **more: Any) -> Any:
+def _setting(group: str, parse: Callable[[Any], Any], default: Any, about: str, **more: Any) -> Any:
     """Return the field of one setting; the parameters are those of :class:`Setting`."""
-    described = Setting(parse=parse, default=default, about=about, **more)
+    described = Setting(group=group, parse=parse, default=default, about=about, **more)
     return field(default=default, repr=not described.secret, metadata={"setting": described})
+
+
+# What a reader of the configuration page wants to do.
+_start = partial(_setting, "start")
+_destinations = partial(_setting, "destinations")
+_retries = partial(_setting, "retries")
+_privacy = partial(_setting, "privacy")
+_dashboard = partial(_setting, "dashboard")
+_scale = partial(_setting, "scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The settings of one app, typed and checked. A new setting is one field here."""
 
-    enabled: bool = setting(
+    enabled: bool = _start(
         _boolean,
         True,
         "Whether webhooks are accepted. Accepted deliveries continue when it is off.",
         env=("WEBHOOKS_ENABLED", "WEPPCLOUD_WEBHOOKS_ENABLED"),
     )
-    redis_url: str = setting(
+    redis_url: str = _start(
         _redis_url,
         "redis://localhost:6379/0",
         "The Redis or Valkey database RQ uses.",
@@ -248,35 +229,76 @@ class Settings:
         config_key="REDIS_URL",
         secret=True,
     )
-    attach: str = setting(
+    database_uri: str | None = _start(
+        _optional(_text), None, "SQLAlchemy URL of our tables; default: the host's database.", secret=True
+    )
+    bind_key: str | None = _start(
+        _optional(_text), None, "Flask-SQLAlchemy bind whose database holds our tables."
+    )
+    encryption_keys: tuple[str, ...] = _start(
+        _texts,
+        (),
+        "Keys for secrets and headers at rest, newest first; default: derived from SECRET_KEY.",
+        secret=True,
+    )
+    attach: str = _start(
         _choice("requested", "all"),
         "requested",
         "Which jobs carry our callbacks: those a webhook was asked for, or all this app enqueues.",
     )
-    outbox_maxlen: int = setting(
-        _integer(100), 100_000, "Entries kept in the outbox stream while no dispatcher runs."
+    url_prefix: str = _start(_url_prefix, "/webhooks", "Where the blueprint is mounted.")
+
+    allowed_domains: tuple[str, ...] = _destinations(
+        _texts,
+        (),
+        "Only these domains and their sub-domains; empty: every public host.",
+        env=("ALLOWED_WEBHOOK_DOMAINS",),
     )
-    database_uri: str | None = setting(
-        _optional(_text), None, "SQLAlchemy URL of our tables; default: the host's database.", secret=True
+    allow_http: bool = _destinations(
+        _boolean,
+        False,
+        "Development: http:// and loopback addresses become possible, and http:// to ALLOW_NETWORKS.",
     )
-    bind_key: str | None = setting(
-        _optional(_text), None, "Flask-SQLAlchemy bind whose database holds our tables."
+    allow_networks: tuple[Network, ...] = _destinations(
+        _all(ipaddress.ip_network), (), "Private networks (CIDR) that may be reached."
     )
-    timeout: float = setting(
-        _seconds, 15.0, "Total deadline of one attempt, seconds.", env=("WEPPCLOUD_WEBHOOK_TIMEOUT",)
+    deny_networks: tuple[Network, ...] = _destinations(
+        _all(ipaddress.ip_network), (), "Public networks (CIDR) that may not be reached."
     )
-    connect_timeout: float = setting(_seconds, 5.0, "Deadline for name look-up and connecting, seconds.")
-    retry_schedule: tuple[float, ...] = setting(
-        _schedule,
-        DEFAULT_RETRY_SCHEDULE,
-        "Delays between attempts, seconds.",
-        env=("WEPPCLOUD_WEBHOOK_RETRY_COUNT",),
-        parse_env=_schedule_of_total_attempts,
+    blocked_ports: tuple[int, ...] = _destinations(
+        _all(_integer(1, 65535)), (), "Destination ports that may not be reached."
     )
-    retry_statuses: tuple[int, ...] = setting(
-        _statuses, DEFAULT_RETRY_STATUSES, "HTTP statuses that are tried again."
+    allow_nat64: bool = _destinations(
+        _boolean, False, "Judge 64:ff9b::/96 by its embedded IPv4 address instead of refusing it."
     )
-    signing_secret: str | None = setting(
+    proxy_url: str | None = _destinations(
+        _optional(_proxy_url), None, "Egress proxy; it, not we, then pins addresses.", secret=True
+    )
+    ca_file: str | None = _destinations(
+        _optional(_text),
+        None,
+        "PEM file of certificate authorities that receivers may use beside the public ones.",
+    )
+    client_certs: tuple[tuple[str, str, str], ...] = _destinations(
+        _client_certs,
+        (),
+        "Client certificates: host name to (certificate file, key file); shown to that host and no other.",
+    )
+    header_prefix: str = _destinations(
+        _header_prefix, "X-Webhook", "First part of the X-Webhook-* header names."
+    )
+    signature_header: str | None = _destinations(
+        _optional(_header_name),
+        None,
+        "Whole name of the sha256= signature's header; default: <prefix>-Signature.",
+    )
+    timestamp_header: str | None = _destinations(
+        _optional(_header_name), None, "Whole name of that signature's time; default: <prefix>-Timestamp."
+    )
+    user_agent: str = _destinations(
+        _header_value, f"flask-rq-webhooks/{__version__}", "User-Agent of every request sent."
+    )
+    signing_secret: str | None = _destinations(
         _optional(_signing_secret),
         None,
         "Server-wide secret, used where a request says sign_payload and brings no secret.",
@@ -284,125 +306,98 @@ class Settings:
         shared_env=True,
         secret=True,
     )
-    allowed_domains: tuple[str, ...] = setting(
-        _texts,
-        (),
-        "Only these domains and their sub-domains; empty: every public host.",
-        env=("ALLOWED_WEBHOOK_DOMAINS",),
-    )
-    rate_limit_per_minute: int = setting(
-        _integer(0),
-        0,
-        "Attempts per destination host and minute; 0: no limit.",
-        env=("WEBHOOK_RATE_LIMIT_PER_MINUTE",),
-    )
-    rate_limit_policy: str = setting(
-        _choice("defer", "drop"),
-        "defer",
-        "Over the limit: wait for the next minute, or give the delivery up.",
-    )
-    allow_http: bool = setting(
-        _boolean,
-        False,
-        "Development: http:// and loopback addresses become possible, and http:// to ALLOW_NETWORKS.",
-    )
-    allow_networks: tuple[Network, ...] = setting(
-        _networks, (), "Private networks (CIDR) that may be reached."
-    )
-    deny_networks: tuple[Network, ...] = setting(
-        _networks, (), "Public networks (CIDR) that may not be reached."
-    )
-    blocked_ports: tuple[int, ...] = setting(_ports, (), "Destination ports that may not be reached.")
-    allow_nat64: bool = setting(
-        _boolean, False, "Judge 64:ff9b::/96 by its embedded IPv4 address instead of refusing it."
-    )
-    max_waiting_per_host: int = setting(
-        _integer(0), 0, "Unfinished deliveries per destination host; 0: no limit."
-    )
-    max_endpoints_per_tenant: int = setting(_integer(1), 20, "Standing endpoints that one tenant may have.")
-    proxy_url: str | None = setting(
-        _optional(_proxy_url), None, "Egress proxy; it, not we, then pins addresses.", secret=True
-    )
-    ca_file: str | None = setting(
-        _optional(_text),
-        None,
-        "PEM file of certificate authorities that receivers may use beside the public ones.",
-    )
-    client_certs: tuple[tuple[str, str, str], ...] = setting(
-        _client_certs,
-        (),
-        "Client certificates: host name to (certificate file, key file); shown to that host and no other.",
-    )
-    format: str = setting(_text, "job", "Payload format where a request names none.")
-    traceback: str = setting(
-        _choice("full", "last", "none"), "full", "How much of a traceback a failure payload carries."
-    )
-    include_result: bool = setting(_boolean, True, "Whether success payloads carry the job's result.")
-    max_payload_bytes: int = setting(
-        _integer(4096, 2**20), 262_144, "Larger results are left out and marked."
-    )
-    header_prefix: str = setting(_header_prefix, "X-Webhook", "First part of the X-Webhook-* header names.")
-    signature_header: str | None = setting(
-        _optional(_header_name),
-        None,
-        "Whole name of the sha256= signature's header; default: <prefix>-Signature.",
-    )
-    timestamp_header: str | None = setting(
-        _optional(_header_name), None, "Whole name of that signature's time; default: <prefix>-Timestamp."
-    )
-    signing_keys: tuple[str, ...] = setting(
+    signing_keys: tuple[str, ...] = _destinations(
         _texts,
         (),
         "Ed25519 keys (whsk_…): the first signs every delivery, the public halves of all are at /keys.",
         secret=True,
     )
-    user_agent: str = setting(
-        _header_value, f"flask-rq-webhooks/{__version__}", "User-Agent of every request sent."
+    format: str = _destinations(_text, "job", "Payload format where a request names none.")
+
+    timeout: float = _retries(
+        _seconds, 15.0, "Total deadline of one attempt, seconds.", env=("WEPPCLOUD_WEBHOOK_TIMEOUT",)
     )
-    concurrency: int = setting(_integer(1, 1000), 64, "Requests in flight per dispatcher process.")
-    concurrency_per_host: int = setting(
-        _integer(1, 1000), 8, "Requests in flight per host and dispatcher process."
+    connect_timeout: float = _retries(_seconds, 5.0, "Deadline for name look-up and connecting, seconds.")
+    retry_schedule: tuple[float, ...] = _retries(
+        _schedule,
+        DEFAULT_RETRY_SCHEDULE,
+        "Delays between attempts, seconds.",
+        env=("WEPPCLOUD_WEBHOOK_RETRY_COUNT",),
+        parse_env=_schedule_of_total_attempts,
     )
-    batch: int = setting(_integer(1, 10_000), 500, "Rows or entries per transaction or read.")
-    encryption_keys: tuple[str, ...] = setting(
-        _texts,
-        (),
-        "Keys for secrets and headers at rest, newest first; default: derived from SECRET_KEY.",
-        secret=True,
+    retry_statuses: tuple[int, ...] = _retries(
+        _all(_integer(300, 599)), DEFAULT_RETRY_STATUSES, "HTTP statuses that are tried again."
     )
-    reconcile_interval: float = setting(
+    disable_after: int = _retries(
+        _integer(1), 100, "Consecutive failed attempts that disable a standing endpoint."
+    )
+    reconcile_interval: float = _retries(
         _seconds, 15.0, "Seconds between passes that find endings without a callback."
     )
-    progress_interval: float | None = setting(
-        _optional(_seconds),
-        None,
-        "Least seconds between two job.progress of a job; default: RECONCILE_INTERVAL.",
-    )
-    progress_meta_key: str = setting(_text, "progress", "Key of job.meta that holds a job's progress.")
-    clean_abandoned: bool = setting(
+    clean_abandoned: bool = _retries(
         _boolean,
         False,
         "Clean RQ's registries: finds lost hosts in about 90 s; the dispatcher runs failure callbacks.",
     )
-    child_meta_prefix: str = setting(_text, "jobs:", "Keys of job.meta that name child jobs.")
-    disable_after: int = setting(
-        _integer(1), 100, "Consecutive failed attempts that disable a standing endpoint."
+    child_meta_prefix: str = _retries(_text, "jobs:", "Keys of job.meta that name child jobs.")
+    progress_interval: float | None = _retries(
+        _optional(_seconds),
+        None,
+        "Least seconds between two job.progress of a job; default: RECONCILE_INTERVAL.",
     )
-    retention_days: int = setting(_integer(1), 30, "Days that finished deliveries and their events are kept.")
-    payload_retention_hours: int | None = setting(
+    progress_meta_key: str = _retries(_text, "progress", "Key of job.meta that holds a job's progress.")
+
+    traceback: str = _privacy(
+        _choice("full", "last", "none"), "full", "How much of a traceback a failure payload carries."
+    )
+    include_result: bool = _privacy(_boolean, True, "Whether success payloads carry the job's result.")
+    max_payload_bytes: int = _privacy(
+        _integer(4096, 2**20), 262_144, "Larger results are left out and marked."
+    )
+    payload_retention_hours: int | None = _privacy(
         _optional(_integer(1)),
         None,
         "Hours after which bodies and answers of finished deliveries are erased; default: kept with the log.",
     )
-    url_prefix: str = setting(_url_prefix, "/webhooks", "Where the blueprint is mounted.")
-    dashboard: bool = setting(_boolean, True, "Whether the HTML pages are served.")
-    base_template: str | None = setting(
+    retention_days: int = _privacy(
+        _integer(1), 30, "Days that finished deliveries and their events are kept."
+    )
+
+    dashboard: bool = _dashboard(_boolean, True, "Whether the HTML pages are served.")
+    base_template: str | None = _dashboard(
         _optional(_text), None, "Template the pages extend; default: our own."
     )
-    pubsub_url: str | None = setting(
+    portal_base_template: str | None = _dashboard(
+        _optional(_text), None, "Template the customers' pages extend; default: our own."
+    )
+    pubsub_url: str | None = _dashboard(
         _optional(_redis_url), None, "Redis for status notices; default: none are published.", secret=True
     )
-    pubsub_channel: str = setting(_text, "{runid}:webhook", "Channel of the status notices.")
+    pubsub_channel: str = _dashboard(_text, "{runid}:webhook", "Channel of the status notices.")
+
+    concurrency: int = _scale(_integer(1, 1000), 64, "Requests in flight per dispatcher process.")
+    concurrency_per_host: int = _scale(
+        _integer(1, 1000), 8, "Requests in flight per host and dispatcher process."
+    )
+    rate_limit_per_minute: int = _scale(
+        _integer(0),
+        0,
+        "Attempts per destination host and minute; 0: no limit.",
+        env=("WEBHOOK_RATE_LIMIT_PER_MINUTE",),
+    )
+    rate_limit_policy: str = _scale(
+        _choice("defer", "drop"),
+        "defer",
+        "Over the limit: wait for the next minute, or give the delivery up.",
+    )
+    max_waiting_per_host: int = _scale(
+        _integer(0), 0, "Unfinished deliveries per destination host; 0: no limit."
+    )
+    max_endpoints_per_tenant: int = _scale(_integer(1), 20, "Standing endpoints that one tenant may have.")
+    batch: int = _scale(_integer(1, 10_000), 500, "Rows or entries per transaction or read.")
+    outbox_maxlen: int = _scale(
+        _integer(100), 100_000, "Entries kept in the outbox stream while no dispatcher runs."
+    )
 
     @property
     def max_attempts(self) -> int:

@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import click
-from flask import Flask
+from flask import Flask, has_request_context, request
 
+from . import tracing
 from .accept import decorator, register, tenants
 from .config import load_settings
 from .errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
@@ -25,7 +26,7 @@ from .queue import job_callbacks
 from .state import EXTENSION_NAME, Authorize, ErrorEnvelope, Scrub, State, Tenant, get_state
 from .storage.events import IngestItem
 from .storage.models import copy_tables
-from .web import api, endpoint_pages, job_status, pages
+from .web import api, endpoint_pages, job_status, page_frame, pages
 
 if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
@@ -107,8 +108,9 @@ class RQWebhooks:
         blueprint = api.create_blueprint(state)
         job_status.add_to(blueprint)
         if settings.dashboard:
-            pages.add_pages(blueprint, state)
-            endpoint_pages.add_pages(blueprint, state)
+            for shown in page_frame.dashboard_and_portal(blueprint, state):
+                pages.add_pages(shown)
+                endpoint_pages.add_pages(shown)
         app.register_blueprint(blueprint)
         # `flask rq-webhooks` finds its entry point first, even where the app cannot be loaded; this is for
         # what asks the app itself, as app.test_cli_runner() does.
@@ -256,12 +258,7 @@ class RQWebhooks:
         job_callbacks.uninstrument()
 
     def send(
-        self,
-        event_type: str,
-        data: Mapping[str, Any],
-        *,
-        runid: str | None = None,
-        tenant: str | None = None,
+        self, event_type: str, data: Mapping[str, Any], *, runid: str | None = None, tenant: str | None = None
     ) -> str:
         """Send an application event to the standing endpoints that listen for it.
 
@@ -287,7 +284,9 @@ class RQWebhooks:
             runid=register.runid_text(runid),
             data=to_json_safe(dict(data)),
         )
-        (event,) = Publisher(get_state()).publish([IngestItem(occurrence, tenant=tenant)])
+        with tracing.registering(request.headers if has_request_context() else None) as trace:
+            item = IngestItem(occurrence, tenant=tenant, trace=trace)
+            (event,) = Publisher(get_state()).publish([item])
         return event.event_id
 
     # -- the host's functions -------------------------------------------------------------------------

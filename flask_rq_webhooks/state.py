@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from flask import Flask, current_app, has_app_context
 from redis import Redis
@@ -39,6 +39,7 @@ Authorize = Callable[..., bool]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
 ErrorEnvelope = Callable[..., Any]
 Tenant = Callable[[], str | None]
+Built = TypeVar("Built")
 
 
 class Hooks(Protocol):
@@ -97,14 +98,15 @@ class State:
         self._lock = threading.RLock()
         self._built: dict[str, Any] = {}
 
-    def _once(self, name: str, build: Callable[[], Any]) -> Any:
+    def _once(self, name: str, build: Callable[[], Built]) -> Built:
         try:
-            return self._built[name]
+            built: Built = self._built[name]
         except KeyError:
             with self._lock:
                 if name not in self._built:
                     self._built[name] = build()
-                return self._built[name]
+                built = self._built[name]
+        return built
 
     @property
     def formats(self) -> Mapping[str, PayloadFormat]:
@@ -117,7 +119,7 @@ class State:
 
         :raises ConfigurationError: when no setting says where it is.
         """
-        return cast(Database, self._once("database", self._build_database))
+        return self._once("database", self._build_database)
 
     @property
     def cipher(self) -> Cipher:
@@ -125,23 +127,14 @@ class State:
 
         :raises ConfigurationError: when there is neither ``SECRET_KEY`` nor ``ENCRYPTION_KEYS``.
         """
-        config = self.app.config
-        return cast(
-            Cipher,
-            self._once(
-                "cipher",
-                lambda: Cipher.from_config(
-                    self.settings.encryption_keys,
-                    config.get("SECRET_KEY"),
-                    config.get("SECRET_KEY_FALLBACKS") or (),
-                ),
-            ),
-        )
+        keys, config = self.settings.encryption_keys, self.app.config
+        fallbacks = config.get("SECRET_KEY_FALLBACKS") or ()
+        return self._once("cipher", lambda: Cipher.from_config(keys, config.get("SECRET_KEY"), fallbacks))
 
     @property
     def redis(self) -> Redis:
         """Return a client for the Redis database RQ uses."""
-        return cast(Redis, self._once("redis", self._build_redis))
+        return self._once("redis", self._build_redis)
 
     @property
     def redis_is_given(self) -> bool:
@@ -151,18 +144,13 @@ class State:
     @property
     def namespace(self) -> str:
         """Return the part of our Redis keys that belongs to this SQL database alone."""
-        return cast(str, self._once("namespace", lambda: shared_namespace(self.database)))
+        return self._once("namespace", lambda: shared_namespace(self.database))
 
     @property
     def outbox(self) -> Outbox:
         """Return the stream the callbacks write to."""
-        return cast(
-            Outbox,
-            self._once(
-                "outbox",
-                lambda: Outbox(self.redis, self.namespace, maxlen=self.settings.outbox_maxlen),
-            ),
-        )
+        maxlen = self.settings.outbox_maxlen
+        return self._once("outbox", lambda: Outbox(self.redis, self.namespace, maxlen=maxlen))
 
     def render(self, endpoint: Endpoint | Any, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
         """Return the body for *endpoint* and its media type: stored, signed and sent as they are.
@@ -177,17 +165,21 @@ class State:
                 f"Payload format {endpoint.format!r} of endpoint {endpoint.id} is not registered here; "
                 "register it with @webhooks.payload_format in every process, the dispatcher included."
             ) from None
+        runid = endpoint.runid or occurrence.runid
+        return render(occurrence, self.render_context(event_id, runid, endpoint.reference))
+
+    def render_context(
+        self, event_id: str, runid: str | None = None, reference: str | None = None
+    ) -> RenderContext:
+        """Return what a payload says beside the occurrence, and how much of it this app lets it say."""
         settings = self.settings
-        return render(
-            occurrence,
-            RenderContext(
-                event_id=event_id,
-                runid=endpoint.runid or occurrence.runid,
-                reference=endpoint.reference,
-                traceback=settings.traceback,
-                include_result=settings.include_result,
-                max_bytes=settings.max_payload_bytes,
-            ),
+        return RenderContext(
+            event_id=event_id,
+            runid=runid,
+            reference=reference,
+            traceback=settings.traceback,
+            include_result=settings.include_result,
+            max_bytes=settings.max_payload_bytes,
         )
 
     def _build_database(self) -> Database:

@@ -6,9 +6,11 @@ process kills what is left when the owner itself is killed.
 
 from __future__ import annotations
 
+import atexit
 import http.server
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -19,7 +21,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +71,84 @@ def wait_until(condition: Callable[[], Any], *, timeout: float = 30, what: str =
         time.sleep(0.01)
 
 
+class Forked:
+    """A process that :mod:`tests.zygote` forked, with what is used of :class:`subprocess.Popen`.
+
+    :param status: the pipe into which its exit code is written.
+    """
+
+    def __init__(self, pid: int, status: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._status = status
+        self._lock = threading.Lock()
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        with self._lock:
+            if self.returncode is None:
+                if not select.select([self._status], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+                # Nothing is written where the zygote was killed, and these with it.
+                self.returncode = int(os.read(self._status, 16) or -signal.SIGKILL)
+                os.close(self._status)
+        return self.returncode
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+class Zygote:
+    """The process that forks those of the tests; made at the first use, gone with its owner."""
+
+    _lock = threading.Lock()
+    _socket: socket.socket | None = None
+
+    @classmethod
+    def fork(cls, module: str, arguments: Sequence[str], *, env: dict[str, str], output: int,
+             own_group: bool) -> Forked:  # fmt: skip
+        """Run ``python -m module *arguments*`` without the imports."""
+        wanted = {"module": module, "arguments": arguments, "env": env, "own_group": own_group}
+        status, written = os.pipe()
+        try:
+            with cls._lock:
+                cls._socket = cls._socket or cls._start()
+                socket.send_fds(cls._socket, [json.dumps(wanted).encode()], [output, written])
+                return Forked(int(cls._socket.recv(16)), status)
+        finally:
+            os.close(written)
+
+    @classmethod
+    def _start(cls) -> socket.socket:
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.zygote", str(its.fileno())],
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            pass_fds=[its.fileno()],
+        )
+        its.close()
+
+        def end() -> None:
+            ours.close()
+            process.wait()
+
+        atexit.register(end)
+        return ours
+
+
 class Process:
     """A child process whose output is kept, and which ends with its owner.
 
@@ -79,15 +159,22 @@ class Process:
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | str = ROOT,
                  own_group: bool = False) -> None:  # fmt: skip
-        command = [sys.executable, *arguments[1:]] if arguments[0] == "python" else list(arguments)
         self.log = tempfile.NamedTemporaryFile(suffix=".log", delete=False)  # noqa: SIM115  (closed by stop)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})}
+        self.popen: subprocess.Popen[bytes] | Forked
+        self._guard: subprocess.Popen[bytes] | None = None
+        if arguments[:2] == ("python", "-m") and cwd == ROOT and env["PYTHONPATH"] == str(ROOT):
+            self.popen = Zygote.fork(
+                arguments[2], arguments[3:], env=env, output=self.log.fileno(), own_group=own_group
+            )
+            return
         self.popen = subprocess.Popen(
-            command,
+            [sys.executable, *arguments[1:]] if arguments[0] == "python" else arguments,
             stdout=self.log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})},
+            env=env,
             start_new_session=own_group,
         )
         self._guard = guard(self.popen.pid)
@@ -128,10 +215,11 @@ class Process:
         except subprocess.TimeoutExpired:
             self.popen.kill()
             code = self.popen.wait()
-        self._guard.kill()
-        self._guard.wait()
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.wait()
+            assert self._guard.stdin is not None
+            self._guard.stdin.close()
         self.log.close()
         return code
 
@@ -263,6 +351,11 @@ class PostgresHandle:
         with psycopg.connect(self.url().replace("+psycopg", ""), autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{name}"')
         return self.url(name)
+
+    def dump(self, url: str) -> bytes:
+        """Return what ``pg_dump`` makes of a database, as a backup does."""
+        command = [str(self._server.bin_path / "pg_dump"), "--inserts", url.replace("+psycopg", "")]
+        return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
 
     def stop(self, *, immediately: bool = False) -> None:
         """Stop the server; *immediately* leaves recovery to the next start, as after a power failure."""

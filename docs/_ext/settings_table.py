@@ -1,7 +1,7 @@
-"""The directive ``rq-webhooks-settings``: settings with their defaults, from the table the package reads.
+"""The directive ``rq-webhooks-settings``: the settings of one group, from the metadata the package reads.
 
-``.. rq-webhooks-settings:: ENABLED REDIS_URL`` describes these two. Without names it describes every setting
-that the page has not described yet, so that none is missing.
+``.. rq-webhooks-settings:: retries`` describes those that belong to retries. The build fails where the page
+leaves a group out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 from flask_rq_webhooks.config import DEFAULT_RETRY_SCHEDULE, DEFAULT_RETRY_STATUSES, PREFIX, SETTINGS, Setting
 from flask_rq_webhooks.version import __version__
@@ -28,23 +29,25 @@ SPOKEN: dict[Any, str] = {
 class SettingsTable(Directive):
     """One target and one definition per setting: ``:ref:`setting-timeout```."""
 
-    optional_arguments = 1
-    final_argument_whitespace = True
+    required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        settings = {setting.name: setting for setting in SETTINGS}
-        page = self.state.document.settings.env.temp_data
-        described: set[str] = page.setdefault("described_settings", set())
-        names = self.arguments[0].split() if self.arguments else [n for n in settings if n not in described]
-        if unknown := set(names) - set(settings):
-            raise self.error(f"no such setting: {', '.join(sorted(unknown))}")
-        if repeated := described & set(names):
-            raise self.error(f"described twice: {', '.join(sorted(repeated))}")
-        described.update(names)
-        lines = [line for name in names for line in describe(settings[name])]
+        (group,) = self.arguments
+        groups = {setting.group for setting in SETTINGS}
+        left = self.state.document.settings.env.temp_data.setdefault("settings_left", groups)
+        if group not in left:
+            raise self.error(f"{group!r} is not one of the groups left: {', '.join(sorted(left))}")
+        left.remove(group)
+        lines = [line for one in SETTINGS if one.group == group for line in describe(one)]
         container = nodes.container()
         self.state.nested_parse(StringList(lines, source="flask_rq_webhooks/config.py"), 0, container)
         return list(container.children)
+
+
+def refuse_missing(app: Sphinx, doctree: nodes.document) -> None:
+    """Fail where a page has described some groups and not all."""
+    if left := app.env.temp_data.get("settings_left"):
+        raise ExtensionError(f"The configuration page lacks the settings of: {', '.join(sorted(left))}.")
 
 
 def describe(setting: Setting) -> list[str]:
@@ -69,4 +72,5 @@ def describe(setting: Setting) -> list[str]:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directive."""
     app.add_directive("rq-webhooks-settings", SettingsTable)
+    app.connect("doctree-read", refuse_missing)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

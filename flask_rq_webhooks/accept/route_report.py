@@ -17,7 +17,7 @@ import sysconfig
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -37,6 +37,7 @@ HELPERS = frozenset({"enqueue_with_webhook", "watch"})
 
 _PACKAGE = __name__.partition(".")[0]
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _NOT_READ = (OSError, TypeError, SyntaxError, ValueError)  # no source, or a lambda within something else
 
 
@@ -184,11 +185,10 @@ class _Reading:
 
     def read(self, function: Any, owner: type | None, *, covered: bool, through: str = "") -> None:
         """Add what *function* does; *through* names it where it is not the view itself."""
-        for layer in _layers(function):
-            if accepts_webhooks(layer):
-                covered = True
-                self.decorated = self.decorated or not through
-        *_, innermost = _layers(function)
+        if any(map(accepts_webhooks, _layers(function))):
+            covered = True
+            self.decorated = self.decorated or not through
+        innermost = _innermost(function)
         if not inspect.isroutine(innermost):
             innermost = inspect.getattr_static(type(innermost), "__call__", None)
         if innermost in self._seen:
@@ -199,45 +199,26 @@ class _Reading:
             self.complete = False
             return
         names = _Names(innermost, owner, definition)
+        code = innermost.__code__
         for node in _inside(definition):
             if isinstance(node, ast.Call):
-                self._call(node, names, innermost, covered=covered, through=through)
+                line = code.co_firstlineno + node.lineno - 1
+                place = Place(ast.unparse(node.func), code.co_filename, line, through, covered=covered)
+                found = _enqueuing(node, names, place)
+                if found is not None:
+                    self.places.append(found)
+                else:
+                    self._follow(node, names, place)
 
-    def _call(
-        self, node: ast.Call, names: _Names, function: types.FunctionType, *, covered: bool, through: str
-    ) -> None:
-        called = node.func
-        line = function.__code__.co_firstlineno + node.lineno - 1
-        kind = names.infer(called)
-        if isinstance(called, ast.Attribute):
-            base = names.infer(called.value)
-            is_queue = _is_queue(base)
-            by_hand = called.attr in BY_HAND and not (node.args and _is_call_of(node.args[0], "create_job"))
-            found = Place(
-                ast.unparse(called), function.__code__.co_filename, line, through,
-                # A job made elsewhere carries nothing, even if the view is decorated.
-                certain=is_queue and not (by_hand and covered), covered=covered,
-                plain=is_queue and not issubclass(_class_of(base), Queue),
-            )  # fmt: skip
-            if called.attr in HELPERS and _class_of(base).__module__ == f"{_PACKAGE}.extension":
-                self.places.append(Place(found.call, found.file, line, through, covered=True, helper=True))
-                return
-            unclear = base is None or base.instance_of is _Unclear
-            if called.attr in ENQUEUING | BY_HAND and (is_queue or unclear):
-                self.places.append(found)
-                return
-            if called.attr == "delay" and (unclear or _is_rq_delay(kind)):
-                self.places.append(
-                    Place(found.call, found.file, line, through, not unclear, covered, plain=True)
-                )
-                return
-        if kind is None or kind.value is None:
+    def _follow(self, node: ast.Call, names: _Names, place: Place) -> None:
+        """Read the function that is called, or note that it cannot be read."""
+        target = names.infer(node.func)
+        owner = _class_of(names.infer(node.func.value)) if isinstance(node.func, ast.Attribute) else None
+        if target is None or isinstance(target, _Some):
             # A name from nowhere, or a method of something that the host's own code returned.
-            base = names.infer(called.value) if isinstance(called, ast.Attribute) else None
-            if isinstance(called, ast.Name) or (base is not None and base.instance_of is _Unclear):
+            if isinstance(node.func, ast.Name) or owner is _Unclear:
                 self.complete = False
             return
-        target, owner = kind.value, kind.owner
         if isinstance(target, type):
             target, owner = inspect.getattr_static(target, "__init__", None), target
         if not any(map(self._is_own, _layers(target))):
@@ -245,8 +226,10 @@ class _Reading:
         passes_on = any(isinstance(arg, ast.Starred) for arg in node.args) and any(
             keyword.arg is None for keyword in node.keywords
         )
-        if not through:  # what passes on every argument is a decorator: the same level
-            self.read(target, owner, covered=covered, through="" if passes_on else _dotted(target))
+        if not place.through:  # what passes on every argument is a decorator: the same level
+            name = _innermost(target)
+            through = "" if passes_on else f"{name.__module__}.{name.__qualname__}"
+            self.read(target, owner, covered=place.covered, through=through)
         elif target not in self._seen:
             self.complete = False
 
@@ -258,13 +241,45 @@ class _Reading:
         return package == self.own_package or not (package == _PACKAGE or _is_installed(function))
 
 
-def _is_installed(function: Any) -> bool:
+def _enqueuing(node: ast.Call, names: _Names, place: Place) -> Place | None:
+    """Return *place* with what a call of a method says; ``None`` for a call that enqueues nothing."""
+    if not isinstance(node.func, ast.Attribute):
+        return None
+    method, base = node.func.attr, names.infer(node.func.value)
+    cls, unclear = _class_of(base), base is None or _class_of(base) is _Unclear
+    is_queue = issubclass(cls, rq.Queue)
+    if method in HELPERS and cls.__module__ == f"{_PACKAGE}.extension":
+        return replace(place, covered=True, helper=True)
+    if method in ENQUEUING | BY_HAND and (is_queue or unclear):
+        # A job made elsewhere carries nothing, even if the view is decorated.
+        made = method in BY_HAND and not (node.args and _creates_job(node.args[0]))
+        plain = is_queue and not issubclass(cls, Queue)
+        return replace(place, certain=is_queue and not (made and place.covered), plain=plain)
+    # What RQ's @job puts on a function.
+    code = getattr(names.infer(node.func), "__code__", None)
+    is_delay = code is not None and code.co_filename == rq.decorators.__file__
+    if method == "delay" and (unclear or is_delay):
+        return replace(place, certain=not unclear, plain=True)
+    return None
+
+
+def _creates_job(node: ast.expr) -> bool:
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "create_job"
+    )
+
+
+def _innermost(function: Any) -> Any:
     *_, innermost = _layers(function)
-    file = str(getattr(getattr(innermost, "__code__", None), "co_filename", _INSTALLED[0]))
+    return innermost
+
+
+def _is_installed(function: Any) -> bool:
+    file = str(getattr(getattr(_innermost(function), "__code__", None), "co_filename", _INSTALLED[0]))
     return file.startswith(_INSTALLED) or "site-packages" in Path(file).parts
 
 
-def _definition(function: Any) -> ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | None:
+def _definition(function: Any) -> _Definition | None:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except _NOT_READ:
@@ -275,10 +290,13 @@ def _definition(function: Any) -> ast.FunctionDef | ast.AsyncFunctionDef | ast.L
     return lambdas[0] if len(lambdas) == 1 else None
 
 
-def _inside(definition: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[ast.AST]:
+def _inside(definition: _Definition) -> list[ast.AST]:
     """Return the nodes that a call runs: not those of decorators and defaults."""
     body: list[Any] = definition.body if isinstance(definition.body, list) else [definition.body]
     return [node for part in body for node in ast.walk(part)]
+
+
+# -- names --------------------------------------------------------------------------------------------------
 
 
 class _Unclear:
@@ -286,121 +304,83 @@ class _Unclear:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """An object the source names, or some instance of *instance_of*."""
+class _Some:
+    """Some instance of a class, where the source does not name the object itself."""
 
-    value: Any = None
-    instance_of: type | None = None
-    owner: type | None = None
+    cls: type
 
 
 class _Names:
-    """The names one function can see, as far as its source says what they are."""
+    """The names one function can see: to objects, to :class:`_Some`, or to ``None`` for what is unknown."""
 
-    def __init__(
-        self,
-        function: types.FunctionType,
-        owner: type | None,
-        node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda,
-    ) -> None:
-        self._globals = {**vars(builtins), **function.__globals__}
-        self._names: dict[str, _Known | None] = {}
+    def __init__(self, function: types.FunctionType, owner: type | None, node: _Definition) -> None:
+        self._names: dict[str, Any] = {**vars(builtins), **function.__globals__}
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # not filled yet
-                self._names[name] = _Known(cell.cell_contents)
+                self._names[name] = cell.cell_contents
         hints = _hints(function)
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         self._names.update((argument.arg, _instance(hints.get(argument.arg))) for argument in arguments)
         if owner is not None and arguments:
-            self._names[arguments[0].arg] = _Known(instance_of=owner)
+            self._names[arguments[0].arg] = _Some(owner)
         for inner in _inside(node):
             if isinstance(inner, ast.Assign) and isinstance(inner.targets[0], ast.Name):
                 self._names[inner.targets[0].id] = self.infer(inner.value)
             elif isinstance(inner, ast.withitem) and isinstance(inner.optional_vars, ast.Name):
                 self._names[inner.optional_vars.id] = self.infer(inner.context_expr)
             elif isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
-                self._names[inner.name] = _Known(instance_of=object)  # its body is read where it stands
+                self._names[inner.name] = _Some(object)  # its body is read where it stands
             elif isinstance(inner, ast.ImportFrom):
                 package = str(function.__globals__.get("__package__") or "")
                 name = importlib.util.resolve_name("." * inner.level + (inner.module or ""), package)
                 found = vars(sys.modules[name]) if name in sys.modules else {}
                 for imported in inner.names:
-                    self._names[imported.asname or imported.name] = _known(found.get(imported.name))
+                    self._names[imported.asname or imported.name] = found.get(imported.name)
 
-    def infer(self, node: ast.expr) -> _Known | None:
+    def infer(self, node: ast.expr) -> Any:
         """Return what an expression is, as far as that can be known without running it."""
         if isinstance(node, ast.Name):
-            if node.id in self._names:
-                return self._names[node.id]
-            return _known(self._globals.get(node.id))
-        if isinstance(node, ast.Constant | ast.Dict | ast.List | ast.Set | ast.Tuple | ast.JoinedStr):
-            return _Known(instance_of=object)
+            return self._names.get(node.id)
         if isinstance(node, ast.Await):
             return self.infer(node.value)
         if isinstance(node, ast.Attribute):
             base = self.infer(node.value)
             if base is None:
                 return None
-            if isinstance(base.value, types.ModuleType):
-                return _known(vars(base.value).get(node.attr))
-            if base.instance_of is None and node.attr == "delay":
-                return _known(_attribute(base.value, "delay"))
-            cls = _class_of(base)
-            member = inspect.getattr_static(cls, node.attr, None)
-            return _Known(member, owner=cls) if inspect.isroutine(member) else None
+            if isinstance(base, types.ModuleType):
+                return vars(base).get(node.attr)
+            if node.attr == "delay" and not isinstance(base, _Some):
+                return _attribute(base, "delay")
+            member = inspect.getattr_static(_class_of(base), node.attr, None)
+            return member if inspect.isroutine(member) else None
         if isinstance(node, ast.Call):
             called = self.infer(node.func)
-            if called is None or called.value is None:
+            if isinstance(called, type):
+                return _Some(called)
+            if called is None or isinstance(called, _Some):
                 return None
-            if isinstance(called.value, type):
-                return _Known(instance_of=called.value)
-            own = inspect.isroutine(called.value) and not _is_installed(called.value)
-            return _instance(_hints(called.value).get("return")) or (
-                _Known(instance_of=_Unclear) if own else None
-            )
-        return None
-
-
-def _known(value: Any) -> _Known | None:
-    return None if value is None else _Known(value)
+            own = inspect.isroutine(called) and not _is_installed(called)
+            return _instance(_hints(called).get("return")) or (_Some(_Unclear) if own else None)
+        literal = ast.Constant | ast.Dict | ast.List | ast.Set | ast.Tuple | ast.JoinedStr
+        return _Some(object) if isinstance(node, literal) else None
 
 
 def _hints(function: Any) -> dict[str, Any]:
-    *_, innermost = _layers(function)
     try:
-        return get_type_hints(innermost)
+        return get_type_hints(_innermost(function))
     except Exception:  # whatever the names of a host's annotations lead to
         return {}
 
 
-def _instance(hint: Any) -> _Known | None:
+def _instance(hint: Any) -> _Some | None:
     if get_origin(hint) is not None and get_args(hint):  # an iterator behind @contextmanager
         hint = get_args(hint)[0]
-    return _Known(instance_of=hint) if isinstance(hint, type) else None
+    return _Some(hint) if isinstance(hint, type) else None
 
 
-def _class_of(known: _Known | None) -> type:
+def _class_of(known: Any) -> type:
     if known is None:
         return object
-    if known.instance_of is not None:
-        return known.instance_of
-    return known.value if isinstance(known.value, type) else type(known.value)
-
-
-def _is_queue(known: _Known | None) -> bool:
-    return issubclass(_class_of(known), rq.Queue)
-
-
-def _is_rq_delay(known: _Known | None) -> bool:
-    """Say whether it is what RQ's ``@job`` puts on a function."""
-    code = getattr(None if known is None else known.value, "__code__", None)
-    return code is not None and code.co_filename == rq.decorators.__file__
-
-
-def _is_call_of(node: ast.expr, attribute: str) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == attribute
-
-
-def _dotted(function: Any) -> str:
-    *_, innermost = _layers(function)
-    return f"{innermost.__module__}.{innermost.__qualname__}"
+    if isinstance(known, _Some):
+        return known.cls
+    return known if isinstance(known, type) else type(known)

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Mapping
 
 from flask import has_request_context
 
 from ..errors import StorageUnavailableError
 from ..state import State
 from ..storage.models import MAX_TENANT
-from ..storage.subscriptions import any_tenant_subscribes, job_types_wanted
+from ..storage.subscriptions import job_types_wanted, subscribing_tenants
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after which a process looks again: a new endpoint counts after this time at the latest.
+#: Seconds for which one look serves: what another process has made counts after this time at the latest.
 LOOK_EVERY_S = 5.0
-#: Tenants whose endpoints one process remembers.
-MAX_REMEMBERED = 10_000
+#: Seconds after which a look that failed is tried again.
+RETRY_S = 1.0
+#: Endpoints that one look reads, and tenants that a process remembers where there are more endpoints.
+MAX_REMEMBERED = 50_000
 
 
 def current_tenant(state: State) -> str | None:
@@ -62,64 +66,108 @@ def is_tenant(value: object) -> bool:
 
 
 class Subscribers:
-    """Which tenants have an enabled standing endpoint that wants events of jobs.
+    """Which tenants have an enabled standing endpoint that wants events of jobs, and which events.
 
-    Remembers the answers for :data:`LOOK_EVERY_S`; where no tenant has any, one look serves all requests of
-    that time.
+    One look finds all of them. It serves for :data:`LOOK_EVERY_S`; in the second half of that time the first
+    request starts the next look on a thread and does not wait for it. So only a request that comes after a
+    longer rest waits for SQL itself, as every request would where threads never run.
     """
 
     def __init__(self, state: State) -> None:
         self._database = state.database
-        self._nobody_until = 0.0
-        self._anybody_until = 0.0
-        self._known: OrderedDict[str, tuple[float, tuple[str, ...] | None]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._known: Mapping[str, frozenset[str]] | None = {}
+        self._until = 0.0
+        self._looking = False
+        self._version = 0
+        self._one_by_one: OrderedDict[str, tuple[float, frozenset[str]]] = OrderedDict()
 
     def nobody(self) -> bool:
-        """Say whether no tenant has an enabled endpoint, whatever it wants."""
-        now = time.monotonic()
-        if now < self._nobody_until:
-            return True
-        if now < self._anybody_until:
-            return False
-        found = any_tenant_subscribes(self._database)
-        until = time.monotonic() + LOOK_EVERY_S
-        self._nobody_until, self._anybody_until = (0.0, until) if found else (until, 0.0)
-        return not found
+        """Say whether no tenant has such an endpoint, after another look where it is time for one."""
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            self._look()
+        elif left_s < LOOK_EVERY_S / 2 and not self._looking:
+            self._looking = True
+            threading.Thread(target=self._look, name="rq-webhooks-subscribers", daemon=True).start()
+        return self._known == {}
 
-    def wanted(self, tenant: str) -> tuple[str, ...] | None:
-        """Return the event types of jobs that a tenant's endpoints want; ``None`` where it has none."""
-        known = self._known.get(tenant)
-        if known is not None and time.monotonic() < known[0]:
-            return known[1]
-        found = job_types_wanted(self._database, tenant)
-        self._known[tenant] = time.monotonic() + LOOK_EVERY_S, found
-        self._known.move_to_end(tenant)
-        while len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
-        return found
+    def wanted(self, tenant: str) -> frozenset[str]:
+        """Return the event types of jobs that a tenant's endpoints want; call :meth:`nobody` before.
+
+        :raises StorageUnavailableError: where there are more endpoints than one look reads, and SQL is away.
+        """
+        known = self._known
+        if known is not None:
+            return known.get(tenant, frozenset())
+        until, types = self._one_by_one.get(tenant, (0.0, frozenset()))
+        if time.monotonic() < until:
+            return types
+        version, types = self._version, job_types_wanted(self._database, tenant)
+        with self._lock:
+            if version == self._version:
+                self._one_by_one[tenant] = time.monotonic() + LOOK_EVERY_S, types
+                self._one_by_one.move_to_end(tenant)
+                while len(self._one_by_one) > MAX_REMEMBERED:
+                    self._one_by_one.popitem(last=False)
+        return types
+
+    def look_again(self) -> None:
+        """Let the next request look, whatever is known and whatever a look under way finds."""
+        with self._lock:
+            self._version += 1
+            self._until = 0.0
+            self._one_by_one.clear()
+
+    def _look(self) -> None:
+        """Look; where SQL is away, what was known serves until the next try."""
+        version, began = self._version, time.monotonic()
+        try:
+            known: Mapping[str, frozenset[str]] | None
+            known = subscribing_tenants(self._database, at_most=MAX_REMEMBERED)
+            until = began + LOOK_EVERY_S
+        except StorageUnavailableError as exc:
+            logger.error(
+                "Which tenants have endpoints cannot be read; a request goes on without, or as was known: %s",
+                exc,
+            )
+            known, until = self._known, time.monotonic() + min(LOOK_EVERY_S, RETRY_S)
+        finally:
+            self._looking = False
+        with self._lock:
+            if version == self._version:
+                self._known, self._until = known, until
 
 
 _subscribers: weakref.WeakKeyDictionary[State, Subscribers] = weakref.WeakKeyDictionary()
 
 
-def subscriber_in_request(state: State) -> tuple[str, tuple[str, ...]] | None:
+def look_again(state: State) -> None:
+    """Let an endpoint that this process has just made or changed count from the next request on."""
+    if (known := _subscribers.get(state)) is not None:
+        known.look_again()
+
+
+def subscriber_in_request(state: State) -> tuple[str, frozenset[str]] | None:
     """Return the caller's tenant and the types its endpoints want; ``None``: its jobs are not reported.
 
     Trouble with SQL means that they are not: a request that asks for nothing never fails for us.
     """
     if state.hooks.tenant_function is None or not state.settings.enabled:
         return None
+    known = _subscribers.get(state)
+    if known is None:
+        known = _subscribers.setdefault(state, Subscribers(state))
+    if known.nobody():
+        return None
+    tenant = current_tenant(state)
+    if tenant is None:
+        return None
     try:
-        known = _subscribers.get(state)
-        if known is None:
-            known = _subscribers.setdefault(state, Subscribers(state))
-        if known.nobody():
-            return None
-        tenant = current_tenant(state)
-        wanted = None if tenant is None else known.wanted(tenant)
+        wanted = known.wanted(tenant)
     except StorageUnavailableError as exc:
         logger.error(
             "Whether the caller of this request has endpoints is unknown; it goes on without: %s", exc
         )
         return None
-    return None if tenant is None or wanted is None else (tenant, wanted)
+    return (tenant, wanted) if wanted else None

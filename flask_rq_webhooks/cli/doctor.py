@@ -28,8 +28,8 @@ from ..queue.redis_database import database_name
 from ..storage.crypto import stored_samples
 from ..storage.dispatchers import ALIVE_S, dispatcher_alive, paused_since
 from ..storage.schema import missing_schema
-from ..web.blueprint import HOST_PART, is_allowed
-from ..web.page_frame import environment, render
+from ..web.blueprint import HOST_PART, is_allowed, own_tenant
+from ..web.page_frame import environment, layout_setting, render
 from .terminal import EXPLAINED, explain, redis_source
 
 if TYPE_CHECKING:
@@ -354,7 +354,6 @@ def _sample(converter: str | None, arguments: str | None) -> str:
 
 def layout(state: State) -> str:
     """Check that the templates of the app and ours find each other."""
-    base = state.settings.base_template
     if not state.settings.dashboard:
         return "the dashboard is off"
     try:
@@ -365,6 +364,14 @@ def layout(state: State) -> str:
             "import rq_webhooks/_macros.html (our pages do without); let it be ChoiceLoader([yours, "
             "app.create_global_jinja_loader()])."
         ) from None
+    shown = _layout(state, portal=False)
+    if state.settings.portal_base_template is None:
+        return shown
+    return f"{shown}; in the portal {_layout(state, portal=True)}"
+
+
+def _layout(state: State, *, portal: bool) -> str:
+    setting, base = layout_setting(state, portal=portal)
     if base is None:
         return "pages appear in our own layout"
     try:
@@ -374,39 +381,40 @@ def layout(state: State) -> str:
             "there is no such template" if exc.name == base else f"it extends {exc.name!r}, which is missing"
         )
         raise WrongError(
-            f"RQ_WEBHOOKS_BASE_TEMPLATE is {base!r}, but {missing}, so pages appear in our own layout; "
+            f"{setting} is {base!r}, but {missing}, so pages appear in our own layout; "
             "correct the name, or put the file into the app's templates folder."
         ) from None
     except TemplateSyntaxError as exc:
         raise WrongError(
-            f"RQ_WEBHOOKS_BASE_TEMPLATE {base!r} cannot be compiled ({exc.name}, line {exc.lineno}: "
+            f"{setting} {base!r} cannot be compiled ({exc.name}, line {exc.lineno}: "
             f"{exc.message}), so pages appear in our own layout; correct it."
         ) from None
     for block, consequence in BLOCKS.items():
         if blocks is not None and block not in blocks:
             raise WrongError(
-                f"RQ_WEBHOOKS_BASE_TEMPLATE {base!r} has no block {block!r}, so {consequence}; add "
+                f"{setting} {base!r} has no block {block!r}, so {consequence}; add "
                 f"{{% block {block} %}}{{% endblock %}} to it, or name a template that extends it and has "
                 "the blocks title, head and content."
             )
-    return _rendered(state, base)
+    return _rendered(state, setting, base, portal=portal)
 
 
-def _rendered(state: State, base: str) -> str:
+def _rendered(state: State, setting: str, base: str, *, portal: bool) -> str:
     """Render a page in the layout as for a visitor who is not logged in."""
     text = f"pages appear in {base!r}"
-    with state.app.test_request_context(f"{state.settings.url_prefix.rstrip('/')}/"):
+    path = f"{state.settings.url_prefix.rstrip('/')}/{'portal/' if portal else ''}"
+    with state.app.test_request_context(path):
         allowed = False
         try:
             if state.app.preprocess_request() is not None:
                 return f"{text}; not rendered here, as the app wants a login first"
-            allowed = is_allowed(state, "read")
-            render(state, "unavailable.html", strict=True)
+            allowed = own_tenant(state) is not None if portal else is_allowed(state, "read")
+            render(state, "unavailable.html", tenant="any" if portal else None, strict=True)
         except Exception as exc:  # the host's layout and what it calls may raise anything
             why = f"{type(exc).__name__}: {exc}"
             if allowed:
                 raise WrongError(
-                    f"RQ_WEBHOOKS_BASE_TEMPLATE {base!r} cannot be rendered ({why}), so pages appear in our "
+                    f"{setting} {base!r} cannot be rendered ({why}), so pages appear in our "
                     "own layout; correct it."
                 ) from None
             # It may depend on a login, and here nobody is logged in.

@@ -42,6 +42,7 @@ from ..storage.database import Database
 from ..storage.events import IngestedEvent, IngestItem, ingest, ingest_within
 from ..storage.sql_errors import is_about_a_row
 from ..storage.watches import WatchRow
+from ..tracing import EventSpans
 from .outcomes import Outcome, reported_at
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class Publisher:
         :raises StorageUnavailableError: when SQL cannot be reached; nothing of *items* is stored.
         """
         state = self._state
+        spans = EventSpans()
         claim = self._sender.offer() if self._sender is not None else None
         try:
             with state.app.app_context():  # the host's scrub function and formats may want one
@@ -123,6 +125,7 @@ class Publisher:
                     render=self._render,
                     max_attempts=max_attempts or self._max_attempts,
                     scrub=self._scrub,
+                    begin=spans.begin,
                     claim=claim,
                     repeated=self._sender is not None,  # a dispatcher tries until it works
                 )
@@ -132,6 +135,7 @@ class Publisher:
             raise
         if self._sender is not None and claim is not None:
             self._sender.take(claim)
+        spans.end(event.event_id for event in events if event.created)
         self.announce(events, to_be_claimed=claim is None or not claim.complete)
         return events
 

@@ -49,7 +49,7 @@ _PROBE_FIELDS = ("status", "enqueued_at", "created_at", "origin")
 _ENDING_FIELDS = ("status", "created_at", "enqueued_at", "ended_at", "retries_left", "exc_info", "meta")
 _CALLBACK_FIELDS = ("success_callback_name", "failure_callback_name", "stopped_callback_name")
 _FIELDS = (
-    *_ENDING_FIELDS, *_CALLBACK_FIELDS, "started_at", "origin", "description", "repeat_intervals",
+    *_ENDING_FIELDS, *_CALLBACK_FIELDS, "started_at", "origin", "description",
     "dependency_ids", "dependency_id", "allow_dependency_failures", "data",
 )  # fmt: skip
 _TOKEN = re.compile(r"flask_rq_webhooks\.callbacks\.(?:success|failure|stopped)\.(ep[0-9a-z]+_[0-9a-z]+)")
@@ -86,7 +86,6 @@ class JobRecord:
     :param func: dotted name of the function, where the call or RQ's own description shows it.
     :param runid: what a callback would call the run, see :func:`~flask_rq_webhooks.callbacks.run_name`.
     :param retries_left: ``None`` where the job was enqueued without ``Retry``.
-    :param repeats: whether the job was enqueued with ``Repeat``.
     :param tokens: ids of the endpoints its callbacks report to.
     :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
     :param meta: as RQ serialized it, see :func:`~.safe_pickle.progress_in`.
@@ -105,7 +104,6 @@ class JobRecord:
     func: str | None = None
     runid: str | None = None
     retries_left: int | None = None
-    repeats: bool = False
     dependency_ids: tuple[str, ...] = ()
     allow_dependency_failures: bool = False
     exc: str | None = None
@@ -353,7 +351,6 @@ def _record(
         func=func,
         runid=runid,
         retries_left=_count(fields["retries_left"]),
-        repeats=fields.get("repeat_intervals") is not None,
         dependency_ids=_dependencies(fields),
         allow_dependency_failures=fields.get("allow_dependency_failures") == b"1",
         exc=_inflated_text(fields["exc_info"]),
@@ -445,9 +442,13 @@ def _result(job_id: str, entry: Any) -> JobResult | None:
         return None
 
 
+def pairs_in(answer: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the names and values of an answer that is a map, in whichever shape the protocol has it."""
+    return answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=False)
+
+
 def _fields(raw: Any) -> dict[str, Any]:
-    pairs = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=False)
-    return {_text(name) or "": value for name, value in pairs}
+    return {_text(name) or "": value for name, value in pairs_in(raw)}
 
 
 # -- values -------------------------------------------------------------------------------------------------

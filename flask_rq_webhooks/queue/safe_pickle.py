@@ -239,6 +239,7 @@ _VALUES = frozenset(
     )
 )  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _PUTS, _GETS = frozenset(("PUT", "BINPUT", "LONG_BINPUT")), frozenset(("GET", "BINGET", "LONG_BINGET"))
 
@@ -273,6 +274,8 @@ class _Machine:
                 stack.append(memo[argument])
             elif name in _CONSTANTS:
                 stack.append(_CONSTANTS[name])
+            elif name in _EMPTY:
+                stack.append(_EMPTY[name]())
             elif name == "MARK":
                 stack.append(_MARK)
             elif name == "STOP":
@@ -331,14 +334,8 @@ class _Machine:
     def op_tuple(self, _argument: Any) -> None:
         self._stack.append(tuple(self._pop_to_mark()))
 
-    def op_empty_list(self, _argument: Any) -> None:
-        self._stack.append([])
-
     def op_list(self, _argument: Any) -> None:
         self._stack.append(self._pop_to_mark())
-
-    def op_empty_dict(self, _argument: Any) -> None:
-        self._stack.append({})
 
     def op_dict(self, _argument: Any) -> None:
         target: dict[Any, Any] = {}
@@ -425,8 +422,7 @@ class _Machine:
     def op_reduce(self, _argument: Any) -> None:
         self._call(2)
 
-    def op_newobj(self, _argument: Any) -> None:
-        self._call(2)
+    op_newobj = op_reduce
 
     def op_newobj_ex(self, _argument: Any) -> None:
         self._call(3)
@@ -481,8 +477,7 @@ class _Machine:
         self._pop_to_mark()
         self._stack.append(self._value(UNKNOWN))
 
-    def op_obj(self, _argument: Any) -> None:
-        self.op_inst(None)
+    op_obj = op_inst
 
     def op_persid(self, _argument: Any) -> None:
         self._stack.append(self._value(UNKNOWN))

@@ -1,7 +1,7 @@
 """Claim: due deliveries are leased to one sender, fairly across hosts.
 
-Owns the two claim statements and everything a lease goes through until its attempt is recorded. Knows
-nothing of senders.
+Owns the two claim statements. What becomes of a lease whose attempt is not recorded is in :mod:`.leases`.
+Knows nothing of senders.
 
 How a claim stays fast and fair with a million deliveries due:
 
@@ -37,17 +37,13 @@ from sqlalchemy import (
     bindparam,
     select,
     text,
-    update,
 )
 
 from ..protocol.payloads import JSON
 from .database import Database
 from .models import (
-    CANCELED,
-    PENDING,
     SENDING,
     SHARED,
-    Delivery,
     Dispatcher,
     UTCDateTime,
     new_id,
@@ -66,6 +62,9 @@ class ClaimedDelivery:
     :param runid: what the host calls the run; the endpoint's own before the event's.
     :param headers: the endpoint's custom headers, an encrypted JSON object.
     :param secrets: live ones, encrypted, newest first.
+    :param trace: what the request continues: the event's trace, or that of the endpoint's own request where
+        that is another one.
+    :param retry_schedule: the endpoint's own, a JSON list, as for *retry_statuses*.
     """
 
     id: str
@@ -88,7 +87,10 @@ class ClaimedDelivery:
     sign_payload: bool
     format: str
     timeout_s: float | None
+    retry_schedule: str | None
+    retry_statuses: str | None
     tenant: str | None
+    trace: str | None = field(repr=False)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -190,62 +192,6 @@ def _loaded(
     return connection.execute(_LOAD_SQLITE, parameters | {"now": database.now(connection)}).all()
 
 
-def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: float) -> int:
-    """Put claimed deliveries off without spending an attempt, as for a rate limit.
-
-    :returns: how many were still held.
-    """
-    return _let_go(database, claimed, _FREE | {"next_attempt_at": database.clock(delay_s)})
-
-
-def release(database: Database, claimed: Sequence[ClaimedDelivery]) -> int:
-    """Give claimed deliveries back, due at once; return how many were still held."""
-    return _let_go(database, claimed, _FREE)
-
-
-def _let_go(database: Database, claimed: Sequence[ClaimedDelivery], values: Mapping[str, Any]) -> int:
-    by_lease: dict[str, list[str]] = {}
-    for delivery in claimed:
-        by_lease.setdefault(delivery.lease_id, []).append(delivery.id)
-    if not by_lease:
-        return 0
-    held = 0
-    with database.write(durable=False) as connection:
-        for lease_id, ids in sorted(by_lease.items()):
-            of_this = (Delivery.id.in_(ids), Delivery.lease_id == lease_id)
-            freed = connection.execute(
-                update(Delivery).where(*of_this, Delivery.status == SENDING).values(values)
-            ).rowcount
-            if freed < len(ids):  # one that was canceled meanwhile is free for resend and recover again
-                connection.execute(
-                    update(Delivery)
-                    .where(*of_this, Delivery.status == CANCELED)
-                    .values(lease_id=None, lease_until=None)
-                )
-            held += freed
-    return held
-
-
-def free_leases(database: Database, lease_ids: Sequence[str]) -> int:
-    """Make due again whatever is held under these leases; return how many."""
-    with database.write(durable=False) as connection:
-        return connection.execute(
-            update(Delivery)
-            .where(Delivery.status == text("'sending'"), Delivery.lease_id.in_(lease_ids))
-            .values(_FREE)
-        ).rowcount
-
-
-def free_expired_leases(database: Database) -> int:
-    """Make deliveries due again whose lease expired; return how many."""
-    with database.write(single_statement=True, durable=False) as connection:
-        return connection.execute(
-            update(Delivery)
-            .where(Delivery.status == text("'sending'"), Delivery.lease_until < database.clock())
-            .values(_FREE)
-        ).rowcount
-
-
 def next_due_in(database: Database) -> float | None:
     """Return in how many seconds the next delivery is due, 0 when one is; ``None`` when none waits.
 
@@ -264,9 +210,6 @@ def earliest_due(database: Database, connection: Connection) -> datetime | None:
     """Return when the first pending delivery is, or was, due; ``None`` when none waits."""
     statement = _EARLIEST_SQLITE if database.is_sqlite else _EARLIEST_POSTGRESQL
     return connection.execute(statement).scalar_one_or_none()
-
-
-_FREE: dict[str, Any] = {"status": PENDING, "lease_id": None, "lease_until": None}
 
 
 def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
@@ -298,7 +241,10 @@ def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
             sign_payload=row.sign_payload,
             format=row.format,
             timeout_s=row.timeout_s,
+            retry_schedule=row.retry_schedule,
+            retry_statuses=row.retry_statuses,
             tenant=row.tenant,
+            trace=row.trace,
         )
         for row in rows
         if row.id in secrets
@@ -328,13 +274,16 @@ WHERE status = 'pending' ORDER BY next_attempt_at LIMIT 1
 _SELECT_CLAIMED = """
 SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
        c.endpoint_id, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, s.secret
+       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, e.retry_schedule,
+       e.retry_statuses, s.secret,
+       CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
+            ELSE e.trace END AS trace
 FROM claimed c
 CROSS JOIN LATERAL (
-    SELECT job_id, runid FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
+    SELECT job_id, runid, trace FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
 ) v
 CROSS JOIN LATERAL (
-    SELECT runid, kind, url, headers, sign_payload, format, timeout_s
+    SELECT runid, kind, url, headers, sign_payload, format, timeout_s, retry_schedule, retry_statuses, trace
     FROM rq_webhooks_endpoint WHERE id = c.endpoint_id OFFSET 0
 ) e
 LEFT JOIN LATERAL (
@@ -501,7 +450,10 @@ _LOAD_SQLITE = (
     text("""
 SELECT d.id, d.trigger, d.attempts, d.max_attempts, d.body, d.content_type, d.host, d.event_id, d.event_type,
        d.endpoint_id, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, d.tenant, e.sign_payload, e.format, e.timeout_s, s.secret
+       e.kind, e.url, e.headers, d.tenant, e.sign_payload, e.format, e.timeout_s, e.retry_schedule,
+       e.retry_statuses, s.secret,
+       CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
+            ELSE e.trace END AS trace
 FROM json_each(:ids) one
 CROSS JOIN rq_webhooks_delivery d ON d.id = one.value
 CROSS JOIN rq_webhooks_event v ON v.id = d.event_id

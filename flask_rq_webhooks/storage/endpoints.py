@@ -1,8 +1,8 @@
-"""Endpoints and watches: what was promised to whom.
+"""Endpoints and the watches of their jobs: what was promised to whom.
 
-Owns the rows that a request's webhook fields become (register, before the view), the confirmation of the
-jobs the view enqueued (after it), and the standing endpoints operators make. Knows nothing of requests
-and of Redis: its callers say which jobs exist.
+Owns the rows that a request's webhook fields become (:func:`register`, before the view) and the confirmation
+of the jobs the view enqueued (:func:`confirm`, after it). Knows nothing of requests and of Redis: its callers
+say which jobs exist.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .models import (
     EndpointFields,
     Secret,
     Watch,
+    encoded,
     new_id,
 )
 from .reported_runs import unbound_watch_id
@@ -61,27 +62,21 @@ def register(
     reserved_job_id: str | None = None,
     watched_job_id: str | None = None,
     counts_from: datetime | None = None,
-    endpoint_id: str | None = None,
     now: datetime | None = None,
 ) -> str:
     """Store an endpoint, its secret, and the watch of its first job, in one short transaction.
 
     :param namespace: see :func:`~.dispatchers.shared_namespace`; becomes part of the id.
-    :param reserved_job_id: id that the first job of the view will get; ``None`` where no job is expected,
-        as for a standing endpoint.
+    :param reserved_job_id: id that the first job of the view will get.
     :param watched_job_id: instead, id of a job that exists already; reconcile reports it.
     :param counts_from: when the current run of that job began to wait, or the job was created: that run
         counts, even if it has ended by now. Without it, only runs from now on count.
-    :param endpoint_id: a new one by default.
     :returns: the endpoint's id.
     :raises StorageUnavailableError: when the database cannot be reached or stays locked.
     """
     now = now or datetime.now(UTC)
-    own_id = endpoint_id is None
-    endpoint_id = endpoint_id or new_id("ep" + namespace)
-    rows = {Endpoint.__tablename__: _endpoint_values(cipher, endpoint, endpoint_id, now)}
-    if endpoint.secret is not None:
-        rows[Secret.__tablename__] = _secret_values(cipher, endpoint.secret, endpoint_id, now)
+    endpoint_id = new_id("ep" + namespace)
+    rows = rows_of(cipher, endpoint, endpoint_id, now)
     if reserved_job_id is not None or watched_job_id is not None:
         rows[Watch.__tablename__] = {
             "id": new_id("wat"),
@@ -93,17 +88,12 @@ def register(
             "confirmed_at": None if reserved_job_id else now,
             "tenant": endpoint.tenant,
         }
-    if database.is_sqlite:
-        database.execute([(_insert(table), row) for table, row in rows.items()])
-    else:
-        columns = tuple((table, tuple(row)) for table, row in rows.items())
-        values = {f"{table}_{name}": value for table, row in rows.items() for name, value in row.items()}
-        try:
-            database.execute([(_insert_at_once(columns), values)])
-        except IntegrityError:
-            # An id made here is there already only where the first of two tries was committed after all.
-            if not own_id or not endpoint_exists(database, endpoint_id):
-                raise
+    try:
+        database.execute(insertion(database, rows))
+    except IntegrityError:
+        # Its id is new, so it is there already only where the first of two tries was committed after all.
+        if not endpoint_exists(database, endpoint_id):
+            raise
     return endpoint_id
 
 
@@ -136,23 +126,16 @@ def confirm(
     existing = list(dict.fromkeys(existing))
     unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
     statements: list[tuple[Executable, Any]] = []
-    if existing:
+    for status, job_ids in ((OPEN, existing), (RESERVED, unseen)):
         rows = [
-            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
-             "run": (runs or {}).get(job_id), "missing_passes": 0,
-             "of_endpoint": endpoint_id, "created_at": since.get(job_id, now),
-             "confirmed_at": now}
-            for job_id in existing
+            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": status,
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "of_endpoint": endpoint_id,
+             "created_at": since.get(job_id, now), "confirmed_at": now if status == OPEN else None}
+            for job_id in job_ids
         ]  # fmt: skip
-        statements.append((_INSERT_OPEN[database.is_sqlite], rows[0] if len(rows) == 1 else rows))
-    if unseen:
-        rows = [
-            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
-             "run": (runs or {}).get(job_id), "missing_passes": 0,
-             "of_endpoint": endpoint_id, "created_at": since.get(job_id, now)}
-            for job_id in unseen
-        ]  # fmt: skip
-        statements.append((_INSERT_RESERVED[database.is_sqlite], rows))
+        if rows:
+            statement = _INSERT_WATCH[status, database.is_sqlite]
+            statements.append((statement, rows[0] if len(rows) == 1 else rows))
     if reserved_job_id is not None and reserved_job_id not in existing and reserved_job_id not in unseen:
         close = (
             update(Watch)
@@ -219,22 +202,25 @@ def waiting_for_host(database: Database, host: str, *, at_most: int | None = Non
         ).scalar_one()
 
 
-def _endpoint_values(
-    cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime
-) -> dict[str, Any]:
+def rows_of(cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime) -> dict[str, Any]:
+    """Return the rows of an endpoint that has no jobs yet, by table."""
     given = {one.name: getattr(endpoint, one.name) for one in fields(NewEndpoint) if one.name != "secret"}
-    return given | {
+    row = encoded(given) | {
         "id": endpoint_id,
-        "headers": _encrypted_headers(cipher, endpoint.headers),
-        "events": _events_json(endpoint.events),
+        "headers": encrypted_headers(cipher, endpoint.headers),
         "enabled": True,
         "failures": 0,
         "created_at": now,
         "updated_at": now,
     }
+    rows = {Endpoint.__tablename__: row}
+    if endpoint.secret is not None:
+        rows[Secret.__tablename__] = secret_row(cipher, endpoint.secret, endpoint_id, now)
+    return rows
 
 
-def _secret_values(cipher: Cipher, secret: str, endpoint_id: str, now: datetime) -> dict[str, Any]:
+def secret_row(cipher: Cipher, secret: str, endpoint_id: str, now: datetime) -> dict[str, Any]:
+    """Return the row of a secret that signs from now on."""
     return {
         "id": new_id("sec"),
         "endpoint_id": endpoint_id,
@@ -243,16 +229,22 @@ def _secret_values(cipher: Cipher, secret: str, endpoint_id: str, now: datetime)
     }
 
 
-def _encrypted_headers(cipher: Cipher, headers: Mapping[str, str]) -> str | None:
+def insertion(database: Database, rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[Executable, Any]]:
+    """Return the statements, with their parameters, that insert one row into each of some tables."""
+    if database.is_sqlite:
+        return [(_insert(table), row) for table, row in rows.items()]
+    columns = tuple((table, tuple(row)) for table, row in rows.items())
+    values = {f"{table}_{name}": value for table, row in rows.items() for name, value in row.items()}
+    return [(_insert_at_once(columns), values)]
+
+
+def encrypted_headers(cipher: Cipher, headers: Mapping[str, str]) -> str | None:
+    """Return custom headers as they are stored."""
     return cipher.encrypt(json.dumps(dict(headers))) if headers else None
 
 
 def _began(run: str) -> datetime:
     return parse_time(run.removeprefix("created:"))
-
-
-def _events_json(events: Sequence[str] | None) -> str | None:
-    return None if events is None else json.dumps(list(events))
 
 
 # The statements of every request are built once: building them takes longer than running them.
@@ -295,9 +287,9 @@ def _insert_watch(statement: Any, *changed: str) -> Executable:
     return insert
 
 
-#: Whether on SQLite → the statement that opens a watch, or notes the run on one that is only reserved.
-_INSERT_OPEN, _INSERT_RESERVED = (
-    {True: _insert_watch(sqlite.insert(_WATCHES), *changed),
-     False: _insert_watch(postgresql.insert(_WATCHES), *changed)}
-    for changed in (("status", "confirmed_at", "run"), ("run",))
-)  # fmt: skip
+#: What opens a watch, or notes the run on one that is only reserved: by its status, and whether on SQLite.
+_INSERT_WATCH = {
+    (status, dialect is sqlite): _insert_watch(dialect.insert(_WATCHES), *changed)
+    for status, changed in ((OPEN, ("status", "confirmed_at", "run")), (RESERVED, ("run",)))
+    for dialect in (sqlite, postgresql)
+}

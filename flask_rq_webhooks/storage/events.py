@@ -1,21 +1,8 @@
-"""Events: an occurrence becomes an event and its deliveries, exactly once; and their order in the feed.
+"""Events: an occurrence becomes an event and its deliveries, exactly once.
 
 Owns the rows of events and the order of the steps within the one transaction: the event, its receivers and
 deliveries (:mod:`.subscriptions`), the watches it settles (:mod:`.watches`). Knows nothing of where
 occurrences come from; a function it is given renders the bodies.
-
-The database orders the feed (:func:`.feed.events_after`): event ids begin with the clock of the dispatcher
-that made them. Every event has a ``position``: microseconds of the database's clock, at least one more than
-that of the event before. A cursor is a position; a reader never sees one beyond which an event may still
-appear:
-
-- SQLite has one writer at a time, so positions are committed in their order.
-- On PostgreSQL transactions end in any order. Before a writer chooses positions it takes a shared advisory
-  lock, whose key is the second it began in. A reader first notes the clock, then looks at these locks, and
-  reads no further than the first second that is still locked. No reader or writer waits for another, and long
-  transactions of the host do not hold the feed up.
-
-Events stored before there were positions have 0 and keep the order of their ids.
 """
 
 from __future__ import annotations
@@ -23,10 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Connection, bindparam, func, select, text, update
+from sqlalchemy import Connection, func, select, update
 
 from .._steps import reached
 from ..protocol.events import (
@@ -39,10 +26,12 @@ from ..protocol.events import (
     run_key,
 )
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
+from ..tracing import is_same
 from .bulk_insert import chunks_of, insert_new, one_of
 from .claims import AdvanceClaim
 from .database import Database
-from .models import PENDING, SENDING, SHARED, Delivery, Dispatcher, Event, UTCDateTime, new_id
+from .feed import first_position
+from .models import PENDING, SENDING, Delivery, Event, new_id
 from .reported_runs import settle_watches, watches_of
 from .subscriptions import (
     EndpointRow,
@@ -55,10 +44,14 @@ from .subscriptions import (
     standing_endpoints,
     store_deliveries,
     tenants_of,
+    trace_of,
 )
 
 Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
+#: Called with an event's id, type and job, the trace of its request and another one it occurred in; returns
+#: the trace that its deliveries continue.
+Begin = Callable[[str, str, str | None, str | None, str | None], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +63,14 @@ class IngestItem:
     :param tenant: whose standing endpoints get it, beside those of operators; that of the job by default.
     :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Any client
         of Redis that may write can name any endpoint in a report.
+    :param trace: in which it occurred, see :mod:`~flask_rq_webhooks.tracing`.
     """
 
     occurrence: Occurrence
     endpoint_ids: tuple[str, ...] = ()
     needs_watch: bool = False
     tenant: str | None = None
+    trace: str | None = None
 
 
 @dataclass(slots=True)
@@ -87,6 +82,7 @@ class StoredEvent:
     :param deliveries: how many deliveries are new.
     :param sent_to: the tenant the item names.
     :param tenant: whose event it is.
+    :param trace: in which it occurred; once stored, what its deliveries continue.
     """
 
     id: str
@@ -96,6 +92,7 @@ class StoredEvent:
     deliveries: int = 0
     sent_to: str | None = None
     tenant: str | None = None
+    trace: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +119,7 @@ def ingest(
     render: Render,
     max_attempts: int,
     scrub: Scrub | None = None,
+    begin: Begin | None = None,
     claim: AdvanceClaim | None = None,
     repeated: bool = False,
 ) -> list[IngestedEvent]:
@@ -140,6 +138,7 @@ def ingest(
     :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
         ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
         in place). What it does to ``runid`` and to these is stored, sent and shown.
+    :param begin: called for each event that may be new.
     :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
         paused.
     :param repeated: see :meth:`.Database.write`.
@@ -149,7 +148,14 @@ def ingest(
         return []
     with database.write(repeated=repeated) as connection:
         return ingest_within(
-            database, connection, items, render=render, max_attempts=max_attempts, scrub=scrub, claim=claim
+            database,
+            connection,
+            items,
+            render=render,
+            max_attempts=max_attempts,
+            scrub=scrub,
+            begin=begin,
+            claim=claim,
         )
 
 
@@ -161,6 +167,7 @@ def ingest_within(
     render: Render,
     max_attempts: int,
     scrub: Scrub | None = None,
+    begin: Begin | None = None,
     claim: AdvanceClaim | None = None,
 ) -> list[IngestedEvent]:
     """Do what :func:`ingest` does as a part of the caller's transaction."""
@@ -179,9 +186,16 @@ def ingest_within(
     def requests(event: StoredEvent) -> dict[str, EndpointRow]:
         return requests_of(event, watches.get(event.occurrence.job_id or "", []), endpoints)
 
-    by_item, stored = store_events(
-        database, connection, believed, now, position, owner=lambda event: owner_of(event, requests(event))
-    )
+    def complete(event: StoredEvent) -> None:
+        asking = requests(event)
+        event.tenant = event.sent_to or owner_of(event, asking)
+        trace, own = trace_of(event, asking), event.trace
+        # A worker may have begun a trace of its own.
+        parent, link = (trace, own) if trace is not None and not is_same(trace, own) else (own, None)
+        what = event.occurrence
+        event.trace = parent if begin is None else begin(event.id, what.type, what.job_id, parent, link)
+
+    by_item, stored = store_events(database, connection, believed, now, position, complete=complete)
     asked = {event.id: requests(event) for event in stored}
     tenants = {tenant for event in stored for tenant in tenants_of(event, asked[event.id])}
     tenants |= {event.tenant for event in stored if event.tenant is not None}
@@ -268,11 +282,11 @@ def store_events(
     now: datetime,
     position: int,
     *,
-    owner: Callable[[StoredEvent], str | None],
+    complete: Callable[[StoredEvent], None],
 ) -> tuple[list[StoredEvent], list[StoredEvent]]:
     """Insert what is new and load what is not; return the event of each item, and each event once.
 
-    :param owner: returns the tenant whose event it is, where the item names none.
+    :param complete: sets tenant and trace.
     """
     by_key: dict[str, StoredEvent] = {}
     by_item: list[StoredEvent] = []
@@ -284,12 +298,13 @@ def store_events(
             if key is not None:
                 by_key[key] = event
         event.sent_to = event.sent_to or item.tenant
+        event.trace = event.trace or item.trace
         event.named += [endpoint_id for endpoint_id in item.endpoint_ids if endpoint_id not in event.named]
         by_item.append(event)
     stored = list({event.id: event for event in by_item}.values())
     place = {event.id: number for number, event in enumerate(stored)}
     for event in stored:
-        event.tenant = event.sent_to or owner(event)
+        complete(event)
     _number(database, connection, stored)
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
@@ -417,6 +432,7 @@ def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str,
         "created_at": now,
         "position": position,
         "tenant": event.tenant,
+        "trace": event.trace,
     }
 
 
@@ -425,67 +441,3 @@ def _storable(text: str | None) -> str | None:
     if text is None:
         return None
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
-# -- the feed ---------------------------------------------------------------------------------------------
-
-#: First key of the advisory locks; any number that nobody else uses.
-LOCK_CLASS = 0x7271_7769
-#: The second key is a 32-bit number: seconds since this one of the Unix time.
-LOCK_EPOCH_S = 1_500_000_000
-#: The same for the advisory locks of jobs.
-JOB_LOCK_CLASS = 0x7271_7770
-
-
-def first_position(
-    database: Database, connection: Connection, jobs: Sequence[str] = ()
-) -> tuple[datetime, int, bool]:
-    """Return the database's clock, the position of the first event this transaction stores, and whether
-    sending is paused.
-
-    :param jobs: PostgreSQL: wait for others who store events of these jobs. Everybody takes the locks in one
-        order.
-
-    The events after it count up by one. Call this in the transaction that stores them.
-    """
-    if database.is_sqlite:
-        now = datetime.now(UTC)
-        last, paused_at = connection.execute(_LAST).one()
-        return now, max((last or 0) + 1, int(now.timestamp() * 1_000_000)), paused_at is not None
-    now, position, last, paused, _locked = connection.execute(_ENTER, {"jobs": list(jobs)}).one()
-    if last is not None and last >= position:
-        # The clock was set back, as by a failover. The lock is held now, so this is the last one there is.
-        position = connection.execute(_LAST).one()[0] + 1
-    return now.astimezone(UTC), position, paused
-
-
-_PAUSED = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED).scalar_subquery()
-_LAST = select(select(func.max(Event.position)).scalar_subquery(), _PAUSED)
-
-# The columns are computed from left to right: the lock is held when the clock is read for the position.
-_ENTER = (
-    text("""
-SELECT clock_timestamp() AS now,
-       greatest(
-           (:epoch + s.second) * 1000000, CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)
-       ) AS position,
-       (SELECT max(position) FROM rq_webhooks_event) AS last,
-       EXISTS (
-           SELECT FROM rq_webhooks_dispatcher d WHERE d.id = 'shared' AND d.paused_at IS NOT NULL
-       ) AS paused,
-       (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
-           SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
-       ) AS keys) AS locked
-FROM (
-    SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
-        SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
-    ) began OFFSET 0
-) s
-""")
-    .columns(now=UTCDateTime, position=BigInteger, last=BigInteger, paused=Boolean)
-    .bindparams(
-        bindparam("epoch", LOCK_EPOCH_S, BigInteger),
-        bindparam("class", LOCK_CLASS),
-        bindparam("job_class", JOB_LOCK_CLASS),
-    )
-)

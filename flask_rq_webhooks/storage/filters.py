@@ -66,22 +66,16 @@ class DeliveryFilter:
             found.append(Delivery.id >= first_id_at("dlv", self.since))
         if self.until is not None:
             found.append(Delivery.id < first_id_at("dlv", self.until))
-        if self.tenant is not None:
-            found.append(Delivery.tenant == self.tenant)
-        if self.endpoint_id is not None:
-            found.append(Delivery.endpoint_id == self.endpoint_id)
         if self.statuses is not None:
-            found.append(
-                Delivery.status == self.statuses[0]
-                if len(self.statuses) == 1
-                else Delivery.status.in_(self.statuses)
-            )
-        if self.host is not None:
-            found.append(Delivery.host == self.host)
-        if self.event_type is not None:
-            found.append(Delivery.event_type == self.event_type)
-        if self.event_id is not None:
-            found.append(Delivery.event_id == self.event_id)
+            (first, *others) = self.statuses
+            found.append(Delivery.status.in_(self.statuses) if others else Delivery.status == first)
+        for column, value in (
+            (Delivery.tenant, self.tenant), (Delivery.endpoint_id, self.endpoint_id),
+            (Delivery.host, self.host), (Delivery.event_type, self.event_type),
+            (Delivery.event_id, self.event_id),
+        ):  # fmt: skip
+            if value is not None:
+                found.append(column == value)
         if self.job_id is not None:
             found.append(Delivery.event_id.in_(select(Event.id).where(Event.job_id == self.job_id)))
         if self.runid is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from .models import (
     Event,
     Secret,
     Watch,
+    decoded,
 )
 
 #: Items on a page at most, whatever is asked for.
@@ -98,7 +100,7 @@ class EventView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryView:
-    """A delivery with what is shown of its event and endpoint."""
+    """A delivery with what is shown of its event and endpoint; ``tenant`` is the endpoint's."""
 
     id: str
     event_id: str
@@ -120,6 +122,7 @@ class DeliveryView:
     finished_at: datetime | None
     erased_at: datetime | None
     tenant: str | None
+    event_tenant: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,7 +352,7 @@ def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[
             Delivery.endpoint_id, Endpoint.kind.label("endpoint_kind"), Endpoint.url, Delivery.host,
             Delivery.status, Delivery.trigger, Delivery.attempts, Delivery.max_attempts,
             Delivery.next_attempt_at, Delivery.status_code, Delivery.error_code, Delivery.created_at,
-            Delivery.finished_at, Delivery.erased_at, Delivery.tenant,
+            Delivery.finished_at, Delivery.erased_at, Delivery.tenant, Event.tenant.label("event_tenant"),
         )
         .join(Event, Event.id == Delivery.event_id)
         .join(Endpoint, Endpoint.id == Delivery.endpoint_id)
@@ -391,9 +394,7 @@ def _endpoints(database: Database, connection: Connection, query: Select[Any]) -
     secrets = {endpoint_id: count for endpoint_id, count in connection.execute(live)}
     found = []
     for row in rows:
-        values = dict(row._mapping)
-        values["events"] = None if row.events is None else tuple(json.loads(row.events))
-        found.append(EndpointView(**values, secrets=secrets.get(row.id, 0)))
+        found.append(EndpointView(**decoded(row._mapping), secrets=secrets.get(row.id, 0)))
     return found
 
 
@@ -407,16 +408,32 @@ def bounded(limit: int) -> int:
     return max(1, min(limit, MAX_PAGE))
 
 
+_CURSOR = re.compile("1(?P<id>[ -~]*)")
+
+
+def write_cursor(position: str) -> str:
+    """Return *position* as an opaque text that can stand in a URL."""
+    return base64.urlsafe_b64encode(position.encode()).decode().rstrip("=")
+
+
+def read_cursor(cursor: str, form: re.Pattern[str]) -> re.Match[str]:
+    """Return what :func:`write_cursor` was given, as *form* reads it.
+
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
+    """
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        match = form.fullmatch(raw.decode("ascii"))
+    except (binascii.Error, ValueError):
+        match = None
+    if match is None:
+        raise CursorError("this cursor did not come from this list")
+    return match
+
+
 def _cursor_of(item_id: str) -> str:
-    return base64.urlsafe_b64encode(b"1" + item_id.encode()).decode().rstrip("=")
+    return write_cursor(f"1{item_id}")
 
 
 def _id_of(cursor: str) -> str:
-    try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-        decoded = raw.decode("ascii")
-    except (binascii.Error, ValueError) as exc:
-        raise CursorError("this cursor did not come from this list") from exc
-    if not decoded.startswith("1") or not decoded.isprintable():
-        raise CursorError("this cursor did not come from this list")
-    return decoded[1:]
+    return str(read_cursor(cursor, _CURSOR)["id"])

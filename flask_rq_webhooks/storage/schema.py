@@ -7,17 +7,28 @@ migrations keep up to date needs nothing from here.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Column, Connection, Index, Table, inspect, text
-from sqlalchemy.schema import CreateColumn
+from sqlalchemy.schema import CreateColumn, CreateIndex
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
+from ..errors import StorageUnavailableError
 from .database import Database
 from .models import Base
+from .sql_errors import DBAPIError, sqlstate, why_unavailable
 
+_INDEXES = {str(index.name): index for table in Base.metadata.sorted_tables for index in table.indexes}
+
+#: Seconds a change of a table waits for those who use it, and they behind it; seconds until it gives up.
+LOCK_TIMEOUT_S, LOCKED_S = 1, 60
+#: SQLSTATE of a statement that waited for ``lock_timeout``.
+_LOCK_NOT_AVAILABLE = "55P03"
 #: Any number; init-db processes at once on PostgreSQL wait for each other by it.
 _ADVISORY_LOCK = 0x7271_7768
 
@@ -52,28 +63,125 @@ def missing_schema(database: Database) -> SchemaChanges:
 
 
 def upgrade_schema(database: Database) -> SchemaChanges:
-    """Make the tables, columns and indexes that are missing, in one transaction; return what was made.
+    """Make the tables, columns and indexes that are missing; return what was made.
 
-    May be repeated, also by several processes at once. A column added to a table with rows gets its
-    default there.
+    May be repeated, also after an interruption and by several processes at once, while the app goes on. Each
+    step is a transaction of its own. PostgreSQL builds indexes beside all reads and writes
+    (``CONCURRENTLY``), and whoever wants a table that gets columns waits for :data:`LOCK_TIMEOUT_S` at most.
+    SQLite has one writer at a time: the others wait while one index is built. A column added to a table with
+    rows gets its default there.
 
     :raises StorageUnavailableError: when the database cannot be reached or stays locked.
     """
-    with database.write() as connection:
-        if not database.is_sqlite:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
-        missing = _compare(connection, database.schema)
-        for table in Base.metadata.sorted_tables:
-            if table.name in missing.tables:
-                table.create(connection)
-                continue
-            for column in table.columns:
-                if f"{table.name}.{column.name}" in missing.columns:
-                    _add_column(connection, table, column)
-            for index in table.indexes:
-                if index.name in missing.indexes:
-                    index.create(connection)
-    return missing
+    made = SchemaChanges()
+    with _alone(database):
+        while True:
+            step = _next_step(database)
+            if not step:
+                return made
+            made = SchemaChanges(
+                made.tables + step.tables, made.columns + step.columns, made.indexes + step.indexes
+            )
+
+
+@contextmanager
+def _alone(database: Database) -> Iterator[None]:
+    """Keep other processes from upgrading; on SQLite each step does it."""
+    if database.is_sqlite:
+        yield
+        return
+    while True:
+        with database.write() as connection:
+            # Asked again and again: a statement that waited would be one that CREATE INDEX CONCURRENTLY of
+            # the process with the lock waits for.
+            lock = text("SELECT pg_try_advisory_xact_lock(:key)")
+            if connection.execute(lock, {"key": _ADVISORY_LOCK}).scalar_one():
+                # It rests while indexes are built. A lock of the session would stay behind in a pooler.
+                connection.execute(
+                    text("SELECT set_config('idle_in_transaction_session_timeout', '0', true)")
+                )
+                yield
+                return
+        time.sleep(0.2)
+
+
+def _next_step(database: Database) -> SchemaChanges:
+    """Make all missing tables, or the missing columns of one table, or one index; return what was made."""
+    deadline = time.monotonic() + LOCKED_S
+    while True:
+        try:
+            with database.write() as connection:
+                if not database.is_sqlite:
+                    limit = f"SELECT set_config('lock_timeout', '{LOCK_TIMEOUT_S}s', true)"
+                    connection.execute(text(limit))
+                missing = _compare(connection, database.schema)
+                if missing.tables or missing.columns or database.is_sqlite:
+                    return _make(connection, missing)
+            break
+        except StorageUnavailableError as exc:
+            if sqlstate(exc.__cause__ or exc) != _LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
+                raise
+            time.sleep(LOCK_TIMEOUT_S)  # those who queued behind us go first
+    return _build_index(database, missing.indexes[0]) if missing.indexes else missing
+
+
+def _make(connection: Connection, missing: SchemaChanges) -> SchemaChanges:
+    tables = Base.metadata.sorted_tables
+    for table in tables:
+        if table.name in missing.tables:
+            table.create(connection)
+    if missing.tables:
+        return SchemaChanges(tables=missing.tables)
+    for table in tables:
+        columns = {f"{table.name}.{column.name}": column for column in table.columns}
+        absent = tuple(name for name in missing.columns if name in columns)
+        for name in absent:
+            _add_column(connection, table, columns[name])
+        if absent:
+            return SchemaChanges(columns=absent)
+    for name in missing.indexes[:1]:
+        _INDEXES[name].create(connection)
+    return SchemaChanges(indexes=missing.indexes[:1])
+
+
+def _build_index(database: Database, name: str) -> SchemaChanges:
+    """Build an index of PostgreSQL outside of a transaction, where it holds up nobody."""
+    index = _INDEXES[name]
+    statement = str(CreateIndex(index).compile(dialect=database.engine.dialect))
+    concurrently = statement.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
+    try:
+        with database.engine.connect() as pooled:
+            connection = pooled.execution_options(isolation_level="AUTOCOMMIT")
+            for left in _invalid_indexes(connection, _table_of(index), database.schema):
+                # What an interrupted build leaves is written to and never read.
+                quoted = database.engine.dialect.identifier_preparer.quote
+                schema = "" if database.schema is None else quoted(database.schema) + "."
+                connection.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {schema}{quoted(left)}"))
+            connection.execute(text(concurrently))
+    except DBAPIError as exc:
+        why = why_unavailable(exc, database.url, database.schema)
+        if why is None:
+            raise
+        raise StorageUnavailableError(f"{why}; index {name} is not complete, run init-db again") from exc
+    return SchemaChanges(indexes=(name,))
+
+
+def _invalid_indexes(connection: Connection, table: Table, schema: str | None) -> set[str]:
+    """Return the indexes of a table that PostgreSQL did not finish and that have the place of one of ours."""
+    if connection.dialect.name == "sqlite":
+        return set()
+    query = text(
+        "SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_class t ON "
+        "t.oid = i.indrelid JOIN pg_namespace n ON n.oid = t.relnamespace "
+        "WHERE NOT i.indisvalid AND t.relname = :table AND n.nspname = coalesce(:schema, current_schema())"
+    )
+    found = connection.execute(query, {"table": table.name, "schema": schema})
+    invalid = set(found.scalars())
+    if not invalid:
+        return invalid
+    ours = {_shape(index) for index in table.indexes}
+    live = inspect(connection).get_indexes(table.name, schema=schema)
+    return {str(one["name"]) for one in live if one["name"] in invalid and _live_shape(one) in ours}
 
 
 def _compare(connection: Connection, schema: str | None) -> SchemaChanges:
@@ -89,12 +197,11 @@ def _compare(connection: Connection, schema: str | None) -> SchemaChanges:
         live_columns = {column["name"] for column in inspector.get_columns(table.name, schema=schema)}
         columns += [f"{table.name}.{name}" for name in sorted(set(table.columns.keys()) - live_columns)]
         # Not by name: migrations name indexes by the host's convention.
+        invalid = _invalid_indexes(connection, table, schema)
         live_indexes = {
-            (
-                tuple(index["column_names"]),
-                any(key.endswith("_where") for key in index.get("dialect_options", ())),
-            )
+            _live_shape(index)
             for index in inspector.get_indexes(table.name, schema=schema)
+            if index["name"] not in invalid
         }
         indexes += sorted(str(index.name) for index in table.indexes if _shape(index) not in live_indexes)
     return SchemaChanges(tuple(tables), tuple(columns), tuple(indexes))
@@ -103,6 +210,17 @@ def _compare(connection: Connection, schema: str | None) -> SchemaChanges:
 def _shape(index: Index) -> tuple[tuple[str, ...], bool]:
     """Return what tells *index* from the others of its table: its columns, and whether it is partial."""
     return tuple(index.columns.keys()), index.dialect_options["postgresql"]["where"] is not None
+
+
+def _live_shape(index: Any) -> tuple[tuple[str, ...], bool]:
+    """Return the same of an index in the database."""
+    partial = any(key.endswith("_where") for key in index.get("dialect_options", ()))
+    return tuple(index["column_names"]), partial
+
+
+def _table_of(index: Index) -> Table:
+    assert index.table is not None  # noqa: S101  (declared in a table)
+    return index.table
 
 
 def _add_column(connection: Connection, table: Table, column: Column[Any]) -> None:
@@ -116,14 +234,7 @@ def _add_column(connection: Connection, table: Table, column: Column[Any]) -> No
     connection.execute(text(f"ALTER TABLE {name} ADD COLUMN {declaration}"))
 
 
-_EMPTY: dict[type, Any] = {
-    str: "",
-    bytes: "",
-    int: 0,
-    float: 0,
-    bool: False,
-    datetime: "1970-01-01 00:00:00",
-}
+_EMPTY: dict[type, Any] = {str: "", bytes: "", int: 0, float: 0, bool: False, datetime: "1970-01-01 00:00:00"}
 
 
 def _literal(value: str | float | bool) -> str:

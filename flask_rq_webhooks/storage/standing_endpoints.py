@@ -13,23 +13,23 @@ from hashlib import blake2b
 from typing import Any
 
 from sqlalchemy import ColumnElement, delete, func, insert, select, text, update
-from sqlalchemy.exc import IntegrityError
 
 from .crypto import Cipher
 from .database import Database
-from .endpoints import (
-    NewEndpoint,
-    _encrypted_headers,
-    _endpoint_values,
-    _events_json,
-    _secret_values,
-    endpoint_exists,
-    register,
-)
-from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, new_id
+from .endpoints import NewEndpoint, encrypted_headers, insertion, rows_of, secret_row
+from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, encoded, new_id
 
 #: Seconds that a replaced secret keeps signing beside its successor.
 ROTATION_GRACE_S = 86400.0
+
+
+#: First key of the advisory lock under which endpoints are made and a tenant's are counted; no other lock of
+#: ours has it.
+CREATE_LOCK_CLASS = 0x7271_7771
+
+
+class TooManyError(Exception):
+    """The tenant has as many standing endpoints as it may have."""
 
 
 class ExistsError(Exception):
@@ -51,72 +51,36 @@ def create_standing(
     namespace: str,
     idempotency_key: str | None = None,
     at_most: int = 0,
-    now: datetime | None = None,
 ) -> str:
     """Store a standing endpoint and return its id.
 
     :param at_most: standing endpoints that its tenant may have with this one; 0 for any number.
-    :param idempotency_key: the endpoint's id is made of it, so that the primary key lets only one be made,
-        however many requests with it come at once. Such ids do not sort by time.
+    :param idempotency_key: the endpoint's id is made of it, so that only one is made, however many requests
+        with it come at once. Such ids do not sort by time.
     :raises ExistsError: when there is one with this key.
     :raises TooManyError: when the tenant has *at_most* endpoints already.
     """
     if endpoint.kind != "standing":
         raise ValueError(f"expected kind 'standing', got {endpoint.kind!r}")
-    endpoint_id = None
+    endpoint_id = new_id("ep" + namespace)
     if idempotency_key is not None:
         # A key contains no NUL. Two tenants may use the same key.
         owner = "" if endpoint.tenant is None else f"{endpoint.tenant}\0"
         endpoint_id = _id_of_key(namespace, owner + idempotency_key)
-    if endpoint.tenant is not None and at_most:
-        return _create_counted(
-            database, cipher, endpoint, endpoint_id or new_id("ep" + namespace), at_most, now
-        )
-    try:
-        return register(
-            database,
-            cipher,
-            endpoint,
-            namespace=namespace,
-            reserved_job_id=None,
-            endpoint_id=endpoint_id,
-            now=now,
-        )
-    except IntegrityError:
-        if endpoint_id is None or not endpoint_exists(database, endpoint_id):
-            raise
-        raise ExistsError(endpoint_id) from None
-
-
-class TooManyError(Exception):
-    """The tenant has as many standing endpoints as it may have."""
-
-
-def _create_counted(
-    database: Database, cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, at_most: int,
-    now: datetime | None,
-) -> str:  # fmt: skip
-    """Store a tenant's endpoint unless it has too many; two at once wait for each other."""
-    now = now or datetime.now(UTC)
     with database.write() as connection:
-        if not database.is_sqlite:  # SQLite has one writer at a time
-            key = text("SELECT pg_advisory_xact_lock(:class, hashtext(:tenant))")
-            connection.execute(key, {"class": TENANT_LOCK_CLASS, "tenant": endpoint.tenant})
+        if not database.is_sqlite:  # which has one writer at a time
+            one_at_a_time = text("SELECT pg_advisory_xact_lock(:class, hashtext(:owner))")
+            connection.execute(one_at_a_time, {"class": CREATE_LOCK_CLASS, "owner": endpoint.tenant or ""})
         if connection.execute(select(Endpoint.id).where(Endpoint.id == endpoint_id)).first() is not None:
             raise ExistsError(endpoint_id)
         theirs = select(func.count()).where(Endpoint.tenant == endpoint.tenant, Endpoint.kind == "standing")
-        if connection.execute(theirs).scalar_one() >= at_most:
+        limited = endpoint.tenant is not None and at_most
+        if limited and connection.execute(theirs).scalar_one() >= at_most:
             raise TooManyError
-        connection.execute(insert(Endpoint).values(_endpoint_values(cipher, endpoint, endpoint_id, now)))
-        if endpoint.secret is not None:
-            connection.execute(
-                insert(Secret).values(_secret_values(cipher, endpoint.secret, endpoint_id, now))
-            )
+        rows = rows_of(cipher, endpoint, endpoint_id, datetime.now(UTC))
+        for statement, values in insertion(database, rows):
+            connection.execute(statement, values)
     return endpoint_id
-
-
-#: First key of the advisory lock under which a tenant's endpoints are counted; any number nobody else uses.
-TENANT_LOCK_CLASS = 0x7271_7771
 
 
 def _id_of_key(namespace: str, idempotency_key: str) -> str:
@@ -125,7 +89,13 @@ def _id_of_key(namespace: str, idempotency_key: str) -> str:
 
 
 #: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
-CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {"secret", "kind", "scope", "tenant"}
+CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {
+    "secret",
+    "kind",
+    "scope",
+    "tenant",
+    "trace",
+}
 
 
 def update_standing(
@@ -148,11 +118,9 @@ def update_standing(
         raise ValueError(f"cannot change {sorted(unknown)}")
     if ("url" in changes) != ("host" in changes):
         raise ValueError("url and host go together")
-    values = dict(changes)
+    values = encoded(changes)
     if "headers" in values:
-        values["headers"] = _encrypted_headers(cipher, values["headers"])
-    if "events" in values:
-        values["events"] = _events_json(values["events"])
+        values["headers"] = encrypted_headers(cipher, values["headers"])
     with database.write() as connection:
         changed = connection.execute(
             update(Endpoint)
@@ -180,13 +148,12 @@ def rotate_secret(
     *,
     grace_s: float = ROTATION_GRACE_S,
     tenant: str | None = None,
-    now: datetime | None = None,
 ) -> bool:
     """Give a standing endpoint a new secret; the old ones go on signing beside it for *grace_s* seconds.
 
     :returns: whether there is such an endpoint.
     """
-    now = now or datetime.now(UTC)
+    now = datetime.now(UTC)
     with database.write() as connection:
         # The update also makes two rotations at once wait for each other.
         found = connection.execute(
@@ -202,7 +169,7 @@ def rotate_secret(
             .where(Secret.endpoint_id == endpoint_id, Secret.expires_at.is_(None))
             .values(expires_at=database.clock(grace_s))
         )
-        connection.execute(insert(Secret).values(_secret_values(cipher, secret, endpoint_id, now)))
+        connection.execute(insert(Secret).values(secret_row(cipher, secret, endpoint_id, now)))
     return True
 
 

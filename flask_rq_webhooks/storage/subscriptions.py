@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, Text, and_, cast, func, select, text
 
 from ..protocol.events import (
     CLOCK_SKEW,
@@ -30,7 +30,7 @@ from ..protocol.payloads import JSON, Rendered, as_rendered
 from .attempts import PROGRESS_ATTEMPTS
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
-from .models import CANCELED, CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, new_id
+from .models import CANCELED, CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, decoded, new_id
 
 if TYPE_CHECKING:
     from .events import IngestItem, StoredEvent
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 NO_ENDPOINT_SUFFIX = "_all"
 #: As the partial indexes have it: a parameter would hide it from the planner.
 _IS_STANDING = text("kind = 'standing'")
+_TENANTS_STANDING = and_(_IS_STANDING, Endpoint.enabled, Endpoint.tenant.is_not(None))
 #: Locks an endpoint: pruning must not take it before its delivery is there.
 _SHARED: dict[str, Any] = {"read": True, "key_share": True}
 
@@ -58,9 +59,11 @@ class EndpointRow:
     reference: str | None
     runid: str | None
     max_attempts: int | None
+    retry_schedule: tuple[float, ...] | None
     created_at: datetime
     tenant: str | None = None
     only_tenant: str | None = None
+    trace: str | None = None
 
     def wants(self, event_type: str) -> bool:
         """Say whether the endpoint gets events of *event_type*."""
@@ -74,8 +77,7 @@ def is_endpoint(endpoint_id: str | None) -> bool:
 
 def endpoint_row(row: Any) -> EndpointRow:
     """Return what rendering may know, from a row of :data:`ENDPOINT_COLUMNS`."""
-    events = None if row.events is None else tuple(json.loads(row.events))
-    return EndpointRow(**{**row._mapping, "events": events})
+    return EndpointRow(**decoded(row._mapping))
 
 
 ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointRow))
@@ -160,25 +162,44 @@ def wanted_by_standing(
     return {tenant: frozenset(one for one in types if is_wanted(one, some)) for tenant, some in named.items()}
 
 
-def any_tenant_subscribes(database: Database) -> bool:
-    """Say whether any tenant has an enabled standing endpoint."""
-    query = select(Endpoint.id).where(_IS_STANDING, Endpoint.enabled, Endpoint.tenant.is_not(None)).limit(1)
-    with database.read() as connection:
-        return connection.execute(query).first() is not None
+def subscribing_tenants(database: Database, *, at_most: int) -> dict[str, frozenset[str]] | None:
+    """Return, by tenant, the event types of jobs that enabled standing endpoints of tenants want.
 
+    The database writes the tenants of each list of types into one text: twenty thousand rows would keep
+    the interpreter busy for longer than it takes to find them.
 
-def job_types_wanted(database: Database, tenant: str) -> tuple[str, ...] | None:
-    """Return the event types of jobs that the enabled standing endpoints of a tenant want.
-
-    :returns: ``None`` where they want none, or there are no such endpoints.
+    :param at_most: endpoints that are read.
+    :returns: only tenants that want any; ``None`` where there are more endpoints than *at_most*.
     """
-    query = select(Endpoint.events).where(_IS_STANDING, Endpoint.enabled, Endpoint.tenant == tenant)
-    types: set[str] = set()
+    theirs = select(Endpoint.tenant, Endpoint.events).where(_TENANTS_STANDING).limit(at_most + 1).subquery()
+    several = func.json_group_array if database.is_sqlite else func.json_agg
+    tenants = cast(several(theirs.c.tenant.distinct()), Text)
+    query = select(theirs.c.events, func.count(), tenants).group_by(theirs.c.events)
     with database.read() as connection:
-        for events in connection.execute(query.limit(_MAX_LOOK)).scalars():
-            named = None if events is None else json.loads(events)
-            types.update(one for one in JOB_TYPES if is_wanted(one, named))
-    return tuple(sorted(types)) or None
+        rows = connection.execute(query).all()
+    if sum(count for _, count, _ in rows) > at_most:
+        return None
+    found: dict[str, frozenset[str]] = {}
+    for events, _, names in rows:
+        types = _job_types(events)
+        if types:
+            named = dict.fromkeys(json.loads(names), types)
+            twice = {tenant: found[tenant] | types for tenant in named.keys() & found.keys()}
+            found |= named | twice
+    return found
+
+
+def job_types_wanted(database: Database, tenant: str) -> frozenset[str]:
+    """Return the event types of jobs that the enabled standing endpoints of a tenant want."""
+    query = select(Endpoint.events).where(_TENANTS_STANDING, Endpoint.tenant == tenant).limit(_MAX_LOOK)
+    with database.read() as connection:
+        lists = connection.execute(query).scalars().all()
+    return frozenset[str]().union(*map(_job_types, lists))
+
+
+def _job_types(events: str | None) -> frozenset[str]:
+    named = None if events is None else json.loads(events)
+    return frozenset(one for one in JOB_TYPES if is_wanted(one, named))
 
 
 #: Endpoints that are looked at for one tenant.
@@ -213,10 +234,21 @@ def requests_of(
 
 def owner_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | None:
     """Return the tenant whose *event* is: of the request its report names, else of the newest one."""
-    owned = [row for row in requests.values() if row.tenant is not None]
-    named = [row for row in owned if row.id in event.named]
-    newest = max(named or owned, key=lambda row: (row.created_at, row.id), default=None)
-    return None if newest is None else newest.tenant
+    return _of_request(event, requests, "tenant")
+
+
+def trace_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | None:
+    """Return the trace of the request that *event*'s report names, else of the newest one."""
+    return _of_request(event, requests, "trace")
+
+
+def _of_request(event: StoredEvent, requests: Mapping[str, EndpointRow], name: str) -> str | None:
+    """Return a field of the request that the report names, else of the newest one, as far as it is set."""
+    having = [row for row in requests.values() if getattr(row, name) is not None]
+    named = [row for row in having if row.id in event.named]
+    newest = max(named or having, key=lambda row: (row.created_at, row.id), default=None)
+    found: str | None = None if newest is None else getattr(newest, name)
+    return found
 
 
 def tenants_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> set[str]:
@@ -276,7 +308,8 @@ def delivery_values(
 ) -> dict[str, Any]:
     """Return the row of a new delivery, due at once."""
     body, content_type = as_rendered(made)
-    allowed = endpoint.max_attempts or max_attempts
+    own = None if endpoint.retry_schedule is None else len(endpoint.retry_schedule) + 1
+    allowed = endpoint.max_attempts or own or max_attempts
     return {
         "id": new_id("dlv"),
         "event_id": event_id,

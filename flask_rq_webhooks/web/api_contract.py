@@ -145,7 +145,7 @@ def _served(state: State, route: Route, view: Callable[..., Any]) -> Callable[..
     @functools.wraps(view)
     def served(**parts: Any) -> Response:
         tenant = None if route.asks_itself else _ask(state, route, parts)
-        if route.own:
+        if route.own and not route.asks_itself:
             parts["tenant"] = tenant
         if route.idempotent:
             parts["key"] = _idempotency_key()
@@ -240,16 +240,12 @@ class ApiError(RQWebhooksError):
     """A request to the API is refused.
 
     :param code: stable, for programs.
-    :param details: input field → reasons.
     """
 
-    def __init__(
-        self, status: int, code: str, message: str, details: Mapping[str, list[str]] | None = None
-    ) -> None:
+    def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
-        self.details = dict(details or {})
 
 
 def not_found(what: str) -> ApiError:
@@ -277,7 +273,7 @@ def _install(blueprint: Blueprint) -> None:
 
     @blueprint.errorhandler(ApiError)
     def refused(exc: ApiError) -> Response:
-        return _refusal(exc.status, exc.code, str(exc), exc.details)
+        return _refusal(exc.status, exc.code, str(exc))
 
     @blueprint.errorhandler(operations.InvalidInputError)
     def invalid(exc: operations.InvalidInputError) -> Response:
@@ -288,21 +284,14 @@ def _install(blueprint: Blueprint) -> None:
         # Without the id, and without saying of which kind an endpoint is.
         return refused(not_found(exc.what.rpartition(" ")[2]))
 
-    @blueprint.errorhandler(operations.ReusedKeyError)
-    def reused(exc: operations.ReusedKeyError) -> Response:
-        return _refusal(409, "idempotency_key", "This Idempotency-Key was used for another endpoint.")
-
-    @blueprint.errorhandler(operations.TenantLimitError)
-    def too_many(exc: operations.TenantLimitError) -> Response:
-        return _refusal(409, "too_many_endpoints", str(exc))
-
-    @blueprint.errorhandler(operations.BusyHostError)
-    def busy(exc: operations.BusyHostError) -> Response:
-        return _refusal(429, "too_many_waiting", str(exc))
-
-    @blueprint.errorhandler(ErasedError)
-    def erased(exc: ErasedError) -> Response:
-        return _refusal(409, "erased", str(exc))
+    for kind, status, code in (
+        (operations.ReusedKeyError, 409, "idempotency_key"),
+        (operations.TenantLimitError, 409, "too_many_endpoints"),
+        (operations.BusyHostError, 429, "too_many_waiting"),
+        (ErasedError, 409, "erased"),
+    ):
+        refuse = functools.partial(_refusal, status, code)
+        blueprint.register_error_handler(kind, lambda exc, refuse=refuse: refuse(str(exc)))
 
     @blueprint.errorhandler(CursorError)
     def bad_cursor(exc: CursorError) -> Response:
@@ -350,7 +339,8 @@ def openapi_document(state: State, routes: Iterable[Route], *, root: str) -> dic
         openapi_version="3.1.0",
         info={
             "description": "The state of webhooks, and what operators do about it. The app decides who may; "
-            "each operation names the permission it needs as x-permission."
+            "each operation names the permission it needs as x-permission, and says as x-own whether own is "
+            "enough for what belongs to the caller's tenant."
         },
         servers=[{"url": (root + state.settings.url_prefix).rstrip("/") or "/"}],
         plugins=[plugin],
@@ -405,8 +395,9 @@ def _add_endpoint_inputs(spec: APISpec, state: State) -> None:
 def _described(route: Route) -> dict[str, Any]:
     found: dict[str, Any] = {
         "summary": route.summary,
-        "description": f"Needs the permission {route.permission}." if route.permission else "Open.",
+        "description": _needs(route),
         "x-permission": route.permission,
+        "x-own": route.own,
         "parameters": list(_parameters(route)),
         "responses": {
             **{str(status): _response(*answer) for status, answer in route.answers.items()},
@@ -419,6 +410,13 @@ def _described(route: Route) -> dict[str, Any]:
             "content": {"application/json": {"schema": route.body}},
         }
     return found
+
+
+def _needs(route: Route) -> str:
+    if route.permission is None:
+        return "Open."
+    or_own = ", or own: then only what belongs to the caller's tenant exists" if route.own else ""
+    return f"Needs the permission {route.permission}{or_own}."
 
 
 def _parameters(route: Route) -> Iterable[dict[str, Any]]:

@@ -1,12 +1,13 @@
-"""The pages about endpoints: the list, one endpoint, its form, and what an operator does with it."""
+"""The pages about endpoints: the list, one endpoint, its form, and what is done with it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, abort, request
+from flask import abort, render_template, request
 from werkzeug.datastructures import MultiDict
 
+from ..accept.tenants import is_tenant
 from ..protocol.events import EVERY_TYPE, OPERATOR_TYPES, OPTIONAL_TYPES, TERMINAL_TYPES
 from ..state import State
 from ..storage import queries
@@ -16,128 +17,150 @@ from ..storage.standing_endpoints import ROTATION_GRACE_S
 from . import operations
 from .api_schemas import RotateInput
 from .forms import endpoint_values, read_filter
-from .page_frame import Pages, done, possible_id, render
+from .page_frame import Pages, done, environment, possible_id, render
 from .pages import PAGE_ITEMS, done_some, refresh_s
 
 #: Deliveries on the page of one endpoint.
 FEW_ITEMS = 20
 
 
-def add_pages(blueprint: Blueprint, state: State) -> None:
-    """Let *blueprint* serve these pages."""
-    pages = Pages(blueprint, state)
-    _add_lists(pages, state)
-    _add_forms(pages, state)
-    _add_actions(pages, state)
+def add_pages(pages: Pages) -> None:
+    """Serve these pages."""
+    _add_lists(pages, pages.state)
+    _add_forms(pages, pages.state)
+    _add_actions(pages, pages.state)
 
 
 def _add_lists(pages: Pages, state: State) -> None:
     @pages.get("/endpoints", "endpoints")
-    def endpoints() -> Any:
+    def endpoints(tenant: str | None) -> Any:
         kind = request.args.get("kind", "standing")
         if kind not in ("standing", "job"):
             abort(404)
-        listed: queries.Page[EndpointView] = queries.list_endpoints(
-            state.database, kind=kind, cursor=request.args.get("cursor") or None, limit=PAGE_ITEMS
-        )
-        return render(state, "endpoints.html", kind=kind, listed=listed, not_first="cursor" in request.args)
-
-    @pages.get("/endpoints/<endpoint_id>", "endpoint")
-    def endpoint(endpoint_id: str) -> Any:
-        found = queries.endpoint_detail(state.database, possible_id(endpoint_id))
-        if found is None:
+        chosen = operations.scoped(request.args, tenant) or None
+        if chosen is not None and not is_tenant(chosen):
             abort(404)
-        listed = queries.list_deliveries(
-            state.database, DeliveryFilter(endpoint_id=endpoint_id), limit=FEW_ITEMS
+        listed: queries.Page[EndpointView] = queries.list_endpoints(
+            state.database,
+            kind=kind,
+            tenant=chosen,
+            cursor=request.args.get("cursor") or None,
+            limit=PAGE_ITEMS,
         )
         return render(
             state,
+            "endpoints.html",
+            tenant=tenant,
+            kind=kind,
+            chosen={} if tenant is not None or chosen is None else {"tenant": chosen},
+            listed=listed,
+            not_first="cursor" in request.args,
+        )
+
+    @pages.get("/endpoints/<endpoint_id>", "endpoint")
+    def endpoint(endpoint_id: str, tenant: str | None) -> Any:
+        found = queries.endpoint_detail(state.database, possible_id(endpoint_id), tenant=tenant)
+        if found is None:
+            abort(404)
+        where = DeliveryFilter(endpoint_id=endpoint_id)
+        listed = operations.list_deliveries(state, where, tenant=tenant, limit=FEW_ITEMS)
+        signed = found.kind == "standing" and (found.secrets > 0 or found.sign_payload)
+        return render(
+            state,
             "endpoint.html",
+            tenant=tenant,
             endpoint=found,
             header_names=_header_names(state, found),
             listed=listed,
             grace_h=round(ROTATION_GRACE_S / 3600),
             every_type=EVERY_TYPE,
+            sent_headers=_sent_headers(state, found) if signed else {},
+            snippets=_snippets(state, found) if signed else {},
             refresh_s=refresh_s(listed.items),
         )
 
 
 def _add_forms(pages: Pages, state: State) -> None:
     @pages.get("/endpoints/new", "new_endpoint", "manage")
-    def new_endpoint() -> Any:
-        return _form(state, None, {})
+    def new_endpoint(tenant: str | None) -> Any:
+        return _form(state, None, {}, tenant)
 
     @pages.post("/endpoints/new", "create_endpoint")
-    def create_endpoint() -> Any:
+    def create_endpoint(tenant: str | None) -> Any:
         try:
-            created = operations.create(state, endpoint_values(state, request.form, creating=True))
+            values = endpoint_values(state, request.form, creating=True, tenant=tenant)
+            created = operations.create(state, values, tenant=tenant)
         except operations.InvalidInputError as exc:
-            return _form(state, None, exc.details), 400
+            return _form(state, None, exc.details, tenant), 400
+        except operations.TenantLimitError as exc:
+            return _form(state, None, {"url": [str(exc)]}, tenant), 409
         if not created.generated:
             return done("created", ".page_endpoint", endpoint_id=created.endpoint_id)
         # In the answer itself: the only way for a secret to be nowhere afterwards.
-        return _secret_page(state, created.endpoint_id, created.secret, created=True), 201
+        return _secret_page(state, created.endpoint_id, created.secret, tenant), 201
 
     @pages.get("/endpoints/<endpoint_id>/edit", "edit_endpoint", "manage")
-    def edit_endpoint(endpoint_id: str) -> Any:
-        return _form(state, operations.standing(state, possible_id(endpoint_id)), {})
+    def edit_endpoint(endpoint_id: str, tenant: str | None) -> Any:
+        return _form(state, operations.standing(state, possible_id(endpoint_id), tenant=tenant), {}, tenant)
 
     @pages.post("/endpoints/<endpoint_id>/edit", "change_endpoint")
-    def change_endpoint(endpoint_id: str) -> Any:
-        found = operations.standing(state, possible_id(endpoint_id))
+    def change_endpoint(endpoint_id: str, tenant: str | None) -> Any:
+        found = operations.standing(state, possible_id(endpoint_id), tenant=tenant)
         try:
-            operations.change(state, endpoint_id, endpoint_values(state, request.form, creating=False))
+            values = endpoint_values(state, request.form, creating=False, tenant=tenant)
+            operations.change(state, endpoint_id, values, tenant=tenant)
         except operations.InvalidInputError as exc:
-            return _form(state, found, exc.details), 400
+            return _form(state, found, exc.details, tenant), 400
         return done("changed", ".page_endpoint", endpoint_id=endpoint_id)
 
 
 def _add_actions(pages: Pages, state: State) -> None:
     @pages.post("/endpoints/<endpoint_id>/rotate", "rotate")
-    def rotate(endpoint_id: str) -> Any:
-        operations.standing(state, possible_id(endpoint_id))
+    def rotate(endpoint_id: str, tenant: str | None) -> Any:
+        operations.standing(state, possible_id(endpoint_id), tenant=tenant)
         grace_h = request.form.get("grace_h", float("nan"), type=float)
         values = operations.checked(RotateInput(), {"grace_s": grace_h * 3600})
-        secret = operations.rotate(state, endpoint_id, **values)
-        return _secret_page(state, endpoint_id, secret, created=False, grace_h=grace_h)
+        secret = operations.rotate(state, endpoint_id, **values, tenant=tenant)
+        return _secret_page(state, endpoint_id, secret, tenant, grace_h=grace_h)
 
     @pages.post("/endpoints/<endpoint_id>/test", "test")
-    def test(endpoint_id: str) -> Any:
-        event = operations.ping(state, possible_id(endpoint_id))
+    def test(endpoint_id: str, tenant: str | None) -> Any:
+        event = operations.ping(state, possible_id(endpoint_id), tenant=tenant)
         where = DeliveryFilter(event_id=event.event_id)
         (delivery,) = queries.list_deliveries(state.database, where, limit=1).items
         return done("pinged", ".page_delivery", delivery_id=delivery.id)
 
     @pages.post("/endpoints/<endpoint_id>/enable", "enable")
-    def enable(endpoint_id: str) -> Any:
-        before = operations.enable(state, possible_id(endpoint_id))
+    def enable(endpoint_id: str, tenant: str | None) -> Any:
+        before = operations.enable(state, possible_id(endpoint_id), tenant=tenant)
         if "recover" not in request.form:
             return done("enabled", ".page_endpoint", endpoint_id=endpoint_id)
         since = operations.missed_since(state, before)
         # In the form of the list's own field, which continues with what is left.
         text = since.replace(tzinfo=None).isoformat(timespec="milliseconds")
-        wanted = read_filter(MultiDict([("endpoint_id", endpoint_id), ("since", text)]))
+        wanted = read_filter(MultiDict([("endpoint_id", endpoint_id), ("since", text)]), tenant)
         did = operations.recover(state, wanted.where)
         if did.cursor is not None:
             return done_some("recovered", wanted, did)
         return done("enabled_recovered", ".page_endpoint", did.done, endpoint_id=endpoint_id)
 
     @pages.post("/endpoints/<endpoint_id>/disable", "disable")
-    def disable(endpoint_id: str) -> Any:
-        operations.disable(state, possible_id(endpoint_id))
+    def disable(endpoint_id: str, tenant: str | None) -> Any:
+        operations.disable(state, possible_id(endpoint_id), tenant=tenant)
         return done("disabled", ".page_endpoint", endpoint_id=endpoint_id)
 
     @pages.post("/endpoints/<endpoint_id>/delete", "delete")
-    def delete(endpoint_id: str) -> Any:
-        if operations.delete(state, possible_id(endpoint_id)):
+    def delete(endpoint_id: str, tenant: str | None) -> Any:
+        if operations.delete(state, possible_id(endpoint_id), tenant=tenant):
             return done("deleted", ".page_endpoints")
         return done("deleted_some", ".page_endpoint", endpoint_id=endpoint_id)
 
 
-def _form(state: State, endpoint: EndpointView | None, errors: Any) -> str:
+def _form(state: State, endpoint: EndpointView | None, errors: Any, tenant: str | None) -> str:
     return render(
         state,
         "endpoint_form.html",
+        tenant=tenant,
         endpoint=endpoint,
         errors=errors,
         sent=request.form if request.method == "POST" else None,
@@ -151,16 +174,57 @@ def _form(state: State, endpoint: EndpointView | None, errors: Any) -> str:
 
 
 def _secret_page(
-    state: State, endpoint_id: str, secret: str | None, *, created: bool, grace_h: float = 0
+    state: State, endpoint_id: str, secret: str | None, tenant: str | None, *, grace_h: float | None = None
 ) -> str:
+    """Return the page that shows a secret once.
+
+    :param grace_h: hours for which the old one still signs; ``None``: there is no old one.
+    """
     return render(
         state,
         "secret.html",
-        endpoint=operations.standing(state, endpoint_id),
+        tenant=tenant,
+        endpoint=operations.standing(state, endpoint_id, tenant=tenant),
         secret=secret,
-        created=created,
         grace_h=grace_h,
     )
+
+
+#: Language of a receiver → template of its code.
+_SNIPPETS = {"Python": "python", "Node.js": "node", "PHP": "php", "Go": "go"}
+
+#: Payload format → the field that holds the event type.
+_TYPE_FIELDS = {"job": "event", "task": "event_type", "standard": "type"}
+
+
+def _snippets(state: State, endpoint: EndpointView) -> dict[str, str]:
+    """Return code that verifies what this endpoint gets, by language."""
+    names = {
+        "rqw_event_header": f"{state.settings.header_prefix}-Event",
+        "rqw_type_field": _TYPE_FIELDS.get(endpoint.format),
+    }
+    find = environment(state).get_template
+    return {
+        language: render_template(find(f"rq_webhooks/verify_{name}.txt"), **names)
+        for language, name in _SNIPPETS.items()
+    }
+
+
+def _sent_headers(state: State, endpoint: EndpointView) -> dict[str, str]:
+    """Return the headers that come with each webhook to this endpoint, and what they hold."""
+    settings = state.settings
+    prefix = settings.header_prefix
+    time = "ISO 8601" if endpoint.format == "task" else "unix seconds"
+    return {
+        "webhook-id": "id of the event, the same in every attempt",
+        "webhook-timestamp": "unix seconds of the attempt",
+        "webhook-signature": "v1,<base64> for each secret that signs now; what the code above verifies",
+        f"{prefix}-Event": "event type",
+        f"{prefix}-Delivery": "id of the delivery",
+        f"{prefix}-Attempt": "number of the attempt, from 1",
+        settings.signature_header or f"{prefix}-Signature": "sha256=<hex> over the body alone, newest secret",
+        settings.timestamp_header or f"{prefix}-Timestamp": f"time of the attempt, {time}",
+    }
 
 
 def _header_names(state: State, endpoint: EndpointView) -> list[str] | None:

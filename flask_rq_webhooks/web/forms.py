@@ -24,7 +24,9 @@ TEXTS = ("event", "host", "job_id", "runid", "endpoint_id", "event_id", "tenant"
 TIMES = ("since", "until")
 
 #: Fields of the endpoint's form that hold one line of text.
-_ENDPOINT_TEXTS = ("url", "description", "reference", "timeout_s", "max_attempts")
+_ENDPOINT_TEXTS = (
+    "url", "description", "reference", "timeout_s", "max_attempts", "retry_schedule", "retry_statuses",
+)  # fmt: skip
 
 
 # -- the filter above the list of deliveries --------------------------------------------------------------
@@ -61,8 +63,12 @@ class FilterForm:
         ]
 
 
-def read_filter(sent: MultiDict[str, str]) -> FilterForm:
-    """Return the filter that a query string or a form describes; unknown fields are ignored."""
+def read_filter(sent: MultiDict[str, str], tenant: str | None) -> FilterForm:
+    """Return the filter that a query string or a form describes; unknown fields are ignored.
+
+    :param tenant: the one the caller is confined to; ``None``: to none.
+    :raises UnknownItemError: for another tenant than that.
+    """
     fields: dict[str, Any] = {}
     statuses = [status for status in dict.fromkeys(sent.getlist("status")) if status]
     if statuses:
@@ -73,17 +79,17 @@ def read_filter(sent: MultiDict[str, str]) -> FilterForm:
             fields[name] = text
     errors: dict[str, str] = {}
     try:
-        where = _where(fields)
+        where = _where(fields, tenant)
     except InvalidInputError as exc:
         errors = {name: " ".join(why) for name, why in exc.details.items()}
         fields = {name: value for name, value in fields.items() if name not in errors}
-        where = _where(fields)
+        where = _where(fields, tenant)
     return FilterForm(where, fields, errors)
 
 
-def _where(fields: Mapping[str, Any]) -> DeliveryFilter:
+def _where(fields: Mapping[str, Any], tenant: str | None) -> DeliveryFilter:
     raw = {name: _in_utc(value) if name in TIMES else value for name, value in fields.items()}
-    return delivery_filter(checked(FilterInput(), raw))
+    return delivery_filter(checked(FilterInput(), raw), tenant)
 
 
 def _in_utc(text: str) -> str:
@@ -98,14 +104,16 @@ def _in_utc(text: str) -> str:
 # -- the form of an endpoint ------------------------------------------------------------------------------
 
 
-def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) -> dict[str, Any]:
+def endpoint_values(
+    state: State, form: MultiDict[str, str], *, creating: bool, tenant: str | None
+) -> dict[str, Any]:
     """Return what a form says of an endpoint, checked.
 
     :param creating: a new endpoint; otherwise blank URL and headers mean that they stay as they are.
     :raises InvalidInputError: with every reason.
     """
     raw: dict[str, Any] = {}
-    for name in _ENDPOINT_TEXTS:
+    for name in _ENDPOINT_TEXTS if tenant is not None else (*_ENDPOINT_TEXTS, "only_tenant"):
         text = form.get(name, "").strip()
         if text:
             raw[name] = text
@@ -116,7 +124,8 @@ def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) 
     if form.get("format"):
         raw["format"] = form["format"]
     if creating:
-        raw["scope"] = form.get("scope") or "job"
+        if tenant is None:
+            raw["scope"] = form.get("scope") or "job"
         if "unsigned" in form:
             raw["secret"] = None
         elif form.get("secret"):
@@ -131,7 +140,7 @@ def endpoint_values(state: State, form: MultiDict[str, str], *, creating: bool) 
     elif "no_headers" in form:
         raw["headers"] = {}
     try:
-        values = checked(endpoint_schema(state), raw, partial=not creating)
+        values = checked(endpoint_schema(state, tenant), raw, partial=not creating)
     except InvalidInputError as exc:
         raise InvalidInputError({**exc.details, **errors}) from None
     if errors:

@@ -16,9 +16,11 @@ from typing import Any
 from marshmallow import Schema, ValidationError
 
 from ..accept.request_schema import flat_details
+from ..accept.tenants import look_again
 from ..errors import DecryptionError, RQWebhooksError
 from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
+from ..protocol.payloads import job_payload, occurrence_from_json
 from ..protocol.signatures import generate_secret
 from ..state import State
 from ..storage import deliveries, dispatchers, endpoints, queries, retention, standing_endpoints
@@ -26,7 +28,7 @@ from ..storage.attempts import coarse_code
 from ..storage.endpoints import NewEndpoint
 from ..storage.events import IngestedEvent, IngestItem
 from ..storage.filters import DeliveryFilter
-from ..storage.queries import DeliveryDetail, DeliveryView, EndpointView, Page
+from ..storage.queries import DeliveryDetail, DeliveryView, EndpointView, EventView, Page
 from ..storage.retention import Erasure
 from ..storage.standing_endpoints import ROTATION_GRACE_S
 from .api_schemas import endpoint_input
@@ -72,7 +74,7 @@ class BusyHostError(RQWebhooksError):
 
 
 class ReusedKeyError(RQWebhooksError):
-    """This Idempotency-Key was used for another endpoint; choose a new key."""
+    """This Idempotency-Key was used for another endpoint."""
 
 
 def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = None) -> dict[str, Any]:
@@ -131,15 +133,18 @@ def delivery(state: State, delivery_id: str, *, tenant: str | None = None) -> De
         raise UnknownItemError("delivery", delivery_id)
     if tenant is None:
         return found
-    event = found.event if found.event.tenant == tenant else replace(found.event, runid=None, payload=None)
+    # The receiver is the tenant's own, and public unless the settings open private networks: then an answer
+    # could be that of a neighbour which the tenant cannot reach by itself.
+    answers = found.delivery.endpoint_kind == "standing" and not state.settings.allow_networks
     return replace(
         found,
-        delivery=for_tenant(found.delivery, event.runid),
-        event=event,
+        delivery=_for_tenant(found.delivery),
+        event=found.event if found.event.tenant == tenant else replace(found.event, runid=None, payload=None),
         attempts=tuple(
             replace(
                 attempt, error_code=coarse_code(attempt.error_code), error_detail=None, request_headers={},
-                response_headers={}, response_body=b"", dispatcher_id=None,
+                response_headers={}, response_body=attempt.response_body if answers else b"",
+                dispatcher_id=None,
             )
             for attempt in found.attempts
         ),
@@ -161,12 +166,24 @@ def list_deliveries(
     if tenant is None:
         return queries.list_deliveries(state.database, where, cursor=cursor, limit=limit)
     page = queries.list_deliveries(state.database, replace(where, tenant=tenant), cursor=cursor, limit=limit)
-    return replace(page, items=tuple(for_tenant(one, one.runid) for one in page.items))
+    return replace(page, items=tuple(map(_for_tenant, page.items)))
 
 
-def for_tenant(delivery: DeliveryView, runid: str | None) -> DeliveryView:
-    """Return a delivery as its tenant may see it: why it failed only as the status route says it."""
+def _for_tenant(delivery: DeliveryView) -> DeliveryView:
+    """Return a delivery as its tenant may see it: why it failed only as the status route says it.
+
+    Requests of two tenants may have chosen the same job id; the run is that of the event's tenant.
+    """
+    runid = delivery.runid if delivery.event_tenant == delivery.tenant else None
     return replace(delivery, error_code=coarse_code(delivery.error_code), runid=runid)
+
+
+def event_payload(state: State, event: EventView) -> dict[str, Any] | None:
+    """Return an event's payload as the format ``job`` renders it; ``None`` where it is erased or not read."""
+    if event.erased_at is not None or event.payload is None:
+        return None
+    context = state.render_context(event.id, event.runid)
+    return job_payload(occurrence_from_json(event.payload), context)
 
 
 def resend(state: State, delivery_id: str, *, tenant: str | None = None) -> str:
@@ -301,11 +318,7 @@ class Created:
 
 
 def create(
-    state: State,
-    values: Mapping[str, Any],
-    *,
-    idempotency_key: str | None = None,
-    tenant: str | None = None,
+    state: State, values: Mapping[str, Any], *, idempotency_key: str | None = None, tenant: str | None = None
 ) -> Created:
     """Create a standing endpoint, of *tenant* or of operators.
 
@@ -333,6 +346,7 @@ def create(
         if found is None or found.url != endpoint.url:
             raise ReusedKeyError from None
         return Created(exc.endpoint_id, None, replayed=True)
+    look_again(state)
     return Created(endpoint_id, endpoint.secret, generated)
 
 
@@ -352,6 +366,7 @@ def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant:
         state.database, state.cipher, endpoint_id, stored, tenant=tenant
     ):
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
 
 
 def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,9 +374,7 @@ def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     if "url" in found:
         found["url"], found["host"] = found["url"].url, found["url"].host_key
-    if found.get("events") is not None:
-        found["events"] = tuple(found["events"])
-    return found
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def rotate(
@@ -412,6 +425,7 @@ def enable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Endp
     """
     before = standing(state, endpoint_id, tenant=tenant)
     standing_endpoints.enable_standing(state.database, endpoint_id, tenant=tenant)
+    look_again(state)
     return before
 
 
@@ -422,7 +436,8 @@ def missed_since(state: State, before: EndpointView) -> datetime:
     """
     if before.failing_since is not None:
         # The delivery that failed first is older than that: at most as old as the retry schedule is long.
-        return before.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
+        schedule = before.retry_schedule or state.settings.retry_schedule
+        return before.failing_since - timedelta(seconds=sum(schedule))
     return before.disabled_at or before.created_at
 
 
@@ -434,11 +449,14 @@ def disable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Non
     reason = "operator" if tenant is None else "customer"
     if not standing_endpoints.disable_standing(state.database, endpoint_id, reason=reason, tenant=tenant):
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
 
 
 def disable_tenant(state: State, tenant: str) -> int:
     """Disable all standing endpoints of a tenant; return how many were enabled."""
-    return standing_endpoints.disable_tenant(state.database, tenant)
+    disabled = standing_endpoints.disable_tenant(state.database, tenant)
+    look_again(state)
+    return disabled
 
 
 def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool:
@@ -453,6 +471,7 @@ def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool
         deleted = standing_endpoints.delete_standing_part(state.database, endpoint_id, tenant=tenant)
     if deleted is None:
         raise UnknownItemError("standing endpoint", endpoint_id)
+    look_again(state)
     return deleted
 
 

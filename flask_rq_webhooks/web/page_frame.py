@@ -1,8 +1,9 @@
 """What all pages have in common: permission, safe headers, the layout they appear in.
 
-A page appears inside the host's layout where ``BASE_TEMPLATE`` names one, and in our own layout where that
-one cannot be rendered. Every name that our templates add begins with ``rqw_``, so that none of the host's is
-hidden.
+The pages are there twice: for operators, and as the portal, where a customer finds its own rows and nothing
+else. A page appears inside the host's layout where ``BASE_TEMPLATE`` or ``PORTAL_BASE_TEMPLATE`` names one,
+and in our own layout where that one cannot be rendered. Every name that our templates add begins with
+``rqw_``, so that none of the host's is hidden.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flask import Blueprint, Response, abort, make_response, redirect, render_template, request, url_for
+from flask import Response, abort, make_response, redirect, render_template, request, url_for
 from jinja2 import BaseLoader, ChoiceLoader, Environment, FileSystemLoader
 
 from ..errors import ErasedError, StorageUnavailableError
@@ -23,9 +24,18 @@ from ..state import State
 from ..storage.queries import CursorError
 from ..storage.statistics import COUNT_CAP
 from . import formatting
-from .blueprint import FORM_FIELD, Permission, csrf_token, is_allowed, is_forgeable
+from .blueprint import (
+    FORM_FIELD,
+    Permission,
+    WebhookBlueprint,
+    csrf_token,
+    is_allowed,
+    is_forgeable,
+    own_tenant,
+    replace_csrf_protect,
+)
 from .monitoring import everywhere
-from .operations import InvalidInputError, UnknownItemError
+from .operations import BusyHostError, InvalidInputError, UnknownItemError
 
 logger = logging.getLogger(__name__)
 
@@ -54,74 +64,117 @@ _CACHE = "rq_webhooks_templates"
 class Pages:
     """Adds pages to a blueprint. Views run only for callers with the permission, and are served safely.
 
-    A change needs ``manage`` and a token of ours. Refusals are plain 403s, so that the host's own error
-    pages show them.
+    A view gets ``tenant``: the customer whose rows alone exist for it, or ``None``, which is an operator. A
+    change needs ``manage`` and a token of ours. Refusals are plain 403s, so that the host's own error pages
+    show them.
+
+    :param portal: whether these are the customers' pages, which need ``own``.
     """
 
-    def __init__(self, blueprint: Blueprint, state: State) -> None:
+    def __init__(self, blueprint: WebhookBlueprint, state: State, *, portal: bool = False) -> None:
         self._blueprint = blueprint
-        self._state = state
+        self.state = state
+        self._portal = portal
 
-    def get(self, rule: str, name: str, permission: Permission = "read") -> Callable[[View], View]:
-        """Serve a view under *rule*; its endpoint is *name* after ``page_``."""
-        return self._added("GET", rule, name, permission)
+    def get(
+        self, rule: str, name: str, permission: Permission = "read", *, own: bool = True
+    ) -> Callable[[View], View]:
+        """Serve a view under *rule*; its endpoint is *name* after ``page_``.
 
-    def post(self, rule: str, name: str) -> Callable[[View], View]:
+        :param own: whether customers have it, too.
+        """
+        return self._added("GET", rule, name, permission, own)
+
+    def post(self, rule: str, name: str, *, own: bool = True) -> Callable[[View], View]:
         """Serve the view of a form, which changes something."""
-        return self._added("POST", rule, name, "manage")
+        return self._added("POST", rule, name, "manage", own)
 
-    def _added(self, method: str, rule: str, name: str, permission: Permission) -> Callable[[View], View]:
+    def _added(
+        self, method: str, rule: str, name: str, permission: Permission, own: bool
+    ) -> Callable[[View], View]:
         def decorate(view: View) -> View:
             @functools.wraps(view)
             def served(**parts: Any) -> Response:
-                if not is_allowed(self._state, permission):
-                    abort(403, f"This needs the permission {permission!r}.")
+                tenant = self._ask(permission)
                 if method == "POST" and is_forgeable():
                     abort(403, "This form has expired. Go back, load the page again and repeat.")
-                return _safe(self._state, _answered(self._state, view, parts))
+                return _safe(self.state, tenant, _answered(self.state, view, {**parts, "tenant": tenant}))
 
-            self._blueprint.add_url_rule(rule, f"page_{name}", served, methods=[method])
+            if own or not self._portal:
+                self._blueprint.add_url_rule(rule, f"page_{name}", served, methods=[method])
             return view
 
         return decorate
 
+    def _ask(self, permission: Permission) -> str | None:
+        """Check the permission; return the tenant the caller is confined to, ``None`` for an operator."""
+        tenant = own_tenant(self.state) if self._portal else None
+        if tenant is None and (self._portal or not is_allowed(self.state, permission)):
+            abort(403, f"This needs the permission {'own' if self._portal else permission!r}.")
+        return tenant
 
-def _answered(state: State, view: Callable[..., Any], parts: Mapping[str, str]) -> Response:
+
+def dashboard_and_portal(blueprint: WebhookBlueprint, state: State) -> tuple[Pages, Pages]:
+    """Return what adds pages to *blueprint*, and what adds the same below ``/portal``.
+
+    The portal is a blueprint inside the other, with the same view names, so that relative links stay within.
+    """
+    blueprint.static_folder = "static"
+    # Not /static: with the prefix "/" that is the host's.
+    blueprint.static_url_path = "/assets"
+    portal = WebhookBlueprint("portal", __name__, url_prefix="/portal")
+    replace_csrf_protect(portal)
+    blueprint.register_blueprint(portal)
+    return Pages(blueprint, state), Pages(portal, state, portal=True)
+
+
+def _answered(state: State, view: Callable[..., Any], parts: Mapping[str, str | None]) -> Response:
+    tenant = parts["tenant"]
     try:
         return make_response(view(**parts))
     except UnknownItemError:
         abort(404)
     except InvalidInputError as exc:
         abort(400, str(exc))
+    except BusyHostError as exc:
+        abort(429, str(exc))
     except ErasedError as exc:
-        return make_response(render(state, "erased.html", reason=str(exc)), 409)
+        return make_response(render(state, "erased.html", tenant=tenant, reason=str(exc)), 409)
     except CursorError:
         abort(400 if request.method == "POST" else 404)
     except StorageUnavailableError as exc:
         logger.error("%s %r failed: %s", request.method, request.path, exc)
-        response = make_response(render(state, "unavailable.html"), 503)
+        response = make_response(render(state, "unavailable.html", tenant=tenant), 503)
         response.headers["Retry-After"] = "5"
         return response
 
 
-def _safe(state: State, response: Response) -> Response:
-    own = state.settings.base_template is None
-    response.headers["Content-Security-Policy"] = POLICY if own else POLICY_IN_HOST
+def _safe(state: State, tenant: str | None, response: Response) -> Response:
+    _setting, base = layout_setting(state, portal=tenant is not None)
+    response.headers["Content-Security-Policy"] = POLICY if base is None else POLICY_IN_HOST
     response.headers["Referrer-Policy"] = "same-origin"
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
 
 
-def render(state: State, template: str, *, strict: bool = False, **values: Any) -> str:
+def layout_setting(state: State, *, portal: bool) -> tuple[str, str | None]:
+    """Return name and value of the setting that says in which layout pages appear."""
+    if portal:
+        return "RQ_WEBHOOKS_PORTAL_BASE_TEMPLATE", state.settings.portal_base_template
+    return "RQ_WEBHOOKS_BASE_TEMPLATE", state.settings.base_template
+
+
+def render(state: State, template: str, *, tenant: str | None, strict: bool = False, **values: Any) -> str:
     """Return a page of ours, in the host's layout where that is possible.
 
+    :param tenant: the customer that sees it, without what concerns operators only; ``None`` for an operator.
     :param strict: raise what the host's layout raises, instead of using ours.
     :param values: what the template shows; it finds them under their names with ``rqw_`` before them.
     """
     values.setdefault("now", datetime.now(UTC))
-    if template == "unavailable.html":
-        values["alarms"] = []
+    if tenant is not None or template == "unavailable.html":
+        values.setdefault("alarms", [])
     elif "alarms" not in values:
         values["alarms"] = everywhere(state)
     values |= {
@@ -130,13 +183,15 @@ def render(state: State, template: str, *, strict: bool = False, **values: Any) 
         "cap": COUNT_CAP,
         "csrf_field": FORM_FIELD,
         "csrf_token": csrf_token,
-        "may_manage": is_allowed(state, "manage"),
+        "tenant": tenant,
+        "has_tenants": tenant is None and state.hooks.tenant_function is not None,
+        "may_manage": tenant is not None or is_allowed(state, "manage"),
         "done": request.args.get("done", ""),
         "done_count": request.args.get("n", 0, type=int),
     }
     context = {f"rqw_{name}": value for name, value in values.items()}
     found = environment(state).get_template(f"rq_webhooks/{template}")
-    base = state.settings.base_template
+    setting, base = layout_setting(state, portal=tenant is not None)
     if base is not None:
         try:
             return _with_assets(state, render_template(found, rqw_base=base, **context))
@@ -145,8 +200,8 @@ def render(state: State, template: str, *, strict: bool = False, **values: Any) 
             if strict:
                 raise
             logger.error(
-                "The pages cannot be shown in RQ_WEBHOOKS_BASE_TEMPLATE %r (%s: %s), so our own layout is "
-                "used; `flask rq-webhooks doctor` says what to do.", base, type(exc).__name__, exc,
+                "The pages cannot be shown in %s %r (%s: %s), so our own layout is used; "
+                "`flask rq-webhooks doctor` says what to do.", setting, base, type(exc).__name__, exc,
             )  # fmt: skip
     return render_template(found, rqw_base=OWN_BASE, **context)
 

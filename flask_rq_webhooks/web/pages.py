@@ -1,4 +1,4 @@
-"""The pages about deliveries: the overview, the list, one delivery, one event.
+"""The pages about deliveries: the overview, tenants, the list, one delivery, one event.
 
 They need no JavaScript; ours refreshes what is in flight. What is changed is in :mod:`.operations`, what all
 pages have in common in :mod:`.page_frame`, the pages about endpoints in :mod:`.endpoint_pages`.
@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from flask import Blueprint, Response, abort, make_response, redirect, request, url_for
+from flask import Response, abort, make_response, redirect, request, url_for
 from redis.exceptions import RedisError
 from werkzeug.datastructures import MultiDict
 
@@ -25,9 +25,9 @@ from ..storage import queries
 from ..storage.filters import DeliveryFilter
 from ..storage.models import PENDING, SENDING
 from ..storage.queries import DeliveryView
-from ..storage.statistics import FINISHED_WINDOW, statistics
+from ..storage.statistics import FINISHED_WINDOW, statistics, tenant_numbers
 from . import formatting, operations
-from .api_schemas import STATUSES, ManyInput
+from .api_schemas import STATUSES, ManyInput, TenantInput
 from .formatting import OUTCOMES, RANGES, endings
 from .forms import FilterForm, read_filter
 from .monitoring import everywhere, of_numbers
@@ -43,14 +43,11 @@ PAGE_ITEMS = 50
 REFRESH_S, REFRESH_ALARM_S, REFRESH_IDLE_S = 2, 5, 15
 
 
-def add_pages(blueprint: Blueprint, state: State) -> None:
-    """Let *blueprint* serve these pages and their static files."""
-    blueprint.static_folder = "static"
-    # Not /static: with the prefix "/" that is the host's.
-    blueprint.static_url_path = "/assets"
-    pages = Pages(blueprint, state)
-    _add_overview(pages, state)
-    _add_deliveries(pages, state)
+def add_pages(pages: Pages) -> None:
+    """Serve these pages."""
+    _add_overview(pages, pages.state)
+    _add_tenants(pages, pages.state)
+    _add_deliveries(pages, pages.state)
 
 
 # -- overview -----------------------------------------------------------------------------------------------
@@ -58,18 +55,19 @@ def add_pages(blueprint: Blueprint, state: State) -> None:
 
 def _add_overview(pages: Pages, state: State) -> None:
     @pages.get("/", "overview")
-    def overview() -> Any:
+    def overview(tenant: str | None) -> Any:
         back = request.args.get("hours", 24, type=int)
         if back not in RANGES:
             abort(404)
         now = datetime.now(UTC)
-        numbers = statistics(state.database, hours=back)
-        alarms = [*everywhere(state), *of_numbers(numbers, now)]
+        numbers = statistics(state.database, hours=back, tenant=tenant)
+        alarms = [*(everywhere(state) if tenant is None else ()), *of_numbers(numbers, now)]
         idle_s = REFRESH_ALARM_S if any(alarm.severe for alarm in alarms) else REFRESH_IDLE_S
         moving = numbers.counts[SENDING] or numbers.oldest_due_s is not None
         return render(
             state,
             "overview.html",
+            tenant=tenant,
             now=now,
             numbers=numbers,
             chart=endings(numbers.hours, now=now, back=back),
@@ -81,15 +79,30 @@ def _add_overview(pages: Pages, state: State) -> None:
             refresh_s=REFRESH_S if moving else idle_s,
         )
 
-    @pages.post("/pause", "pause")
-    def pause_all() -> Any:
+    @pages.post("/pause", "pause", own=False)
+    def pause_all(tenant: None) -> Any:
         operations.pause(state)
         return done("paused", ".page_overview")
 
-    @pages.post("/resume", "resume")
-    def resume_all() -> Any:
+    @pages.post("/resume", "resume", own=False)
+    def resume_all(tenant: None) -> Any:
         operations.resume(state)
         return done("resumed", ".page_overview")
+
+
+# -- tenants ------------------------------------------------------------------------------------------------
+
+
+def _add_tenants(pages: Pages, state: State) -> None:
+    @pages.get("/tenants", "tenants", own=False)
+    def tenants(tenant: None) -> Any:
+        return render(state, "tenants.html", tenant=None, listed=tenant_numbers(state.database)[:PAGE_ITEMS])
+
+    @pages.post("/tenants/disable", "disable_tenant", own=False)
+    def disable_tenant(tenant: None) -> Any:
+        values = operations.checked(TenantInput(), {"tenant": request.form.get("tenant", "")})
+        count = operations.disable_tenant(state, **values)
+        return done("tenant_disabled", ".page_endpoints", count, **values)
 
 
 # -- deliveries and events ----------------------------------------------------------------------------------
@@ -97,19 +110,24 @@ def _add_overview(pages: Pages, state: State) -> None:
 
 def _add_deliveries(pages: Pages, state: State) -> None:
     @pages.get("/deliveries", "deliveries")
-    def deliveries() -> Any:
-        wanted = read_filter(request.args)
+    def deliveries(tenant: str | None) -> Any:
+        wanted = read_filter(request.args, tenant)
         text = request.args.get("q", "").strip()
         if text and "\0" not in text and len(text) <= 2048:
-            found = _search(state, text)
+            found = _search(state, text, tenant)
             if found is not None:
                 return found
-        listed = queries.list_deliveries(
-            state.database, wanted.where, cursor=request.args.get("cursor") or None, limit=PAGE_ITEMS
+        listed = operations.list_deliveries(
+            state,
+            wanted.where,
+            tenant=tenant,
+            cursor=request.args.get("cursor") or None,
+            limit=PAGE_ITEMS,
         )
         return render(
             state,
             "deliveries.html",
+            tenant=tenant,
             filter=wanted,
             listed=listed,
             page_items=PAGE_ITEMS,
@@ -124,27 +142,26 @@ def _add_deliveries(pages: Pages, state: State) -> None:
         )
 
     @pages.post("/deliveries/recover", "recover")
-    def recover_many() -> Any:
-        wanted, cursor = _many()
+    def recover_many(tenant: str | None) -> Any:
+        wanted, cursor = _many(tenant)
         return done_some("recovered", wanted, operations.recover(state, wanted.where, cursor))
 
-    @pages.post("/deliveries/cancel", "cancel")
-    def cancel_many() -> Any:
-        wanted, cursor = _many()
+    @pages.post("/deliveries/cancel", "cancel", own=False)
+    def cancel_many(tenant: None) -> Any:
+        wanted, cursor = _many(None)
         return done_some("canceled", wanted, operations.cancel(state, wanted.where, cursor))
 
     @pages.get("/deliveries/<delivery_id>", "delivery")
-    def delivery(delivery_id: str) -> Any:
-        found = queries.delivery_detail(state.database, possible_id(delivery_id))
-        if found is None:
-            abort(404)
+    def delivery(delivery_id: str, tenant: str | None) -> Any:
+        found = operations.delivery(state, possible_id(delivery_id), tenant=tenant)
         last = found.attempts[-1] if found.attempts else None
         return render(
             state,
             "delivery.html",
+            tenant=tenant,
             found=found,
             delivery=found.delivery,
-            job_status=_job_status(state, found.delivery.job_id),
+            job_status=_job_status(state, found.delivery.job_id) if tenant is None else None,
             curl=formatting.as_curl(
                 redact_url(found.delivery.url),
                 last.request_headers if last else {"Content-Type": "application/json"},
@@ -155,23 +172,26 @@ def _add_deliveries(pages: Pages, state: State) -> None:
         )
 
     @pages.post("/deliveries/<delivery_id>/resend", "resend")
-    def resend_one(delivery_id: str) -> Any:
-        status = operations.resend(state, possible_id(delivery_id))
+    def resend_one(delivery_id: str, tenant: str | None) -> Any:
+        status = operations.resend(state, possible_id(delivery_id), tenant=tenant)
         return done("resent" if status == PENDING else "in_flight", ".page_delivery", delivery_id=delivery_id)
 
     @pages.get("/events/<event_id>", "event")
-    def event(event_id: str) -> Any:
-        found = queries.event_detail(state.database, possible_id(event_id))
+    def event(event_id: str, tenant: str | None) -> Any:
+        found = queries.event_detail(state.database, possible_id(event_id), tenant=tenant)
         if found is None:
             abort(404)
-        listed = queries.list_deliveries(state.database, DeliveryFilter(event_id=event_id), limit=PAGE_ITEMS)
+        where = DeliveryFilter(event_id=event_id)
+        listed = operations.list_deliveries(state, where, tenant=tenant, limit=PAGE_ITEMS)
+        stored = None if found.payload is None else json.loads(found.payload)
         return render(
             state,
             "event.html",
+            tenant=tenant,
             event=found,
             listed=listed,
-            payload=_indented(found.payload),
-            job_status=_job_status(state, found.job_id),
+            payload=_indented(stored if tenant is None else operations.event_payload(state, found)),
+            job_status=_job_status(state, found.job_id) if tenant is None else None,
             refresh_s=refresh_s(listed.items),
         )
 
@@ -202,9 +222,9 @@ def done_some(what: str, wanted: FilterForm, did: operations.Progress) -> Respon
     return done(what, ".page_deliveries", count, next=did.cursor, **rest, **wanted.fields)
 
 
-def _many() -> tuple[FilterForm, str | None]:
+def _many(tenant: str | None) -> tuple[FilterForm, str | None]:
     """Return the filter of a form that changes many deliveries, and where it continues."""
-    wanted = read_filter(request.form)
+    wanted = read_filter(request.form, tenant)
     if wanted.errors:
         raise operations.InvalidInputError({name: [why] for name, why in wanted.errors.items()})
     all_meant = {"all": True} if request.form.get("all") == "yes" else {}
@@ -213,17 +233,18 @@ def _many() -> tuple[FilterForm, str | None]:
     return wanted, request.form.get("cursor") or None
 
 
-def _search(state: State, text: str) -> Response | None:
+def _search(state: State, text: str, tenant: str | None) -> Response | None:
     """Return a redirect to what *text* names: an id, a job, a run, a host or a URL; ``None`` if nothing."""
     views = {"dlv_": "delivery", "evt_": "event", "ep": "endpoint"}
     if text.isascii() and text.isprintable() and len(text) <= 40:
         for prefix, name in views.items():
-            if text.startswith(prefix) and getattr(queries, f"{name}_detail")(state.database, text):
+            find = getattr(queries, f"{name}_detail")
+            if text.startswith(prefix) and find(state.database, text, tenant=tenant):
                 values: dict[str, Any] = {f"{name}_id": text}
                 return make_response(redirect(url_for(f".page_{name}", **values)))
     fields = {"job_id": text, "runid": text, "host": _host(text), "event": text}
     for name, value in fields.items():
-        wanted = read_filter(MultiDict([(name, value)]))
+        wanted = read_filter(MultiDict([(name, value)]), tenant)
         if wanted.is_empty:
             continue
         if queries.list_deliveries(state.database, wanted.where, limit=1).items:
@@ -257,7 +278,5 @@ def _target(url: str) -> str:
     return path or "/"
 
 
-def _indented(payload: str | None) -> str:
-    if payload is None:
-        return ""
-    return json.dumps(json.loads(payload), indent=2, ensure_ascii=False)
+def _indented(payload: object) -> str:
+    return "" if payload is None else json.dumps(payload, indent=2, ensure_ascii=False)

@@ -183,34 +183,43 @@ class Field:
     ) -> Answer:
         """Ask for jobs as a client does, and keep the answer.
 
-        :param kind: what the audit calls it; one that begins with ``tree`` is asked for as a tree.
+        :param kind: what the audit calls it; one that begins with ``tree`` is asked for as a tree, one that
+            begins with ``subscribed`` by a customer who has an endpoint and sends no URL.
         :param order: what the host app takes; ``function`` defaults to *kind*.
         """
         answer = Answer(number, kind, time.time(), f"the secret of client {number}", result=result or {})
-        body = {
-            "number": number,
-            "function": kind,
-            **order,
-            "webhook_url": self.receiver.url,
-            "webhook_secret": answer.secret,
-            "webhook_reference": str(number),
-        }
+        body = {"number": number, "function": kind.removeprefix("subscribed, "), **order}
         self.answers.append(answer)
+        headers = {}
+        if kind.startswith("subscribed"):
+            headers = {"X-Tenant": f"client {number}"}
+            own = {"url": self.receiver.url, "secret": answer.secret, "reference": str(number)}
+            if self._post("/webhooks/api/endpoints", own, headers)[0] != 201:
+                return answer
+        else:
+            body |= {"webhook_url": self.receiver.url, "webhook_secret": answer.secret,
+                     "webhook_reference": str(number)}  # fmt: skip
         path = "/trees" if kind.startswith("tree") else "/jobs"
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        try:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            content = response.read()
-        except (OSError, http.client.HTTPException):
-            return answer
-        finally:
-            connection.close()
-        answer.status = response.status
-        answer.registered = response.headers["Webhook-Registered"]
-        if response.status == 200:
+        answer.status, answer.registered, content = self._post(path, body, headers)
+        if answer.status == 200:
             answer.jobs = json.loads(content)["jobs"]
         return answer
+
+    def _post(
+        self, path: str, body: dict[str, Any], headers: dict[str, str]
+    ) -> tuple[int | None, str | None, bytes]:
+        """Return status, ``Webhook-Registered`` and body of the answer; nothing where there was none."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(
+                "POST", path, json.dumps(body), {"Content-Type": "application/json", **headers}
+            )
+            response = connection.getresponse()
+            return response.status, response.headers["Webhook-Registered"], response.read()
+        except (OSError, http.client.HTTPException):
+            return None, None, b""
+        finally:
+            connection.close()
 
     # -- the end --------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """The host app of storms and kills: enqueues what it is asked for; dies at a named step where it is told to.
 
+Who calls is the tenant that the header ``X-Tenant`` names.
+
 ``TEST_DIE_AT`` names the step and ``TEST_DIE_ONCE`` a file that is made just before, so that the process
 started again afterwards lives.
 """
@@ -30,6 +32,8 @@ def _die_once(step: str) -> None:
 
 def create_app() -> Flask:
     app = host_app.create_app()
+    webhooks.tenant(lambda: request.headers.get("X-Tenant"))
+    webhooks.authorize(lambda permission, **what: permission == "own" or "X-Tenant" not in request.headers)
     connection = redis.Redis.from_url(app.config["RQ_WEBHOOKS_REDIS_URL"], socket_timeout=5)
 
     def submit() -> Any:

@@ -31,7 +31,9 @@ from tests.servers import Received, wait_until
 
 #: Kind → how many of a hundred, what the host app is asked for, what an operator does afterwards.
 KINDS: dict[str, tuple[int, dict[str, Any], str]] = {
-    "success": (14, {"function": "succeed"}, ""),
+    "success": (10, {"function": "succeed"}, ""),
+    "subscribed, success": (3, {"function": "succeed"}, ""),
+    "subscribed, killed": (1, {"function": "be_killed"}, ""),
     "success, two jobs": (3, {"function": "succeed", "times": 2}, ""),
     "success, SimpleWorker": (6, {"function": "succeed", "queue": "simple"}, ""),
     "odd result": (8, {"function": "odd"}, ""),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +130,71 @@ def test_a_caller_without_an_endpoint_finds_the_view_undecorated(host: Host) -> 
     assert host.rows("watch") == []
 
 
+def test_an_endpoint_made_in_this_process_counts_at_once_and_stops_at_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenants, "LOOK_EVERY_S", 3600.0)
+
+    def registered() -> bool:
+        return "Webhook-Registered" in run_job(host, "ada").headers
+
+    assert not registered()
+    first = create(host, "ada")["id"]
+    assert registered()
+    for method, path, then in (
+        ("POST", f"endpoints/{first}/disable", False),
+        ("POST", f"endpoints/{first}/enable", True),
+        ("PATCH", f"endpoints/{first}", False),
+        ("DELETE", f"endpoints/{first}", False),
+    ):
+        values = {"events": ["model.published"]} if method == "PATCH" else {}
+        assert call(host, "ada", method, path, json=values).status_code < 300
+        assert registered() is then
+    create(host, "ada")
+    assert registered()
+    assert call(host, "boss", "POST", "tenants/disable", json={"tenant": "ada"}).status_code == 200
+    assert not registered()
+
+
+def test_only_a_request_after_a_rest_waits_for_the_look(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    create(host, "ada")
+    monkeypatch.setattr(tenants, "LOOK_EVERY_S", 5.0)
+    now = 1000.0
+    monkeypatch.setattr(tenants, "time", SimpleNamespace(monotonic=lambda: now))
+    looked: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        if "endpoint.tenant IS NOT NULL" in statement:
+            looked.append(threading.current_thread().name.partition("-")[0])
+
+    sa.event.listen(host.state.database.engine, "before_cursor_execute", note)
+    for now, by in ((1000.0, "MainThread"), (1002.4, None), (1002.6, "rq"), (1004.9, None), (1005.2, "rq"),
+                    (1010.3, "MainThread"), (1011.0, None)):  # fmt: skip
+        looked.clear()
+        assert run_job(host, "ada").headers["Webhook-Registered"] == "true"
+        assert "Webhook-Registered" not in run_job(host, "bob").headers
+        for thread in threading.enumerate():
+            if thread.name == "rq-webhooks-subscribers":
+                thread.join()
+        assert looked == ([] if by is None else [by]), now
+
+
+def test_more_endpoints_than_one_look_reads_are_looked_at_tenant_by_tenant(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenants, "MAX_REMEMBERED", 1)
+    for events in (["job.failure"], ["job.success"]):
+        create(host, "ada", events=events)
+    create(host, "dan", events=["model.published"])
+    monkeypatch.setattr(tenants, "LOOK_EVERY_S", 3600.0)
+
+    for _ in range(2):
+        assert [("Webhook-Registered" in run_job(host, who).headers) for who in ("ada", "bob", "dan")] == [
+            True, False, False,
+        ]  # fmt: skip
+    assert json.loads(host.rows("endpoint")[-1]["events"]) == ["job.failure", "job.success"]
+
+
 @pytest.mark.parametrize("value", ["", "x" * 129, "a\nb", 7, "a\x00b"])
 def test_a_bad_tenant_is_logged_and_means_none(
     host: Host, value: Any, caplog: pytest.LogCaptureFixture
@@ -241,6 +308,92 @@ def test_an_idempotency_key_is_the_tenants_own(host: Host) -> None:
 
     assert [answer.status_code for answer in answers] == [201, 201, 201, 200]
     assert len({answer.get_json()["id"] for answer in answers}) == 3
+
+
+def test_trouble_with_an_own_endpoint_is_an_event_for_its_tenant_and_for_operators_only(host: Host) -> None:
+    types = ["webhook.delivery_exhausted", "webhook.endpoint_disabled"]
+    for who in ("ada", "bob", "boss"):
+        create(host, who, url=f"https://{who}-watch.example.com/in", events=types)
+    broken = create(host, "ada", url="https://broken.example.com/in?token=private")
+    run_job(host, "ada")
+    rq.SimpleWorker([host.queue], connection=host.redis).work(burst=True)
+    receiver = InMemoryReceiver(lambda webhook: 410 if "broken" in webhook.url else 204)
+
+    for _ in range(3):
+        deliver_all(host.app, receiver)
+
+    found = [(one.url.split("/")[2].split(".")[0], one.json["event"]) for one in receiver.received
+             if "broken" not in one.url]  # fmt: skip
+    assert sorted(found) == sorted((who, kind) for who in ("ada-watch", "boss-watch") for kind in types)
+    for one in receiver.received:
+        if "watch" in one.url:
+            assert one.json["data"]["endpoint_id"] == broken["id"]
+            assert b"private" not in one.body
+    mine = call(host, "ada", "GET", "events").get_json()["items"]
+    assert {one["type"] for one in mine} == {"job.success", *types}
+    assert call(host, "bob", "GET", "events").get_json()["items"] == []
+    assert not call(host, "ada", "GET", f"endpoints/{broken['id']}").get_json()["enabled"]
+
+
+def test_a_ping_of_a_tenant_keeps_the_limit_of_its_host_and_one_of_an_operator_does_not(
+    database_url: str, redis_url: str
+) -> None:
+    made = Host(database_url, redis_url, RQ_WEBHOOKS_MAX_WAITING_PER_HOST=2)
+    made.webhooks.tenant(lambda: request.headers.get("X-Who"))
+    made.webhooks.authorize(lambda permission, **what: what.get("tenant") == "ada" or who_is_boss())
+    ping = f"endpoints/{create(made, 'ada')['id']}/test"
+    try:
+        answers = [call(made, "ada", "POST", ping, json={}) for _ in range(3)]
+        by_operator = call(made, "boss", "POST", ping, json={})
+        before = len(made.rows("delivery"))
+        deliver_all(made.app)
+        again = call(made, "ada", "POST", ping, json={})
+    finally:
+        made.close()
+
+    assert [answer.status_code for answer in answers] == [202, 202, 429]
+    assert answers[-1].get_json()["error"]["code"] == "too_many_waiting"
+    assert (by_operator.status_code, before, again.status_code) == (202, 3, 202)
+
+
+def who_is_boss() -> bool:
+    return request.headers.get("X-Who") == "boss"
+
+
+def test_secrets_of_tenants_survive_a_change_of_keys_and_are_never_stored_or_shown_as_they_are(
+    database_url: str, redis_url: str
+) -> None:
+    def opened(*keys: str) -> Host:
+        made = Host(database_url, redis_url, RQ_WEBHOOKS_ENCRYPTION_KEYS=list(keys))
+        made.webhooks.tenant(lambda: request.headers.get("X-Who"))
+        made.webhooks.authorize(lambda permission, **what: permission == "own")
+        made.route(job_view(made), "/job")
+        return made
+
+    old = opened("old")
+    generated = create(old, "ada", headers={"X-Own": "hidden value"})
+    chosen = create(old, "bob", secret="chosen by the customer", url="https://bob.example.com/in")
+    assert len(generated["secret"]) > 40
+    assert generated["secret"] != create(old, "ada")["secret"]
+    for endpoint_id, who in ((generated["id"], "ada"), (chosen["id"], "bob")):
+        shown = call(old, who, "GET", f"endpoints/{endpoint_id}").text
+        assert not any(text in shown for text in (generated["secret"], "chosen by", "hidden value"))
+    stored = json.dumps([old.rows("secret"), old.rows("endpoint")], default=str)
+    assert not any(text in stored for text in (generated["secret"], "chosen by", "hidden value"))
+    old.close()
+    both = opened("new", "old")
+    assert both.app.test_cli_runner().invoke(args=["rq-webhooks", "rekey"]).output.startswith("4 values")
+    both.close()
+
+    new = opened("new")
+    for who in ("ada", "bob"):
+        run_job(new, who)
+    received = {one.url: one for one in work(new) if one.header("X-Own") or "bob" in one.url}
+    new.close()
+
+    received[HOOK].verify(generated["secret"])
+    assert received[HOOK].header("X-Own") == "hidden value"
+    received["https://bob.example.com/in"].verify("chosen by the customer")
 
 
 # Nothing of anybody else's
@@ -379,6 +532,20 @@ def test_what_a_client_may_not_learn_is_hidden_from_a_tenant_too(host: Host) -> 
     assert not attempt["response_body"]
     assert "hidden" not in shown.text
     assert "blocked" not in shown.text
+
+
+def test_a_tenant_sets_its_own_schedule_within_the_bounds_of_a_request(host: Host) -> None:
+    made = create(host, "ada", retry_schedule=[60, 3600.5], retry_statuses=[429, "5xx"])
+    assert (made["retry_schedule"], made["retry_statuses"]) == ([60.0, 3600.5], ["429", "5xx"])
+    path = f"endpoints/{made['id']}"
+    refused = call(host, "ada", "PATCH", path, json={"retry_schedule": [1] * 12, "retry_statuses": [410]})
+    assert refused.status_code == 400
+    details = refused.get_json()["error"]["details"]
+    assert "at most 11" in details["retry_schedule"][0]
+    assert "410 cannot be retried" in details["retry_statuses"][0]
+    assert call(host, "boss", "PATCH", path, json={"retry_schedule": [1] * 12}).status_code == 200
+    back = call(host, "ada", "PATCH", path, json={"retry_schedule": None, "retry_statuses": None})
+    assert (back.get_json()["retry_schedule"], back.get_json()["retry_statuses"]) == (None, None)
 
 
 def test_operators_see_filter_and_disable_tenants(host: Host) -> None:

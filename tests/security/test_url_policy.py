@@ -6,12 +6,11 @@ import ipaddress
 import socket
 from typing import Any
 
-import pytest
 import ssrfguard
 
 from flask_rq_webhooks.errors import BlockedURLError
 from flask_rq_webhooks.protocol.urls import UrlPolicy
-from tests.unit.url_corpus import CASES, DNS, Case
+from tests.unit.url_corpus import CASES, DNS
 
 POLICY = UrlPolicy()
 ORACLE = ssrfguard.Policy(
@@ -68,15 +67,16 @@ def test_the_corpus_is_large_and_has_no_repeats() -> None:
     assert sum(case.code is None for case in CASES) >= 75
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case.url)[1:61])
-def test_every_url_meets_its_verdict(case: Case) -> None:
-    assert our_refusal(case.url) == case.code
+def test_every_url_meets_its_verdict() -> None:
+    got = {case.url: our_refusal(case.url) for case in CASES}
+    assert got == {case.url: case.code for case in CASES}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case.url)[1:61])
-def test_every_disagreement_with_ssrfguard_is_explained(case: Case) -> None:
-    disagrees = oracle_refuses(case.url) != (our_refusal(case.url) is not None)
-    assert disagrees == (case.differs is not None)
+def test_every_disagreement_with_ssrfguard_is_explained() -> None:
+    disagreements = {
+        case.url for case in CASES if oracle_refuses(case.url) != (our_refusal(case.url) is not None)
+    }
+    assert disagreements == {case.url for case in CASES if case.differs is not None}
 
 
 def test_no_disagreement_is_an_escape() -> None:
@@ -87,19 +87,22 @@ def test_no_disagreement_is_an_escape() -> None:
                 assert ipaddress.ip_address(ip).is_global, case.url
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.code is not None], ids=lambda case: ascii(case.url)[1:61]
-)
-def test_development_settings_open_loopback_and_nothing_else(case: Case) -> None:
+def test_development_settings_open_loopback_and_nothing_else() -> None:
     """ALLOW_HTTP lets a refused URL through only if all it reaches is loopback."""
     policy = UrlPolicy(allow_http=True)
-    try:
-        checked = policy.check_url(case.url)
-        addresses = [ipaddress.ip_address(ip.partition("%")[0]) for ip in resolve(checked.host)]
+    opened = 0
+    for case in CASES:
+        if case.code is None:
+            continue
+        try:
+            checked = policy.check_url(case.url)
+            addresses = [ipaddress.ip_address(ip.partition("%")[0]) for ip in resolve(checked.host)]
+            for address in addresses:
+                policy.check_address(str(address), checked.port, scheme=checked.scheme)
+        except (BlockedURLError, socket.gaierror):
+            continue
+        opened += 1
         for address in addresses:
-            policy.check_address(str(address), checked.port, scheme=checked.scheme)
-    except (BlockedURLError, socket.gaierror):
-        return
-    for address in addresses:
-        mapped = getattr(address, "ipv4_mapped", None) or address
-        assert mapped.is_loopback, case.url
+            mapped = getattr(address, "ipv4_mapped", None) or address
+            assert mapped.is_loopback, case.url
+    assert opened

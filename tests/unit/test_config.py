@@ -62,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
     "url_prefix": "/webhooks",
     "dashboard": True,
     "base_template": None,
+    "portal_base_template": None,
     "pubsub_url": None,
     "pubsub_channel": "{runid}:webhook",
 }
@@ -160,7 +161,10 @@ def test_networks_become_networks() -> None:
         ("RATE_LIMIT_POLICY", "wait", "'defer', 'drop'"),
         ("ALLOWED_DOMAINS", [""], "non-empty strings"),
         ("ALLOW_NETWORKS", ["10.0.0.1/8"], "10.0.0.1/8"),
+        ("DENY_NETWORKS", "example.com", "example.com"),
         ("BLOCKED_PORTS", [0], "from 1 to 65535"),
+        ("BLOCKED_PORTS", [65536], "from 1 to 65535"),
+        ("BLOCKED_PORTS", [True], "whole number"),
         ("TRACEBACK", "some", "'full', 'last', 'none'"),
         ("MAX_PAYLOAD_BYTES", 10, "from 4096"),
         ("HEADER_PREFIX", "X-Webhook-", "inner hyphens"),
