@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sqlalchemy import Executable, text  # noqa: E402
 
 from flask_rq_webhooks.storage import claims  # noqa: E402
-from flask_rq_webhooks.storage.claims import claim_due, next_due_in
+from flask_rq_webhooks.storage.claims import claim_due, next_due_in, release
 from flask_rq_webhooks.storage.database import Database  # noqa: E402
-from flask_rq_webhooks.storage.leases import release
 from tests.servers import postgres_server  # noqa: E402
 
 KINDS = ["sqlite", "postgresql"]

@@ -28,8 +28,8 @@ from ..observe.ingest import Ingest
 from ..observe.publisher import Publisher
 from ..observe.reconcile import Reconciler, ReconcileReport
 from ..queue.outbox import missing_reports
+from ..storage.claims import free_expired_leases
 from ..storage.dispatchers import drop_reconcile_lease, forget_dead, heartbeat, sign_off, take_reconcile_lease
-from ..storage.leases import free_expired_leases
 from ..storage.models import new_id
 from ..storage.retention import Pruned, erase_finished, prune
 from ..storage.sql_errors import is_away

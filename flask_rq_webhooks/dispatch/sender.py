@@ -25,9 +25,9 @@ from .. import tracing
 from .._steps import reached
 from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
 from ..storage.attempts import error_code_for_status, latest_outcomes
-from ..storage.claims import AdvanceClaim, ClaimedDelivery, claim_due, next_due_in
-from ..storage.leases import defer, free_leases, release
+from ..storage.claims import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
 from ..storage.models import new_id
+from ..storage.subscriptions import AdvanceClaim
 from .host_limits import HostRecords, InFlight, RateLimiter
 from .http import AttemptRequest, AttemptResult, Transport
 from .recorder import Recorder

@@ -37,10 +37,10 @@ from ..queue.job_reader import JobRecord, read_result_value
 from ..queue.outbox_entry import OutboxEntry
 from ..queue.safe_pickle import UNKNOWN, progress_in
 from ..storage import reported_runs
-from ..storage.claims import AdvanceClaim
 from ..storage.database import Database
 from ..storage.events import IngestedEvent, IngestItem, ingest, ingest_within
 from ..storage.sql_errors import is_about_a_row
+from ..storage.subscriptions import AdvanceClaim
 from ..storage.watches import WatchRow
 from ..tracing import EventSpans
 from .outcomes import Outcome, reported_at

@@ -1,7 +1,7 @@
 """Claim: due deliveries are leased to one sender, fairly across hosts.
 
-Owns the two claim statements. What becomes of a lease whose attempt is not recorded is in :mod:`.leases`.
-Knows nothing of senders.
+Owns the two claim statements and everything a lease goes through until its attempt is recorded. Knows
+nothing of senders.
 
 How a claim stays fast and fair with a million deliveries due:
 
@@ -20,8 +20,7 @@ How a claim stays fast and fair with a million deliveries due:
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -37,17 +36,12 @@ from sqlalchemy import (
     bindparam,
     select,
     text,
+    update,
 )
 
 from ..protocol.payloads import JSON
 from .database import Database
-from .models import (
-    SENDING,
-    SHARED,
-    Dispatcher,
-    UTCDateTime,
-    new_id,
-)
+from .models import CANCELED, PENDING, SENDING, SHARED, Delivery, Dispatcher, UTCDateTime, new_id
 
 #: Due rows looked at before hosts are taken in turn instead.
 WINDOW = 256
@@ -91,46 +85,6 @@ class ClaimedDelivery:
     retry_statuses: str | None
     tenant: str | None
     trace: str | None = field(repr=False)
-
-
-@dataclass(slots=True, kw_only=True)
-class AdvanceClaim:
-    """Places of a sender for deliveries that are about to be stored: those are stored as claimed by it.
-
-    :param lease_id: as :func:`claim_due` has it.
-    :param lease_s: as :func:`claim_due` has it.
-    :param take_place: keeps a place for one request to a host; ``False`` where there is none.
-    :ivar hosts: host of each delivery that got a place, by its id.
-    :ivar claimed: those that were stored, as :func:`claim_due` returns them.
-    :ivar complete: whether no other delivery was stored, which would have to be claimed.
-    """
-
-    lease_id: str
-    lease_s: float
-    take_place: Callable[[str], bool]
-    began: float = field(default_factory=time.monotonic)
-    hosts: dict[str, str] = field(default_factory=dict)
-    claimed: list[ClaimedDelivery] = field(default_factory=list)
-    complete: bool = True
-
-    def applied(self, row: dict[str, Any], now: datetime) -> dict[str, Any]:
-        """Return the row of a new delivery, claimed if there is a place for it.
-
-        :param now: the database's clock.
-        """
-        if not self.take_place(row["host"]):
-            self.complete = False
-            return row
-        self.hosts[row["id"]] = row["host"]
-        until = now + timedelta(seconds=self.lease_s)
-        return row | {"status": SENDING, "lease_id": self.lease_id, "lease_until": until}
-
-    def load(self, database: Database, connection: Connection) -> None:
-        """Read what was stored, in the transaction that stores it."""
-        if self.hosts:
-            self.claimed = _claimed(
-                _loaded(database, connection, list(self.hosts), self.lease_id), self.lease_id
-            )
 
 
 def claim_due(
@@ -183,6 +137,13 @@ def claim_due(
     return _claimed(rows, lease_id)
 
 
+def load_claimed(
+    database: Database, connection: Connection, ids: Sequence[str], lease_id: str
+) -> list[ClaimedDelivery]:
+    """Return the deliveries that were stored as claimed, in the transaction that stores them."""
+    return _claimed(_loaded(database, connection, ids, lease_id), lease_id)
+
+
 def _loaded(
     database: Database, connection: Connection, ids: Sequence[str], lease_id: str
 ) -> Sequence[Row[Any]]:
@@ -190,6 +151,62 @@ def _loaded(
     if not database.is_sqlite:
         return connection.execute(_LOAD_POSTGRESQL, parameters).all()
     return connection.execute(_LOAD_SQLITE, parameters | {"now": database.now(connection)}).all()
+
+
+def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: float) -> int:
+    """Put claimed deliveries off without spending an attempt, as for a rate limit.
+
+    :returns: how many were still held.
+    """
+    return _let_go(database, claimed, _FREE | {"next_attempt_at": database.clock(delay_s)})
+
+
+def release(database: Database, claimed: Sequence[ClaimedDelivery]) -> int:
+    """Give claimed deliveries back, due at once; return how many were still held."""
+    return _let_go(database, claimed, _FREE)
+
+
+def _let_go(database: Database, claimed: Sequence[ClaimedDelivery], values: Mapping[str, Any]) -> int:
+    by_lease: dict[str, list[str]] = {}
+    for delivery in claimed:
+        by_lease.setdefault(delivery.lease_id, []).append(delivery.id)
+    if not by_lease:
+        return 0
+    held = 0
+    with database.write(durable=False) as connection:
+        for lease_id, ids in sorted(by_lease.items()):
+            of_this = (Delivery.id.in_(ids), Delivery.lease_id == lease_id)
+            freed = connection.execute(
+                update(Delivery).where(*of_this, Delivery.status == SENDING).values(values)
+            ).rowcount
+            if freed < len(ids):  # one that was canceled meanwhile is free for resend and recover again
+                connection.execute(
+                    update(Delivery)
+                    .where(*of_this, Delivery.status == CANCELED)
+                    .values(lease_id=None, lease_until=None)
+                )
+            held += freed
+    return held
+
+
+def free_leases(database: Database, lease_ids: Sequence[str]) -> int:
+    """Make due again whatever is held under these leases; return how many."""
+    with database.write(durable=False) as connection:
+        return connection.execute(
+            update(Delivery)
+            .where(Delivery.status == text("'sending'"), Delivery.lease_id.in_(lease_ids))
+            .values(_FREE)
+        ).rowcount
+
+
+def free_expired_leases(database: Database) -> int:
+    """Make deliveries due again whose lease expired; return how many."""
+    with database.write(single_statement=True, durable=False) as connection:
+        return connection.execute(
+            update(Delivery)
+            .where(Delivery.status == text("'sending'"), Delivery.lease_until < database.clock())
+            .values(_FREE)
+        ).rowcount
 
 
 def next_due_in(database: Database) -> float | None:
@@ -210,6 +227,9 @@ def earliest_due(database: Database, connection: Connection) -> datetime | None:
     """Return when the first pending delivery is, or was, due; ``None`` when none waits."""
     statement = _EARLIEST_SQLITE if database.is_sqlite else _EARLIEST_POSTGRESQL
     return connection.execute(statement).scalar_one_or_none()
+
+
+_FREE: dict[str, Any] = {"status": PENDING, "lease_id": None, "lease_until": None}
 
 
 def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:

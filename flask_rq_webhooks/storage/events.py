@@ -1,4 +1,4 @@
-"""Events: an occurrence becomes an event and its deliveries, exactly once.
+"""Events: an occurrence becomes an event and its deliveries, exactly once; and its position in the feed.
 
 Owns the rows of events and the order of the steps within the one transaction: the event, its receivers and
 deliveries (:mod:`.subscriptions`), the watches it settles (:mod:`.watches`). Knows nothing of where
@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import BigInteger, Boolean, Connection, bindparam, func, select, text, update
 
 from .._steps import reached
 from ..protocol.events import (
@@ -28,12 +28,12 @@ from ..protocol.events import (
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from ..tracing import is_same
 from .bulk_insert import chunks_of, insert_new, one_of
-from .claims import AdvanceClaim
+from .claims import load_claimed
 from .database import Database
-from .feed import first_position
-from .models import PENDING, SENDING, Delivery, Event, new_id
+from .models import PENDING, SENDING, SHARED, Delivery, Dispatcher, Event, UTCDateTime, new_id
 from .reported_runs import settle_watches, watches_of
 from .subscriptions import (
+    AdvanceClaim,
     EndpointRow,
     canceled_now,
     delivery_values,
@@ -217,8 +217,8 @@ def ingest_within(
     for event in stored:
         event.deliveries = made.get(event.id, 0)
     settle_watches(database, connection, stored, watches, endpoints, now)
-    if claim is not None:
-        claim.load(database, connection)
+    if claim is not None and claim.hosts:
+        claim.claimed = load_claimed(database, connection, list(claim.hosts), claim.lease_id)
     seen: set[str] = set()
     by_believed = dict(zip(map(id, believed), by_item, strict=True))
     ingested = []
@@ -400,23 +400,6 @@ def _number(database: Database, connection: Connection, events: Sequence[StoredE
 _COUNTS = select(Event.job_id, func.count()).where(one_of(Event.job_id, "jobs")).group_by(Event.job_id)
 
 
-def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple[Any, datetime]]:
-    """Return the progress of each job that was stored last, and when it was seen."""
-    query = (
-        select(func.max(Event.id))
-        .where(one_of(Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
-        .group_by(Event.job_id)
-    )
-    found: dict[str, tuple[Any, datetime]] = {}
-    with database.read() as connection:
-        for chunk in chunks_of(job_ids):
-            newest = connection.execute(query, {"jobs": chunk}).scalars().all()
-            rows = select(Event.job_id, Event.payload, Event.occurred_at).where(Event.id.in_(newest))
-            for job_id, payload, at in connection.execute(rows) if newest else ():
-                found[job_id or ""] = (occurrence_from_json(payload).progress, at)
-    return found
-
-
 def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:
     occurrence = event.occurrence
     return {
@@ -441,3 +424,67 @@ def _storable(text: str | None) -> str | None:
     if text is None:
         return None
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+# -- positions in the feed --------------------------------------------------------------------------------
+
+#: First key of the advisory locks; any number that nobody else uses.
+LOCK_CLASS = 0x7271_7769
+#: The second key is a 32-bit number: seconds since this one of the Unix time.
+LOCK_EPOCH_S = 1_500_000_000
+#: The same for the advisory locks of jobs.
+JOB_LOCK_CLASS = 0x7271_7770
+
+
+def first_position(
+    database: Database, connection: Connection, jobs: Sequence[str] = ()
+) -> tuple[datetime, int, bool]:
+    """Return the database's clock, the position of the first event this transaction stores, and whether
+    sending is paused.
+
+    :param jobs: PostgreSQL: wait for others who store events of these jobs. Everybody takes the locks in one
+        order.
+
+    The events after it count up by one. Call this in the transaction that stores them.
+    """
+    if database.is_sqlite:
+        now = datetime.now(UTC)
+        last, paused_at = connection.execute(_LAST).one()
+        return now, max((last or 0) + 1, int(now.timestamp() * 1_000_000)), paused_at is not None
+    now, position, last, paused, _locked = connection.execute(_ENTER, {"jobs": list(jobs)}).one()
+    if last is not None and last >= position:
+        # The clock was set back, as by a failover. The lock is held now, so this is the last one there is.
+        position = connection.execute(_LAST).one()[0] + 1
+    return now.astimezone(UTC), position, paused
+
+
+_PAUSED = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED).scalar_subquery()
+_LAST = select(select(func.max(Event.position)).scalar_subquery(), _PAUSED)
+
+# The columns are computed from left to right: the lock is held when the clock is read for the position.
+_ENTER = (
+    text("""
+SELECT clock_timestamp() AS now,
+       greatest(
+           (:epoch + s.second) * 1000000, CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)
+       ) AS position,
+       (SELECT max(position) FROM rq_webhooks_event) AS last,
+       EXISTS (
+           SELECT FROM rq_webhooks_dispatcher d WHERE d.id = 'shared' AND d.paused_at IS NOT NULL
+       ) AS paused,
+       (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
+           SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
+       ) AS keys) AS locked
+FROM (
+    SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
+        SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
+    ) began OFFSET 0
+) s
+""")
+    .columns(now=UTCDateTime, position=BigInteger, last=BigInteger, paused=Boolean)
+    .bindparams(
+        bindparam("epoch", LOCK_EPOCH_S, BigInteger),
+        bindparam("class", LOCK_CLASS),
+        bindparam("job_class", JOB_LOCK_CLASS),
+    )
+)

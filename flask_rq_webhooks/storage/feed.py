@@ -2,10 +2,9 @@
 
 Knows nothing of deliveries: an event is in the feed whether or not anything was sent for it.
 
-The database orders the feed: event ids begin with the clock of the dispatcher
-that made them. Every event has a ``position``: microseconds of the database's clock, at least one more than
-that of the event before. A cursor is a position; a reader never sees one beyond which an event may still
-appear:
+The database orders the feed: event ids begin with the clock of the dispatcher that made them. Every event
+has a ``position``: microseconds of the database's clock, at least one more than that of the event before. A
+cursor is a position; a reader never sees one beyond which an event may still appear:
 
 - SQLite has one writer at a time, so positions are committed in their order.
 - On PostgreSQL transactions end in any order. Before a writer chooses positions it takes a shared advisory
@@ -19,21 +18,14 @@ Events stored before there were positions have 0 and keep the order of their ids
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from datetime import UTC, datetime
 
-from sqlalchemy import BigInteger, Boolean, Connection, String, bindparam, func, literal, select, text, tuple_
+from sqlalchemy import BigInteger, String, bindparam, literal, select, text, tuple_
 
 from .database import Database
-from .models import SHARED, Dispatcher, Event, UTCDateTime
+from .events import LOCK_CLASS, LOCK_EPOCH_S
+from .models import Event
 from .queries import EVENT_COLUMNS, EventView, Page, bounded, read_cursor, write_cursor
 
-#: First key of the advisory locks; any number that nobody else uses.
-LOCK_CLASS = 0x7271_7769
-#: The second key is a 32-bit number: seconds since this one of the Unix time.
-LOCK_EPOCH_S = 1_500_000_000
-#: The same for the advisory locks of jobs.
-JOB_LOCK_CLASS = 0x7271_7770
 #: What is inside a cursor: ``1`` and the id of an event, as given out before there were positions; or ``2``,
 #: a position and an id.
 _CURSOR = re.compile(r"(?:1|2(?P<position>\d{1,18})\.)(?P<id>\w+)", re.ASCII)
@@ -88,61 +80,4 @@ SELECT least(
 """)
     .columns(horizon=BigInteger)
     .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS, BigInteger))
-)
-
-
-# -- positions --------------------------------------------------------------------------------------------
-
-
-def first_position(
-    database: Database, connection: Connection, jobs: Sequence[str] = ()
-) -> tuple[datetime, int, bool]:
-    """Return the database's clock, the position of the first event this transaction stores, and whether
-    sending is paused.
-
-    :param jobs: PostgreSQL: wait for others who store events of these jobs. Everybody takes the locks in one
-        order.
-
-    The events after it count up by one. Call this in the transaction that stores them.
-    """
-    if database.is_sqlite:
-        now = datetime.now(UTC)
-        last, paused_at = connection.execute(_LAST).one()
-        return now, max((last or 0) + 1, int(now.timestamp() * 1_000_000)), paused_at is not None
-    now, position, last, paused, _locked = connection.execute(_ENTER, {"jobs": list(jobs)}).one()
-    if last is not None and last >= position:
-        # The clock was set back, as by a failover. The lock is held now, so this is the last one there is.
-        position = connection.execute(_LAST).one()[0] + 1
-    return now.astimezone(UTC), position, paused
-
-
-_PAUSED = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED).scalar_subquery()
-_LAST = select(select(func.max(Event.position)).scalar_subquery(), _PAUSED)
-
-# The columns are computed from left to right: the lock is held when the clock is read for the position.
-_ENTER = (
-    text("""
-SELECT clock_timestamp() AS now,
-       greatest(
-           (:epoch + s.second) * 1000000, CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)
-       ) AS position,
-       (SELECT max(position) FROM rq_webhooks_event) AS last,
-       EXISTS (
-           SELECT FROM rq_webhooks_dispatcher d WHERE d.id = 'shared' AND d.paused_at IS NOT NULL
-       ) AS paused,
-       (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
-           SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
-       ) AS keys) AS locked
-FROM (
-    SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
-        SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
-    ) began OFFSET 0
-) s
-""")
-    .columns(now=UTCDateTime, position=BigInteger, last=BigInteger, paused=Boolean)
-    .bindparams(
-        bindparam("epoch", LOCK_EPOCH_S, BigInteger),
-        bindparam("class", LOCK_CLASS),
-        bindparam("job_class", JOB_LOCK_CLASS),
-    )
 )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from datetime import datetime
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Text, and_, cast, func, select, text
@@ -29,8 +30,20 @@ from ..protocol.events import (
 from ..protocol.payloads import JSON, Rendered, as_rendered
 from .attempts import PROGRESS_ATTEMPTS
 from .bulk_insert import chunks_of, insert_new, one_of
+from .claims import ClaimedDelivery
 from .database import Database
-from .models import CANCELED, CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, decoded, new_id
+from .models import (
+    CANCELED,
+    CLOSED,
+    PENDING,
+    SCHEDULED,
+    SENDING,
+    SUBSCRIBED,
+    Delivery,
+    Endpoint,
+    decoded,
+    new_id,
+)
 
 if TYPE_CHECKING:
     from .events import IngestItem, StoredEvent
@@ -328,6 +341,39 @@ def delivery_values(
         "lease_until": None,
         "created_at": now,
     }
+
+
+@dataclass(slots=True, kw_only=True)
+class AdvanceClaim:
+    """Places of a sender for deliveries that are about to be stored: those are stored as claimed by it.
+
+    :param lease_id: as :func:`.claim_due` has it.
+    :param lease_s: as :func:`.claim_due` has it.
+    :param take_place: keeps a place for one request to a host; ``False`` where there is none.
+    :ivar hosts: host of each delivery that got a place, by its id.
+    :ivar claimed: those that were stored, as :func:`.claim_due` returns them.
+    :ivar complete: whether no other delivery was stored, which would have to be claimed.
+    """
+
+    lease_id: str
+    lease_s: float
+    take_place: Callable[[str], bool]
+    began: float = field(default_factory=time.monotonic)
+    hosts: dict[str, str] = field(default_factory=dict)
+    claimed: list[ClaimedDelivery] = field(default_factory=list)
+    complete: bool = True
+
+    def applied(self, row: dict[str, Any], now: datetime) -> dict[str, Any]:
+        """Return the row of a new delivery, claimed if there is a place for it.
+
+        :param now: the database's clock.
+        """
+        if not self.take_place(row["host"]):
+            self.complete = False
+            return row
+        self.hosts[row["id"]] = row["host"]
+        until = now + timedelta(seconds=self.lease_s)
+        return row | {"status": SENDING, "lease_id": self.lease_id, "lease_until": until}
 
 
 def store_deliveries(

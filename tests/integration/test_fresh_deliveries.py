@@ -16,9 +16,8 @@ from flask_rq_webhooks.observe import publisher as publisher_module
 from flask_rq_webhooks.observe.ingest import Ingest
 from flask_rq_webhooks.observe.publisher import Publisher
 from flask_rq_webhooks.state import State
-from flask_rq_webhooks.storage.claims import claim_due
+from flask_rq_webhooks.storage.claims import claim_due, free_expired_leases
 from flask_rq_webhooks.storage.dispatchers import pause
-from flask_rq_webhooks.storage.leases import free_expired_leases
 from tests.integration.test_host_shares import HangsBut, sender_of
 from tests.pipeline import add_endpoint, deliveries, enqueue, open_state
 

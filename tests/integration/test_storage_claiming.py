@@ -11,12 +11,11 @@ import pytest
 
 from flask_rq_webhooks.storage import claims
 from flask_rq_webhooks.storage.attempts import record_attempts
-from flask_rq_webhooks.storage.claims import next_due_in
+from flask_rq_webhooks.storage.claims import defer, free_expired_leases, next_due_in, release
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import cancel_part, resend
 from flask_rq_webhooks.storage.dispatchers import pause, resume
 from flask_rq_webhooks.storage.filters import DeliveryFilter
-from flask_rq_webhooks.storage.leases import defer, free_expired_leases, release
 from flask_rq_webhooks.storage.models import Delivery, Event, Secret
 from flask_rq_webhooks.storage.standing_endpoints import rotate_secret
 from tests.storage_rows import CIPHER, attempt, claim, deliver_to, new_endpoint, row, rows, set_values

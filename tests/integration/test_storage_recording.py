@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from flask_rq_webhooks.storage.attempts import AttemptRecord, Decision, RecordResult, record_attempts
+from flask_rq_webhooks.storage.claims import free_expired_leases
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.deliveries import cancel_part, resend
 from flask_rq_webhooks.storage.filters import DeliveryFilter
-from flask_rq_webhooks.storage.leases import free_expired_leases
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint
 from flask_rq_webhooks.storage.standing_endpoints import enable_standing
 from tests.storage_rows import (
