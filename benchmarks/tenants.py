@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from flask import request
@@ -190,8 +191,11 @@ def _publish(state: State, number: int) -> float:
 # -- lists --------------------------------------------------------------------------------------------------
 
 
-def fill(state: State, tenants: int, each: int, *, attempts: bool = True) -> None:
-    """Write *each* deliveries of *tenants* tenants, made in turns, so that nobody's rows lie together."""
+def fill(state: State, tenants: int, each: int, *, attempts: bool = True) -> datetime:
+    """Write *each* deliveries of *tenants* tenants, made in turns, so that nobody's rows lie together.
+
+    :returns: the end of the time they were made in.
+    """
     own = [f"tenant {number // OWN}" for number in range(tenants * OWN)]
     add_endpoints(state, own)
     now, sqlite = datetime.now(UTC), state.database.is_sqlite
@@ -254,17 +258,20 @@ def fill(state: State, tenants: int, each: int, *, attempts: bool = True) -> Non
     if not sqlite:
         with state.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as other:
             other.execute(text("VACUUM ANALYZE"))
+    return now
 
 
-def own_lists(state: State, tenants: int, each: int) -> dict[str, Callable[[random.Random], tuple[str, str]]]:
+def own_lists(
+    state: State, tenants: int, each: int, now: datetime
+) -> dict[str, Callable[[random.Random], tuple[str, str]]]:
     """Return how to ask for each list of a tenant: a tenant and an address, others every time."""
     rows = tenants * each
 
-    def of(*queries: str, path: str = "deliveries") -> Callable[[random.Random], tuple[str, str]]:
+    def of(*queries: str, path: str = "api/deliveries") -> Callable[[random.Random], tuple[str, str]]:
         def made(chance: random.Random) -> tuple[str, str]:
             number = chance.randrange(rows)
             owner = number % tenants
-            at = datetime.now(UTC) - SPAN + SPAN * (number // tenants) / each
+            at = now - SPAN + SPAN * (number // tenants) / each
             known = {
                 "job": f"job-{number}", "run": f"run-{number % 5000}", "time": f"{at:%Y-%m-%dT%H:%M:%SZ}",
                 "host": f"host{(owner * OWN + number // tenants % OWN) % 300}.example",
@@ -273,7 +280,7 @@ def own_lists(state: State, tenants: int, each: int) -> dict[str, Callable[[rand
                 "delivery": _cursor_of(f"dlv_{first_id_at('', at)[1:11]}{owner:016d}"),
             }  # fmt: skip
             query = "&".join(chance.choice(queries).split()).format(**known) if queries else ""
-            return f"tenant {owner}", f"/webhooks/api/{path.format(**known)}?{query}"
+            return f"tenant {owner}", f"/webhooks/{path.format(**known)}?{query}"
 
         return made
 
@@ -292,12 +299,19 @@ def own_lists(state: State, tenants: int, each: int) -> dict[str, Callable[[rand
             "status={status} host={host}", "endpoint_id={endpoint} status=exhausted",
             "event=job.failure since={time}", "runid={run} status=succeeded",
         ),
-        "endpoints": of("limit=200", path="endpoints"),
-        "events": of("limit=200", path="events"),
-        "events by type": of("type=job.failure", "type=job.success", "type=none.such", path="events"),
-        "events by run": of("runid={run}", path="events"),
-        "numbers": of("hours=24", "hours=720", path="stats"),
-        "a delivery": of("", path="deliveries/dlv_{id}"),
+        "endpoints": of("limit=200", path="api/endpoints"),
+        "events": of("limit=200", path="api/events"),
+        "events by type": of("type=job.failure", "type=job.success", "type=none.such", path="api/events"),
+        "events by run": of("runid={run}", path="api/events"),
+        "numbers": of("hours=24", "hours=720", path="api/stats"),
+        "a delivery": of(path="api/deliveries/dlv_{id}"),
+        "portal, overview": of("", "hours=168", path="portal/"),
+        "portal, deliveries": of("", "status={status}", "q={job}", "q={host}", "event=job.failure",
+                                 path="portal/deliveries"),
+        "portal, a delivery": of(path="portal/deliveries/dlv_{id}"),
+        "portal, an event": of(path="portal/events/evt_{id}"),
+        "portal, endpoints": of(path="portal/endpoints"),
+        "portal, an endpoint": of(path="portal/endpoints/{endpoint}"),
     }  # fmt: skip
 
 
@@ -329,7 +343,7 @@ class Statements:
     def faults(self, connection: Connection, at_most: int) -> list[str]:
         """Return the plans that read a large table as a whole, or discard more than *at_most* of its rows."""
         found = []
-        for statement, parameters in self.seen.copy():
+        for statement, parameters in dict(self.seen).items():
             rows = connection.exec_driver_sql(
                 "EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) " + statement, parameters
             )
@@ -349,31 +363,61 @@ def lists(size: Size) -> Report:
     with servers() as some, open_host(some.postgres.new_database(), some.valkey(), allowed) as (app, state):
         hooks: Any = state.hooks
         hooks.tenant(lambda: request.headers.get(HEADER))
-        fill(state, tenants, each)
+        asked = own_lists(state, tenants, each, fill(state, tenants, each))
         statements = Statements(state)
-        asked = own_lists(state, tenants, each)
         asked["tenants, for operators"] = lambda chance: ("", "/webhooks/api/tenants")
         client = app.test_client()
         bad: set[str] = set()
+        busy_p95: dict[str, float] = {}
         for name, made in asked.items():
             allowed.add("read") if "operators" in name else None
-            chance, took = random.Random(name), []
+            chance = random.Random(name)
+            took, busy = [], []
             for number in range(size["repeat"] + 3):
                 tenant, address = made(chance)
                 statements.seen.clear()
-                began = time.perf_counter()
+                began, spent = time.perf_counter(), _spent(state)
                 response = client.get(address, headers={HEADER: tenant} if tenant else {})
                 took.append((time.perf_counter() - began) * 1000)
-                assert response.status_code == 200, (address, response.text)
+                busy.append((_spent(state) - spent) * 1000)
+                assert response.status_code in (200, 302), (address, response.text)
                 if number % 10 == 3:
                     with state.database.engine.connect() as connection:
                         faults = statements.faults(connection, 60_000 if "operators" in name else 2 * each)
                     bad |= {f"{name}:\n{fault}" for fault in faults}
-            report.data[name] = {"p50": statistics.median(took[3:]), "p95": percentile(took[3:], 0.95)}
-            report.add(f"{name}, p95", percentile(took[3:], 0.95), "ms", promise="lists", at_most=150)
+            p95 = percentile(took[3:], 0.95)
+            report.data[name] = {"p50": statistics.median(took[3:]), "p95": p95,
+                                 "busy": statistics.median(busy[3:])}  # fmt: skip
+            busy_p95[name] = report.add(
+                f"{name}: p95 {p95:,.0f} ms, busy", percentile(busy[3:], 0.95), "ms"
+            ).value
+        slowest = max(busy_p95, key=lambda name: busy_p95[name])
+        report.add(
+            f"The slowest of {len(asked)} lists and pages, *{slowest}*, processor time in all, p95",
+            busy_p95[slowest], "ms", promise="lists", at_most=150,
+        )  # fmt: skip
+        slowest = max(asked, key=lambda name: report.data[name]["p95"])
+        report.add(
+            f"The slowest by the clock, *{slowest}*, p95", report.data[slowest]["p95"], "ms", promise="lists",
+            at_most=150,
+        )  # fmt: skip
         _upgrade(report, "PostgreSQL", state, tenants * each)
     assert not bad, "\n\n".join(sorted(bad))
     return report
+
+
+def _spent(state: State) -> float:
+    """Return the seconds of processor time that this thread and the database's processes have used."""
+    total = time.thread_time()
+    pids = _backends.get(state.namespace)
+    if pids is None:
+        with state.database.read() as connection:
+            query = text("SELECT pid FROM pg_stat_activity WHERE datname = current_database()")
+            pids = _backends[state.namespace] = list(connection.execute(query).scalars())
+    return total + sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids) / 1e9
+
+
+_backends: dict[str, list[int]] = {}
 
 
 # -- the upgrade --------------------------------------------------------------------------------------------
