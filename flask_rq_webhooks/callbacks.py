@@ -195,7 +195,22 @@ def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...], ignores
         "result_truncated": truncated,
         "error": _error(outcome) if kind == "failure" else None,
     }
+    if "opentelemetry.trace" in sys.modules and (trace := _trace()):
+        entry["trace"] = trace
     return json.dumps(entry, separators=(",", ":"), allow_nan=False)
+
+
+def _trace() -> str | None:
+    """Return the trace of the span that RQ calls us in, where somebody instruments the worker."""
+    try:
+        span = sys.modules["opentelemetry.trace"].get_current_span()
+        if not span.get_span_context().is_valid:
+            return None
+        from .tracing import trace_of
+
+        return trace_of(span)
+    except Exception:
+        return None
 
 
 def _call_of(kind: str, job: Job, outcome: tuple[Any, ...]) -> tuple[Any, Any]:

@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import click
-from flask import Flask
+from flask import Flask, has_request_context, request
 
+from . import tracing
 from .accept import decorator, register, tenants
 from .config import load_settings
 from .errors import ConfigurationError, InvalidWebhookError, StorageUnavailableError
@@ -257,12 +258,7 @@ class RQWebhooks:
         job_callbacks.uninstrument()
 
     def send(
-        self,
-        event_type: str,
-        data: Mapping[str, Any],
-        *,
-        runid: str | None = None,
-        tenant: str | None = None,
+        self, event_type: str, data: Mapping[str, Any], *, runid: str | None = None, tenant: str | None = None
     ) -> str:
         """Send an application event to the standing endpoints that listen for it.
 
@@ -288,7 +284,9 @@ class RQWebhooks:
             runid=register.runid_text(runid),
             data=to_json_safe(dict(data)),
         )
-        (event,) = Publisher(get_state()).publish([IngestItem(occurrence, tenant=tenant)])
+        with tracing.registering(request.headers if has_request_context() else None) as trace:
+            item = IngestItem(occurrence, tenant=tenant, trace=trace)
+            (event,) = Publisher(get_state()).publish([item])
         return event.event_id
 
     # -- the host's functions -------------------------------------------------------------------------

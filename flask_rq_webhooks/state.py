@@ -165,17 +165,21 @@ class State:
                 f"Payload format {endpoint.format!r} of endpoint {endpoint.id} is not registered here; "
                 "register it with @webhooks.payload_format in every process, the dispatcher included."
             ) from None
+        runid = endpoint.runid or occurrence.runid
+        return render(occurrence, self.render_context(event_id, runid, endpoint.reference))
+
+    def render_context(
+        self, event_id: str, runid: str | None = None, reference: str | None = None
+    ) -> RenderContext:
+        """Return what a payload says beside the occurrence, and how much of it this app lets it say."""
         settings = self.settings
-        return render(
-            occurrence,
-            RenderContext(
-                event_id=event_id,
-                runid=endpoint.runid or occurrence.runid,
-                reference=endpoint.reference,
-                traceback=settings.traceback,
-                include_result=settings.include_result,
-                max_bytes=settings.max_payload_bytes,
-            ),
+        return RenderContext(
+            event_id=event_id,
+            runid=runid,
+            reference=reference,
+            traceback=settings.traceback,
+            include_result=settings.include_result,
+            max_bytes=settings.max_payload_bytes,
         )
 
     def _build_database(self) -> Database:

@@ -352,6 +352,11 @@ class PostgresHandle:
             connection.execute(f'CREATE DATABASE "{name}"')
         return self.url(name)
 
+    def dump(self, url: str) -> bytes:
+        """Return what ``pg_dump`` makes of a database, as a backup does."""
+        command = [str(self._server.bin_path / "pg_dump"), "--inserts", url.replace("+psycopg", "")]
+        return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+
     def stop(self, *, immediately: bool = False) -> None:
         """Stop the server; *immediately* leaves recovery to the next start, as after a power failure."""
         if immediately:

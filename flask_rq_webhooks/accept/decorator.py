@@ -65,17 +65,9 @@ def accepts_webhook(
     """Let the clients of *view* ask for a webhook with the jobs it enqueues.
 
     The view may be sync or async, a function or a method of a ``MethodView``. Called within another
-    decorated view it is an ordinary function: its jobs belong to the outer one's webhook.
+    decorated view it is an ordinary function: its jobs belong to the outer one's webhook. The parameters are
+    those of :meth:`~flask_rq_webhooks.RQWebhooks.accepts_webhook`.
 
-    :param events: event types sent where the request names none; ``None`` for all terminal ones.
-    :param scope: ``"job"``, or ``"tree"`` for one event about all jobs of the request and their children.
-    :param runid: name of the view argument that holds the host's run id; ``None``: no argument does, neither
-        of the view nor of the jobs, only ``job.meta["runid"]``.
-    :param jobs: the functions whose jobs are reported, as names (dotted, or the last part) or themselves; or
-        a function that is given a dotted name. ``None`` for every job.
-    :param fields: where they may be: ``"all"``, or ``"headers"`` (and the query string) for a view that reads
-        the body as a stream: it is not touched then.
-    :param hide: ``"all"``, or ``"parsed"`` to leave the raw bytes of the body as they are.
     :raises ConfigurationError: for an unknown value of an option.
     """
     options = _Options(

@@ -15,13 +15,16 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from flask import has_request_context, request
 from redis.exceptions import RedisError
 from rq import Queue
 from rq.job import Job
 
+from .. import tracing
 from .._steps import reached
 from ..errors import InvalidWebhookError, StorageUnavailableError
 from ..protocol.events import format_time, parse_time, run_of
@@ -110,9 +113,8 @@ def register(
             details={"webhook_url": ["Too many deliveries wait for this host already; try again later."]}
         )
     reserved_job_id = str(uuid.uuid4()) if watched is None else None
-    endpoint_id = endpoints.register(
-        state.database,
-        state.cipher,
+    endpoint_id = _store(
+        state,
         endpoints.NewEndpoint(
             url=wanted.url,
             host=wanted.host,
@@ -128,7 +130,6 @@ def register(
             max_attempts=wanted.max_attempts,
             tenant=None if state.hooks.tenant_function is None else current_tenant(state),
         ),
-        namespace=state.namespace,
         reserved_job_id=reserved_job_id,
         watched_job_id=None if watched is None else watched.id,
         counts_from=None if watched is None else _began(watched),
@@ -157,14 +158,18 @@ def subscribe(
         tenant=tenant,
     )  # fmt: skip
     try:
-        endpoint_id = endpoints.register(
-            state.database, state.cipher, stands_for, namespace=state.namespace,
-            reserved_job_id=reserved_job_id,
-        )  # fmt: skip
+        endpoint_id = _store(state, stands_for, reserved_job_id=reserved_job_id)
     except StorageUnavailableError as exc:
         logger.error("The jobs of a request will not be reported to the endpoints of its tenant: %s", exc)
         return None
     return _attachment(state, endpoint_id, reserved_job_id, ignores_argument, chosen)
+
+
+def _store(state: State, endpoint: endpoints.NewEndpoint, **watch: Any) -> str:
+    with tracing.registering(request.headers if has_request_context() else None) as trace:
+        if trace is not None:
+            endpoint = replace(endpoint, trace=trace)
+        return endpoints.register(state.database, state.cipher, endpoint, namespace=state.namespace, **watch)
 
 
 def _attachment(

@@ -370,11 +370,7 @@ def _in_multipart(request: Request, data: bytes | None) -> _Body:
 
 
 def _hide(
-    request: Request,
-    data: bytes,
-    rest: bytes,
-    split: Callable[[bytes], tuple[_Pairs, bytes]],
-    raw: bool,
+    request: Request, data: bytes, rest: bytes, split: Callable[[bytes], tuple[_Pairs, bytes]], raw: bool
 ) -> None:
     _unparse(request)
     if raw:

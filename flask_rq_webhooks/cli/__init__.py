@@ -1,6 +1,9 @@
 """``flask rq-webhooks …``: everything an operator does from a shell.
 
-Owns options, output and exit codes. What is done is in the layers below.
+Owns options, output and exit codes; what is done is in the layers below. Here are the group and the commands
+of one function each; :mod:`endpoint_commands` and :mod:`route_commands` have more, :mod:`doctor` checks what
+webhooks depend on, :mod:`listen` is a receiver for development. :mod:`terminal` is shared: times on the
+command line, safe output, errors as one sentence.
 """
 
 from __future__ import annotations

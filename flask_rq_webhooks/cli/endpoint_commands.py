@@ -18,7 +18,7 @@ from ..web.forms import header_pairs
 from .terminal import as_json, echo, echo_json
 
 #: What ``list --json`` leaves out: headers are secret, the kind is always the same.
-_NOT_LISTED = frozenset({"headers", "kind", "updated_at"})
+_NOT_LISTED = frozenset({"headers", "kind", "trace", "updated_at"})
 
 
 @click.group(cls=AppGroup)
@@ -60,6 +60,8 @@ def list_command(tenant: str | None, json_wanted: bool) -> None:
 @click.option("--format", help="Payload format; the app's by default.")
 @click.option("--timeout", "timeout_s", type=float, help="Timeout of an attempt, in seconds.")
 @click.option("--attempts", "max_attempts", type=int, help="Maximum attempts.")
+@click.option("--retry-schedule", metavar="SECONDS,…", help="Pauses between attempts; the app's by default.")
+@click.option("--retry-statuses", metavar="STATUS,…", help="Statuses to retry, such as 429,5xx; no others.")
 @click.option("--description", help="Description for operators.")
 @click.option("--only-tenant", help="Only events of this tenant, which does not see the endpoint.")
 def create(events: tuple[str, ...], headers: tuple[str, ...], **options: Any) -> None:

@@ -83,13 +83,11 @@ def describe(
     secrets: Sequence[str],
     *,
     header_prefix: str = "X-Webhook",
-    now: datetime | None = None,
 ) -> list[str]:
     """Return the lines printed for one request. Untrusted text is escaped."""
     by_name = {name.lower(): value for name, value in headers}
-    now = now or datetime.now().astimezone()
     event = by_name.get(f"{header_prefix.lower()}-event", "no event header")
-    lines = [f"{now:%H:%M:%S} POST {path}  {event}  {len(body)} bytes"]
+    lines = [f"{datetime.now():%H:%M:%S} POST {path}  {event}  {len(body)} bytes"]
     lines += [
         f"  {name}: {value}"
         for name, value in headers

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from redis import Redis, RedisError
@@ -34,13 +34,11 @@ class Notices:
 
     :param redis: where to. Closed by :meth:`close`.
     :param channel: channel of the status text, with ``{runid}`` in it; a job without a run id has none.
-    :param clock: monotonic seconds.
     """
 
-    def __init__(self, redis: Redis, channel: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, redis: Redis, channel: str) -> None:
         self._redis = redis
         self._channel = channel
-        self._clock = clock
         self._silent_until = float("-inf")
 
     @classmethod
@@ -61,7 +59,7 @@ class Notices:
 
         :param recorded: attempts, each with the status its delivery has now.
         """
-        if not recorded or self._clock() < self._silent_until:
+        if not recorded or time.monotonic() < self._silent_until:
             return
         try:
             with self._redis.pipeline(transaction=False) as pipeline:
@@ -70,7 +68,7 @@ class Notices:
                         pipeline.publish(channel, text)
                 pipeline.execute()
         except (RedisError, OSError) as exc:
-            self._silent_until = self._clock() + SILENCE_S
+            self._silent_until = time.monotonic() + SILENCE_S
             logger.warning(
                 "Status notices cannot be published (%s: %s); none for %.0f s.",
                 type(exc).__name__, exc, SILENCE_S,

@@ -67,7 +67,7 @@ def judge(
     state: State, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult
 ) -> AttemptRecord:
     """Return what an answer means for its delivery, as it is recorded."""
-    policy = state.retry_policy
+    policy = state.retry_policy.for_endpoint(delivery.retry_schedule, delivery.retry_statuses)
     if delivery.event_type == JOB_PROGRESS:
         policy = replace(policy, schedule=PROGRESS_SCHEDULE, max_retry_after_s=PROGRESS_SCHEDULE[-1])
     decision = policy.decide(
@@ -78,7 +78,7 @@ def judge(
         retry_after=result.retry_after,
         now=datetime.now(UTC),
         random=random.random,
-        retry_4xx=delivery.format != "task",
+        retry_4xx=delivery.format != "task" or delivery.retry_statuses is not None,
     )
     return AttemptRecord(
         delivery=delivery,

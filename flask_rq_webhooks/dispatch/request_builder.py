@@ -9,13 +9,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
-from ..protocol.payloads import RenderContext, as_rendered
+from ..protocol.payloads import as_rendered
 from ..protocol.signatures import signature_headers
 from ..storage.models import new_id
+from ..tracing import TRACESTATE, headers_of
 from .http import AttemptRequest, AttemptResult, Transport
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Message:
     :param headers: the client's own headers, decrypted.
     :param secrets: live secrets, decrypted, newest first; not signed without any.
     :param iso_timestamp: whether ``<prefix>-Timestamp`` is ISO 8601 instead of unix seconds.
+    :param trace: headers that continue a trace.
     """
 
     event_id: str
@@ -41,15 +43,19 @@ class Message:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     secrets: Sequence[str] = field(default=(), repr=False)
     iso_timestamp: bool = False
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
-def build_request(claimed: ClaimedDelivery, *, state: State, now: datetime) -> AttemptRequest:
+def build_request(
+    claimed: ClaimedDelivery, *, state: State, now: datetime, span: Any = None
+) -> AttemptRequest:
     """Return the request of this attempt, signed as of *now*.
 
     There is no unsigned fallback: a request that cannot be signed as promised is not sent.
 
     :param claimed: what :func:`~flask_rq_webhooks.storage.claims.claim_due` returned.
     :param now: aware UTC; its whole seconds are what is signed.
+    :param span: of this attempt, see :func:`~flask_rq_webhooks.tracing.start`.
     :raises DecryptionError: when no configured key decrypts the endpoint's secrets or headers.
     :raises ConfigurationError: when the endpoint needs a server-wide secret that is not set.
     """
@@ -64,6 +70,7 @@ def build_request(claimed: ClaimedDelivery, *, state: State, now: datetime) -> A
         headers=own,
         secrets=_live_secrets(claimed, state),
         iso_timestamp=claimed.format == "task",
+        trace=headers_of(claimed.trace, span),
     )
     return AttemptRequest(
         url=claimed.url,
@@ -86,6 +93,7 @@ def request_headers(message: Message, *, state: State, now: datetime) -> dict[st
         f"{prefix}-Event": message.event_type,
         f"{prefix}-Delivery": message.delivery_id,
         f"{prefix}-Attempt": str(message.number),
+        **message.trace,
     }
     if message.secrets or state.signing_keys:
         ours |= signature_headers(
@@ -102,6 +110,8 @@ def request_headers(message: Message, *, state: State, now: datetime) -> dict[st
     # Firewalls refuse requests without it (OWASP CRS 920300). A client may ask for something else.
     accept = {} if "accept" in map(str.lower, message.headers) else {"Accept": "*/*"}
     taken = {name.lower() for name in ours}
+    if message.trace:
+        taken.add(TRACESTATE)  # a state belongs to its parent
     own = {name: value for name, value in message.headers.items() if name.lower() not in taken}
     return accept | own | ours
 
@@ -121,7 +131,6 @@ def send_ping(
     transport: Transport,
     secret: str | None = None,
     payload_format: str | None = None,
-    now: datetime | None = None,
 ) -> Ping:
     """Send one ``webhook.ping`` to *url* and wait for the result. Nothing is stored.
 
@@ -131,25 +140,13 @@ def send_ping(
     :param payload_format: name of the format to render it in; the app's default otherwise.
     :raises ConfigurationError: when there is no such format.
     """
-    now = now or datetime.now(UTC)
-    settings = state.settings
+    now, settings = datetime.now(UTC), state.settings
     name = payload_format or settings.format
     if name not in state.formats:
         raise ConfigurationError(f"There is no payload format {name!r}; known are {sorted(state.formats)}.")
     event_id = new_id("evt")
     occurrence = Occurrence(type=WEBHOOK_PING, occurred_at=now, source=SOURCE_APPLICATION)
-    made = state.formats[name](
-        occurrence,
-        RenderContext(
-            event_id=event_id,
-            runid=None,
-            reference=None,
-            traceback=settings.traceback,
-            include_result=settings.include_result,
-            max_bytes=settings.max_payload_bytes,
-        ),
-    )
-    rendered = as_rendered(made)
+    rendered = as_rendered(state.formats[name](occurrence, state.render_context(event_id)))
     chosen = secret or settings.signing_secret
     message = Message(
         event_id=event_id,

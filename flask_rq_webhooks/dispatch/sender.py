@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .. import tracing
 from .._steps import reached
 from ..errors import ConfigurationError, DecryptionError, StorageUnavailableError
-from ..storage.attempts import latest_outcomes
+from ..storage.attempts import error_code_for_status, latest_outcomes
 from ..storage.claims import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
 from ..storage.models import new_id
 from .host_limits import HostRecords, InFlight, RateLimiter
@@ -288,8 +289,9 @@ class Sender:
             if self._limiter.wait_s(delivery.host) > 0:
                 over_limit.setdefault(delivery.host, []).append(delivery)
                 continue
+            span = _span_of(delivery)
             try:
-                request = build_request(delivery, state=self._state, now=datetime.now(UTC))
+                request = build_request(delivery, state=self._state, now=datetime.now(UTC), span=span)
             except (DecryptionError, ConfigurationError, ValueError) as exc:
                 unsendable.append(delivery)
                 cause = exc
@@ -302,7 +304,7 @@ class Sender:
                 self._unwanted += [*claimed[number:], *held, *unsendable, *chain(*over_limit.values())]
                 raise
             self._queued.append((time.monotonic(), future, delivery))
-            future.add_done_callback(self._collector(delivery, request))
+            future.add_done_callback(self._collector(delivery, request, span))
         for host, deliveries in over_limit.items():
             self._put_off(host, deliveries)
         self._sweeps = 2 * len(held) > len(claimed) and self._in_flight.is_doubtful
@@ -334,12 +336,14 @@ class Sender:
         defer(self._state.database, deliveries, delay_s=delay_s)
 
     def _collector(
-        self, delivery: ClaimedDelivery, request: AttemptRequest
+        self, delivery: ClaimedDelivery, request: AttemptRequest, span: Any
     ) -> Callable[[Future[AttemptResult]], None]:
         def collect(future: Future[AttemptResult]) -> None:
             if future.cancelled():
                 return  # taken back
             result = future.result()
+            if span is not None:
+                _end(span, result)
             self._hosts.note(delivery.host, result)
             self._recorder.add(delivery, request, result)
             self._in_flight.remove(delivery, answered=True)
@@ -367,6 +371,28 @@ class Sender:
             self.wake()
         elif len(self._in_flight) <= self._enough_at:
             self._woken.set()  # there was no room because too much waited to be recorded
+
+
+def _span_of(delivery: ClaimedDelivery) -> Any:
+    """Begin the span of an attempt; one that is never ended is never reported."""
+    attributes = {
+        "http.request.method": "POST",
+        "server.address": delivery.host,
+        "rq_webhooks.event_id": delivery.event_id,
+        "rq_webhooks.event_type": delivery.event_type,
+        "rq_webhooks.job_id": delivery.job_id,
+        "rq_webhooks.delivery_id": delivery.id,
+        "rq_webhooks.attempt": delivery.number,
+    }
+    return tracing.start("rq_webhooks attempt", delivery.trace, "CLIENT", attributes)
+
+
+def _end(span: Any, result: AttemptResult) -> None:
+    status = result.status_code
+    known = {} if status is None else {"http__response__status_code": status}
+    tracing.end(
+        span, result.error_code or (None if status is None else error_code_for_status(status)), **known
+    )
 
 
 class _Pace:

@@ -424,7 +424,12 @@ def _needs_watch(waiting: _Waiting) -> bool:
 
 
 def _item(waiting: _Waiting, occurrence: Occurrence) -> IngestItem:
-    return IngestItem(occurrence, endpoint_ids=(waiting.entry.endpoint,), needs_watch=_needs_watch(waiting))
+    return IngestItem(
+        occurrence,
+        endpoint_ids=(waiting.entry.endpoint,),
+        needs_watch=_needs_watch(waiting),
+        trace=waiting.entry.trace,
+    )
 
 
 def _is_unforeseen_loss(occurrence: Occurrence, stored_type: str, *, created: bool) -> bool:

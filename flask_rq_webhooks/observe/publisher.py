@@ -41,6 +41,7 @@ from ..storage.database import Database
 from ..storage.events import IngestedEvent, IngestItem, ingest, ingest_within
 from ..storage.sql_errors import is_about_a_row
 from ..storage.watches import WatchRow
+from ..tracing import EventSpans
 from .outcomes import Outcome, reported_at
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Publisher:
         :raises StorageUnavailableError: when SQL cannot be reached; nothing of *items* is stored.
         """
         state = self._state
+        spans = EventSpans()
         with state.app.app_context():  # the host's scrub function and formats may want one
             events = ingest(
                 state.database,
@@ -101,7 +103,9 @@ class Publisher:
                 render=self._render,
                 max_attempts=max_attempts or self._max_attempts,
                 scrub=self._scrub,
+                begin=spans.begin,
             )
+        spans.end(event.event_id for event in events if event.created)
         self.announce(events)
         return events
 

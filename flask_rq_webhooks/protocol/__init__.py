@@ -1,5 +1,11 @@
-"""What is said and how: events, payloads, signatures, retry decisions, URL and header rules.
+"""What is said on the wire and how, as pure functions and values.
 
-Pure: no I/O, no Flask, no RQ, no SQL. Clock and resolver are handed in. Imports nothing of the
-package but :mod:`flask_rq_webhooks.errors`.
+:mod:`events` has the vocabulary: event types, the ``Occurrence``, and the key that makes the end of a run
+unique. :mod:`payloads` renders an occurrence in the four formats and makes it fit the size limit;
+:mod:`json_safe` turns any Python value into JSON without raising, and :mod:`job_errors` makes type, message
+and traceback of a failure. :mod:`signatures` signs; :mod:`headers` and :mod:`urls` decide what a client may
+let us send, and where to.
+
+No I/O, no Flask, no RQ, no SQL: clock and resolver are handed in. Imports nothing of the package but
+:mod:`flask_rq_webhooks.errors`.
 """

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InvalidWebhookError
+from ..tracing import TRACEPARENT, checked
 
 MAX_HEADERS = 32
 MAX_NAME_BYTES = 256
@@ -25,82 +26,30 @@ _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"(?:[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?)?")
 
 #: Headers that frame the message, belong to one hop, or are set by the sender itself.
-_REFUSED = frozenset(
-    {
-        "accept-encoding",
-        "alt-svc",
-        "close",
-        "connection",
-        "cookie",
-        "cookie2",
-        "expect",
-        "host",
-        "http2-settings",
-        "keep-alive",
-        "set-cookie",
-        "set-cookie2",
-        "te",
-        "trailer",
-        "trailers",
-        "transfer-encoding",
-        "upgrade",
-        "user-agent",
-    }
-)
+_REFUSED = frozenset({
+    "accept-encoding", "alt-svc", "close", "connection", "cookie", "cookie2", "expect", "host",
+    "http2-settings", "keep-alive", "set-cookie", "set-cookie2", "te", "trailer", "trailers",
+    "transfer-encoding", "upgrade", "user-agent",
+})  # fmt: skip
 _REFUSED_FAMILIES = ("content-", "proxy-", "webhook-")
 #: Headers that servers inside a network act on: a request with them may pass for one of its proxy, of another
 #: client, for another path, or of a machine that may read cloud metadata (SECURITY 22).
-_TRUSTED_INSIDE = frozenset(
-    {
-        "cdn-loop",
-        "client-ip",
-        "fastly-client-ip",
-        "forwarded",
-        "fly-client-ip",
-        "front-end-https",
-        "metadata",  # Azure
-        "remote-addr",
-        "remote-user",
-        "true-client-ip",
-        "via",
-        "x-authenticated-user",
-        "x-client-ip",
-        "x-cluster-client-ip",
-        "x-envoy-external-address",
-        "x-envoy-original-path",
-        "x-forwarded",
-        "x-host",
-        "x-http-destinationurl",
-        "x-http-host-override",
-        "x-http-method",
-        "x-http-method-override",
-        "x-metadata-token",
-        "x-method-override",
-        "x-real-ip",
-        "x-rewrite-url",
-    }
-)
+_TRUSTED_INSIDE = frozenset({
+    "cdn-loop", "client-ip", "fastly-client-ip", "forwarded", "fly-client-ip", "front-end-https",
+    "metadata",  # Azure
+    "remote-addr", "remote-user", "true-client-ip", "via", "x-authenticated-user", "x-client-ip",
+    "x-cluster-client-ip", "x-envoy-external-address", "x-envoy-original-path", "x-forwarded", "x-host",
+    "x-http-destinationurl", "x-http-host-override", "x-http-method", "x-http-method-override",
+    "x-metadata-token", "x-method-override", "x-real-ip", "x-rewrite-url",
+})  # fmt: skip
 _TRUSTED_INSIDE_FAMILIES = (
     "cf-",  # Cloudflare
     "metadata-",  # Google Cloud and others
-    "ssl-client-",
-    "x-aliyun-",
-    "x-amzn-",
-    "x-appengine-",
     "x-arr-",  # Azure's request routing
-    "x-auth-request-",
-    "x-aws-ec2-metadata-",
-    "x-azure-",
-    "x-envoy-internal",
-    "x-forwarded-",
-    "x-goog-",
-    "x-google-",
-    "x-ms-client-principal",
-    "x-original-",
-    "x-remote-",
-    "x-ssl-",
-    "x-webauth-",
-)
+    "ssl-client-", "x-aliyun-", "x-amzn-", "x-appengine-", "x-auth-request-", "x-aws-ec2-metadata-",
+    "x-azure-", "x-envoy-internal", "x-forwarded-", "x-goog-", "x-google-", "x-ms-client-principal",
+    "x-original-", "x-remote-", "x-ssl-", "x-webauth-",
+)  # fmt: skip
 #: Signatures of other senders: a receiver of those must not take our request for theirs.
 _SIGNATURE = re.compile(
     r"(?:.*-)?(?:signature|sig|hmac|signed)(?:-.*)?"
@@ -178,7 +127,11 @@ def mask_headers(mapping: Mapping[str, str], *, header_prefix: str = "X-Webhook"
     """
     family = f"{header_prefix.lower()}-"
     shown = _SHOWN | {family + name for name in _SHOWN_OF_FAMILY}
-    return {name: value if name.lower() in shown else MASK for name, value in mapping.items()}
+
+    def is_shown(name: str, value: str) -> bool:
+        return name.lower() in shown or (name == TRACEPARENT and checked(value) is not None)
+
+    return {name: value if is_shown(name, value) else MASK for name, value in mapping.items()}
 
 
 def _refusal(name: Any, value: Any, header_prefix: str) -> str | None:

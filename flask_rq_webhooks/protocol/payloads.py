@@ -163,12 +163,7 @@ def render_cloudevents(occurrence: Occurrence, context: RenderContext) -> Render
 
 #: The formats that come with the package, by name.
 FORMATS: Mapping[str, PayloadFormat] = MappingProxyType(
-    {
-        "job": render_job,
-        "task": render_task,
-        "standard": render_standard,
-        "cloudevents": render_cloudevents,
-    }
+    {"job": render_job, "task": render_task, "standard": render_standard, "cloudevents": render_cloudevents}
 )
 
 

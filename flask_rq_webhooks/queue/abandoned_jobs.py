@@ -67,13 +67,8 @@ def _uses_pickle(redis: Redis, queue: str) -> bool:
 
     Judged by one of them; ``True`` if there is no worker to judge by.
     """
-    # Entries are "<job id>", from RQ 2 on "<job id>:<execution id>".
-    entries: Any = redis.zrange(StartedJobRegistry(queue, connection=redis).key, 0, 0)
-    for entry in entries:
-        text = entry.decode("utf-8", "replace") if isinstance(entry, bytes) else entry
-        for job_id in (text, text.rpartition(":")[0]):
-            command = ("HGET", job_key(job_id), "data")
-            data: Any = redis.execute_command(*command, NEVER_DECODE=True) if job_id else None  # type: ignore[no-untyped-call]
-            if data:
-                return inflated(data, 1) in (b"\x80", b"")
+    for job_id in _job_ids(redis.zrange(StartedJobRegistry(queue, connection=redis).key, 0, 0)):
+        data: Any = redis.execute_command("HGET", job_key(job_id), "data", NEVER_DECODE=True)  # type: ignore[no-untyped-call]
+        if data:
+            return inflated(data, 1) in (b"\x80", b"")
     return True

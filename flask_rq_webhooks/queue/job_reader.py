@@ -442,9 +442,13 @@ def _result(job_id: str, entry: Any) -> JobResult | None:
         return None
 
 
+def pairs_in(answer: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the names and values of an answer that is a map, in whichever shape the protocol has it."""
+    return answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=False)
+
+
 def _fields(raw: Any) -> dict[str, Any]:
-    pairs = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=False)
-    return {_text(name) or "": value for name, value in pairs}
+    return {_text(name) or "": value for name, value in pairs_in(raw)}
 
 
 # -- values -------------------------------------------------------------------------------------------------

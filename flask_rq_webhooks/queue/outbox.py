@@ -17,6 +17,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from ..callbacks import DEFAULT_MAXLEN, OUTBOX_KEY_PREFIX
 from ..errors import OutboxEntryError
+from .job_reader import pairs_in
 from .outbox_entry import OutboxEntry, dump_entry, parse_entry
 
 #: The consumer group all dispatchers of one SQL database belong to.
@@ -115,12 +116,7 @@ class Outbox:
         except RedisError:
             return None
         for refused in log:
-            fields = (
-                refused.items()
-                if isinstance(refused, dict)
-                else zip(refused[::2], refused[1::2], strict=False)
-            )
-            said = {_text(name): value for name, value in fields}
+            said = {_text(name): value for name, value in pairs_in(refused)}
             if said.get("reason") == b"key" and said.get("object") == self.key.encode():
                 return _text(said["username"])
         return None
@@ -247,8 +243,7 @@ class Outbox:
         return entries
 
     def _entry(self, entry_id: str, fields: Any) -> Entry:
-        pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2], strict=False)
-        raw = next((value for name, value in pairs if name in (b"entry", "entry")), None)
+        raw = next((value for name, value in pairs_in(fields) if name in (b"entry", "entry")), None)
         if raw is None:
             return Entry(
                 entry_id, None, "it has no field 'entry'", repr(fields).encode()[:MAX_REJECTED_BYTES]

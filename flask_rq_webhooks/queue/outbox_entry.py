@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from ..callbacks import ENTRY_VERSION
 from ..errors import OutboxEntryError
 from ..protocol.events import parse_time
+from ..tracing import checked
 
 #: Bytes of a valid entry: a result of 1 MiB, a traceback of 64 Ki characters escaped, and the rest.
 MAX_ENTRY_BYTES = 2 * 2**20
@@ -52,6 +53,7 @@ class OutboxEntry:
     :param at: when Redis took the entry, unix seconds: RQ's results are stamped by the same clock.
     :param retries_left: as the failing run left it; more than 0 means RQ will retry.
     :param error: ``{"type", "message", "traceback"}`` with kind ``"failure"``.
+    :param trace: of the span in which the callback ran, where the worker has OpenTelemetry; absent elsewhere.
     :param jobs: job ids, only with ``"confirm"``.
     :param seal: what a web process encrypted, only with ``"confirm"``; see :func:`confirm_entry`.
     :param size: bytes of the JSON it was read from; 0 where it was not.
@@ -72,6 +74,7 @@ class OutboxEntry:
     result: Any = None
     result_truncated: bool = False
     error: Mapping[str, str] | None = None
+    trace: str | None = None
     jobs: tuple[str, ...] = ()
     seal: str | None = None
     size: int = field(default=0, compare=False)
@@ -81,7 +84,8 @@ class OutboxEntry:
         if self.kind == "confirm":
             return dump_entry(confirm_entry(self.endpoint, self.jobs, seal=self.seal))
         fields = {name: getattr(self, name) for name in _JOB_FIELDS if name != "v"}
-        return dump_entry({"v": ENTRY_VERSION, **fields})
+        trace = {} if self.trace is None else {"trace": self.trace}
+        return dump_entry({"v": ENTRY_VERSION, **fields, **trace})
 
 
 def confirm_entry(endpoint: str, jobs: Sequence[str], *, seal: str | None = None) -> dict[str, Any]:
@@ -117,6 +121,7 @@ def parse_entry(raw: bytes) -> OutboxEntry:
         return _parse_confirm(fields)
     if not isinstance(kind, str) or kind not in _KINDS:
         raise OutboxEntryError(f"its kind {_short(kind)} is unknown.")
+    trace = fields.pop("trace", None)
     _check_names(fields, _JOB_FIELDS)
     created_at, enqueued_at = _moment(fields, "created_at"), _moment(fields, "enqueued_at")
     error = fields["error"]
@@ -142,6 +147,7 @@ def parse_entry(raw: bytes) -> OutboxEntry:
         result=fields["result"],
         result_truncated=_flag(fields, "result_truncated"),
         error=error,
+        trace=checked(*trace.split(" ", 1)) if isinstance(trace, str) else None,
         size=len(raw),
     )
 

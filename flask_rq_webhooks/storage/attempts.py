@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
@@ -321,8 +321,8 @@ class RetryPolicy:
 
     :param schedule: seconds before the second, third, … attempt; the last one repeats where an endpoint
         allows more attempts than the schedule has.
-    :param statuses: HTTP statuses that are retried; :data:`SHORT_LIVED_STATUSES` are in any case, but not
-        as often.
+    :param statuses: HTTP statuses that are retried.
+    :param short_lived: HTTP statuses that are retried as often as :data:`SHORT_LIVED_ATTEMPTS` says.
     :param max_retry_after_s: longest delay a receiver can ask for.
     :param jitter: share by which a delay varies, so that many deliveries do not return in one moment after
         an outage.
@@ -332,6 +332,21 @@ class RetryPolicy:
     statuses: frozenset[int]
     jitter: float = 0.1
     max_retry_after_s: float = MAX_RETRY_AFTER_S
+    short_lived: frozenset[int] = SHORT_LIVED_STATUSES
+
+    def for_endpoint(self, schedule: str | None, statuses: str | None) -> RetryPolicy:
+        """Return the policy of an endpoint that may set its own schedule and statuses.
+
+        :param schedule: JSON list of seconds; ``None`` for those of this policy.
+        :param statuses: JSON list as :class:`~.models.EndpointFields` has it: no other status is retried.
+        """
+        policy = self
+        if schedule is not None:
+            policy = replace(policy, schedule=tuple(json.loads(schedule)))
+        if statuses is not None:
+            chosen = {code for text in json.loads(statuses) for code in _codes(text)}
+            policy = replace(policy, statuses=frozenset(chosen), short_lived=frozenset())
+        return policy
 
     def decide(
         self,
@@ -356,7 +371,7 @@ class RetryPolicy:
         :param now: aware time of the response.
         :param random: returns a number from 0 to 1.
         :param retry_4xx: whether a 4xx may be retried; not so for ``format="task"``, whose contract is that
-            every 4xx is final.
+            every 4xx is final, unless the endpoint sets its own statuses.
         """
         if status_code is not None and (error_code is None or error_code in _STATUS_CODES):
             error_code = error_code_for_status(status_code)
@@ -381,7 +396,7 @@ class RetryPolicy:
             status_code = 500
         if status_code in self.statuses:
             return True
-        return status_code in SHORT_LIVED_STATUSES and number < SHORT_LIVED_ATTEMPTS
+        return status_code in self.short_lived and number < SHORT_LIVED_ATTEMPTS
 
     def _delay_s(
         self, number: int, retry_after: str | None, now: datetime, random: Callable[[], float]
@@ -392,6 +407,11 @@ class RetryPolicy:
         if asked is None:
             return delay
         return max(delay, scheduled, min(asked, self.max_retry_after_s))
+
+
+def _codes(text: str) -> range:
+    """Return the statuses that ``"429"`` or ``"5xx"`` stands for."""
+    return range(int(text.replace("x", "0")), int(text.replace("x", "9")) + 1)
 
 
 def error_code_for_status(status: int) -> str | None:

@@ -65,6 +65,9 @@ class ClaimedDelivery:
     :param runid: what the host calls the run; the endpoint's own before the event's.
     :param headers: the endpoint's custom headers, an encrypted JSON object.
     :param secrets: live ones, encrypted, newest first.
+    :param trace: what the request continues: the event's trace, or that of the endpoint's own request where
+        that is another one.
+    :param retry_schedule: the endpoint's own, a JSON list, as for *retry_statuses*.
     """
 
     id: str
@@ -87,7 +90,10 @@ class ClaimedDelivery:
     sign_payload: bool
     format: str
     timeout_s: float | None
+    retry_schedule: str | None
+    retry_statuses: str | None
     tenant: str | None
+    trace: str | None = field(repr=False)
 
 
 def claim_due(
@@ -248,7 +254,10 @@ def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
             sign_payload=row.sign_payload,
             format=row.format,
             timeout_s=row.timeout_s,
+            retry_schedule=row.retry_schedule,
+            retry_statuses=row.retry_statuses,
             tenant=row.tenant,
+            trace=row.trace,
         )
         for row in rows
         if row.id in secrets
@@ -357,13 +366,16 @@ claimed AS (
 )
 SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
        c.endpoint_id, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, s.secret
+       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, e.retry_schedule,
+       e.retry_statuses, s.secret,
+       CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
+            ELSE e.trace END AS trace
 FROM claimed c
 CROSS JOIN LATERAL (
-    SELECT job_id, runid FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
+    SELECT job_id, runid, trace FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
 ) v
 CROSS JOIN LATERAL (
-    SELECT runid, kind, url, headers, sign_payload, format, timeout_s
+    SELECT runid, kind, url, headers, sign_payload, format, timeout_s, retry_schedule, retry_statuses, trace
     FROM rq_webhooks_endpoint WHERE id = c.endpoint_id OFFSET 0
 ) e
 LEFT JOIN LATERAL (
@@ -437,7 +449,10 @@ _LOAD_SQLITE = (
     text("""
 SELECT d.id, d.trigger, d.attempts, d.max_attempts, d.body, d.content_type, d.host, d.event_id, d.event_type,
        d.endpoint_id, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, d.tenant, e.sign_payload, e.format, e.timeout_s, s.secret
+       e.kind, e.url, e.headers, d.tenant, e.sign_payload, e.format, e.timeout_s, e.retry_schedule,
+       e.retry_statuses, s.secret,
+       CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
+            ELSE e.trace END AS trace
 FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_lease
 CROSS JOIN rq_webhooks_event v ON v.id = d.event_id
 CROSS JOIN rq_webhooks_endpoint e ON e.id = d.endpoint_id

@@ -88,11 +88,7 @@ class Cipher:
 
 
 def rekey(
-    database: Database,
-    cipher: Cipher,
-    *,
-    batch: int = 500,
-    progress: Callable[[int], None] | None = None,
+    database: Database, cipher: Cipher, *, batch: int = 500, progress: Callable[[int], None] | None = None
 ) -> int:
     """Encrypt every stored secret and header anew with the first key; then older keys may go.
 
@@ -116,16 +112,13 @@ def rekey(
     return done
 
 
-def stored_samples(database: Database, *, at_most: int = 20) -> list[str]:
-    """Return encrypted values for a test of the keys: the oldest and the newest secrets and headers.
-
-    :param at_most: of each of the four.
-    """
+def stored_samples(database: Database) -> list[str]:
+    """Return encrypted values for a test of the keys: the 20 oldest and newest secrets and headers."""
     stored: list[str] = []
     with database.read() as connection:
         for column, key in ((Secret.secret, Secret.id), (Endpoint.headers, Endpoint.id)):
             for order in (key.asc(), key.desc()):
-                query = select(column).where(column.is_not(None)).order_by(order).limit(at_most)
+                query = select(column).where(column.is_not(None)).order_by(order).limit(20)
                 stored += [text for text in connection.execute(query).scalars() if text is not None]
     return stored
 

@@ -77,12 +77,12 @@ def sign_off(database: Database, dispatcher_id: str) -> None:
         )
 
 
-def forget_dead(database: Database, *, older_than_s: float = 86400.0) -> int:
-    """Forget dispatchers without a heartbeat for *older_than_s* seconds; return how many."""
+def forget_dead(database: Database) -> int:
+    """Forget dispatchers without a heartbeat for a day; return how many."""
     with database.write(single_statement=True) as connection:
         return connection.execute(
             delete(Dispatcher).where(
-                Dispatcher.id != SHARED, Dispatcher.heartbeat_at < database.clock(-older_than_s)
+                Dispatcher.id != SHARED, Dispatcher.heartbeat_at < database.clock(-86400.0)
             )
         ).rowcount
 

@@ -33,6 +33,7 @@ from .models import (
     EndpointFields,
     Secret,
     Watch,
+    encoded,
     new_id,
 )
 from .reported_runs import unbound_watch_id
@@ -125,23 +126,16 @@ def confirm(
     existing = list(dict.fromkeys(existing))
     unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
     statements: list[tuple[Executable, Any]] = []
-    if existing:
+    for status, job_ids in ((OPEN, existing), (RESERVED, unseen)):
         rows = [
-            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "open",
-             "run": (runs or {}).get(job_id), "missing_passes": 0,
-             "of_endpoint": endpoint_id, "created_at": since.get(job_id, now),
-             "confirmed_at": now}
-            for job_id in existing
+            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": status,
+             "run": (runs or {}).get(job_id), "missing_passes": 0, "of_endpoint": endpoint_id,
+             "created_at": since.get(job_id, now), "confirmed_at": now if status == OPEN else None}
+            for job_id in job_ids
         ]  # fmt: skip
-        statements.append((_INSERT_OPEN[database.is_sqlite], rows[0] if len(rows) == 1 else rows))
-    if unseen:
-        rows = [
-            {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": "reserved",
-             "run": (runs or {}).get(job_id), "missing_passes": 0,
-             "of_endpoint": endpoint_id, "created_at": since.get(job_id, now)}
-            for job_id in unseen
-        ]  # fmt: skip
-        statements.append((_INSERT_RESERVED[database.is_sqlite], rows))
+        if rows:
+            statement = _INSERT_WATCH[status, database.is_sqlite]
+            statements.append((statement, rows[0] if len(rows) == 1 else rows))
     if reserved_job_id is not None and reserved_job_id not in existing and reserved_job_id not in unseen:
         close = (
             update(Watch)
@@ -211,10 +205,9 @@ def waiting_for_host(database: Database, host: str, *, at_most: int | None = Non
 def rows_of(cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime) -> dict[str, Any]:
     """Return the rows of an endpoint that has no jobs yet, by table."""
     given = {one.name: getattr(endpoint, one.name) for one in fields(NewEndpoint) if one.name != "secret"}
-    row = given | {
+    row = encoded(given) | {
         "id": endpoint_id,
         "headers": encrypted_headers(cipher, endpoint.headers),
-        "events": events_json(endpoint.events),
         "enabled": True,
         "failures": 0,
         "created_at": now,
@@ -252,11 +245,6 @@ def encrypted_headers(cipher: Cipher, headers: Mapping[str, str]) -> str | None:
 
 def _began(run: str) -> datetime:
     return parse_time(run.removeprefix("created:"))
-
-
-def events_json(events: Sequence[str] | None) -> str | None:
-    """Return event types as they are stored."""
-    return None if events is None else json.dumps(list(events))
 
 
 # The statements of every request are built once: building them takes longer than running them.
@@ -299,9 +287,9 @@ def _insert_watch(statement: Any, *changed: str) -> Executable:
     return insert
 
 
-#: Whether on SQLite → the statement that opens a watch, or notes the run on one that is only reserved.
-_INSERT_OPEN, _INSERT_RESERVED = (
-    {True: _insert_watch(sqlite.insert(_WATCHES), *changed),
-     False: _insert_watch(postgresql.insert(_WATCHES), *changed)}
-    for changed in (("status", "confirmed_at", "run"), ("run",))
-)  # fmt: skip
+#: What opens a watch, or notes the run on one that is only reserved: by its status, and whether on SQLite.
+_INSERT_WATCH = {
+    (status, dialect is sqlite): _insert_watch(dialect.insert(_WATCHES), *changed)
+    for status, changed in ((OPEN, ("status", "confirmed_at", "run")), (RESERVED, ("run",)))
+    for dialect in (sqlite, postgresql)
+}

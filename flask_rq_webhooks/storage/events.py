@@ -39,6 +39,7 @@ from ..protocol.events import (
     run_key,
 )
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
+from ..tracing import is_same
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
 from .models import PENDING, SENDING, Delivery, Event, UTCDateTime, new_id
@@ -54,10 +55,14 @@ from .subscriptions import (
     standing_endpoints,
     store_deliveries,
     tenants_of,
+    trace_of,
 )
 
 Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
+#: Called with an event's id, type and job, the trace of its request and another one it occurred in; returns
+#: the trace that its deliveries continue.
+Begin = Callable[[str, str, str | None, str | None, str | None], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +74,14 @@ class IngestItem:
     :param tenant: whose standing endpoints get it, beside those of operators; that of the job by default.
     :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Any client
         of Redis that may write can name any endpoint in a report.
+    :param trace: in which it occurred, see :mod:`~flask_rq_webhooks.tracing`.
     """
 
     occurrence: Occurrence
     endpoint_ids: tuple[str, ...] = ()
     needs_watch: bool = False
     tenant: str | None = None
+    trace: str | None = None
 
 
 @dataclass(slots=True)
@@ -86,6 +93,7 @@ class StoredEvent:
     :param deliveries: how many deliveries are new.
     :param sent_to: the tenant the item names.
     :param tenant: whose event it is.
+    :param trace: in which it occurred; once stored, what its deliveries continue.
     """
 
     id: str
@@ -95,6 +103,7 @@ class StoredEvent:
     deliveries: int = 0
     sent_to: str | None = None
     tenant: str | None = None
+    trace: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +130,7 @@ def ingest(
     render: Render,
     max_attempts: int,
     scrub: Scrub | None = None,
+    begin: Begin | None = None,
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
@@ -137,13 +147,14 @@ def ingest(
     :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
         ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
         in place). What it does to ``runid`` and to these is stored, sent and shown.
+    :param begin: called for each event that may be new.
     :returns: one for each item, in their order.
     """
     if not items:
         return []
     with database.write() as connection:
         return ingest_within(
-            database, connection, items, render=render, max_attempts=max_attempts, scrub=scrub
+            database, connection, items, render=render, max_attempts=max_attempts, scrub=scrub, begin=begin
         )
 
 
@@ -155,6 +166,7 @@ def ingest_within(
     render: Render,
     max_attempts: int,
     scrub: Scrub | None = None,
+    begin: Begin | None = None,
 ) -> list[IngestedEvent]:
     """Do what :func:`ingest` does as a part of the caller's transaction."""
     prepared = [
@@ -172,9 +184,16 @@ def ingest_within(
     def requests(event: StoredEvent) -> dict[str, EndpointRow]:
         return requests_of(event, watches.get(event.occurrence.job_id or "", []), endpoints)
 
-    by_item, stored = store_events(
-        database, connection, believed, now, position, owner=lambda event: owner_of(event, requests(event))
-    )
+    def complete(event: StoredEvent) -> None:
+        asking = requests(event)
+        event.tenant = event.sent_to or owner_of(event, asking)
+        trace, own = trace_of(event, asking), event.trace
+        # A worker may have begun a trace of its own.
+        parent, link = (trace, own) if trace is not None and not is_same(trace, own) else (own, None)
+        what = event.occurrence
+        event.trace = parent if begin is None else begin(event.id, what.type, what.job_id, parent, link)
+
+    by_item, stored = store_events(database, connection, believed, now, position, complete=complete)
     asked = {event.id: requests(event) for event in stored}
     tenants = {tenant for event in stored for tenant in tenants_of(event, asked[event.id])}
     tenants |= {event.tenant for event in stored if event.tenant is not None}
@@ -263,11 +282,11 @@ def store_events(
     now: datetime,
     position: int,
     *,
-    owner: Callable[[StoredEvent], str | None],
+    complete: Callable[[StoredEvent], None],
 ) -> tuple[list[StoredEvent], list[StoredEvent]]:
     """Insert what is new and load what is not; return the event of each item, and each event once.
 
-    :param owner: returns the tenant whose event it is, where the item names none.
+    :param complete: sets tenant and trace.
     """
     by_key: dict[str, StoredEvent] = {}
     by_item: list[StoredEvent] = []
@@ -279,12 +298,13 @@ def store_events(
             if key is not None:
                 by_key[key] = event
         event.sent_to = event.sent_to or item.tenant
+        event.trace = event.trace or item.trace
         event.named += [endpoint_id for endpoint_id in item.endpoint_ids if endpoint_id not in event.named]
         by_item.append(event)
     stored = list({event.id: event for event in by_item}.values())
     place = {event.id: number for number, event in enumerate(stored)}
     for event in stored:
-        event.tenant = event.sent_to or owner(event)
+        complete(event)
     _number(database, connection, stored)
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
@@ -429,6 +449,7 @@ def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str,
         "created_at": now,
         "position": position,
         "tenant": event.tenant,
+        "trace": event.trace,
     }
 
 

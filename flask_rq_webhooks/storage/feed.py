@@ -5,8 +5,6 @@ Knows nothing of deliveries: an event is in the feed whether or not anything was
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 
 from sqlalchemy import BigInteger, String, bindparam, literal, select, text, tuple_
@@ -14,11 +12,11 @@ from sqlalchemy import BigInteger, String, bindparam, literal, select, text, tup
 from .database import Database
 from .events import LOCK_CLASS, LOCK_EPOCH_S
 from .models import Event
-from .queries import EVENT_COLUMNS, CursorError, EventView, Page, bounded
+from .queries import EVENT_COLUMNS, EventView, Page, bounded, read_cursor, write_cursor
 
 #: What is inside a cursor: ``1`` and the id of an event, as given out before there were positions; or ``2``,
 #: a position and an id.
-_FEED_CURSOR = re.compile(r"1(?P<old>\w+)|2(?P<position>\d{1,18})\.(?P<id>\w+)", re.ASCII)
+_CURSOR = re.compile(r"(?:1|2(?P<position>\d{1,18})\.)(?P<id>\w+)", re.ASCII)
 
 
 def events_after(
@@ -42,8 +40,8 @@ def events_after(
         *(column == value for column, value in wanted if value is not None)
     )
     if cursor is not None:
-        position, event_id = _read_feed_cursor(cursor)
-        after = tuple_(literal(position, BigInteger), literal(event_id, String))
+        match = read_cursor(cursor, _CURSOR)
+        after = tuple_(literal(int(match["position"] or 0), BigInteger), literal(match["id"], String))
         query = query.where(tuple_(Event.position, Event.id) > after)
     query = query.order_by(Event.position, Event.id).limit(bounded(limit))
     with database.read() as connection:
@@ -51,7 +49,7 @@ def events_after(
             query = query.where(Event.position < connection.execute(_HORIZON).scalar_one())
         found = connection.execute(query).all()
     items = tuple(EventView(**{name: row._mapping[name] for name in _EVENT_FIELDS}) for row in found)
-    return Page(items, _feed_cursor(found[-1].position, found[-1].id) if found else cursor)
+    return Page(items, write_cursor(f"2{found[-1].position}.{found[-1].id}") if found else cursor)
 
 
 _EVENT_FIELDS = [column.key for column in EVENT_COLUMNS] + ["payload"]
@@ -71,20 +69,3 @@ SELECT least(
     .columns(horizon=BigInteger)
     .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS, BigInteger))
 )
-
-
-def _feed_cursor(position: int, event_id: str) -> str:
-    return base64.urlsafe_b64encode(f"2{position}.{event_id}".encode()).decode().rstrip("=")
-
-
-def _read_feed_cursor(cursor: str) -> tuple[int, str]:
-    try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-        match = _FEED_CURSOR.fullmatch(raw.decode("ascii"))
-    except (binascii.Error, ValueError):
-        match = None
-    if match is None:
-        raise CursorError("this cursor did not come from this list")
-    if match["old"] is not None:
-        return 0, match["old"]
-    return int(match["position"]), match["id"]

@@ -17,8 +17,10 @@ metadata of the host's ``db`` so that ``create_all`` and Flask-Migrate see them
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -141,7 +143,11 @@ class EndpointFields:
     :param host: see :class:`Endpoint`.
     :param events: types it gets; ``None`` for all terminal ones. ``"*"`` on a standing endpoint: every type
         there is.
+    :param retry_schedule: seconds before the second, third, … attempt; ``None`` for those of the settings.
+    :param retry_statuses: HTTP statuses that are retried, and no others: ``"429"``, or ``"5xx"`` for all of
+        these; ``None`` for those of the settings.
     :param tenant: see :class:`Endpoint`, as for *only_tenant*.
+    :param trace: of the request it came with, see :mod:`~flask_rq_webhooks.tracing`; nobody chooses it.
     """
 
     url: str = field(repr=False)
@@ -155,9 +161,28 @@ class EndpointFields:
     runid: str | None = None
     timeout_s: float | None = None
     max_attempts: int | None = None
+    retry_schedule: tuple[float, ...] | None = None
+    retry_statuses: tuple[str, ...] | None = None
     description: str | None = None
     tenant: str | None = None
     only_tenant: str | None = None
+    trace: str | None = field(default=None, repr=False)
+
+
+#: Fields of an endpoint whose columns hold a JSON list.
+LISTS = ("events", "retry_schedule", "retry_statuses")
+
+
+def encoded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of an endpoint as its columns hold them."""
+    lists = {name: json.dumps(list(values[name])) for name in LISTS if values.get(name) is not None}
+    return {**values, **lists}
+
+
+def decoded(columns: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return columns of an endpoint as its fields hold them."""
+    lists = {name: tuple(json.loads(columns[name])) for name in LISTS if columns.get(name) is not None}
+    return {**columns, **lists}
 
 
 class Endpoint(Base):
@@ -167,7 +192,8 @@ class Endpoint(Base):
     whose jobs are reported to the standing endpoints of its tenant; nothing is sent to its own row.
     ``tenant`` is the customer whose it is, ``None`` for one of an operator; ``only_tenant`` narrows one of an
     operator to the events of one customer, who does not see it. ``headers`` is an encrypted JSON object,
-    ``events`` a JSON list of types, or ``None`` for all terminal ones. ``host`` is the normalised
+    ``events`` a JSON list of types, or ``None`` for all terminal ones; what else :data:`LISTS` names is one,
+    too. ``host`` is the normalised
     destination host (with the port where it is not the default one), the unit of fairness and limits.
     """
 
@@ -186,9 +212,12 @@ class Endpoint(Base):
     runid: Mapped[str | None]
     timeout_s: Mapped[float | None]
     max_attempts: Mapped[int | None] = mapped_column(Integer)
+    retry_schedule: Mapped[str | None]
+    retry_statuses: Mapped[str | None]
     description: Mapped[str | None]
     tenant: Mapped[str | None] = mapped_column(Tenant)
     only_tenant: Mapped[str | None] = mapped_column(Tenant)
+    trace: Mapped[str | None]
     enabled: Mapped[bool] = mapped_column(Boolean, default=True)
     disabled_at: Mapped[datetime | None]
     disabled_reason: Mapped[str | None] = mapped_column(String(64))
@@ -283,6 +312,7 @@ class Event(Base):
     erased_at: Mapped[datetime | None]
     position: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
     tenant: Mapped[str | None] = mapped_column(Tenant)
+    trace: Mapped[str | None]
 
     __table_args__ = (
         Index(conv("ix_rq_webhooks_event_position"), "position", "id"),

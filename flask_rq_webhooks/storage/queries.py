@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from .models import (
     Event,
     Secret,
     Watch,
+    decoded,
 )
 
 #: Items on a page at most, whatever is asked for.
@@ -392,9 +394,7 @@ def _endpoints(database: Database, connection: Connection, query: Select[Any]) -
     secrets = {endpoint_id: count for endpoint_id, count in connection.execute(live)}
     found = []
     for row in rows:
-        values = dict(row._mapping)
-        values["events"] = None if row.events is None else tuple(json.loads(row.events))
-        found.append(EndpointView(**values, secrets=secrets.get(row.id, 0)))
+        found.append(EndpointView(**decoded(row._mapping), secrets=secrets.get(row.id, 0)))
     return found
 
 
@@ -408,16 +408,32 @@ def bounded(limit: int) -> int:
     return max(1, min(limit, MAX_PAGE))
 
 
+_CURSOR = re.compile("1(?P<id>[ -~]*)")
+
+
+def write_cursor(position: str) -> str:
+    """Return *position* as an opaque text that can stand in a URL."""
+    return base64.urlsafe_b64encode(position.encode()).decode().rstrip("=")
+
+
+def read_cursor(cursor: str, form: re.Pattern[str]) -> re.Match[str]:
+    """Return what :func:`write_cursor` was given, as *form* reads it.
+
+    :raises CursorError: when *cursor* is malformed or from elsewhere.
+    """
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        match = form.fullmatch(raw.decode("ascii"))
+    except (binascii.Error, ValueError):
+        match = None
+    if match is None:
+        raise CursorError("this cursor did not come from this list")
+    return match
+
+
 def _cursor_of(item_id: str) -> str:
-    return base64.urlsafe_b64encode(b"1" + item_id.encode()).decode().rstrip("=")
+    return write_cursor(f"1{item_id}")
 
 
 def _id_of(cursor: str) -> str:
-    try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-        decoded = raw.decode("ascii")
-    except (binascii.Error, ValueError) as exc:
-        raise CursorError("this cursor did not come from this list") from exc
-    if not decoded.startswith("1") or not decoded.isprintable():
-        raise CursorError("this cursor did not come from this list")
-    return decoded[1:]
+    return str(read_cursor(cursor, _CURSOR)["id"])

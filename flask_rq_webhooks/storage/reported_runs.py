@@ -230,7 +230,7 @@ class ParkedReport:
     needs_watch: bool = False
 
 
-def park_reports(database: Database, reports: Sequence[ParkedReport], *, now: datetime | None = None) -> None:
+def park_reports(database: Database, reports: Sequence[ParkedReport]) -> None:
     """Keep reports for reconcile; their watches are open (again) then.
 
     Reports for endpoints that do not exist are ignored.
@@ -238,7 +238,7 @@ def park_reports(database: Database, reports: Sequence[ParkedReport], *, now: da
     if not reports:
         return
     with database.write() as connection:
-        now = now or database.now(connection)
+        now = database.now(connection)
         existing = existing_endpoints(
             connection, {report.endpoint_id for report in reports if is_endpoint(report.endpoint_id)}
         )

@@ -113,12 +113,7 @@ def prune(
 
 
 def _batches(
-    database: Database,
-    order: Any,
-    conditions: list[ColumnElement[bool]],
-    batch: int,
-    *,
-    key: Any = None,
+    database: Database, order: Any, conditions: list[ColumnElement[bool]], batch: int, *, key: Any = None
 ) -> Iterator[tuple[Connection, list[str]]]:
     """Walk rows in the order of an index, each batch locked in a transaction of its own.
 
@@ -213,7 +208,7 @@ def erase(
     return Erasure(events=erased, canceled=canceled, in_flight=left, running=running)
 
 
-def erase_finished(database: Database, older_than: datetime, *, batch: int = BATCH) -> int:
+def erase_finished(database: Database, older_than: datetime) -> int:
     """Erase the bodies and answers of deliveries that finished before *older_than*; return how many.
 
     Then of events all of whose deliveries are erased.
@@ -229,19 +224,19 @@ def erase_finished(database: Database, older_than: datetime, *, batch: int = BAT
     done = 0
     while True:
         with database.write() as connection:
-            query = select(Delivery.id).where(*finished).order_by(Delivery.finished_at).limit(batch)
+            query = select(Delivery.id).where(*finished).order_by(Delivery.finished_at).limit(BATCH)
             ids = connection.execute(query.with_for_update(skip_locked=True)).scalars().all()
             _erase_deliveries(database, connection, Delivery.id.in_(ids))
         done += len(ids)
-        if len(ids) < batch:
+        if len(ids) < BATCH:
             break
     readable = exists().where(Delivery.event_id == Event.id, Delivery.erased_at.is_(None))
     while True:
         with database.write() as connection:
             conditions = [Event.erased_at.is_(None), Event.created_at < older_than, ~readable]
-            ids = _next(connection, conditions, "", batch)
+            ids = _next(connection, conditions, "", BATCH)
             _erase_events(database, connection, ids)
-        if len(ids) < batch:
+        if len(ids) < BATCH:
             return done
 
 
@@ -303,7 +298,7 @@ def _erase_events(database: Database, connection: Connection, event_ids: Sequenc
         connection.execute(
             update(Event)
             .where(Event.id == event_id)
-            .values(payload=occurrence_to_json(skeleton), erased_at=database.clock())
+            .values(payload=occurrence_to_json(skeleton), trace=None, erased_at=database.clock())
         )
 
 
@@ -332,7 +327,7 @@ def _forget_requests(database: Database, connection: Connection, job_id: str | N
     connection.execute(update(Watch).where(mine, ~waiting).values(evidence=None, status=CLOSED))
     still = exists().where(Watch.endpoint_id == Endpoint.id, waiting)
     connection.execute(
-        update(Endpoint).where(Endpoint.id.in_(ids), ~still).values(headers=None, reference=None)
+        update(Endpoint).where(Endpoint.id.in_(ids), ~still).values(headers=None, reference=None, trace=None)
     )
     return len(running)
 

@@ -235,14 +235,7 @@ def _add_column(connection: Connection, table: Table, column: Column[Any]) -> No
     connection.execute(text(f"ALTER TABLE {name} ADD COLUMN {declaration}"))
 
 
-_EMPTY: dict[type, Any] = {
-    str: "",
-    bytes: "",
-    int: 0,
-    float: 0,
-    bool: False,
-    datetime: "1970-01-01 00:00:00",
-}
+_EMPTY: dict[type, Any] = {str: "", bytes: "", int: 0, float: 0, bool: False, datetime: "1970-01-01 00:00:00"}
 
 
 def _literal(value: str | float | bool) -> str:

@@ -16,8 +16,8 @@ from sqlalchemy import ColumnElement, delete, func, insert, select, text, update
 
 from .crypto import Cipher
 from .database import Database
-from .endpoints import NewEndpoint, encrypted_headers, events_json, insertion, rows_of, secret_row
-from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, new_id
+from .endpoints import NewEndpoint, encrypted_headers, insertion, rows_of, secret_row
+from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, encoded, new_id
 
 #: Seconds that a replaced secret keeps signing beside its successor.
 ROTATION_GRACE_S = 86400.0
@@ -51,7 +51,6 @@ def create_standing(
     namespace: str,
     idempotency_key: str | None = None,
     at_most: int = 0,
-    now: datetime | None = None,
 ) -> str:
     """Store a standing endpoint and return its id.
 
@@ -78,7 +77,7 @@ def create_standing(
         limited = endpoint.tenant is not None and at_most
         if limited and connection.execute(theirs).scalar_one() >= at_most:
             raise TooManyError
-        rows = rows_of(cipher, endpoint, endpoint_id, now or datetime.now(UTC))
+        rows = rows_of(cipher, endpoint, endpoint_id, datetime.now(UTC))
         for statement, values in insertion(database, rows):
             connection.execute(statement, values)
     return endpoint_id
@@ -90,7 +89,13 @@ def _id_of_key(namespace: str, idempotency_key: str) -> str:
 
 
 #: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
-CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {"secret", "kind", "scope", "tenant"}
+CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {
+    "secret",
+    "kind",
+    "scope",
+    "tenant",
+    "trace",
+}
 
 
 def update_standing(
@@ -113,11 +118,9 @@ def update_standing(
         raise ValueError(f"cannot change {sorted(unknown)}")
     if ("url" in changes) != ("host" in changes):
         raise ValueError("url and host go together")
-    values = dict(changes)
+    values = encoded(changes)
     if "headers" in values:
         values["headers"] = encrypted_headers(cipher, values["headers"])
-    if "events" in values:
-        values["events"] = events_json(values["events"])
     with database.write() as connection:
         changed = connection.execute(
             update(Endpoint)
@@ -145,13 +148,12 @@ def rotate_secret(
     *,
     grace_s: float = ROTATION_GRACE_S,
     tenant: str | None = None,
-    now: datetime | None = None,
 ) -> bool:
     """Give a standing endpoint a new secret; the old ones go on signing beside it for *grace_s* seconds.
 
     :returns: whether there is such an endpoint.
     """
-    now = now or datetime.now(UTC)
+    now = datetime.now(UTC)
     with database.write() as connection:
         # The update also makes two rotations at once wait for each other.
         found = connection.execute(

@@ -30,7 +30,7 @@ from ..protocol.payloads import JSON, Rendered, as_rendered
 from .attempts import PROGRESS_ATTEMPTS
 from .bulk_insert import chunks_of, insert_new, one_of
 from .database import Database
-from .models import CANCELED, CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, new_id
+from .models import CANCELED, CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, decoded, new_id
 
 if TYPE_CHECKING:
     from .events import IngestItem, StoredEvent
@@ -59,9 +59,11 @@ class EndpointRow:
     reference: str | None
     runid: str | None
     max_attempts: int | None
+    retry_schedule: tuple[float, ...] | None
     created_at: datetime
     tenant: str | None = None
     only_tenant: str | None = None
+    trace: str | None = None
 
     def wants(self, event_type: str) -> bool:
         """Say whether the endpoint gets events of *event_type*."""
@@ -75,8 +77,7 @@ def is_endpoint(endpoint_id: str | None) -> bool:
 
 def endpoint_row(row: Any) -> EndpointRow:
     """Return what rendering may know, from a row of :data:`ENDPOINT_COLUMNS`."""
-    events = None if row.events is None else tuple(json.loads(row.events))
-    return EndpointRow(**{**row._mapping, "events": events})
+    return EndpointRow(**decoded(row._mapping))
 
 
 ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointRow))
@@ -230,10 +231,21 @@ def requests_of(
 
 def owner_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | None:
     """Return the tenant whose *event* is: of the request its report names, else of the newest one."""
-    owned = [row for row in requests.values() if row.tenant is not None]
-    named = [row for row in owned if row.id in event.named]
-    newest = max(named or owned, key=lambda row: (row.created_at, row.id), default=None)
-    return None if newest is None else newest.tenant
+    return _of_request(event, requests, "tenant")
+
+
+def trace_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | None:
+    """Return the trace of the request that *event*'s report names, else of the newest one."""
+    return _of_request(event, requests, "trace")
+
+
+def _of_request(event: StoredEvent, requests: Mapping[str, EndpointRow], name: str) -> str | None:
+    """Return a field of the request that the report names, else of the newest one, as far as it is set."""
+    having = [row for row in requests.values() if getattr(row, name) is not None]
+    named = [row for row in having if row.id in event.named]
+    newest = max(named or having, key=lambda row: (row.created_at, row.id), default=None)
+    found: str | None = None if newest is None else getattr(newest, name)
+    return found
 
 
 def tenants_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> set[str]:
@@ -293,7 +305,8 @@ def delivery_values(
 ) -> dict[str, Any]:
     """Return the row of a new delivery, due at once."""
     body, content_type = as_rendered(made)
-    allowed = endpoint.max_attempts or max_attempts
+    own = None if endpoint.retry_schedule is None else len(endpoint.retry_schedule) + 1
+    allowed = endpoint.max_attempts or own or max_attempts
     return {
         "id": new_id("dlv"),
         "event_id": event_id,

@@ -97,7 +97,6 @@ def remember_members(
     *,
     found: Mapping[str, str],
     changed: Mapping[str, str],
-    now: datetime | None = None,
 ) -> None:
     """Note jobs found below a root, so that the tree is known when the root's own record is gone.
 
@@ -106,7 +105,7 @@ def remember_members(
     """
     if not found and not changed:
         return
-    now = now or datetime.now(UTC)
+    now = datetime.now(UTC)
     with database.write() as connection:
         tenant = select(Endpoint.tenant).where(Endpoint.id == endpoint_id).scalar_subquery()
         rows = [

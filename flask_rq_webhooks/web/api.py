@@ -22,7 +22,6 @@ from ..storage.feed import events_after
 from ..storage.queries import EndpointView, EventView, Page
 from ..storage.standing_endpoints import ROTATION_GRACE_S
 from ..storage.statistics import statistics, tenant_numbers
-from . import api_schemas as inputs
 from . import api_schemas as schemas
 from . import operations
 from .api_contract import Api, ApiError, not_found, routes_of
@@ -108,7 +107,7 @@ def _add_open_routes(api: Api, state: State) -> None:
 
 def _add_reads(api: Api, state: State) -> None:
     @api.route(
-        "GET", "/api/events", "read", schemas.FeedSchema, query=inputs.FeedInput, own=True, asks_itself=True
+        "GET", "/api/events", "read", schemas.FeedSchema, query=schemas.FeedInput, own=True, asks_itself=True
     )
     def events(wanted: Mapping[str, Any]) -> Any:
         """Return events in the order they were stored; with a runid, the permission status is enough."""
@@ -137,7 +136,7 @@ def _add_reads(api: Api, state: State) -> None:
         return _with_payload(state, found)
 
     @api.route(
-        "GET", "/api/deliveries", "read", schemas.DeliveriesSchema, query=inputs.DeliveriesInput, own=True
+        "GET", "/api/deliveries", "read", schemas.DeliveriesSchema, query=schemas.DeliveriesInput, own=True
     )
     def deliveries(wanted: Mapping[str, Any], tenant: str | None) -> Any:
         """Return deliveries, newest first."""
@@ -157,7 +156,7 @@ def _add_reads(api: Api, state: State) -> None:
         }  # fmt: skip
 
     @api.route(
-        "GET", "/api/endpoints", "read", schemas.EndpointsSchema, query=inputs.EndpointsInput, own=True
+        "GET", "/api/endpoints", "read", schemas.EndpointsSchema, query=schemas.EndpointsInput, own=True
     )
     def endpoints(wanted: Mapping[str, Any], tenant: str | None) -> Any:
         """Return endpoints, newest first."""
@@ -175,12 +174,12 @@ def _add_reads(api: Api, state: State) -> None:
         """Return one endpoint."""
         return _endpoint(state, endpoint_id, tenant)
 
-    @api.route("GET", "/api/stats", "read", schemas.StatisticsSchema, query=inputs.StatsInput, own=True)
+    @api.route("GET", "/api/stats", "read", schemas.StatisticsSchema, query=schemas.StatsInput, own=True)
     def stats(wanted: Mapping[str, Any], tenant: str | None) -> Any:
         """Return the numbers of the overview."""
         return statistics(state.database, hours=wanted.get("hours", 24), tenant=tenant)
 
-    @api.route("GET", "/api/tenants", "read", schemas.TenantsSchema, query=inputs.StatsInput)
+    @api.route("GET", "/api/tenants", "read", schemas.TenantsSchema, query=schemas.StatsInput)
     def tenants(wanted: Mapping[str, Any]) -> Any:
         """Return the tenants with recent failures or a backlog."""
         return {"items": tenant_numbers(state.database, hours=wanted.get("hours", 24))}
@@ -189,42 +188,42 @@ def _add_reads(api: Api, state: State) -> None:
 def _add_changes(api: Api, state: State) -> None:
     @api.route(
         "POST", "/api/deliveries/<delivery_id>/resend", "manage", schemas.ResentSchema, status=202,
-        body=inputs.NoInput, own=True,
+        body=schemas.NoInput, own=True,
     )  # fmt: skip
     def resend_delivery(delivery_id: str, tenant: str | None) -> Any:
         """Make a delivery due now: same event, same bytes."""
         return {"id": delivery_id, "status": operations.resend(state, delivery_id, tenant=tenant)}
 
-    @api.route("POST", "/api/recover", "manage", schemas.RecoveredSchema, body=inputs.ManyInput, own=True)
+    @api.route("POST", "/api/recover", "manage", schemas.RecoveredSchema, body=schemas.ManyInput, own=True)
     def recover_many(values: Mapping[str, Any], tenant: str | None) -> Any:
         """Make many deliveries due now."""
         where = operations.delivery_filter(values, tenant)
         return operations.recover(state, where, values.get("cursor"))
 
-    @api.route("POST", "/api/cancel", "manage", schemas.CanceledSchema, body=inputs.ManyInput)
+    @api.route("POST", "/api/cancel", "manage", schemas.CanceledSchema, body=schemas.ManyInput)
     def cancel_many(values: Mapping[str, Any]) -> Any:
         """Cancel deliveries that are not finished."""
         return operations.cancel(state, operations.delivery_filter(values), values.get("cursor"))
 
-    @api.route("POST", "/api/erase", "manage", schemas.ErasedSchema, body=inputs.EraseInput)
+    @api.route("POST", "/api/erase", "manage", schemas.ErasedSchema, body=schemas.EraseInput)
     def erase(values: Mapping[str, Any]) -> Any:
         """Erase bodies, results, answers and headers of a job, a run or a reference; the log stays."""
         return operations.erase(state, values)
 
     @api.route(
-        "POST", "/api/tenants/disable", "manage", schemas.TenantDisabledSchema, body=inputs.TenantInput
+        "POST", "/api/tenants/disable", "manage", schemas.TenantDisabledSchema, body=schemas.TenantInput
     )
     def disable_tenant(values: Mapping[str, Any]) -> Any:
         """Disable all standing endpoints of a tenant."""
         return {**values, "disabled": operations.disable_tenant(state, values["tenant"])}
 
-    @api.route("POST", "/api/pause", "manage", schemas.PausedSchema, body=inputs.NoInput)
+    @api.route("POST", "/api/pause", "manage", schemas.PausedSchema, body=schemas.NoInput)
     def pause_all() -> Any:
         """Stop all sending."""
         operations.pause(state)
         return {"paused": True}
 
-    @api.route("POST", "/api/resume", "manage", schemas.PausedSchema, body=inputs.NoInput)
+    @api.route("POST", "/api/resume", "manage", schemas.PausedSchema, body=schemas.NoInput)
     def resume_all() -> Any:
         """Resume sending."""
         operations.resume(state)
@@ -264,7 +263,7 @@ def _add_endpoint_changes(api: Api, state: State) -> None:
             return None
         return _endpoint(state, endpoint_id, tenant), 202, {}
 
-    @api.route("POST", f"{one}/rotate", "manage", schemas.RotatedSchema, body=inputs.RotateInput, own=True)
+    @api.route("POST", f"{one}/rotate", "manage", schemas.RotatedSchema, body=schemas.RotateInput, own=True)
     def rotate_endpoint(values: dict[str, Any], endpoint_id: str, tenant: str | None) -> Any:
         """Give it a new secret; the old ones sign beside it for a while."""
         values.setdefault("grace_s", ROTATION_GRACE_S)
@@ -275,19 +274,19 @@ def _add_endpoint_changes(api: Api, state: State) -> None:
         }
 
     @api.route(
-        "POST", f"{one}/test", "manage", schemas.PingedSchema, status=202, body=inputs.NoInput, own=True
+        "POST", f"{one}/test", "manage", schemas.PingedSchema, status=202, body=schemas.NoInput, own=True
     )
     def test_endpoint(endpoint_id: str, tenant: str | None) -> Any:
         """Send it a webhook.ping."""
         return operations.ping(state, endpoint_id, tenant=tenant)
 
-    @api.route("POST", f"{one}/enable", "manage", schemas.EndpointSchema, body=inputs.NoInput, own=True)
+    @api.route("POST", f"{one}/enable", "manage", schemas.EndpointSchema, body=schemas.NoInput, own=True)
     def enable_endpoint(endpoint_id: str, tenant: str | None) -> Any:
         """Let it get deliveries again."""
         operations.enable(state, endpoint_id, tenant=tenant)
         return _endpoint(state, endpoint_id, tenant)
 
-    @api.route("POST", f"{one}/disable", "manage", schemas.EndpointSchema, body=inputs.NoInput, own=True)
+    @api.route("POST", f"{one}/disable", "manage", schemas.EndpointSchema, body=schemas.NoInput, own=True)
     def disable_endpoint(endpoint_id: str, tenant: str | None) -> Any:
         """Stop it from getting new deliveries."""
         operations.disable(state, endpoint_id, tenant=tenant)

@@ -240,16 +240,12 @@ class ApiError(RQWebhooksError):
     """A request to the API is refused.
 
     :param code: stable, for programs.
-    :param details: input field → reasons.
     """
 
-    def __init__(
-        self, status: int, code: str, message: str, details: Mapping[str, list[str]] | None = None
-    ) -> None:
+    def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
-        self.details = dict(details or {})
 
 
 def not_found(what: str) -> ApiError:
@@ -277,7 +273,7 @@ def _install(blueprint: Blueprint) -> None:
 
     @blueprint.errorhandler(ApiError)
     def refused(exc: ApiError) -> Response:
-        return _refusal(exc.status, exc.code, str(exc), exc.details)
+        return _refusal(exc.status, exc.code, str(exc))
 
     @blueprint.errorhandler(operations.InvalidInputError)
     def invalid(exc: operations.InvalidInputError) -> Response:

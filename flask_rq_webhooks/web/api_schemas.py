@@ -7,6 +7,7 @@ permission ``read``. Every field of an answer is always there, but those a schem
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -50,6 +51,30 @@ class CoarseCode(fields.String):
 
     def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
         return coarse_code(value)
+
+
+class ItemList(fields.List):  # type: ignore[type-arg]
+    """A list, or its items in one text, between commas or spaces."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> list[Any]:
+        if isinstance(value, str):
+            value = value.replace(",", " ").split()
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
+class RetryStatus(fields.Field):  # type: ignore[type-arg]
+    """An HTTP status that may be retried, or ``4xx`` or ``5xx`` for all of these; as text."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        text = str(value).lower() if type(value) in (int, str) else ""
+        if text == "410":
+            raise ValidationError("410 cannot be retried: it says that the receiver is gone for good.")
+        if not re.fullmatch("[45]([0-9][0-9]|xx)", text, re.ASCII):
+            raise ValidationError(
+                f"{str(value)[:20]!r} cannot be retried: expected statuses from 400 to 599, '4xx' or '5xx'. "
+                "2xx is success, and redirects are never followed."
+            )
+        return text
 
 
 class AnswerSchema(Schema):
@@ -160,6 +185,8 @@ EndpointSchema = _shape(
     "tenant? only_tenant?",
     whole="max_attempts? failures secrets", number="timeout_s?", yes_no="sign_payload enabled",
     time="disabled_at? failing_since? created_at updated_at", url="url",
+    retry_schedule=fields.List(fields.Float(), allow_none=True),
+    retry_statuses=fields.List(fields.String(), allow_none=True),
     events=fields.List(fields.String(), allow_none=True), headers=_object(fields.String, allow_none=True),
 )  # fmt: skip
 #: A page of endpoints.
@@ -355,6 +382,7 @@ def endpoint_input(
 
     :param own: without what only operators choose: a request has no field for it either.
     """
+    most = min(MAX_RETRY_COUNT, settings.max_attempts) if own else settings.max_attempts
     for_operators: dict[str, fields.Field[Any]] = {
         "scope": fields.String(validate=validate.OneOf(("job", "tree"))),
         "runid": Text(allow_none=True, validate=validate.Length(max=1000)),
@@ -374,14 +402,42 @@ def endpoint_input(
             "timeout_s": fields.Float(allow_none=True, validate=timeout_range(settings)),
             "max_attempts": WholeNumber(
                 allow_none=True,
-                validate=validate.Range(
-                    min=1, max=min(MAX_RETRY_COUNT, settings.max_attempts) if own else settings.max_attempts
-                ),
+                validate=validate.Range(min=1, max=most),
+            ),
+            "retry_schedule": ItemList(
+                fields.Float(), allow_none=True, validate=_pauses(most if own else MAX_OWN_ATTEMPTS)
+            ),
+            "retry_statuses": ItemList(
+                RetryStatus(), allow_none=True, validate=validate.Length(min=1, max=100)
             ),
         },
         name="EndpointInput",
     )
     return schema()
+
+
+#: Attempts that an operator's own retry schedule can make.
+MAX_OWN_ATTEMPTS = 100
+#: Shortest and longest pause of an endpoint's own schedule, and the longest time for all of them, seconds.
+MIN_PAUSE_S, MAX_PAUSE_S, MAX_PAUSES_S = 1, 86_400, 7 * 86_400
+
+
+def _pauses(most: int) -> Callable[[list[float]], None]:
+    """Return the check of a retry schedule that makes at most *most* attempts."""
+
+    def check(pauses: list[float]) -> None:
+        if not 1 <= len(pauses) < most:
+            raise ValidationError(
+                f"Expected one pause or more, and at most {most - 1}: {most} attempts with the first."
+            )
+        if not all(MIN_PAUSE_S <= pause <= MAX_PAUSE_S for pause in pauses):
+            raise ValidationError(f"Expected pauses of {MIN_PAUSE_S} to {MAX_PAUSE_S} seconds (one day).")
+        if sum(pauses) > MAX_PAUSES_S:
+            raise ValidationError(
+                f"The pauses add up to {sum(pauses):g} seconds; at most {MAX_PAUSES_S} (7 days) are possible."
+            )
+
+    return check
 
 
 def _signable(settings: Settings) -> Callable[[bool], None]:

@@ -157,11 +157,10 @@ def replace_csrf_protect(blueprint: Blueprint) -> None:
         if protect is not None and hasattr(protect, "exempt"):
             protect.exempt(blueprint)
 
-    # Registered before a later CSRFProtect's own check, and so run before it.
-    @blueprint.before_app_request
-    def exempt_late() -> None:
-        if (request.blueprint or "").rpartition(".")[2] == blueprint.name:  # one of ours is in another
-            exempt(current_app)
+    # Called before every before_request function, that of a later CSRFProtect too.
+    @blueprint.url_value_preprocessor
+    def exempt_late(_view: str | None, _parts: dict[str, Any] | None) -> None:
+        exempt(current_app)
 
     blueprint.record(lambda setup: exempt(setup.app))
 

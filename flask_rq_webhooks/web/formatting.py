@@ -33,10 +33,10 @@ def readable(value: object) -> str:
     return _DECEPTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def body_text(body: bytes, *, limit: int = BODY_SHOWN) -> str:
+def body_text(body: bytes) -> str:
     """Return the beginning of a body as text."""
-    text = readable(body[:limit].decode("utf-8", "replace"))
-    return text if len(body) <= limit else f"{text}\n… {len(body) - limit} more bytes"
+    text = readable(body[:BODY_SHOWN].decode("utf-8", "replace"))
+    return text if len(body) <= BODY_SHOWN else f"{text}\n… {len(body) - BODY_SHOWN} more bytes"
 
 
 def moment(value: datetime | None) -> str:

@@ -24,7 +24,9 @@ TEXTS = ("event", "host", "job_id", "runid", "endpoint_id", "event_id", "tenant"
 TIMES = ("since", "until")
 
 #: Fields of the endpoint's form that hold one line of text.
-_ENDPOINT_TEXTS = ("url", "description", "reference", "timeout_s", "max_attempts")
+_ENDPOINT_TEXTS = (
+    "url", "description", "reference", "timeout_s", "max_attempts", "retry_schedule", "retry_statuses",
+)  # fmt: skip
 
 
 # -- the filter above the list of deliveries --------------------------------------------------------------

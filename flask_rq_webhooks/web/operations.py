@@ -20,7 +20,7 @@ from ..accept.tenants import look_again
 from ..errors import DecryptionError, RQWebhooksError
 from ..observe.publisher import Publisher, safe_render
 from ..protocol.events import SOURCE_APPLICATION, WEBHOOK_PING, Occurrence
-from ..protocol.payloads import RenderContext, job_payload, occurrence_from_json
+from ..protocol.payloads import job_payload, occurrence_from_json
 from ..protocol.signatures import generate_secret
 from ..state import State
 from ..storage import deliveries, dispatchers, endpoints, queries, retention, standing_endpoints
@@ -182,15 +182,7 @@ def event_payload(state: State, event: EventView) -> dict[str, Any] | None:
     """Return an event's payload as the format ``job`` renders it; ``None`` where it is erased or not read."""
     if event.erased_at is not None or event.payload is None:
         return None
-    settings = state.settings
-    context = RenderContext(
-        event_id=event.id,
-        runid=event.runid,
-        reference=None,
-        traceback=settings.traceback,
-        include_result=settings.include_result,
-        max_bytes=settings.max_payload_bytes,
-    )
+    context = state.render_context(event.id, event.runid)
     return job_payload(occurrence_from_json(event.payload), context)
 
 
@@ -326,11 +318,7 @@ class Created:
 
 
 def create(
-    state: State,
-    values: Mapping[str, Any],
-    *,
-    idempotency_key: str | None = None,
-    tenant: str | None = None,
+    state: State, values: Mapping[str, Any], *, idempotency_key: str | None = None, tenant: str | None = None
 ) -> Created:
     """Create a standing endpoint, of *tenant* or of operators.
 
@@ -386,9 +374,7 @@ def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     if "url" in found:
         found["url"], found["host"] = found["url"].url, found["url"].host_key
-    if found.get("events") is not None:
-        found["events"] = tuple(found["events"])
-    return found
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def rotate(
@@ -450,7 +436,8 @@ def missed_since(state: State, before: EndpointView) -> datetime:
     """
     if before.failing_since is not None:
         # The delivery that failed first is older than that: at most as old as the retry schedule is long.
-        return before.failing_since - timedelta(seconds=sum(state.settings.retry_schedule))
+        schedule = before.retry_schedule or state.settings.retry_schedule
+        return before.failing_since - timedelta(seconds=sum(schedule))
     return before.disabled_at or before.created_at
 
 

@@ -67,6 +67,14 @@ def rest(number: int, seconds: float = 0.4) -> int:
     return number
 
 
+def progress(number: int, seconds: float) -> int:
+    job = _job()
+    job.meta["progress"] = number
+    job.save_meta()
+    time.sleep(seconds)
+    return number
+
+
 def fail(number: int) -> None:
     raise ValueError(f"number {number}")
 

@@ -86,6 +86,35 @@ def test_sigkill_at_a_named_step(field: Field, step: str, subscribed: str, tmp_p
     note(f"killed at: {step}{', subscribed once' if subscribed else ''}", found, {process: 1})
 
 
+@pytest.mark.parametrize("step", ["newer stored", "older canceled"])
+def test_sigkill_while_an_ending_replaces_progress(field: Field, step: str, tmp_path: Path) -> None:
+    field.respond = lambda received: 503 if received.headers["X-Webhook-Event"] == "job.progress" else 204
+    mark = tmp_path / "died"
+    field.die = {"TEST_DIE_AT": step, "TEST_DIE_ONCE": str(mark)}
+    for name in ("worker-1", "dispatcher-1", "web"):
+        field.start(name)
+
+    # It ends while the retry of its progress waits.
+    wanted = ["job.success", "job.progress"]
+    field.submit(1, "progress", arguments=[INTERVAL_S + 1.5], webhook_events=wanted)
+    wait_until(mark.exists, timeout=90, what=step)
+    wait_until(lambda: any(p.popen.poll() is not None for p in field.processes.values()))
+    stored = (
+        "SELECT e.type || ' ' || d.status FROM rq_webhooks_event e "
+        "JOIN rq_webhooks_delivery d ON d.event_id = e.id"
+    )
+    assert select(field, stored) == ["job.progress pending"]  # all of the transaction or nothing
+    with field.engine.begin() as connection:  # the dead dispatcher's entries are taken over much later
+        connection.execute(sa.text("UPDATE rq_webhooks_delivery SET next_attempt_at = '2101-01-01'"))
+    field.restart_dead()
+
+    wait_until(lambda: field.receipts and field.receipts[-1].answer == 204, timeout=90, what="the ending")
+    time.sleep(INTERVAL_S + 0.5)
+    assert sorted(select(field, stored)) == ["job.progress canceled", "job.success succeeded"]
+    assert [one.answer for one in field.receipts].count(204) == 1
+    assert field.receipts[-1].answer == 204  # no progress after the end
+
+
 def expire_leases(field: Field) -> None:
     """Spare the test the 35 seconds after which a dead dispatcher's lease is free."""
     with field.engine.begin() as connection:

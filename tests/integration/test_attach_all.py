@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from flask import Flask
 from redis import Redis
+from rq.command import send_stop_job_command
 from rq.job import Job
 
 from flask_rq_webhooks import Queue, RQWebhooks
@@ -18,7 +19,7 @@ from flask_rq_webhooks.queue.job_callbacks import set_default_attachment
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage.models import Event, Watch
 from tests.pipeline import add_endpoint, rows
-from tests.servers import Receiver
+from tests.servers import Receiver, rq_worker, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -67,10 +68,23 @@ def work(state: State, _job_id: str) -> None:
     run_worker(state.redis)
 
 
+def stop(state: State, job_id: str) -> None:
+    """Stop a running job whose record has lost its callbacks."""
+    url = "redis://{host}:{port}/{db}".format(**state.redis.connection_pool.connection_kwargs)
+    with rq_worker(url) as worker:
+        key = f"rq:job:{job_id}"
+        wait_until(lambda: state.redis.hget(key, "status") == b"started", what=worker.output)
+        state.redis.hdel(key, "success_callback_name", "failure_callback_name", "stopped_callback_name")
+        send_stop_job_command(state.redis, job_id)
+        wait_until(lambda: state.redis.hget(key, "status") == b"stopped", what=worker.output)
+
+
 ENDINGS: list[tuple[str, Callable[[State, str], None], str]] = [
     ("same", work, "job.success"),
     ("fail", work, "job.failure"),
     ("exit_at_once", work, "job.failure"),
+    ("kill_work_horse", work, "job.failure"),
+    ("sleep", stop, "job.stopped"),
     ("same", cancel, "job.canceled"),
     ("same", delete, "job.lost"),
     ("same", lose, "job.lost"),
@@ -79,7 +93,7 @@ ENDINGS: list[tuple[str, Callable[[State, str], None], str]] = [
 
 @pytest.mark.parametrize(
     ("function", "end", "event"), ENDINGS,
-    ids=["success", "failure", "os._exit", "canceled", "deleted", "lost"],
+    ids=["success", "failure", "os._exit", "SIGKILL", "stopped", "canceled", "deleted", "lost"],
 )  # fmt: skip
 def test_each_ending_is_reported_once(
     host: Flask, receiver: Receiver, function: str, end: Callable[[State, str], None], event: str

@@ -328,7 +328,7 @@ def test_an_endpoint_is_created_and_its_secret_shown_once(client: FlaskClient, s
         client, page(client, "/endpoints/new"), "/endpoints/new",
         url="https://Hooks.Example.com/in?key=1", description="Mine", events=["job.failure"],
         other_events="model.published, model.removed", headers="X-A: 1\nX-B: 2", format="standard",
-        max_attempts="3", timeout_s="2.5",
+        max_attempts="3", timeout_s="2.5", retry_schedule="60, 1.5", retry_statuses="404, 5xx",
     )  # fmt: skip
     assert response.status_code == 201
     secret = re.search(r"whsec_[A-Za-z0-9+/=]+", response.text)
@@ -337,6 +337,7 @@ def test_an_endpoint_is_created_and_its_secret_shown_once(client: FlaskClient, s
     assert (row.url, row.host) == ("https://hooks.example.com/in?key=1", "hooks.example.com")
     assert row.events == '["job.failure", "model.published", "model.removed"]'
     assert (row.format, row.max_attempts, row.timeout_s, row.scope) == ("standard", 3, 2.5, "job")
+    assert (row.retry_schedule, row.retry_statuses) == ("[60.0, 1.5]", '["404", "5xx"]')
     assert state.cipher.decrypt(row.headers) == '{"X-A": "1", "X-B": "2"}'
     stored = storage_rows.row(state.database, Secret)
     assert state.cipher.decrypt(stored.secret) == secret[0]
@@ -356,6 +357,8 @@ def test_an_endpoint_is_created_and_its_secret_shown_once(client: FlaskClient, s
         ({"headers": "X-A: 1\nX-A: 2"}, "error-headers"),
         ({"max_attempts": "0"}, "error-max_attempts"),
         ({"timeout_s": "nan"}, "error-timeout_s"),
+        ({"retry_schedule": "0"}, "error-retry_schedule"),
+        ({"retry_statuses": "410"}, "error-retry_statuses"),
         ({"format": "none"}, "error-format"),
         ({"sign_payload": "yes"}, "error-sign_payload"),
         ({"secret": "x" * 513}, "error-secret"),

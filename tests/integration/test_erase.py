@@ -5,12 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from flask_rq_webhooks import Queue
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
@@ -59,13 +63,43 @@ def erase(host: Host, **what: str) -> Any:
     return response.get_json() if response.status_code == 200 else response
 
 
+@pytest.fixture
+def dump(request: pytest.FixtureRequest, database_url: str) -> Callable[[], bytes]:
+    """Give a function that makes a backup of the database."""
+
+    def make() -> bytes:
+        with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"))) as connection:
+            return "\n".join(connection.iterdump()).encode()
+
+    if database_url.startswith("sqlite"):
+        return make
+    return partial(request.getfixturevalue("postgres").dump, database_url)
+
+
+def files_of(database_url: str) -> bytes:
+    """Return the bytes of the database's files; on PostgreSQL after a vacuum and a checkpoint."""
+    if database_url.startswith("sqlite"):
+        files = list(Path(database_url.removeprefix("sqlite:///")).parent.glob("host.db*"))
+    else:
+        engine = sa.create_engine(database_url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            connection.exec_driver_sql("VACUUM FULL")
+            connection.exec_driver_sql("CHECKPOINT")
+            folder, oid = connection.exec_driver_sql(
+                "SELECT current_setting('data_directory'), oid FROM pg_database "
+                "WHERE datname = current_database()"
+            ).one()
+        files = list((Path(folder) / "base" / str(oid)).iterdir())
+    return b"".join(path.read_bytes() for path in files)
+
+
 def everything(host: Host) -> str:
     return repr([host.rows(table) for table in TABLES])
 
 
 @pytest.mark.parametrize("field", ["job_id", "runid", "reference"])
 def test_the_content_is_gone_and_the_log_stays(
-    host: Host, receiver: Receiver, database_url: str, field: str
+    host: Host, receiver: Receiver, database_url: str, dump: Callable[[], bytes], field: str
 ) -> None:
     job_id = submit(host, receiver)
     kept = submit(host, receiver, "r2")
@@ -77,15 +111,10 @@ def test_the_content_is_gone_and_the_log_stays(
     did = erase(host, **{field: {"job_id": job_id, "runid": "r1", "reference": REFERENCE + "r1"}[field]})
 
     assert did == {"events": 1, "canceled": 0, "in_flight": 0, "running": 0}
-    after = everything(host)
-    assert RESULT + "r1" not in after
-    assert REFERENCE + "r1" not in after
-    assert RESULT + "r2" in after  # another job's
-    if database_url.startswith("sqlite"):
-        files = Path(database_url.removeprefix("sqlite:///")).parent.glob("host.db*")
-        contents = b"".join(path.read_bytes() for path in files)
-        assert (RESULT + "r1").encode() not in contents
-        assert (RESULT + "r2").encode() in contents
+    for after in (everything(host).encode(), dump(), files_of(database_url)):
+        assert (RESULT + "r1").encode() not in after
+        assert (REFERENCE + "r1").encode() not in after
+        assert (RESULT + "r2").encode() in after  # another job's
 
     client = host.app.test_client()
     (delivery,) = client.get("/webhooks/api/deliveries", query_string={"job_id": job_id}).get_json()["items"]

@@ -538,6 +538,20 @@ def test_what_a_client_may_not_learn_is_hidden_from_a_tenant_too(host: Host) -> 
     assert "blocked" not in shown.text
 
 
+def test_a_tenant_sets_its_own_schedule_within_the_bounds_of_a_request(host: Host) -> None:
+    made = create(host, "ada", retry_schedule=[60, 3600.5], retry_statuses=[429, "5xx"])
+    assert (made["retry_schedule"], made["retry_statuses"]) == ([60.0, 3600.5], ["429", "5xx"])
+    path = f"endpoints/{made['id']}"
+    refused = call(host, "ada", "PATCH", path, json={"retry_schedule": [1] * 12, "retry_statuses": [410]})
+    assert refused.status_code == 400
+    details = refused.get_json()["error"]["details"]
+    assert "at most 11" in details["retry_schedule"][0]
+    assert "410 cannot be retried" in details["retry_statuses"][0]
+    assert call(host, "boss", "PATCH", path, json={"retry_schedule": [1] * 12}).status_code == 200
+    back = call(host, "ada", "PATCH", path, json={"retry_schedule": None, "retry_statuses": None})
+    assert (back.get_json()["retry_schedule"], back.get_json()["retry_statuses"]) == (None, None)
+
+
 def test_operators_see_filter_and_disable_tenants(host: Host) -> None:
     ids = fill(host)
     listed = call(host, "boss", "GET", "deliveries", query_string={"tenant": "ada"}).get_json()["items"]

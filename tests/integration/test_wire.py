@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from flask_rq_webhooks.protocol.signatures import SigningKey
 from flask_rq_webhooks.receiver import verify
 from tests.acceptance import tasks
 from tests.integration.hosts import Host
-from tests.servers import Received, Receiver
+from tests.servers import Received, Receiver, wait_until
 
 NEW, OLD = SigningKey.generate(), SigningKey.generate()
 
@@ -98,6 +99,38 @@ def test_cloudevents_arrive_as_such(sqlite_url: str, redis_url: str, receiver: R
     event = json.loads(received.body)
     assert event["id"] == verify(received.body, received.headers, "s").id
     assert (event["type"], event["data"]["result"]) == ("job.success", {"sum": 3})
+
+
+def test_a_standing_endpoint_has_its_own_schedule_and_statuses(
+    database_url: str, redis_url: str, receiver: Receiver
+) -> None:
+    answers = {"/own": iter([404, 503, 418]), "/task": iter([429, 204]), "/app": iter([404])}
+    receiver.respond = lambda received: next(answers[received.path])
+    base = receiver.url.removesuffix("/hook")
+    own: dict[str, Any] = {"retry_schedule": [1, 1, 1], "retry_statuses": [404, "5xx"]}
+    endpoints = [
+        {"url": f"{base}/own", **own},
+        {"url": f"{base}/task", "format": "task", "retry_schedule": [1], "retry_statuses": ["4xx"]},
+        {"url": f"{base}/app"},
+    ]
+    with host_with(database_url, redis_url, RETRY_SCHEDULE=[600, 600]) as host:
+        for one in endpoints:
+            made = host.app.test_client().post("/webhooks/api/endpoints", json=one)
+            assert made.status_code == 201, made.text
+        # The request's own endpoint gets nothing of a job that succeeds.
+        host.post("/job", json={"webhook_url": f"{base}/app", "webhook_events": ["job.failure"]})
+        wait_until(lambda: Dispatcher(host.state).run(burst=True) or len(receiver.received) == 6, timeout=20)
+        Dispatcher(host.state).run(burst=True)
+        urls = {row["id"]: row["url"] for row in host.rows("endpoint")}
+        ended = {urls[row["endpoint_id"]]: row for row in host.rows("delivery")}
+    assert Counter(one.path for one in receiver.received) == {"/own": 3, "/task": 2, "/app": 1}
+    # 418 is not among its own: final, although an attempt is left.
+    first, second, third = (one.at for one in receiver.received if one.path == "/own")
+    assert 0.9 <= second - first < 8
+    assert 0.9 <= third - second < 8
+    assert (ended[f"{base}/own"]["status"], ended[f"{base}/own"]["max_attempts"]) == ("exhausted", 4)
+    assert (ended[f"{base}/task"]["status"], ended[f"{base}/task"]["max_attempts"]) == ("succeeded", 2)
+    assert (ended[f"{base}/app"]["status"], ended[f"{base}/app"]["max_attempts"]) == ("pending", 3)
 
 
 def test_the_content_type_of_a_format_is_kept_for_every_attempt(

@@ -18,6 +18,7 @@ RANKS = {
     "errors": 0,
     "config": 0,
     "signals": 0,
+    "tracing": 0,
     "protocol": 1,
     "storage": 2,
     "queue": 3,
@@ -33,7 +34,7 @@ RANKS = {
 
 #: Outside the ranks: what runs in users' workers and receivers may use hardly anything.
 ALONE = {
-    "callbacks": {"protocol.job_errors", "protocol.json_safe", "queue.safe_pickle"},
+    "callbacks": {"protocol.job_errors", "protocol.json_safe", "queue.safe_pickle", "tracing"},
     "receiver": {"protocol.signatures", "errors"},
     # The names of the package, loaded on first use; `version` is all it really imports.
     "__init__": {"version", "errors", "extension", "queue.job_callbacks"},

@@ -186,15 +186,6 @@ class TestNetworks:
         assert refusal(policy, "https://8.8.8.8/") == "denied_network"
         assert refusal(policy, "https://10.8.0.1/") is None
 
-    @pytest.mark.parametrize("entry", ["10.0.0.1/8", "example.com", "10.0.0.0/33", ""])
-    def test_a_bad_entry_is_named(self, entry: str) -> None:
-        with pytest.raises(ConfigurationError, match="ALLOW_NETWORKS"):
-            UrlPolicy(allow_networks=[entry])
-
-    def test_a_text_is_no_list(self) -> None:
-        with pytest.raises(ConfigurationError, match="DENY_NETWORKS"):
-            UrlPolicy(deny_networks="10.0.0.0/8")
-
 
 class TestNat64:
     def test_by_opt_in_the_address_inside_is_judged(self) -> None:
@@ -276,11 +267,6 @@ class TestBlockedPorts:
         assert refusal(policy, "https://8.8.8.8:25/") == "port_blocked"
         assert refusal(policy, "https://example.com:8443/") is None
         assert address_refusal(policy, "8.8.8.8", 25) == "port_blocked"
-
-    @pytest.mark.parametrize("entry", [0, 65536, "25", True, 2.5])
-    def test_a_bad_entry_is_named(self, entry: int) -> None:
-        with pytest.raises(ConfigurationError, match="BLOCKED_PORTS"):
-            UrlPolicy(blocked_ports=[entry])
 
 
 @pytest.mark.parametrize(
