@@ -3,7 +3,7 @@
 It is written as many Flask apps are: a module-level ``app`` that registers extensions through a method of
 its own, Flask-SQLAlchemy for its runs, a Redis connection per request, plain ``rq.Queue`` objects. Webhooks
 add three things: the extension object, one decorator on each route that enqueues, and a function that says
-who may see what.
+who may see what. One more function names the customer who calls: each has endpoints of its own.
 
 Settings come from the environment:
 
@@ -13,6 +13,8 @@ Settings come from the environment:
 ``EXAMPLE_RUNS_DIR``         directory with one directory per run; default ``instance/runs``
 ``EXAMPLE_TOKEN``            the operators' token: a bearer token, and the password of ``/login``; without it
                              nobody is an operator
+``EXAMPLE_CUSTOMERS``        the customers' API keys, ``name=key`` separated by spaces: each is a bearer
+                             token, and a password of ``/login``, which leads to the customer's portal
 ``EXAMPLE_RECEIVER_URL``     receiver of the page at ``/``; ``make demo`` sets it
 ``EXAMPLE_RECEIVER_SECRET``  the secret that receiver verifies with
 ``ALLOW_HTTP``               ``1`` lets webhooks go to ``http://`` receivers on this machine
@@ -82,6 +84,7 @@ app.config.update(
     SECRET_KEY=os.environ.get("SECRET_KEY", "only for the example"),
     SQLALCHEMY_DATABASE_URI=os.environ.get("EXAMPLE_DATABASE_URI", "sqlite:///watershed.db"),
     RQ_WEBHOOKS_ALLOW_HTTP=os.environ.get("ALLOW_HTTP", "0"),
+    RQ_WEBHOOKS_PORTAL_BASE_TEMPLATE="customer.html",
     MAX_CONTENT_LENGTH=4 * 2**20,
     SESSION_COOKIE_SAMESITE="Lax",
 )
@@ -91,24 +94,28 @@ app.register_extension(webhooks)
 
 @webhooks.authorize
 def may(permission: str, **what: Any) -> bool:
-    """Let operators do everything, and visitors see the webhooks of the runs they submitted at ``/``.
+    """Let operators do everything, customers what is theirs, and visitors see the webhooks of their runs.
 
-    With Flask-Login or Flask-Security the first line is ``if current_user.has_role("operator"):``.
+    Those are the runs that were submitted at ``/`` from the same browser. With Flask-Login or Flask-Security
+    the first line is ``if current_user.has_role("operator"):``.
     """
     if is_operator():
         return True
+    if permission == "own":
+        return bool(what["tenant"] == customer())
     return permission == "status" and what.get("runid") in session.get("runs", [])
 
 
 def is_operator() -> bool:
     """Return whether this request carries the operators' token, or a session that was opened with it."""
     token = os.environ.get("EXAMPLE_TOKEN")
-    if not token:
-        return False
-    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    return secrets.compare_digest(given.encode(), token.encode()) or secrets.compare_digest(
-        session.get("operator", ""), _session_proof(token)
-    )
+    return _carries(token, "operator") if token else False
+
+
+@webhooks.tenant
+def customer() -> str | None:
+    """Return the customer whose API key this request carries, or whose session was opened with it."""
+    return next((name for name, key in _api_keys().items() if _carries(key, "customer")), None)
 
 
 # -- routes that enqueue: one decorator each -----------------------------------------------------------
@@ -179,11 +186,14 @@ def hello_world(runid: str, config: str) -> ResponseReturnValue:
 
 @app.route("/login", methods=["GET", "POST"])
 def login() -> ResponseReturnValue:
-    """Sign in an operator who knows the token: by the form, or by the link that ``make demo`` prints."""
+    """Sign in who knows the operators' token or an API key: by the form, or by a link of ``make demo``."""
     token = os.environ.get("EXAMPLE_TOKEN")
     given = request.values.get("token")
     if given is None:
         return render_template("login.html", failed=False)
+    if any(secrets.compare_digest(given.encode(), key.encode()) for key in _api_keys().values()):
+        session["customer"] = _session_proof(given)
+        return redirect(url_for("rq_webhooks.portal.page_overview"), code=303)
     if not token or not secrets.compare_digest(given.encode(), token.encode()):
         return render_template("login.html", failed=True), 403
     session["operator"] = _session_proof(token)
@@ -218,9 +228,21 @@ def parse_request_payload() -> dict[str, Any]:
     return fields
 
 
+def _api_keys() -> dict[str, str]:
+    pairs = (text.partition("=") for text in os.environ.get("EXAMPLE_CUSTOMERS", "").split())
+    return {name: key for name, _, key in pairs if key}
+
+
+def _carries(token: str, role: str) -> bool:
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    return secrets.compare_digest(given.encode(), token.encode()) or secrets.compare_digest(
+        session.get(role, ""), _session_proof(token)
+    )
+
+
 def _session_proof(token: str) -> str:
     # Not the token itself: a session cookie is signed, but its owner can read it.
-    return hmac.digest(token.encode(), b"operator", "sha256").hex()
+    return hmac.digest(token.encode(), b"session", "sha256").hex()
 
 
 def _prepare(runid: str, config: str) -> Any:
@@ -258,9 +280,9 @@ def _job_facts(job_id: str) -> dict[str, Any]:
 
 
 @app.context_processor
-def operator_flag() -> dict[str, bool]:
-    """Let templates ask whether an operator is looking."""
-    return {"operator": is_operator()}
+def who_is_looking() -> dict[str, Any]:
+    """Let templates ask whether an operator is looking, and which customer."""
+    return {"operator": is_operator(), "customer": customer()}
 
 
 app.register_blueprint(home.make_blueprint(webhooks, _prepare, _job_facts))

@@ -32,6 +32,9 @@ import requests
 
 from .model import DATA
 
+#: Each has an API key, and endpoints of its own.
+CUSTOMERS = ("acme", "umbra")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Seconds for a part to come up, and for all webhooks to arrive: far more than they need.
@@ -434,11 +437,16 @@ def run(directory: Path, *, serve: bool) -> int:
         if verified != 3:
             parts.print_logs()
         if serve:
+            keys = dict(pair.split("=", 1) for pair in environment["EXAMPLE_CUSTOMERS"].split())
+            customers = "".join(
+                f"  {f'customer {name}':<14} {app_url}/login?token={key}\n" for name, key in keys.items()
+            )
             print(
                 f"\nStill running:\n"
                 f"  example app    {app_url}/login?token={token}\n"
                 f"                 submit a job, watch its webhook; this link signs you in to the dashboard\n"
                 f"  dashboard      {app_url}/webhooks/\n"
+                f"{customers}"
                 f"  receiver       {receiver_url}/\n"
                 f"  status, JSON   curl -H 'Authorization: Bearer {token}' {app_url}/webhooks/jobs/<job id>\n"
                 f"Ctrl-C ends everything.\n"
@@ -470,6 +478,7 @@ def _environment(directory: Path, token: str) -> dict[str, str]:
         "EXAMPLE_DATABASE_URI": f"sqlite:///{directory / 'demo.db'}",
         "EXAMPLE_RUNS_DIR": str(directory / "runs"),
         "EXAMPLE_TOKEN": token,
+        "EXAMPLE_CUSTOMERS": " ".join(f"{name}={secrets.token_urlsafe(18)}" for name in CUSTOMERS),
         "SECRET_KEY": secrets.token_urlsafe(32),
         "ALLOW_HTTP": "1",
         # Short, so that one can watch a receiver that hangs until the end.

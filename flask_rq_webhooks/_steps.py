@@ -7,7 +7,7 @@ Unless a test installed a hook, that is one comparison. Imports nothing, decides
 registered        the endpoint is stored, the view has not run
 enqueued          the view has run, its jobs are not confirmed
 confirmed         the jobs are confirmed, the response is not sent
-entries read      callbacks' words were taken from the stream, nothing is stored
+entries read      callbacks' reports were taken from the stream, nothing is stored
 event stored      event and deliveries are stored, the entries are still in the stream
 delivery claimed  a lease is taken, nothing is sent
 attempt made      the receiver has answered, nothing is recorded

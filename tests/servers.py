@@ -14,6 +14,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -445,9 +446,11 @@ class Receiver:
 
     :param respond: gets the :class:`Received`, returns a status or (status, headers, body), or ``None`` to
         reset the connection; called in the connection's own thread, so it may sleep.
+    :param context: speaks TLS, as ``localhost``.
     """
 
-    def __init__(self, respond: Callable[[Received], Any] | None = None, *, host: str = "127.0.0.1") -> None:
+    def __init__(self, respond: Callable[[Received], Any] | None = None, *, host: str = "127.0.0.1",
+                 context: ssl.SSLContext | None = None) -> None:  # fmt: skip
         self.respond = respond or (lambda received: 204)
         self.received: list[Received] = []
         self._lock = threading.Lock()
@@ -489,6 +492,10 @@ class Receiver:
                 """A client that goes away is part of many tests."""
 
         self._server = Server((host, 0), Handler)
+        self._base = f"http://127.0.0.1:{self.port}"
+        if context is not None:
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self._base = f"https://localhost:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
@@ -499,7 +506,7 @@ class Receiver:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/hook"
+        return f"{self._base}/hook"
 
     def wait_for(self, count: int, timeout: float = 30) -> list[Received]:
         """Wait until *count* requests have arrived and return all of them."""

@@ -85,6 +85,17 @@ ENDINGS = {
             "status_code": 503,
         },
     ),
+    "started": replace(
+        SUCCESS,
+        type="job.started",
+        source="reconciled",
+        occurred_at=SUCCESS.started_at,
+        ended_at=None,
+        result=None,
+    ),
+    "stalled": replace(
+        SUCCESS, type="job.stalled", source="reconciled", ended_at=None, result=None, sequence=2
+    ),
     "progress": replace(
         SUCCESS,
         type="job.progress",

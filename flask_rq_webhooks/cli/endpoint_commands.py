@@ -60,7 +60,7 @@ def list_command(tenant: str | None, json_wanted: bool) -> None:
 @click.option("--format", help="Payload format; the app's by default.")
 @click.option("--timeout", "timeout_s", type=float, help="Timeout of an attempt, in seconds.")
 @click.option("--attempts", "max_attempts", type=int, help="Maximum attempts.")
-@click.option("--retry-schedule", metavar="SECONDS,…", help="Pauses between attempts; the app's by default.")
+@click.option("--retry-schedule", metavar="SECONDS,…", help="Delays between attempts; the app's by default.")
 @click.option("--retry-statuses", metavar="STATUS,…", help="Statuses to retry, such as 429,5xx; no others.")
 @click.option("--description", help="Description for operators.")
 @click.option("--only-tenant", help="Only events of this tenant, which does not see the endpoint.")

@@ -45,13 +45,13 @@ from ..queue.job_reader import (
     read_statuses,
 )
 from ..queue.safe_pickle import UNKNOWN
-from ..storage import tree_members as storage
+from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.events import IngestItem
 from ..storage.models import RESERVED
 from ..storage.reported_runs import reported_endings
 from ..storage.sql_errors import is_about_a_row
-from ..storage.tree_members import TreeRow
+from ..storage.watches import TreeRow
 from .conclusions import RESERVED_GRACE, is_blocked
 from .outcomes import TYPE_OF_STATUS
 

@@ -4,7 +4,7 @@ Below are the tables (:mod:`models`, upgraded by :mod:`schema`), our own small e
 :mod:`sql_errors`), inserts of many rows (:mod:`bulk_insert`) and encryption at rest (:mod:`crypto`).
 
 Then what the pipeline writes, in its order: a request becomes an endpoint and watches (:mod:`endpoints`;
-:mod:`standing_endpoints` are made by operators and customers); :mod:`watches` and :mod:`tree_members` are
+:mod:`standing_endpoints` are made by operators and customers); :mod:`watches`, those of trees included, are
 read by every pass of reconcile; an occurrence becomes an event (:mod:`events`) with one delivery per
 subscribed endpoint (:mod:`subscriptions`) and settles its watches (:mod:`reported_runs`); a dispatcher
 (:mod:`dispatchers`) leases deliveries (:mod:`claims`) and records what came back and what follows

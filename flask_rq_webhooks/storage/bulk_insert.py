@@ -140,26 +140,3 @@ def _in_json(value: datetime | bytes) -> str:
 
 
 _ENCODER = json.JSONEncoder(default=_in_json, ensure_ascii=False)
-
-
-def insert_or_update(
-    database: Database,
-    model: type[Base],
-    values: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    *,
-    index: Sequence[str],
-    changes: Mapping[str, Any],
-    where: ColumnElement[bool] | None = None,
-) -> Insert:
-    """Return an insert that changes the row which is already there.
-
-    :param values: the row, or rows, to insert.
-    :param index: columns of the unique constraint that decides.
-    :param changes: what the existing row gets.
-    :param where: change the existing row only where this holds.
-    """
-    return (
-        insert_into(database, model)
-        .values(values)
-        .on_conflict_do_update(index_elements=list(index), set_=dict(changes), where=where)
-    )

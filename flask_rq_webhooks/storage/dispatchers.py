@@ -15,7 +15,7 @@ from typing import cast
 from sqlalchemy import delete, exists, or_, select, update
 
 from ..version import __version__
-from .bulk_insert import insert_or_ignore, insert_or_update
+from .bulk_insert import insert_into, insert_or_ignore
 from .database import Database
 from .models import ALPHABET, SHARED, Dispatcher
 
@@ -59,11 +59,8 @@ def heartbeat(database: Database, dispatcher_id: str, *, started: bool) -> None:
         }
         if started:
             values["started_at"] = database.clock()
-        connection.execute(
-            insert_or_update(
-                database, Dispatcher, {"id": dispatcher_id, **values}, index=("id",), changes=values
-            )
-        )
+        new = insert_into(database, Dispatcher).values(id=dispatcher_id, **values)
+        connection.execute(new.on_conflict_do_update(index_elements=["id"], set_=values))
 
 
 def sign_off(database: Database, dispatcher_id: str) -> None:

@@ -405,7 +405,7 @@ def endpoint_input(
                 validate=validate.Range(min=1, max=most),
             ),
             "retry_schedule": ItemList(
-                fields.Float(), allow_none=True, validate=_pauses(most if own else MAX_OWN_ATTEMPTS)
+                fields.Float(), allow_none=True, validate=_delays(most if own else MAX_OWN_ATTEMPTS)
             ),
             "retry_statuses": ItemList(
                 RetryStatus(), allow_none=True, validate=validate.Length(min=1, max=100)
@@ -418,23 +418,23 @@ def endpoint_input(
 
 #: Attempts that an operator's own retry schedule can make.
 MAX_OWN_ATTEMPTS = 100
-#: Shortest and longest pause of an endpoint's own schedule, and the longest time for all of them, seconds.
-MIN_PAUSE_S, MAX_PAUSE_S, MAX_PAUSES_S = 1, 86_400, 7 * 86_400
+#: Shortest and longest delay of an endpoint's own schedule, and the longest time for all of them, seconds.
+MIN_DELAY_S, MAX_DELAY_S, MAX_DELAYS_S = 1, 86_400, 7 * 86_400
 
 
-def _pauses(most: int) -> Callable[[list[float]], None]:
+def _delays(most: int) -> Callable[[list[float]], None]:
     """Return the check of a retry schedule that makes at most *most* attempts."""
 
-    def check(pauses: list[float]) -> None:
-        if not 1 <= len(pauses) < most:
+    def check(delays: list[float]) -> None:
+        if not 1 <= len(delays) < most:
             raise ValidationError(
-                f"Expected one pause or more, and at most {most - 1}: {most} attempts with the first."
+                f"Expected one delay or more, and at most {most - 1}: {most} attempts with the first."
             )
-        if not all(MIN_PAUSE_S <= pause <= MAX_PAUSE_S for pause in pauses):
-            raise ValidationError(f"Expected pauses of {MIN_PAUSE_S} to {MAX_PAUSE_S} seconds (one day).")
-        if sum(pauses) > MAX_PAUSES_S:
+        if not all(MIN_DELAY_S <= delay <= MAX_DELAY_S for delay in delays):
+            raise ValidationError(f"Expected delays of {MIN_DELAY_S} to {MAX_DELAY_S} seconds (one day).")
+        if sum(delays) > MAX_DELAYS_S:
             raise ValidationError(
-                f"The pauses add up to {sum(pauses):g} seconds; at most {MAX_PAUSES_S} (7 days) are possible."
+                f"The delays add up to {sum(delays):g} seconds; at most {MAX_DELAYS_S} (7 days) are possible."
             )
 
     return check

@@ -22,6 +22,7 @@ from tests.integration.test_dashboard import MANAGED_PAGES, PAGES, filled
 from tests.servers import Process, Receiver, rq_worker, wait_until
 
 TOKEN = "what operators know"
+API_KEYS = {"acme": "key-of-acme", "umbra": "key-of-umbra"}
 #: Size, scheme, and which rules of axe: all of them at every width; the other scheme has only other colours.
 LOOKS: list[tuple[str, str, tuple[str, ...]]] = [
     ("wide", "light", ()),
@@ -43,6 +44,8 @@ class Walk:
     receiver: Receiver
     session: requests.Session
     checked: set[str] = field(default_factory=set)
+    size: str = "wide"
+    scheme: str = "light"
 
     def open(self, path: str) -> None:
         self.driver.get(self.url + path)
@@ -104,7 +107,7 @@ class Walk:
                 "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
             )
             assert sideways <= 0, (name, size, "the page scrolls sideways")
-        look(self.driver)
+        look(self.driver, size=self.size, scheme=self.scheme)
         self.driver.execute_script("opened.forEach((element) => element.open = false)")
         assert policy_violations(self.driver) == [], name
 
@@ -125,6 +128,7 @@ def walk(chromium: Any, axe: str, redis_url: str, tmp_path: Path) -> Iterator[Wa
         "EXAMPLE_DATABASE_URI": f"sqlite:///{tmp_path / 'watershed.db'}",
         "EXAMPLE_RUNS_DIR": str(tmp_path / "runs"),
         "EXAMPLE_TOKEN": TOKEN,
+        "EXAMPLE_CUSTOMERS": " ".join(f"{name}={key}" for name, key in API_KEYS.items()),
         "ALLOW_HTTP": "1",
         "SECRET_KEY": "one for all processes",
         "WEPPCLOUD_WEBHOOK_RETRY_COUNT": "2",

@@ -120,7 +120,7 @@ def test_customers_see_nothing_that_is_the_operators(host: Host) -> None:
         for word in (
             "Dispatchers",
             "dispatcher",
-            "Pause",
+            "Pause all",
             "Cancel what",
             "flask rq-webhooks",
             "Tenant",

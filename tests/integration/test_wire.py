@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from flask_rq_webhooks.errors import ConfigurationError, SignatureError
 from flask_rq_webhooks.protocol.signatures import SigningKey
 from flask_rq_webhooks.receiver import verify
 from tests.acceptance import tasks
+from tests.certificates import CA
 from tests.integration.hosts import Host
 from tests.servers import Received, Receiver, wait_until
 
@@ -23,9 +26,9 @@ NEW, OLD = SigningKey.generate(), SigningKey.generate()
 
 
 @contextmanager
-def host_with(sqlite_url: str, redis_url: str, **settings: Any) -> Iterator[Host]:
+def host_with(database_url: str, redis_url: str, **settings: Any) -> Iterator[Host]:
     config = {f"RQ_WEBHOOKS_{name}": value for name, value in settings.items()}
-    host = Host(sqlite_url, redis_url, RQ_WEBHOOKS_ALLOW_HTTP=True, **config)
+    host = Host(database_url, redis_url, RQ_WEBHOOKS_ALLOW_HTTP=True, **config)
     queue = Queue("default", connection=host.redis, is_async=False)
 
     def job() -> Any:
@@ -44,9 +47,9 @@ def deliver(host: Host, receiver: Receiver, **fields: Any) -> Received:
 
 
 def test_a_key_of_the_server_signs_every_delivery(
-    sqlite_url: str, redis_url: str, receiver: Receiver
+    database_url: str, redis_url: str, receiver: Receiver
 ) -> None:
-    with host_with(sqlite_url, redis_url, SIGNING_KEYS=[NEW.text, OLD.text]) as host:
+    with host_with(database_url, redis_url, SIGNING_KEYS=[NEW.text, OLD.text]) as host:
         published = host.app.test_client().get("/webhooks/keys")
         assert published.headers["Cache-Control"] == "public, max-age=300"
         keys = published.get_json()["keys"]
@@ -74,9 +77,9 @@ def test_a_key_that_is_none_stops_the_app_and_is_not_shown(sqlite_url: str, redi
     assert "c2VjcmV0" not in str(caught.value)
 
 
-def test_whole_header_names(sqlite_url: str, redis_url: str, receiver: Receiver) -> None:
+def test_whole_header_names(database_url: str, redis_url: str, receiver: Receiver) -> None:
     names = {"SIGNATURE_HEADER": "Guard-Signature", "TIMESTAMP_HEADER": "Guard-Time"}
-    with host_with(sqlite_url, redis_url, **names) as host:
+    with host_with(database_url, redis_url, **names) as host:
         # A client cannot put its own in their place.
         received = deliver(host, receiver, webhook_secret="s", webhook_headers={"guard-time": "0"})
     assert "X-Webhook-Signature" not in received.headers
@@ -92,13 +95,46 @@ def test_header_names_that_are_refused(sqlite_url: str, redis_url: str, name: st
         Host(sqlite_url, redis_url, RQ_WEBHOOKS_SIGNATURE_HEADER=name)
 
 
-def test_cloudevents_arrive_as_such(sqlite_url: str, redis_url: str, receiver: Receiver) -> None:
-    with host_with(sqlite_url, redis_url) as host:
+def test_cloudevents_arrive_as_such(database_url: str, redis_url: str, receiver: Receiver) -> None:
+    with host_with(database_url, redis_url) as host:
         received = deliver(host, receiver, webhook_secret="s", webhook_format="cloudevents")
     assert received.headers["Content-Type"] == "application/cloudevents+json"
     event = json.loads(received.body)
     assert event["id"] == verify(received.body, received.headers, "s").id
     assert (event["type"], event["data"]["result"]) == ("job.success", {"sum": 3})
+
+
+def test_what_a_4xx_means(database_url: str, redis_url: str, receiver: Receiver) -> None:
+    receiver.respond = lambda received: int(received.path[1:4])
+    base = receiver.url.removesuffix("/hook")
+    with host_with(database_url, redis_url, RETRY_SCHEDULE=[0.05] * 8) as host:
+        for status in (401, 403, 404, 400, 410, 422):
+            host.post("/job", json={"webhook_url": f"{base}/{status}"})
+        host.post("/job", json={"webhook_url": f"{base}/404-task", "webhook_format": "task"})
+
+        def is_over() -> bool:
+            Dispatcher(host.state).run(burst=True)
+            return {row["status"] for row in host.rows("delivery")} == {"exhausted"}
+
+        wait_until(is_over, timeout=20)
+    assert Counter(one.path for one in receiver.received) == {
+        "/401": 5, "/403": 5, "/404": 5, "/400": 1, "/410": 1, "/422": 1, "/404-task": 1,
+    }  # fmt: skip
+
+
+def test_a_receiver_with_an_own_authority_that_wants_a_certificate(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    ca = CA(tmp_path)
+    ca.server_context("client")
+    client = ca.latest
+    context = ca.server_context("localhost")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(ca.file)
+    settings = {"CA_FILE": str(ca.file), "CLIENT_CERTS": {"localhost": (client, client)}}
+    with Receiver(context=context) as receiver, host_with(database_url, redis_url, **settings) as host:
+        received = deliver(host, receiver, webhook_secret="s")
+        assert verify(received.body, received.headers, "s").scheme == "v1"
 
 
 def test_a_standing_endpoint_has_its_own_schedule_and_statuses(
@@ -134,12 +170,12 @@ def test_a_standing_endpoint_has_its_own_schedule_and_statuses(
 
 
 def test_the_content_type_of_a_format_is_kept_for_every_attempt(
-    sqlite_url: str, redis_url: str, receiver: Receiver
+    database_url: str, redis_url: str, receiver: Receiver
 ) -> None:
     xml = "application/xml; charset=utf-8"
     answers = iter([503, 204])
     receiver.respond = lambda received: next(answers)
-    with host_with(sqlite_url, redis_url, RETRY_SCHEDULE=[0.1]) as host:
+    with host_with(database_url, redis_url, RETRY_SCHEDULE=[0.1]) as host:
         host.webhooks.payload_format("xml")(lambda payload: (f"<{payload['event']}/>".encode(), xml))
         deliver(host, receiver, webhook_format="xml", webhook_secret="s")
         while len(receiver.received) < 2:
