@@ -312,6 +312,8 @@ def test_an_idempotency_key_is_the_tenants_own(host: Host) -> None:
 
     assert [answer.status_code for answer in answers] == [201, 201, 201, 200]
     assert len({answer.get_json()["id"] for answer in answers}) == 3
+    other = client.post(path, json={"url": "https://bob.example.com/"}, headers={"X-Who": "ada", **key})
+    assert (other.status_code, other.get_json()["error"]["code"]) == (409, "idempotency_key")
 
 
 def test_trouble_with_an_own_endpoint_is_an_event_for_its_tenant_and_for_operators_only(host: Host) -> None:
@@ -576,6 +578,8 @@ def test_operators_see_filter_and_disable_tenants(host: Host) -> None:
     erased = runner.invoke(args=["rq-webhooks", "erase", "--tenant", "ada"]).output
     assert erased.startswith("1 events erased")
     assert {row["tenant"] for row in host.rows("event") if row["erased_at"]} == {"ada"}
+    resent = call(host, "ada", "POST", f"deliveries/{ids['ada']['delivery']}/resend", json={})
+    assert (resent.status_code, resent.get_json()["error"]["code"]) == (409, "erased")
 
 
 # Among many
