@@ -1,4 +1,4 @@
-"""The webhook fields of a request: find them, and hide them from the view.
+"""The webhook fields of a request: find them, hide them from the view, and answer what came of them.
 
 A body that begins with ``{`` is read as JSON, an urlencoded one as a form, a multipart one by Flask's own
 form parser; headers and the query string are read beside it. Any other body is left alone.
@@ -6,7 +6,8 @@ form parser; headers and the query string are read beside it. Any other body is 
 Where a request asks for a webhook, its body is written again without our fields, so that raw bytes, length
 and parsed values agree. A request that asks for none is handed on as it came.
 
-Knows nothing of what the values mean (:mod:`.request_schema`), nor of what becomes of them.
+:class:`Asked` holds them for the time of the request and writes the headers of its answer. Knows nothing of
+what the values mean (:mod:`.request_schema`), nor of how a webhook is kept (:mod:`.register`).
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ from ..queue.safe_pickle import progress_in
 from ..storage import reported_runs
 from ..storage import watches as storage
 from ..storage.database import Database
-from ..storage.events import IngestItem, last_progress
+from ..storage.events import IngestItem
 from ..storage.models import RESERVED
-from ..storage.reported_runs import Reported
+from ..storage.reported_runs import Reported, last_progress
 from ..storage.watches import WatchProbe, WatchRow, WatchUpdates
 from .conclusions import (
     OutboxRead,

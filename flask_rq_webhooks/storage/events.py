@@ -409,23 +409,6 @@ def _number(database: Database, connection: Connection, events: Sequence[StoredE
             event.occurrence = replace(event.occurrence, sequence=counts[job_id])
 
 
-def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple[Any, datetime]]:
-    """Return the progress of each job that was stored last, and when it was seen."""
-    query = (
-        select(func.max(Event.id))
-        .where(one_of(database, Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
-        .group_by(Event.job_id)
-    )
-    found: dict[str, tuple[Any, datetime]] = {}
-    with database.read() as connection:
-        for chunk in chunks_of(job_ids):
-            newest = connection.execute(query, {"jobs": chunk}).scalars().all()
-            rows = select(Event.job_id, Event.payload, Event.occurred_at).where(Event.id.in_(newest))
-            for job_id, payload, at in connection.execute(rows) if newest else ():
-                found[job_id or ""] = (occurrence_from_json(payload).progress, at)
-    return found
-
-
 #: First key of the advisory locks of :func:`_lock_jobs`; any number that nobody else uses.
 JOB_LOCK_CLASS = 0x7271_7770
 _LOCK_JOBS = text("""

@@ -15,9 +15,10 @@ from datetime import datetime
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, String, bindparam, select, text, update
+from sqlalchemy import Connection, String, bindparam, func, select, text, update
 
-from ..protocol.events import TERMINAL_TYPES
+from ..protocol.events import JOB_PROGRESS, TERMINAL_TYPES
+from ..protocol.payloads import occurrence_from_json
 from .bulk_insert import chunks_of, insert_into, insert_or_ignore, one_of
 from .database import Database
 from .models import CLOSED, OPEN, SETTLED, Endpoint, Event, UTCDateTime, Watch, new_id
@@ -98,6 +99,23 @@ def _reported(run: str, rows: Sequence[Any]) -> Reported:
         ended_at=tuple(row.occurred_at for row in rows),
         stored_at=rows[0].created_at,
     )
+
+
+def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple[Any, datetime]]:
+    """Return the progress of each job that was stored last, and when it was seen."""
+    query = (
+        select(func.max(Event.id))
+        .where(one_of(database, Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
+        .group_by(Event.job_id)
+    )
+    found: dict[str, tuple[Any, datetime]] = {}
+    with database.read() as connection:
+        for chunk in chunks_of(job_ids):
+            newest = connection.execute(query, {"jobs": chunk}).scalars().all()
+            rows = select(Event.job_id, Event.payload, Event.occurred_at).where(Event.id.in_(newest))
+            for job_id, payload, at in connection.execute(rows) if newest else ():
+                found[job_id or ""] = (occurrence_from_json(payload).progress, at)
+    return found
 
 
 def watches_of(

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, delete, func, insert, select, text, update
 
+from ..errors import RQWebhooksError
 from .crypto import Cipher
 from .database import Database
 from .endpoints import NewEndpoint, encrypted_headers, insertion, rows_of, secret_row
@@ -28,8 +29,8 @@ ROTATION_GRACE_S = 86400.0
 CREATE_LOCK_CLASS = 0x7271_7771
 
 
-class TooManyError(Exception):
-    """The tenant has as many standing endpoints as it may have."""
+class TenantLimitError(RQWebhooksError):
+    """The tenant has as many endpoints as ``RQ_WEBHOOKS_MAX_ENDPOINTS_PER_TENANT`` allows."""
 
 
 class ExistsError(Exception):
@@ -58,7 +59,7 @@ def create_standing(
     :param idempotency_key: the endpoint's id is made of it, so that only one is made, however many requests
         with it come at once. Such ids do not sort by time.
     :raises ExistsError: when there is one with this key.
-    :raises TooManyError: when the tenant has *at_most* endpoints already.
+    :raises TenantLimitError: when the tenant has *at_most* endpoints already.
     """
     if endpoint.kind != "standing":
         raise ValueError(f"expected kind 'standing', got {endpoint.kind!r}")
@@ -76,7 +77,7 @@ def create_standing(
         theirs = select(func.count()).where(Endpoint.tenant == endpoint.tenant, Endpoint.kind == "standing")
         limited = endpoint.tenant is not None and at_most
         if limited and connection.execute(theirs).scalar_one() >= at_most:
-            raise TooManyError
+            raise TenantLimitError(f"At most {at_most} endpoints are possible; delete one first.")
         rows = rows_of(cipher, endpoint, endpoint_id, datetime.now(UTC))
         for statement, values in insertion(database, rows):
             connection.execute(statement, values)

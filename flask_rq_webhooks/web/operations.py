@@ -31,6 +31,7 @@ from ..storage.filters import DeliveryFilter
 from ..storage.queries import DeliveryDetail, DeliveryView, EndpointView, EventView, Page
 from ..storage.retention import Erasure
 from ..storage.standing_endpoints import ROTATION_GRACE_S
+from ..storage.standing_endpoints import TenantLimitError as TenantLimitError
 from .api_schemas import endpoint_input
 
 #: Deliveries that one call changes at most, and how many in one transaction.
@@ -63,10 +64,6 @@ class InvalidInputError(RQWebhooksError):
         reasons = [f"{name}: {' '.join(why)}" for name, why in details.items()]
         super().__init__("\n".join(reasons) or "The input is not acceptable.")
         self.details = dict(details)
-
-
-class TenantLimitError(RQWebhooksError):
-    """The tenant has as many endpoints as ``RQ_WEBHOOKS_MAX_ENDPOINTS_PER_TENANT`` allows."""
 
 
 class BusyHostError(RQWebhooksError):
@@ -339,8 +336,6 @@ def create(
             state.database, state.cipher, endpoint, namespace=state.namespace,
             idempotency_key=idempotency_key, at_most=at_most,
         )  # fmt: skip
-    except standing_endpoints.TooManyError:
-        raise TenantLimitError(f"At most {at_most} endpoints are possible; delete one first.") from None
     except standing_endpoints.ExistsError as exc:
         found = queries.endpoint_detail(state.database, exc.endpoint_id)
         if found is None or found.url != endpoint.url:
