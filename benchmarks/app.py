@@ -19,6 +19,10 @@ from . import tasks
 
 def create_app(environment: Mapping[str, str] = os.environ) -> Flask:
     """Return the app with one route three times: undecorated, decorated, and as a client uses it."""
+    if environment.get("BENCH_STEPS"):
+        from .latency import note_steps
+
+        note_steps(environment["BENCH_STEPS"])
     app = Flask("benchmarks.app")
     db = SQLAlchemy()
     webhooks = RQWebhooks(db=db)

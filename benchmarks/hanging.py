@@ -115,8 +115,7 @@ def _latencies(
         time.sleep(max(0.0, begin + number / RATE - time.monotonic()))
         installation.seed_outbox(1, [urls[number % len(urls)]], result={"ended": time.time()})
     wait_until(lambda: target.ask("/count") >= count, timeout=600, what="deliveries to healthy hosts")
-    latencies: list[float] = target.ask("/latencies")
-    return latencies
+    return [one["arrived"] - one["ended"] for one in target.ask("/latencies")]
 
 
 def _tell(report: Report, when: str, latencies: list[float]) -> None:

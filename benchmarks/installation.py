@@ -62,8 +62,13 @@ class Installation:
             "BENCH_SETTINGS": json.dumps(self.settings),
         }
 
-    def dispatcher(self, *options: str, **settings: Any) -> Process:
+    def dispatcher(self, *options: str, steps: str = "", **settings: Any) -> Process:
+        """Start a dispatcher.
+
+        :param steps: file that it writes into when it reaches a step, see :func:`.latency.note_steps`.
+        """
         environment = self.environment | {"BENCH_SETTINGS": json.dumps(self.settings | settings)}
+        environment["BENCH_STEPS"] = steps
         command = ("python", "-m", "flask", "--app", "benchmarks.app:create_app", "rq-webhooks", "worker")
         return Process(*command, *options, env=environment)
 

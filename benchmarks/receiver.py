@@ -43,7 +43,7 @@ class Ledger:
 
     def reset(self) -> dict[str, Any]:
         self.arrivals = array.array("d")
-        self.latencies = array.array("d")
+        self.latencies: list[dict[str, Any]] = []
         self.hosts: dict[str, list[float]] = {}
         self.kept: list[tuple[bytes, bytes]] = []
         return {}
@@ -57,7 +57,9 @@ class Ledger:
         entry[0] += 1
         entry[1] = now
         if path.startswith(b"/0/latency"):
-            self.latencies.append(time.time() - json.loads(body)["result"]["ended"])
+            arrived, event = time.time(), json.loads(body)
+            ended = event["result"]["ended"]
+            self.latencies.append({"job_id": event["job_id"], "ended": ended, "arrived": arrived})
 
     def answer(self, question: str) -> Any:
         if question == "/count":
@@ -66,7 +68,7 @@ class Ledger:
             return self.reset()
         return {
             "/arrivals": lambda: list(self.arrivals),
-            "/latencies": lambda: list(self.latencies),
+            "/latencies": lambda: self.latencies,
             "/hosts": lambda: self.hosts,
             "/checked": lambda: checked(self.kept),
         }[question]()

@@ -177,10 +177,10 @@ class Dispatcher:
             recorder=self._recorder,
             concurrency=self._concurrency,
         )
-        publisher = Publisher(state, on_deliveries=self._sender.wake)
+        publisher = Publisher(state, sender=self._sender)
         self._reconciler = _reconciler(state, publisher)
         trees = self._reconciler.trees
-        hinting = Publisher(state, on_deliveries=self._sender.wake, on_ended=trees.look_sooner)
+        hinting = Publisher(state, sender=self._sender, on_ended=trees.look_sooner)
         self._ingest = Ingest(state, consumer=self.id, publisher=hinting)
         interval_s = settings.reconcile_interval
         self._periodic = [

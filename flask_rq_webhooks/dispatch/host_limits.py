@@ -22,7 +22,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from limits import RateLimitItemPerMinute
@@ -117,6 +117,8 @@ class InFlight:
         #: Those to hosts that are not proven: what was known of the host, and since when it is in flight.
         self._doubtful: dict[tuple[str, str], tuple[str, float]] = {}
         self._per_host: Counter[str] = Counter()
+        #: Places kept for deliveries that are being stored, by host; they count there, too.
+        self._kept: Counter[str] = Counter()
         #: Whether a host is in trouble: it hangs, it failed lately, or it is failing.
         self.is_doubtful = False
         #: Results that arrived since the start.
@@ -125,10 +127,28 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._deliveries)
 
+    @property
+    def places_taken(self) -> int:
+        """Return how many are in flight, or have a place kept."""
+        return len(self._deliveries) + self._kept.total()
+
     def per_host(self) -> dict[str, int]:
-        """Return the count by host, without hosts that have none."""
+        """Return the count by host, without hosts that have none; places that are kept count as well."""
         with self._lock:
-            return dict(self._per_host)
+            return dict(self._per_host + self._kept)
+
+    def keep_place(self, host: str, *, most: int) -> bool:
+        """Keep a place for a request to *host*, unless it has *most* already; see :meth:`free_places`."""
+        with self._lock:
+            if self._per_host[host] + self._kept[host] >= most:
+                return False
+            self._kept[host] += 1
+            return True
+
+    def free_places(self, hosts: Iterable[str]) -> None:
+        """Free the places that were kept for *hosts*, one for each."""
+        with self._lock:
+            self._kept -= Counter(hosts)
 
     def deliveries(self) -> list[ClaimedDelivery]:
         """Return all of them."""

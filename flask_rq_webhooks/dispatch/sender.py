@@ -1,5 +1,8 @@
 """Claim what is due, sign it, and hand it to the transport, in one thread.
 
+What this process itself stores while nothing else is due need not be claimed: it is stored as claimed, under
+a lease as all others (:meth:`Sender.offer`).
+
 Owns when to ask SQL for more, and how much. SQL is the truth: everything in memory here is covered by a
 lease, and what is lost here is sent again under the same ``webhook-id``. Which hosts may have a place is
 decided in :mod:`~flask_rq_webhooks.dispatch.host_limits`, what a result means in
@@ -24,6 +27,7 @@ from ..errors import ConfigurationError, DecryptionError, StorageUnavailableErro
 from ..storage.attempts import error_code_for_status, latest_outcomes
 from ..storage.claims import ClaimedDelivery, claim_due, defer, free_leases, next_due_in, release
 from ..storage.models import new_id
+from ..storage.subscriptions import AdvanceClaim
 from .host_limits import HostRecords, InFlight, RateLimiter
 from .http import AttemptRequest, AttemptResult, Transport
 from .recorder import Recorder
@@ -94,6 +98,9 @@ class Sender:
         self._capped: frozenset[str] = frozenset()
         self._unwanted: list[ClaimedDelivery] = []  # to be given back
         self._doubtful: list[str] = []  # leases of claims that may have gone through, the answer lost
+        self._stored: deque[AdvanceClaim] = deque()  # claims in advance whose deliveries are stored
+        self._claiming = True  # no places are offered; changed under the lock
+        self._lock = threading.Lock()
         self._enough_at = -1  # so many in flight, and there is room worth a claim; negative: no wish for it
         self._pace = _Pace()
         self._claim_at = 0.0
@@ -111,13 +118,49 @@ class Sender:
         self._fresh = True
         self._woken.set()
 
+    def offer(self) -> AdvanceClaim | None:
+        """Offer places for deliveries that are about to be stored, from any thread.
+
+        Only while nothing else is known to wait for one, so that no other delivery is overtaken.
+        """
+        if self._claiming or self._fresh or self._freed or time.monotonic() >= self._claim_at:
+            return None
+        lease_s = self._state.settings.timeout + LEASE_MARGIN_S
+        return AdvanceClaim(lease_id=new_id("lea"), lease_s=lease_s, take_place=self._keep_place)
+
+    def _keep_place(self, host: str) -> bool:
+        # Not while a claim is under way, which has counted the places already.
+        with self._lock:
+            return (
+                not self._claiming
+                and self._room() > 0
+                and host not in self._capped
+                and self._in_flight.has_place(host)
+                and self._in_flight.keep_place(host, most=self._state.settings.concurrency_per_host)
+            )
+
+    def take(self, claim: AdvanceClaim) -> None:
+        """Send what was stored with *claim*, from any thread."""
+        if claim.hosts:
+            self._stored.append(claim)
+            self._woken.set()
+
+    def withdraw(self, claim: AdvanceClaim) -> None:
+        """Free the places of *claim*, and whatever may have been stored with it, from any thread."""
+        if claim.hosts:
+            self._in_flight.free_places(claim.hosts.values())
+            self._doubtful.append(claim.lease_id)
+            self.wake()
+
     def step(self) -> None:
         """Send what is due, and wait until there may be more.
 
         :raises StorageUnavailableError: when SQL cannot be reached; call again.
         """
         wait_s = self.advance()
-        if wait_s > 0 and self._woken.wait(wait_s) and not self._fresh and (self._freed or not self._ahead()):
+        if wait_s <= 0 or not self._woken.wait(wait_s) or self._fresh or self._stored:
+            return
+        if self._freed or not self._ahead():
             time.sleep(GATHER_S)
 
     def advance(self) -> float:
@@ -131,9 +174,13 @@ class Sender:
             self._hosts.restore(latest_outcomes(self._state.database, RECENT_ATTEMPTS))
         began = time.monotonic()
         self._take_back(began)
+        self._send_stored(began)
         self._pace.measure(self._in_flight.answered, began)
-        room = self._room()
-        if room > 0 and (self._fresh or self._freed or began >= self._claim_at):
+        with self._lock:
+            room = self._room()
+            claims = room > 0 and (self._fresh or self._freed or began >= self._claim_at)
+            self._claiming = claims
+        if claims:
             self._fresh = self._freed = False
             try:
                 batch = self._state.settings.batch
@@ -141,6 +188,8 @@ class Sender:
             except BaseException:
                 self._fresh = True
                 raise
+            finally:
+                self._claiming = False
         elif self._is_busy():
             self.idle_since = None
         wait_s = 0.0 if self._fresh or self._freed else self._claim_at - time.monotonic()
@@ -168,9 +217,12 @@ class Sender:
                 time.sleep(0.1)
             if self._in_flight:
                 self._recorder.wait(0.1)
+        while self._stored:
+            self.withdraw(self._stored.popleft())
         try:
             self._recorder.record()
             self._give_back()
+            self._free_doubtful()
             left = self._in_flight.deliveries()
             if left:
                 logger.warning("%d requests in flight are released; they will be sent again.", len(left))
@@ -189,10 +241,10 @@ class Sender:
         limit = self._concurrency + self._ahead()
         if len(self._recorder) >= 4 * limit:
             return 0  # SQL cannot keep up, or is away: nothing is sent whose answer cannot be recorded
-        return limit - len(self._in_flight)
+        return limit - self._in_flight.places_taken
 
     def _is_busy(self) -> bool:
-        return bool(len(self._in_flight) or len(self._recorder))
+        return bool(len(self._in_flight) or len(self._recorder) or self._stored)
 
     def _take_back(self, now: float) -> None:
         """Release what the transport has not begun in time: the lease covers the request, not a queue."""
@@ -212,11 +264,28 @@ class Sender:
             release(self._state.database, self._unwanted)
             self._unwanted.clear()
 
+    def _free_doubtful(self) -> None:
+        if doubtful := list(self._doubtful):
+            free_leases(self._state.database, doubtful)
+            del self._doubtful[: len(doubtful)]
+
+    def _send_stored(self, now: float) -> None:
+        """Send what was stored as claimed; free it where that was too long ago for the lease."""
+        while self._stored:
+            claim = self._stored.popleft()
+            if now - claim.began > QUEUED_S:
+                self.withdraw(claim)
+                continue
+            reached("delivery claimed")
+            self.idle_since = None
+            try:
+                self._submit(claim.claimed)
+            finally:
+                self._in_flight.free_places(claim.hosts.values())
+
     def _send_due(self, limit: int, began: float) -> None:
         settings = self._state.settings
-        if self._doubtful:
-            free_leases(self._state.database, self._doubtful)
-            self._doubtful.clear()
+        self._free_doubtful()
         lease_id = new_id("lea")
         begun = Counter(self._in_flight.per_host())
         try:

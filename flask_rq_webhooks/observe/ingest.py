@@ -37,8 +37,11 @@ logger = logging.getLogger(__name__)
 #: Seconds an entry may wait for RQ's commit before it is left to reconcile. RQ commits within milliseconds.
 #: Worse: reconcile reports the ending in its next pass.
 PATIENCE_S = 5.0
-#: The first and the longest pause between two looks at an uncommitted job, seconds.
-FIRST_LOOK_S, LONGEST_LOOK_S = 0.003, 0.1
+#: The first and the longest pause between two looks at an uncommitted job, seconds, and the share of the
+#: time it has waited.
+FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0007, 0.1, 0.25
+#: Pauses shorter than this need not end when a new entry comes.
+SHORT_PAUSE_MS = 5.0
 #: Entries held in memory at most; the rest stays in the stream.
 MAX_WAITING = 5000
 
@@ -55,7 +58,6 @@ class _Waiting:
     entry: OutboxEntry
     since: float
     look_at: float
-    pause_s: float = FIRST_LOOK_S
     proven: bool = False
 
     @property
@@ -90,6 +92,7 @@ class Ingest:
         self._clock = clock
         self._waiting: dict[str, _Waiting] = {}
         self._done: list[str] = []
+        self._skips = False
         #: When the stream was last read to its end.
         self._caught_up_at = 0.0
 
@@ -105,7 +108,7 @@ class Ingest:
         """
         return not self.waiting and self._state.outbox.length() == 0
 
-    def run_once(self, block_ms: int = 300) -> int:
+    def run_once(self, block_ms: float = 300) -> int:
         """Read what has come, store what can be stored, and return how many entries that were.
 
         :param block_ms: how long to wait for new entries; less while uncommitted ones are due for a look.
@@ -129,16 +132,19 @@ class Ingest:
 
     # -- the stream -----------------------------------------------------------------------------------
 
-    def _read(self, block_ms: int) -> None:
+    def _read(self, block_ms: float) -> None:
         room = min(self._state.settings.batch, MAX_WAITING - len(self._waiting))
         if self._waiting:
             next_look = min(waiting.look_at for waiting in self._waiting.values())
-            block_ms = max(1, min(block_ms, int((next_look - self._clock()) * 1000)))
-        if room <= 0:
+            block_ms = max(0.1, min(block_ms, (next_look - self._clock()) * 1000))
+        # Every other short pause is only slept through: RQ's commit is what is waited for.
+        is_short = self._waiting and block_ms < SHORT_PAUSE_MS
+        self._skips = bool(is_short and not self._skips)
+        if room <= 0 or self._skips:
             time.sleep(block_ms / 1000)
             return
-        now = self._clock()
         read = self._state.outbox.read(self._consumer, count=room, block_ms=block_ms)
+        now = self._clock()
         for one in read:
             if one.entry is None:
                 self._set_aside(one, one.error or "not an outbox entry")
@@ -266,8 +272,9 @@ class Ingest:
         overdue = []
         for waiting in undecided:
             if self._is_patient(waiting):
-                waiting.look_at = self._clock() + waiting.pause_s
-                waiting.pause_s = min(waiting.pause_s * 1.6, LONGEST_LOOK_S)
+                now = self._clock()
+                pause_s = max(FIRST_LOOK_S, LOOK_SHARE * (now - waiting.since))
+                waiting.look_at = now + min(pause_s, LONGEST_LOOK_S)
             else:
                 overdue.append(waiting)
         if overdue:

@@ -36,7 +36,7 @@ from ..storage import watches as storage
 from ..storage.database import Database
 from ..storage.events import IngestItem
 from ..storage.models import RESERVED
-from ..storage.reported_runs import Reported, last_progress
+from ..storage.reported_runs import Reported
 from ..storage.watches import WatchProbe, WatchRow, WatchUpdates
 from .conclusions import (
     OutboxRead,
@@ -384,7 +384,7 @@ class RunningJobs:
                 continue
             changed[job_id] = (hash(meta), progress_in(meta, settings.progress_meta_key))
         unknown = [job_id for job_id in changed if job_id not in self._progress]
-        stored = last_progress(self._database, unknown) if unknown else {}
+        stored = reported_runs.last_progress(self._database, unknown) if unknown else {}
         self._progress.update((job_id, _Progress(None, *stored.get(job_id, ()))) for job_id in unknown)
         due = []
         for job_id, (meta_hash, value) in changed.items():

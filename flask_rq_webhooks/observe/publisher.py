@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rq.defaults import UNSERIALIZABLE_RETURN_VALUE_PAYLOAD
 
@@ -40,6 +40,7 @@ from ..storage import reported_runs
 from ..storage.database import Database
 from ..storage.events import IngestedEvent, IngestItem, ingest, ingest_within
 from ..storage.sql_errors import is_about_a_row
+from ..storage.subscriptions import AdvanceClaim
 from ..storage.watches import WatchRow
 from ..tracing import EventSpans
 from .outcomes import Outcome, reported_at
@@ -61,11 +62,30 @@ MAX_RUN_NAME = 512
 _EDITABLE = ("runid", "result", "error", "progress", "data")
 
 
+class Consignee(Protocol):
+    """What sends the deliveries that are stored here, in the same process."""
+
+    def wake(self) -> None:
+        """Take note, in any thread, that deliveries have become due."""
+
+    def offer(self) -> AdvanceClaim | None:
+        """Offer places for deliveries that are about to be stored; ``None`` where they have to be claimed.
+
+        Each claim is given back by one call of :meth:`take` or :meth:`withdraw`.
+        """
+
+    def take(self, claim: AdvanceClaim) -> None:
+        """Send what is stored with *claim* and committed."""
+
+    def withdraw(self, claim: AdvanceClaim) -> None:
+        """Free the places of *claim*, with which something may have been stored, or nothing."""
+
+
 class Publisher:
     """Store occurrences, each once.
 
     :param state: the app's state.
-    :param on_deliveries: called after a commit that made deliveries due.
+    :param sender: of this process, if there is one. It gets new deliveries without having to claim them.
     :param on_ended: called with the ids of jobs whose endings were stored: their trees may be over now.
     """
 
@@ -73,11 +93,11 @@ class Publisher:
         self,
         state: State,
         *,
-        on_deliveries: Callable[[], None] = lambda: None,
+        sender: Consignee | None = None,
         on_ended: Callable[[Iterable[str]], None] = lambda job_ids: None,
     ) -> None:
         self._state = state
-        self._on_deliveries = on_deliveries
+        self._sender = sender
         self._on_ended = on_ended
         self._max_attempts = state.settings.max_attempts
         self._render = safe_render(state)
@@ -96,17 +116,27 @@ class Publisher:
         """
         state = self._state
         spans = EventSpans()
-        with state.app.app_context():  # the host's scrub function and formats may want one
-            events = ingest(
-                state.database,
-                items,
-                render=self._render,
-                max_attempts=max_attempts or self._max_attempts,
-                scrub=self._scrub,
-                begin=spans.begin,
-            )
+        claim = self._sender.offer() if self._sender is not None else None
+        try:
+            with state.app.app_context():  # the host's scrub function and formats may want one
+                events = ingest(
+                    state.database,
+                    items,
+                    render=self._render,
+                    max_attempts=max_attempts or self._max_attempts,
+                    scrub=self._scrub,
+                    begin=spans.begin,
+                    claim=claim,
+                    repeated=self._sender is not None,  # a dispatcher tries until it works
+                )
+        except BaseException:
+            if self._sender is not None and claim is not None:
+                self._sender.withdraw(claim)  # the commit may have gone through, the answer lost
+            raise
+        if self._sender is not None and claim is not None:
+            self._sender.take(claim)
         spans.end(event.event_id for event in events if event.created)
-        self.announce(events)
+        self.announce(events, to_be_claimed=claim is None or not claim.complete)
         return events
 
     def publish_within(self, connection: Connection, items: Sequence[IngestItem]) -> list[IngestedEvent]:
@@ -125,12 +155,15 @@ class Publisher:
                 scrub=self._scrub,
             )
 
-    def announce(self, events: Sequence[IngestedEvent]) -> None:
-        """Wake the sender and emit ``event_recorded`` for what is stored."""
+    def announce(self, events: Sequence[IngestedEvent], *, to_be_claimed: bool = True) -> None:
+        """Wake the sender and emit ``event_recorded`` for what is stored.
+
+        :param to_be_claimed: whether the sender has to look for new deliveries.
+        """
         state = self._state
         with state.app.app_context():
-            if any(event.deliveries for event in events):
-                self._on_deliveries()
+            if self._sender is not None and to_be_claimed and any(event.deliveries for event in events):
+                self._sender.wake()
             self._on_ended(event.job_id for event in events if event.job_id and event.type in TERMINAL_TYPES)
             if signals.event_recorded.receivers:
                 for event in events:

@@ -29,8 +29,9 @@ MAX_REJECTED, MAX_REJECTED_BYTES = 1000, 65_536
 TAKE_OVER_IDLE_MS = 15_000
 #: Seconds between two looks for such entries, and for readers that are gone for good.
 TAKE_OVER_EVERY_S, FORGET_EVERY_S = 5.0, 3600.0
-#: Milliseconds by which servers are late to end a wait (Redis and Valkey look ten times a second).
-TICK_MS = 100
+#: Shortest wait that the server is asked for, milliseconds. It may end a wait :data:`TICK_MS` too late (Redis
+#: and Valkey look ten times a second); shorter ones are slept through here.
+SHORTEST_WAIT_MS, TICK_MS = 20, 100
 #: Milliseconds of silence after which a reader that holds nothing is forgotten.
 FORGET_IDLE_MS = 24 * 3600 * 1000
 
@@ -121,7 +122,7 @@ class Outbox:
                 return _text(said["username"])
         return None
 
-    def read(self, consumer: str, count: int, block_ms: int) -> list[Entry]:
+    def read(self, consumer: str, count: int, block_ms: float) -> list[Entry]:
         """Return up to *count* entries: first what this reader left unfinished before a restart, then what a
         dead reader left, then new ones.
 
@@ -168,25 +169,24 @@ class Outbox:
         # Only then: an entry set aside twice is better than one that is gone.
         self.done([id])
 
-    def _read(self, consumer: str, count: int, block_ms: int) -> list[Entry]:
+    def _read(self, consumer: str, count: int, block_ms: float) -> list[Entry]:
         return (
             self._read_own(consumer, count)
             or self._take_over(consumer, count)
             or self._read_new(consumer, count, block_ms)
         )
 
-    def _read_new(self, consumer: str, count: int, block_ms: int) -> list[Entry]:
+    def _read_new(self, consumer: str, count: int, block_ms: float) -> list[Entry]:
+        wait_ms = int(min(block_ms, self._longest_wait_ms()))
+        if wait_ms < SHORTEST_WAIT_MS:
+            time.sleep(block_ms / 1000)
+            return self._read_group(consumer, count, ">", None)
         started = time.monotonic()
-        wait_ms = min(block_ms, self._longest_wait_ms())
-        found = self._read_group(consumer, count, ">", wait_ms if wait_ms > TICK_MS else None)
-        if found or not block_ms:
-            return found
-        # Too short a wait for the server, or one that does not wait at all (fakeredis).
+        found = self._read_group(consumer, count, ">", wait_ms)
         left_s = min(block_ms, TICK_MS) / 1000 - (time.monotonic() - started)
-        if left_s <= 0:
-            return []
-        time.sleep(left_s)
-        return self._read_group(consumer, count, ">", None)
+        if not found and left_s > 0:  # it does not wait (fakeredis)
+            time.sleep(left_s)
+        return found
 
     def _read_own(self, consumer: str, count: int) -> list[Entry]:
         last = self._recovered.get(consumer, "0")

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Connection,
     Dialect,
     LargeBinary,
+    Select,
     String,
     Text,
     TypeDecorator,
@@ -27,8 +29,11 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.dml import ReturningInsert
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 from .database import Database
@@ -63,12 +68,29 @@ class _Texts(TypeDecorator[list[str]]):
         return json.dumps(value) if dialect.name == "sqlite" else value
 
 
-def one_of(database: Database, column: _Column, name: str) -> ColumnElement[bool]:
+class _OneOf(FunctionElement[bool]):
+    """A condition for both databases, so that statements can be built once, when a module is imported."""
+
+    inherit_cache = True
+    name = "one_of"
+    type = Boolean()
+
+
+@compiles(_OneOf)
+def _one_of_array(element: _OneOf, compiler: SQLCompiler, **options: Any) -> str:
+    value, texts = (compiler.process(one, **options) for one in element.clauses)
+    return f"{value} = ANY ({texts})"
+
+
+@compiles(_OneOf, "sqlite")
+def _one_of_json(element: _OneOf, compiler: SQLCompiler, **options: Any) -> str:
+    value, texts = (compiler.process(one, **options) for one in element.clauses)
+    return f"{value} IN (SELECT value FROM json_each({texts}))"  # noqa: S608  (two compiled expressions)
+
+
+def one_of(column: _Column, name: str) -> ColumnElement[bool]:
     """Return the condition that *column* is one of the texts passed as *name*, all in one parameter."""
-    texts = bindparam(name, type_=_Texts)
-    if database.is_sqlite:
-        return column.in_(select(func.json_each(texts).table_valued("value").c.value))
-    return column == func.any(texts)
+    return _OneOf(column, bindparam(name, type_=_Texts))
 
 
 def insert_into(database: Database, model: type[Base]) -> Insert:
@@ -78,7 +100,14 @@ def insert_into(database: Database, model: type[Base]) -> Insert:
 
 def insert_or_ignore(database: Database, model: type[Base]) -> Insert:
     """Return an insert that leaves rows out which would violate any unique constraint."""
-    return insert_into(database, model).on_conflict_do_nothing()
+    return _INSERT_OR_IGNORE[database.is_sqlite](model)
+
+
+# Built once: to build a statement costs as much as to execute it.
+_INSERT_OR_IGNORE: dict[bool, Callable[[type[Base]], Insert]] = {
+    False: lru_cache(lambda model: postgresql.insert(model).on_conflict_do_nothing()),
+    True: lru_cache(lambda model: sqlite.insert(model).on_conflict_do_nothing()),
+}
 
 
 def insert_new(
@@ -94,10 +123,11 @@ def insert_new(
     """
     new: set[str] = set()
     if database.is_sqlite:
-        there = select(_id_of(model)).where(one_of(database, _id_of(model), "ids"))
+        there = _select_ids(model)
         for chunk in chunks_of(rows):
-            connection.execute(insert_or_ignore(database, model), chunk)
-            new.update(connection.execute(there, {"ids": [row["id"] for row in chunk]}).scalars())
+            ids = [row["id"] for row in chunk]
+            inserted = connection.execute(insert_or_ignore(database, model), chunk).rowcount
+            new.update(ids if inserted == len(ids) else connection.execute(there, {"ids": ids}).scalars())
     elif rows:
         statement = _insert_from_json(model, tuple(rows[0]))
         for document in _documents(rows):
@@ -107,6 +137,11 @@ def insert_new(
 
 def _id_of(model: type[Base]) -> ColumnElement[str]:
     return model.__table__.c["id"]
+
+
+@lru_cache
+def _select_ids(model: type[Base]) -> Select[Any]:
+    return select(_id_of(model)).where(one_of(_id_of(model), "ids"))
 
 
 @lru_cache

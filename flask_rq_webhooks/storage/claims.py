@@ -41,16 +41,7 @@ from sqlalchemy import (
 
 from ..protocol.payloads import JSON
 from .database import Database
-from .models import (
-    CANCELED,
-    PENDING,
-    SENDING,
-    SHARED,
-    Delivery,
-    Dispatcher,
-    UTCDateTime,
-    new_id,
-)
+from .models import CANCELED, PENDING, SENDING, SHARED, Delivery, Dispatcher, UTCDateTime, new_id
 
 #: Due rows looked at before hosts are taken in turn instead.
 WINDOW = 256
@@ -132,8 +123,8 @@ def claim_due(
         with database.write(durable=False) as connection:
             now = database.now(connection)
             parameters |= {"now": now, "lease_until": now + timedelta(seconds=lease_s)}
-            hosts = connection.execute(_CLAIM_SQLITE, parameters).scalars().all()
-            rows = connection.execute(_LOAD_SQLITE, parameters).all() if hosts else []
+            ids = list(connection.execute(_CLAIM_SQLITE, parameters).scalars())
+            rows = _loaded(database, connection, ids, lease_id) if ids else []
             turns = [(row.host <= after, row.host) for row in rows]
     else:
         with database.write(single_statement=True, durable=False, repeated=True) as connection:
@@ -144,6 +135,22 @@ def claim_due(
         # The last host of the walk; those it met after starting over come after all others.
         database.claim_after = rows[max(range(len(rows)), key=turns.__getitem__)].host
     return _claimed(rows, lease_id)
+
+
+def load_claimed(
+    database: Database, connection: Connection, ids: Sequence[str], lease_id: str
+) -> list[ClaimedDelivery]:
+    """Return the deliveries that were stored as claimed, in the transaction that stores them."""
+    return _claimed(_loaded(database, connection, ids, lease_id), lease_id)
+
+
+def _loaded(
+    database: Database, connection: Connection, ids: Sequence[str], lease_id: str
+) -> Sequence[Row[Any]]:
+    parameters: dict[str, Any] = {"lease_id": lease_id, "ids": json.dumps(ids) if database.is_sqlite else ids}
+    if not database.is_sqlite:
+        return connection.execute(_LOAD_POSTGRESQL, parameters).all()
+    return connection.execute(_LOAD_SQLITE, parameters | {"now": database.now(connection)}).all()
 
 
 def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: float) -> int:
@@ -284,8 +291,41 @@ SELECT next_attempt_at FROM rq_webhooks_delivery INDEXED BY ix_rq_webhooks_deliv
 WHERE status = 'pending' ORDER BY next_attempt_at LIMIT 1
 """).columns(next_attempt_at=UTCDateTime)
 
+_SELECT_CLAIMED = """
+SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
+       c.endpoint_id, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
+       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, e.retry_schedule,
+       e.retry_statuses, s.secret,
+       CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
+            ELSE e.trace END AS trace
+FROM claimed c
+CROSS JOIN LATERAL (
+    SELECT job_id, runid, trace FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
+) v
+CROSS JOIN LATERAL (
+    SELECT runid, kind, url, headers, sign_payload, format, timeout_s, retry_schedule, retry_statuses, trace
+    FROM rq_webhooks_endpoint WHERE id = c.endpoint_id OFFSET 0
+) e
+LEFT JOIN LATERAL (
+    SELECT id, secret, expires_at FROM rq_webhooks_secret
+    WHERE endpoint_id = c.endpoint_id AND (expires_at IS NULL OR expires_at > clock_timestamp()) OFFSET 0
+) s ON true
+ORDER BY c.next_attempt_at, c.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
+"""
+
+_LOAD_POSTGRESQL = (
+    text(f"""
+WITH claimed AS MATERIALIZED (
+    SELECT d.*, 0 AS turn FROM rq_webhooks_delivery d
+    WHERE d.id = ANY(CAST(:ids AS text[])) AND d.status = 'sending' AND d.lease_id = :lease_id
+)
+{_SELECT_CLAIMED}""")  # noqa: S608  (no value in it)
+    .columns(**_LOADED)
+    .bindparams(bindparam("lease_id", type_=String))
+)
+
 _CLAIM_POSTGRESQL = (
-    text("""
+    text(f"""
 WITH RECURSIVE
 busy AS MATERIALIZED (
     SELECT key AS host, value::integer AS requests FROM json_each_text(CAST(:in_flight AS json))
@@ -364,26 +404,7 @@ claimed AS (
     WHERE delivery.id = picked.id AND delivery.status = 'pending'
     RETURNING delivery.*, picked.turn
 )
-SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
-       c.endpoint_id, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, e.retry_schedule,
-       e.retry_statuses, s.secret,
-       CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
-            ELSE e.trace END AS trace
-FROM claimed c
-CROSS JOIN LATERAL (
-    SELECT job_id, runid, trace FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
-) v
-CROSS JOIN LATERAL (
-    SELECT runid, kind, url, headers, sign_payload, format, timeout_s, retry_schedule, retry_statuses, trace
-    FROM rq_webhooks_endpoint WHERE id = c.endpoint_id OFFSET 0
-) e
-LEFT JOIN LATERAL (
-    SELECT id, secret, expires_at FROM rq_webhooks_secret
-    WHERE endpoint_id = c.endpoint_id AND (expires_at IS NULL OR expires_at > clock_timestamp()) OFFSET 0
-) s ON true
-ORDER BY c.next_attempt_at, c.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
-""")
+{_SELECT_CLAIMED}""")  # noqa: S608  (no value in it)
     .columns(**_LOADED)
     .bindparams(
         bindparam("limit", type_=Integer),
@@ -442,7 +463,7 @@ UPDATE rq_webhooks_delivery
 SET status = 'sending', lease_id = :lease_id, lease_until = :lease_until
 WHERE rowid IN (
     SELECT row FROM slots WHERE rank <= :per_host ORDER BY rank, next_attempt_at LIMIT :limit)
-RETURNING host
+RETURNING id
 """).bindparams(bindparam("now", type_=UTCDateTime), bindparam("lease_until", type_=UTCDateTime))
 
 _LOAD_SQLITE = (
@@ -453,14 +474,15 @@ SELECT d.id, d.trigger, d.attempts, d.max_attempts, d.body, d.content_type, d.ho
        e.retry_statuses, s.secret,
        CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
             ELSE e.trace END AS trace
-FROM rq_webhooks_delivery d INDEXED BY ix_rq_webhooks_delivery_lease
+FROM json_each(:ids) one
+CROSS JOIN rq_webhooks_delivery d ON d.id = one.value
 CROSS JOIN rq_webhooks_event v ON v.id = d.event_id
 CROSS JOIN rq_webhooks_endpoint e ON e.id = d.endpoint_id
 LEFT JOIN rq_webhooks_secret s
     ON s.endpoint_id = d.endpoint_id AND (s.expires_at IS NULL OR s.expires_at > :now)
-WHERE d.status = 'sending' AND d.lease_until = :lease_until AND d.lease_id = :lease_id
+WHERE d.status = 'sending' AND d.lease_id = :lease_id
 ORDER BY d.next_attempt_at, d.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
 """)
     .columns(**_LOADED)
-    .bindparams(bindparam("now", type_=UTCDateTime), bindparam("lease_until", type_=UTCDateTime))
+    .bindparams(bindparam("now", type_=UTCDateTime))
 )

@@ -1,21 +1,8 @@
-"""Events: an occurrence becomes an event and its deliveries, exactly once; and their order in the feed.
+"""Events: an occurrence becomes an event and its deliveries, exactly once; and its position in the feed.
 
 Owns the rows of events and the order of the steps within the one transaction: the event, its receivers and
 deliveries (:mod:`.subscriptions`), the watches it settles (:mod:`.watches`). Knows nothing of where
 occurrences come from; a function it is given renders the bodies.
-
-The database orders the feed (:func:`.feed.events_after`): event ids begin with the clock of the dispatcher
-that made them. Every event has a ``position``: microseconds of the database's clock, at least one more than
-that of the event before. A cursor is a position; a reader never sees one beyond which an event may still
-appear:
-
-- SQLite has one writer at a time, so positions are committed in their order.
-- On PostgreSQL transactions end in any order. Before a writer chooses positions it takes a shared advisory
-  lock, whose key is the second it began in. A reader first notes the clock, then looks at these locks, and
-  reads no further than the first second that is still locked. No reader or writer waits for another, and long
-  transactions of the host do not hold the feed up.
-
-Events stored before there were positions have 0 and keep the order of their ids.
 """
 
 from __future__ import annotations
@@ -26,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, bindparam, func, select, text, update
+from sqlalchemy import BigInteger, Boolean, Connection, bindparam, func, select, text, update
 
 from .._steps import reached
 from ..protocol.events import (
@@ -41,10 +28,12 @@ from ..protocol.events import (
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from ..tracing import is_same
 from .bulk_insert import chunks_of, insert_new, one_of
+from .claims import load_claimed
 from .database import Database
-from .models import PENDING, SENDING, Delivery, Event, UTCDateTime, new_id
+from .models import PENDING, SENDING, SHARED, Delivery, Dispatcher, Event, UTCDateTime, new_id
 from .reported_runs import settle_watches, watches_of
 from .subscriptions import (
+    AdvanceClaim,
     EndpointRow,
     canceled_now,
     delivery_values,
@@ -131,6 +120,8 @@ def ingest(
     max_attempts: int,
     scrub: Scrub | None = None,
     begin: Begin | None = None,
+    claim: AdvanceClaim | None = None,
+    repeated: bool = False,
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
@@ -148,13 +139,23 @@ def ingest(
         ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
         in place). What it does to ``runid`` and to these is stored, sent and shown.
     :param begin: called for each event that may be new.
+    :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
+        paused.
+    :param repeated: see :meth:`.Database.write`.
     :returns: one for each item, in their order.
     """
     if not items:
         return []
-    with database.write() as connection:
+    with database.write(repeated=repeated) as connection:
         return ingest_within(
-            database, connection, items, render=render, max_attempts=max_attempts, scrub=scrub, begin=begin
+            database,
+            connection,
+            items,
+            render=render,
+            max_attempts=max_attempts,
+            scrub=scrub,
+            begin=begin,
+            claim=claim,
         )
 
 
@@ -167,16 +168,17 @@ def ingest_within(
     max_attempts: int,
     scrub: Scrub | None = None,
     begin: Begin | None = None,
+    claim: AdvanceClaim | None = None,
 ) -> list[IngestedEvent]:
     """Do what :func:`ingest` does as a part of the caller's transaction."""
     prepared = [
         item if scrub is None else replace(item, occurrence=_scrubbed(item.occurrence, scrub))
         for item in items
     ]
-    now, position = first_position(database, connection)
+    jobs = sorted({item.occurrence.job_id for item in prepared if item.occurrence.job_id is not None})
+    now, position, paused = first_position(database, connection, jobs)
     watches = watches_of(database, connection, prepared)
     believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
-    _lock_jobs(database, connection, believed)
     over = _ended_runs(connection, believed)
     believed = [item for item in believed if _end_key(item.occurrence) not in over]
     endpoints = endpoints_of(database, connection, believed, watches)
@@ -204,21 +206,19 @@ def ingest_within(
     for event in stored:
         for endpoint in receivers_of(event, asked[event.id], standing):
             rendered = render(endpoint, event.id, event.occurrence)
-            rows.append(
-                delivery_values(
-                    event.id,
-                    event.occurrence.type,
-                    endpoint,
-                    rendered,
-                    max_attempts=max_attempts,
-                    now=now,
-                )
+            row = delivery_values(
+                event.id, event.occurrence.type, endpoint, rendered, max_attempts=max_attempts, now=now
             )
+            rows.append(row if claim is None or paused else claim.applied(row, now))
+    if claim is not None and paused:
+        claim.complete = False
     made = store_deliveries(database, connection, rows)
     _cancel_outdated(database, connection, stored)
     for event in stored:
         event.deliveries = made.get(event.id, 0)
     settle_watches(database, connection, stored, watches, endpoints, now)
+    if claim is not None and claim.hosts:
+        claim.claimed = load_claimed(database, connection, list(claim.hosts), claim.lease_id)
     seen: set[str] = set()
     by_believed = dict(zip(map(id, believed), by_item, strict=True))
     ingested = []
@@ -327,14 +327,6 @@ def store_events(
     return by_item, stored
 
 
-def _lock_jobs(database: Database, connection: Connection, items: Sequence[IngestItem]) -> None:
-    """Wait for others who store events of the same jobs. Everybody takes the locks in one order."""
-    jobs = sorted({item.occurrence.job_id for item in items if item.occurrence.job_id is not None})
-    if not database.is_sqlite:
-        for chunk in chunks_of(jobs):
-            connection.execute(_LOCK_JOBS, {"class": JOB_LOCK_CLASS, "jobs": list(chunk)})
-
-
 def _end_key(occurrence: Occurrence) -> str | None:
     """Return the key of the ending after which *occurrence* is not stored; ``None`` where it always is."""
     if occurrence.type not in RUNNING_TYPES or occurrence.job_id is None or occurrence.run is None:
@@ -368,7 +360,7 @@ def _cancel_outdated(database: Database, connection: Connection, stored: Sequenc
         select(Delivery.id, Event.id, Event.type, Event.job_id, Event.run_key)
         .join(Event, Event.id == Delivery.event_id)
         .where(
-            one_of(database, Event.job_id, "jobs"),
+            one_of(Event.job_id, "jobs"),
             Event.type.in_(sorted(RUNNING_TYPES)),
             Delivery.status.in_([PENDING, SENDING]),
         )
@@ -396,12 +388,8 @@ def _number(database: Database, connection: Connection, events: Sequence[StoredE
     jobs = sorted({event.occurrence.job_id for event in events if event.occurrence.job_id is not None})
     counts: dict[str, int] = {}
     for chunk in chunks_of(jobs):
-        query = (
-            select(Event.job_id, func.count())
-            .where(one_of(database, Event.job_id, "jobs"))
-            .group_by(Event.job_id)
-        )
-        counts.update((str(job_id), count) for job_id, count in connection.execute(query, {"jobs": chunk}))
+        rows = connection.execute(_COUNTS, {"jobs": chunk})
+        counts.update((str(job_id), count) for job_id, count in rows)
     for event in events:
         job_id = event.occurrence.job_id
         if job_id is not None:
@@ -409,12 +397,7 @@ def _number(database: Database, connection: Connection, events: Sequence[StoredE
             event.occurrence = replace(event.occurrence, sequence=counts[job_id])
 
 
-#: First key of the advisory locks of :func:`_lock_jobs`; any number that nobody else uses.
-JOB_LOCK_CLASS = 0x7271_7770
-_LOCK_JOBS = text("""
-SELECT pg_advisory_xact_lock(:class, key)
-FROM (SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key) AS keys
-""")
+_COUNTS = select(Event.job_id, func.count()).where(one_of(Event.job_id, "jobs")).group_by(Event.job_id)
 
 
 def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:
@@ -443,31 +426,40 @@ def _storable(text: str | None) -> str | None:
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-# -- the feed ---------------------------------------------------------------------------------------------
+# -- positions in the feed --------------------------------------------------------------------------------
 
 #: First key of the advisory locks; any number that nobody else uses.
 LOCK_CLASS = 0x7271_7769
 #: The second key is a 32-bit number: seconds since this one of the Unix time.
 LOCK_EPOCH_S = 1_500_000_000
+#: The same for the advisory locks of jobs.
+JOB_LOCK_CLASS = 0x7271_7770
 
 
-def first_position(database: Database, connection: Connection) -> tuple[datetime, int]:
-    """Return the database's clock, and the position of the first event this transaction stores.
+def first_position(
+    database: Database, connection: Connection, jobs: Sequence[str] = ()
+) -> tuple[datetime, int, bool]:
+    """Return the database's clock, the position of the first event this transaction stores, and whether
+    sending is paused.
+
+    :param jobs: PostgreSQL: wait for others who store events of these jobs. Everybody takes the locks in one
+        order.
 
     The events after it count up by one. Call this in the transaction that stores them.
     """
     if database.is_sqlite:
         now = datetime.now(UTC)
-        last = connection.execute(_LAST).scalar_one() or 0
-        return now, max(last + 1, int(now.timestamp() * 1_000_000))
-    now, position, last = connection.execute(_ENTER).one()
+        last, paused_at = connection.execute(_LAST).one()
+        return now, max((last or 0) + 1, int(now.timestamp() * 1_000_000)), paused_at is not None
+    now, position, last, paused, _locked = connection.execute(_ENTER, {"jobs": list(jobs)}).one()
     if last is not None and last >= position:
         # The clock was set back, as by a failover. The lock is held now, so this is the last one there is.
-        position = connection.execute(_LAST).scalar_one() + 1
-    return now.astimezone(UTC), position
+        position = connection.execute(_LAST).one()[0] + 1
+    return now.astimezone(UTC), position, paused
 
 
-_LAST = select(func.max(Event.position))
+_PAUSED = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED).scalar_subquery()
+_LAST = select(select(func.max(Event.position)).scalar_subquery(), _PAUSED)
 
 # The columns are computed from left to right: the lock is held when the clock is read for the position.
 _ENTER = (
@@ -476,13 +468,23 @@ SELECT clock_timestamp() AS now,
        greatest(
            (:epoch + s.second) * 1000000, CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)
        ) AS position,
-       (SELECT max(position) FROM rq_webhooks_event) AS last
+       (SELECT max(position) FROM rq_webhooks_event) AS last,
+       EXISTS (
+           SELECT FROM rq_webhooks_dispatcher d WHERE d.id = 'shared' AND d.paused_at IS NOT NULL
+       ) AS paused,
+       (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
+           SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
+       ) AS keys) AS locked
 FROM (
     SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
         SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
     ) began OFFSET 0
 ) s
 """)
-    .columns(now=UTCDateTime, position=BigInteger, last=BigInteger)
-    .bindparams(bindparam("epoch", LOCK_EPOCH_S, BigInteger), bindparam("class", LOCK_CLASS))
+    .columns(now=UTCDateTime, position=BigInteger, last=BigInteger, paused=Boolean)
+    .bindparams(
+        bindparam("epoch", LOCK_EPOCH_S, BigInteger),
+        bindparam("class", LOCK_CLASS),
+        bindparam("job_class", JOB_LOCK_CLASS),
+    )
 )

@@ -1,6 +1,18 @@
 """The feed: every event in the order the database gave it, for clients that were down.
 
 Knows nothing of deliveries: an event is in the feed whether or not anything was sent for it.
+
+The database orders the feed: event ids begin with the clock of the dispatcher that made them. Every event
+has a ``position``: microseconds of the database's clock, at least one more than that of the event before. A
+cursor is a position; a reader never sees one beyond which an event may still appear:
+
+- SQLite has one writer at a time, so positions are committed in their order.
+- On PostgreSQL transactions end in any order. Before a writer chooses positions it takes a shared advisory
+  lock, whose key is the second it began in. A reader first notes the clock, then looks at these locks, and
+  reads no further than the first second that is still locked. No reader or writer waits for another, and long
+  transactions of the host do not hold the feed up.
+
+Events stored before there were positions have 0 and keep the order of their ids.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Reported:
 def known_keys(database: Database, keys: Iterable[str]) -> set[str]:
     """Return those of *keys* under which an event is stored."""
     found: set[str] = set()
-    query = select(Event.run_key).where(one_of(database, Event.run_key, "keys"))
+    query = select(Event.run_key).where(one_of(Event.run_key, "keys"))
     with database.read() as connection:
         for chunk in chunks_of(sorted(set(keys))):
             found.update(key for key in connection.execute(query, {"keys": chunk}).scalars() if key)
@@ -74,7 +74,7 @@ def reported_endings(database: Database, job_ids: Iterable[str]) -> dict[str, li
             Event.job_id, Event.run_key, Event.id, Event.type, Event.supersedes, Event.occurred_at,
             Event.created_at,
         )
-        .where(one_of(database, Event.job_id, "jobs"), Event.type.in_(sorted(TERMINAL_TYPES)))
+        .where(one_of(Event.job_id, "jobs"), Event.type.in_(sorted(TERMINAL_TYPES)))
         .order_by(Event.created_at, Event.id)
     )  # fmt: skip
     with database.read() as connection:
@@ -105,7 +105,7 @@ def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple
     """Return the progress of each job that was stored last, and when it was seen."""
     query = (
         select(func.max(Event.id))
-        .where(one_of(database, Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
+        .where(one_of(Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
         .group_by(Event.job_id)
     )
     found: dict[str, tuple[Any, datetime]] = {}
@@ -123,13 +123,16 @@ def watches_of(
 ) -> dict[str, list[Any]]:
     """Return the watches on the items' jobs, by job id."""
     jobs = sorted({item.occurrence.job_id for item in items if item.occurrence.job_id is not None})
-    columns = (Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run)
-    query = select(*columns).where(one_of(database, Watch.job_id, "jobs"))
     watches: dict[str, list[Any]] = defaultdict(list)
     for chunk in chunks_of(jobs):
-        for row in connection.execute(query, {"jobs": chunk}):
+        for row in connection.execute(_WATCHES, {"jobs": chunk}):
             watches[row.job_id].append(row)
     return watches
+
+
+_WATCHES = select(Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run).where(
+    one_of(Watch.job_id, "jobs")
+)
 
 
 def settle_watches(

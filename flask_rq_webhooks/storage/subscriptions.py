@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from datetime import datetime
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Text, and_, cast, func, select, text
@@ -29,8 +30,20 @@ from ..protocol.events import (
 from ..protocol.payloads import JSON, Rendered, as_rendered
 from .attempts import PROGRESS_ATTEMPTS
 from .bulk_insert import chunks_of, insert_new, one_of
+from .claims import ClaimedDelivery
 from .database import Database
-from .models import CANCELED, CLOSED, PENDING, SCHEDULED, SUBSCRIBED, Delivery, Endpoint, decoded, new_id
+from .models import (
+    CANCELED,
+    CLOSED,
+    PENDING,
+    SCHEDULED,
+    SENDING,
+    SUBSCRIBED,
+    Delivery,
+    Endpoint,
+    decoded,
+    new_id,
+)
 
 if TYPE_CHECKING:
     from .events import IngestItem, StoredEvent
@@ -81,6 +94,17 @@ def endpoint_row(row: Any) -> EndpointRow:
 
 
 ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointRow))
+# Built once: to build a statement costs as much as to execute it. A lock for each row, which a union does not
+# allow.
+_ENDPOINTS = (
+    select(*ENDPOINT_COLUMNS)
+    .where(one_of(Endpoint.id, "ids"))
+    .order_by(Endpoint.id)
+    .with_for_update(**_SHARED)
+)
+_ENABLED = select(*ENDPOINT_COLUMNS).where(_IS_STANDING, Endpoint.enabled).with_for_update(**_SHARED)
+_OF_OPERATORS = _ENABLED.where(Endpoint.tenant.is_(None))
+_OF_TENANTS = _ENABLED.where(one_of(Endpoint.tenant, "tenants"))
 
 
 def endpoints_of(
@@ -98,15 +122,10 @@ def endpoints_of(
     }
     ids = set(named)
     ids |= {row.endpoint_id for rows in watches.values() for row in rows if row.endpoint_id is not None}
-    query = (
-        select(*ENDPOINT_COLUMNS)
-        .where(one_of(database, Endpoint.id, "ids"))
-        .order_by(Endpoint.id)
-        .with_for_update(**_SHARED)
-    )
     endpoints: dict[str, EndpointRow] = {}
     for chunk in chunks_of(sorted(ids)):
-        endpoints.update((row.id, endpoint_row(row)) for row in connection.execute(query, {"ids": chunk}))
+        rows = connection.execute(_ENDPOINTS, {"ids": chunk})
+        endpoints.update((row.id, endpoint_row(row)) for row in rows)
     for endpoint_id, job_id in named.items():
         if endpoint_id not in endpoints:
             logger.warning(
@@ -121,12 +140,9 @@ def standing_endpoints(
     database: Database, connection: Connection, tenants: Collection[str]
 ) -> list[EndpointRow]:
     """Return the enabled standing endpoints of operators and of *tenants*; nobody else's are read."""
-    enabled = select(*ENDPOINT_COLUMNS).where(_IS_STANDING, Endpoint.enabled)
-    # A lock for each row, which a union does not allow.
-    found = list(connection.execute(enabled.where(Endpoint.tenant.is_(None)).with_for_update(**_SHARED)))
-    theirs = enabled.where(one_of(database, Endpoint.tenant, "tenants")).with_for_update(**_SHARED)
+    found = list(connection.execute(_OF_OPERATORS))
     for chunk in chunks_of(sorted(tenants)):
-        found += connection.execute(theirs, {"tenants": chunk})
+        found += connection.execute(_OF_TENANTS, {"tenants": chunk})
     rows = (endpoint_row(row) for row in found)
     return [row for row in rows if row.only_tenant is None or row.only_tenant in tenants]
 
@@ -150,7 +166,7 @@ def wanted_by_standing(
     else:
         found += connection.execute(query.where(Endpoint.tenant.is_(None)))
         for chunk in chunks_of(sorted(tenants)):
-            theirs = query.where(one_of(database, Endpoint.tenant, "tenants"))
+            theirs = query.where(one_of(Endpoint.tenant, "tenants"))
             found += connection.execute(theirs, {"tenants": chunk})
     named: dict[str | None, set[str]] = {}
     for tenant, events in found:
@@ -321,8 +337,43 @@ def delivery_values(
         "attempts": 0,
         "max_attempts": min(allowed, PROGRESS_ATTEMPTS) if event_type == JOB_PROGRESS else allowed,
         "next_attempt_at": now,
+        "lease_id": None,
+        "lease_until": None,
         "created_at": now,
     }
+
+
+@dataclass(slots=True, kw_only=True)
+class AdvanceClaim:
+    """Places of a sender for deliveries that are about to be stored: those are stored as claimed by it.
+
+    :param lease_id: as :func:`.claim_due` has it.
+    :param lease_s: as :func:`.claim_due` has it.
+    :param take_place: keeps a place for one request to a host; ``False`` where there is none.
+    :ivar hosts: host of each delivery that got a place, by its id.
+    :ivar claimed: those that were stored, as :func:`.claim_due` returns them.
+    :ivar complete: whether no other delivery was stored, which would have to be claimed.
+    """
+
+    lease_id: str
+    lease_s: float
+    take_place: Callable[[str], bool]
+    began: float = field(default_factory=time.monotonic)
+    hosts: dict[str, str] = field(default_factory=dict)
+    claimed: list[ClaimedDelivery] = field(default_factory=list)
+    complete: bool = True
+
+    def applied(self, row: dict[str, Any], now: datetime) -> dict[str, Any]:
+        """Return the row of a new delivery, claimed if there is a place for it.
+
+        :param now: the database's clock.
+        """
+        if not self.take_place(row["host"]):
+            self.complete = False
+            return row
+        self.hosts[row["id"]] = row["host"]
+        until = now + timedelta(seconds=self.lease_s)
+        return row | {"status": SENDING, "lease_id": self.lease_id, "lease_until": until}
 
 
 def store_deliveries(

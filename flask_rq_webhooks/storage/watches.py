@@ -175,7 +175,7 @@ def load_watches(database: Database, ids: Sequence[str]) -> list[WatchRow]:
             Endpoint.created_at.label("endpoint_created_at"), Endpoint.scope,
         )
         .outerjoin(Endpoint, Endpoint.id == Watch.endpoint_id)
-        .where(one_of(database, Watch.id, "ids"), Watch.status.in_([RESERVED, OPEN, SETTLED]))
+        .where(one_of(Watch.id, "ids"), Watch.status.in_([RESERVED, OPEN, SETTLED]))
     )  # fmt: skip
     with database.read() as connection:
         for chunk in chunks_of(ids):
@@ -285,7 +285,7 @@ def open_trees(database: Database, *, after: str = "", limit: int = 200) -> list
 def open_trees_of(database: Database, job_ids: Collection[str]) -> list[str]:
     """Return the same for those trees that jobs are known to be part of, by id."""
     found: set[str] = set()
-    query = _OPEN_TREES.where(one_of(database, Watch.job_id, "jobs"))
+    query = _OPEN_TREES.where(one_of(Watch.job_id, "jobs"))
     for chunk in chunks_of(sorted(job_ids)):
         with database.read() as connection:
             found.update(row.endpoint_id for row in connection.execute(query, {"jobs": chunk}))

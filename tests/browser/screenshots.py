@@ -105,7 +105,12 @@ def fill(state: State) -> dict[str, str]:
         )  # fmt: skip
     for number in range(5):
         add_watch(state, bound[0], f"waiting-{number}")
-    return {"endpoint": standing, "delivery": failing}
+    own = add_endpoint(state, "https://acme.example/hooks", secret="only for the picture", tenant="acme")
+    refused = add_delivery(state, own, job_id="2b6d9a10-44c1-4b7e", func="watershed.jobs.run_wepp_rq")
+    attempt_all(
+        state, storage_rows.EXHAUSTED, status_code=401, response_body=b'{"error": "unknown signature"}'
+    )
+    return {"endpoint": standing, "delivery": failing, "refused": refused}
 
 
 def take(folder: Path) -> list[Path]:
@@ -115,16 +120,21 @@ def take(folder: Path) -> list[Path]:
     with (
         tempfile.TemporaryDirectory() as directory,
         valkey_server() as valkey,
-        open_host(f"sqlite:///{directory}/pictures.db", valkey.url, {"read", "manage"}) as (app, state),
+        open_host(f"sqlite:///{directory}/pictures.db", valkey.url, {"read", "manage", "own"}) as (
+            app,
+            state,
+        ),
     ):
         ids = fill(state)
         pages = {
             "overview": ("/webhooks/", LOOKS),
             "deliveries": ("/webhooks/deliveries?status=pending&status=exhausted", [("wide", "dark")]),
             "delivery": (f"/webhooks/deliveries/{ids['delivery']}", [("wide", "light")]),
+            "portal": (f"/webhooks/portal/deliveries/{ids['refused']}", [("wide", "light")]),
         }
         with served(app) as url, open_chromium() as driver:
             for name, (path, looks) in pages.items():
+                state.hooks.tenant_function = (lambda: "acme") if name == "portal" else None
                 for size, scheme in looks:
                     look(driver, size=size, scheme=scheme, height=PICTURE_HEIGHT)
                     driver.get(url + path)

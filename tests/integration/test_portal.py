@@ -367,9 +367,9 @@ def test_operators_see_tenants_filter_by_them_and_disable_their_endpoints(host: 
 
 
 def test_the_portal_is_in_the_customers_layout_and_the_dashboard_is_not(
-    database_url: str, redis_url: str, caplog: pytest.LogCaptureFixture
+    sqlite_url: str, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = Host(database_url, redis_url, RQ_WEBHOOKS_PORTAL_BASE_TEMPLATE="customer.html")
+    made = Host(sqlite_url, redis_url, RQ_WEBHOOKS_PORTAL_BASE_TEMPLATE="customer.html")
     made.webhooks.authorize(lambda permission, **what: True)
     made.webhooks.tenant(lambda: "ada")
     text = "{{ now }}<title>{% block title %}{% endblock %}</title>{% block head %}{% endblock %}"
@@ -503,3 +503,20 @@ def test_the_code_on_the_page_verifies_what_is_delivered(
     assert verdicts("whsec_", good) == [401]
     assert verdicts("wrong", good) == [401]
     assert text_endpoint["secret"] == "plain text \u00fc"
+
+
+def test_the_description_says_which_routes_accept_own(host: Host) -> None:
+    document = visitor(host, "boss").get("/webhooks/openapi.json").get_json()
+    seen = set()
+    for path, item in document["paths"].items():
+        address = "/webhooks" + re.sub(r"{\w+}", "some_id", path)
+        for method, operation in item.items():
+            if operation["x-permission"] in ("read", "manage"):
+                # A caller known by its header: a cookie would need our token.
+                answer = visitor(host, "ada").open(
+                    address, method=method, json=None if method == "get" else {}
+                )
+                assert (answer.status_code != 403) == operation["x-own"], (method, path)
+                assert ("or own" in operation["description"]) == operation["x-own"]
+                seen.add(operation["x-own"])
+    assert seen == {True, False}
