@@ -94,7 +94,8 @@ oldest: .venv-oldest/.oldest  ## run the server tests on the oldest supported ve
 		-k 'not test_two_hundred_jobs' $(OLDEST_TESTS)
 
 OLDEST_TESTS ?= $(addprefix tests/acceptance/test_,pipeline.py example_app.py endings.py) tests/unit/test_callbacks.py tests/unit/test_attach.py $(wildcard tests/integration/test_capture_*.py) \
-	tests/integration/test_accepts_webhook.py tests/integration/test_enqueue_with_webhook.py tests/integration/test_four_endings.py tests/integration/test_running_jobs.py tests/integration/test_operator_events.py tests/integration/test_progress.py tests/integration/test_attach_all.py
+	tests/integration/test_accepts_webhook.py tests/integration/test_enqueue_with_webhook.py tests/integration/test_four_endings.py tests/integration/test_running_jobs.py tests/integration/test_operator_events.py tests/integration/test_progress.py tests/integration/test_attach_all.py \
+	tests/integration/test_wire.py tests/integration/test_traces.py tests/integration/test_erase.py
 
 clean:  ## remove what these targets made
 	rm -rf $(VENV) .venv-oldest .venv-bench .bench.json build dist docs/_build htmlcov .coverage .coverage.* *.egg-info \

@@ -208,7 +208,8 @@ def _trace() -> str | None:
             return None
         from .tracing import trace_of
 
-        return trace_of(span)
+        trace: str | None = trace_of(span)
+        return trace
     except Exception:
         return None
 

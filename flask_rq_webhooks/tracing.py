@@ -8,12 +8,16 @@ nobody who exports spans. Knows nothing of what a trace belongs to.
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class Headers(Protocol):
@@ -95,6 +99,21 @@ def headers_of(trace: str | None, span: Any = None) -> dict[str, str]:
 # -- OpenTelemetry ----------------------------------------------------------------------------------------
 
 
+def _harmless(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let no error of OpenTelemetry, or of what a host plugged into it, reach the pipeline."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            logger.warning("OpenTelemetry failed; a span is missing.", exc_info=True)
+            return None
+
+    return call
+
+
+@_harmless
 def start(
     name: str, parent: str | None, kind: str, attributes: Mapping[str, Any], link: str | None = None
 ) -> Any:
@@ -119,6 +138,7 @@ def start(
     )
 
 
+@_harmless
 def end(span: Any, error: str | None = None, **attributes: Any) -> None:
     """End a span of :func:`start`; ``None`` is none.
 
@@ -135,6 +155,7 @@ def end(span: Any, error: str | None = None, **attributes: Any) -> None:
     span.end()
 
 
+@_harmless
 def trace_of(span: Any) -> str | None:
     """Return the trace that continues from an OpenTelemetry span; ``None`` for one that is not valid."""
     context = span.get_span_context()
@@ -156,6 +177,12 @@ def _span_context(api: Any, trace: str) -> Any:
     )
 
 
+@_harmless
+def _current() -> str | None:
+    api = sys.modules.get("opentelemetry.trace")
+    return None if api is None else trace_of(api.get_current_span())
+
+
 @contextmanager
 def registering(headers: Headers | None) -> Iterator[str | None]:
     """Give the trace that a new webhook continues; with OpenTelemetry, that of the span around this.
@@ -163,9 +190,7 @@ def registering(headers: Headers | None) -> Iterator[str | None]:
     :param headers: of the current request; ``None`` outside of one.
     """
     trace = None if headers is None else of_request(headers)
-    api = sys.modules.get("opentelemetry.trace")
-    if api is not None:
-        trace = trace_of(api.get_current_span()) or trace  # the span of the host's instrumentation
+    trace = _current() or trace  # the span of the host's instrumentation
     span = start("rq_webhooks register", trace, "PRODUCER", {})
     try:
         yield trace if span is None else trace_of(span) or trace

@@ -1,8 +1,8 @@
 """Delete rows that ended long ago (prune), and erase the content of rows that stay.
 
 Erased: results, errors and data of events; the bytes of deliveries; the answers of receivers and the headers
-of requests; a client's own headers and reference; callback reports kept as evidence. Kept: ids, types, times,
-statuses, URLs and signing secrets. ``erased_at`` of event and delivery marks them. Works in bounded
+of requests; a client's own headers, reference and trace; callback reports kept as evidence. Kept: ids, types,
+times, statuses, URLs and signing secrets. ``erased_at`` of event and delivery marks them. Works in bounded
 transactions, so that it never blocks the pipeline and may be stopped and started again.
 """
 

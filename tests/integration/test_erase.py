@@ -89,7 +89,7 @@ def files_of(database_url: str) -> bytes:
                 "SELECT current_setting('data_directory'), oid FROM pg_database "
                 "WHERE datname = current_database()"
             ).one()
-        files = list((Path(folder) / "base" / str(oid)).iterdir())
+        files = list((Path(folder) / "base" / str(oid)).glob("[0-9]*"))  # tables and indexes
     return b"".join(path.read_bytes() for path in files)
 
 

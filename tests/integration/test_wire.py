@@ -95,6 +95,16 @@ def test_header_names_that_are_refused(sqlite_url: str, redis_url: str, name: st
         Host(sqlite_url, redis_url, RQ_WEBHOOKS_SIGNATURE_HEADER=name)
 
 
+def test_the_server_wide_secret_where_asked(database_url: str, redis_url: str, receiver: Receiver) -> None:
+    with host_with(database_url, redis_url, SIGNING_SECRET="the server's") as host:
+        received = deliver(host, receiver, sign_payload=True)
+    assert verify(received.body, received.headers, "the server's").scheme == "v1"
+    plain = {name: value for name, value in received.headers.items() if name != "webhook-signature"}
+    with pytest.raises(SignatureError):  # no time under it
+        verify(received.body, plain, "the server's")
+    assert verify(received.body, plain, "the server's", schemes=["sha256"]).scheme == "sha256"
+
+
 def test_cloudevents_arrive_as_such(database_url: str, redis_url: str, receiver: Receiver) -> None:
     with host_with(database_url, redis_url) as host:
         received = deliver(host, receiver, webhook_secret="s", webhook_format="cloudevents")

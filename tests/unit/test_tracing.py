@@ -65,6 +65,19 @@ def test_a_tracestate_is_valid_or_left_out(state: str, kept: str) -> None:
     assert headers.get("tracestate", "") == kept
 
 
+def test_errors_of_opentelemetry_reach_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> None:
+            raise RuntimeError(name)
+
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", Broken())
+    with tracing.registering({"traceparent": PARENT}) as trace:
+        assert trace == PARENT
+    assert tracing.EventSpans().begin("evt", "job.success", "job", PARENT, None) == PARENT
+    assert tracing.headers_of(PARENT, Broken())["traceparent"][:36] == PARENT[:36]
+    tracing.end(Broken(), "timeout")
+
+
 def test_nothing_of_opentelemetry_is_imported() -> None:
     # redis-py imports it where it is installed; here it is not, and we do not even ask for it.
     program = """
