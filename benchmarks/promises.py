@@ -18,6 +18,7 @@ PROMISES: Final[dict[str, str]] = {
     "callback-independent": "The same while receivers are slow: independent of their latency",
     "route": "A decorated route with a webhook against the same route undecorated, median",
     "route-unused": "A decorated route without ``webhook_url`` against undecorated, median",
+    "look": "The same where customers may subscribe, and the caller has no endpoint",
     "latency": "From the end of a job until it is received, 20 jobs a second",
     "hanging": "Healthy hosts while one of ten hangs: time to finish against that without it",
     "strangers": "Healthy hosts while 4,000 hosts of a stranger hang: time until received",
@@ -25,4 +26,7 @@ PROMISES: Final[dict[str, str]] = {
     "memory": "Resident memory of a dispatcher with a long backlog",
     "processes": "``--processes 2`` against one process, receivers that answer at once, PostgreSQL",
     "two-dispatchers": "Two dispatchers against one, receivers of 50 ms, PostgreSQL, CPU not saturated",
+    "fan-out": "An event to 20 endpoints of its customer: among 20,000 of others against alone",
+    "lists": "Lists of one customer's own, 1,000 customers with 1,000 deliveries each, PostgreSQL, p95",
+    "upgrade": "``init-db`` from the version before customers, 1,000,000 deliveries, with the app up",
 }

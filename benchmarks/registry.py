@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from . import callback, deliveries, designs, hanging, latency, route, scale, stages
+from . import callback, deliveries, designs, hanging, latency, route, scale, stages, tenants
 from .harness import Benchmark
 
 BENCHMARKS: Final[dict[str, Benchmark]] = {
@@ -84,5 +84,29 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         full={"due": 1_000_000, "sent": 200_000},
         quick={"due": 20_000, "sent": 2_000},
         promises=("memory",),
+    ),
+    "look": Benchmark(
+        tenants.look,
+        full={"rate": 50, "seconds": 20, "others": 20_000, "rounds": 5, "count": 300},
+        quick={"rate": 50, "seconds": 3, "others": 2_000, "rounds": 2, "count": 30},
+        promises=("look",),
+    ),
+    "fan-out": Benchmark(
+        tenants.fan_out,
+        full={"others": 20_000, "count": 300, "rounds": 5},
+        quick={"others": 2_000, "count": 30, "rounds": 2},
+        promises=("fan-out",),
+    ),
+    "lists": Benchmark(
+        tenants.lists,
+        full={"tenants": 1000, "each": 1000, "repeat": 40},
+        quick={"tenants": 100, "each": 200, "repeat": 10},
+        promises=("lists", "upgrade"),
+    ),
+    "upgrade": Benchmark(
+        tenants.upgrade,
+        full={"tenants": 1000, "each": 1000},
+        quick={"tenants": 100, "each": 100},
+        promises=("upgrade",),
     ),
 }

@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for which one look serves: what another process has made counts after this time at the latest.
 LOOK_EVERY_S = 5.0
-#: Seconds after which a look that failed is tried again.
-RETRY_S = 1.0
 #: Endpoints that one look reads, and tenants that a process remembers where there are more endpoints.
 MAX_REMEMBERED = 50_000
 
@@ -70,7 +68,7 @@ class Subscribers:
 
     One look finds all of them. It serves for :data:`LOOK_EVERY_S`; in the second half of that time the first
     request starts the next look on a thread and does not wait for it. So only a request that comes after a
-    longer rest waits for SQL itself, as every request would where threads never run.
+    longer rest waits for SQL itself; or, where a server runs no threads, one of each ten seconds.
     """
 
     def __init__(self, state: State) -> None:
@@ -78,18 +76,20 @@ class Subscribers:
         self._lock = threading.Lock()
         self._known: Mapping[str, frozenset[str]] | None = {}
         self._until = 0.0
-        self._looking = False
+        self._looking_until = 0.0
         self._version = 0
         self._one_by_one: OrderedDict[str, tuple[float, frozenset[str]]] = OrderedDict()
 
     def nobody(self) -> bool:
         """Say whether no tenant has such an endpoint, after another look where it is time for one."""
-        left_s = self._until - time.monotonic()
-        if left_s <= 0:
-            self._look()
-        elif left_s < LOOK_EVERY_S / 2 and not self._looking:
-            self._looking = True
-            threading.Thread(target=self._look, name="rq-webhooks-subscribers", daemon=True).start()
+        now = time.monotonic()
+        left_s = self._until - now
+        if now >= self._looking_until:
+            if left_s <= 0:
+                self._look()
+            elif left_s < LOOK_EVERY_S / 2:
+                self._looking_until = now + LOOK_EVERY_S
+                threading.Thread(target=self._look, name="rq-webhooks-subscribers", daemon=True).start()
         return self._known == {}
 
     def wanted(self, tenant: str) -> frozenset[str]:
@@ -116,27 +116,24 @@ class Subscribers:
         """Let the next request look, whatever is known and whatever a look under way finds."""
         with self._lock:
             self._version += 1
-            self._until = 0.0
+            self._until = self._looking_until = 0.0
             self._one_by_one.clear()
 
     def _look(self) -> None:
-        """Look; where SQL is away, what was known serves until the next try."""
+        """Look; where SQL is away, what was known serves as long again."""
         version, began = self._version, time.monotonic()
         try:
             known: Mapping[str, frozenset[str]] | None
             known = subscribing_tenants(self._database, at_most=MAX_REMEMBERED)
-            until = began + LOOK_EVERY_S
         except StorageUnavailableError as exc:
             logger.error(
                 "Which tenants have endpoints cannot be read; a request goes on without, or as was known: %s",
                 exc,
             )
-            known, until = self._known, time.monotonic() + min(LOOK_EVERY_S, RETRY_S)
-        finally:
-            self._looking = False
+            known, began = self._known, time.monotonic()
         with self._lock:
             if version == self._version:
-                self._known, self._until = known, until
+                self._known, self._until, self._looking_until = known, began + LOOK_EVERY_S, 0.0
 
 
 _subscribers: weakref.WeakKeyDictionary[State, Subscribers] = weakref.WeakKeyDictionary()

@@ -25,8 +25,9 @@ from .sql_errors import DBAPIError, sqlstate, why_unavailable
 
 _INDEXES = {str(index.name): index for table in Base.metadata.sorted_tables for index in table.indexes}
 
-#: Seconds a change of a table waits for those who use it, and they behind it; seconds until it gives up.
-LOCK_TIMEOUT_S, LOCKED_S = 1, 60
+#: Seconds a change of a table waits for those who use it, and they behind it; seconds until it gives up. More
+#: than the server's ``deadlock_timeout``, after which it sends an autovacuum away.
+LOCK_TIMEOUT_S, LOCKED_S = 1.5, 60
 #: SQLSTATE of a statement that waited for ``lock_timeout``.
 _LOCK_NOT_AVAILABLE = "55P03"
 #: Any number; init-db processes at once on PostgreSQL wait for each other by it.
@@ -162,7 +163,7 @@ def _build_index(database: Database, name: str) -> SchemaChanges:
         why = why_unavailable(exc, database.url, database.schema)
         if why is None:
             raise
-        raise StorageUnavailableError(f"{why}; index {name} is not complete, run init-db again") from exc
+        raise StorageUnavailableError(f"Index {name} is not complete; run init-db again. {why}") from exc
     return SchemaChanges(indexes=(name,))
 
 

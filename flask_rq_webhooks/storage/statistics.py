@@ -40,6 +40,8 @@ COUNT_CAP = 10_000
 FINISHED_WINDOW = 50_000
 #: Attempts looked at for latency and hosts, the newest.
 ATTEMPT_WINDOW = 2_000
+#: Deliveries of a tenant whose attempts are looked at, the newest: they lie apart, each is a read of its own.
+TENANT_WINDOW = 500
 #: Hosts shown at most.
 WORST_HOSTS = 10
 
@@ -171,7 +173,7 @@ def _of_tenant(database: Database, tenant: str, hours: int) -> Statistics:
     newest = select(Delivery.id).where(mine).order_by(Delivery.id.desc())
     with database.read() as connection:
         recent = Delivery.id.in_(newest.limit(FINISHED_WINDOW))
-        few = Attempt.delivery_id.in_(newest.limit(ATTEMPT_WINDOW))
+        few = Attempt.delivery_id.in_(newest.limit(TENANT_WINDOW))
         theirs = [Endpoint.tenant == tenant, Endpoint.kind == "standing", ~Endpoint.enabled]
         return Statistics(
             **_of_deliveries(database, connection, hours, counted=[mine], finished=[recent], attempted=[few]),

@@ -185,9 +185,11 @@ def subscribing_tenants(database: Database, *, at_most: int) -> dict[str, frozen
     :returns: only tenants that want any; ``None`` where there are more endpoints than *at_most*.
     """
     theirs = select(Endpoint.tenant, Endpoint.events).where(_TENANTS_STANDING).limit(at_most + 1).subquery()
+    # Grouped twice, and not json_agg(DISTINCT …), for which PostgreSQL sorts.
+    once = select(theirs, func.count().label("count")).group_by(*theirs.c).subquery()
     several = func.json_group_array if database.is_sqlite else func.json_agg
-    tenants = cast(several(theirs.c.tenant.distinct()), Text)
-    query = select(theirs.c.events, func.count(), tenants).group_by(theirs.c.events)
+    tenants = cast(several(once.c.tenant), Text)
+    query = select(once.c.events, func.sum(once.c.count), tenants).group_by(once.c.events)
     with database.read() as connection:
         rows = connection.execute(query).all()
     if sum(count for _, count, _ in rows) > at_most:

@@ -26,9 +26,10 @@ from jinja2 import DictLoader
 from flask_rq_webhooks.cli.doctor import layout
 from flask_rq_webhooks.storage.models import new_id
 from flask_rq_webhooks.testing import InMemoryReceiver, ReceivedWebhook, deliver_all
+from tests.dashboard_app import add_hostile, open_host
 from tests.integration import test_tenants as customers
 from tests.integration.hosts import FIELDS, Host
-from tests.integration.test_dashboard import Page, submit
+from tests.integration.test_dashboard import MANAGED_PAGES, PAGES, Page, filled, submit
 from tests.integration.test_tenants import call, create, fill, run_job, work
 
 PORTAL = "/webhooks/portal"
@@ -181,21 +182,25 @@ def token_of(client: FlaskClient) -> dict[str, str]:
 def test_every_page_and_form_answers_a_foreign_id_as_one_that_does_not_exist(host: Host) -> None:
     ids = fill(host)
     before = [host.rows(table) for table in TABLES]
-    ada = visitor(host, "ada")
-    data = {"grace_h": "1", "url": "https://evil.example.com/", "recover": "yes", **token_of(ada)}
     walked = 0
-    for method, path, kind in walk_of(host):
-        foreign = {ids["bob"][kind], ids["boss"][kind]} - {ids["ada"][kind]}  # an operator's has ada's event
-        random_id = new_id(ids["ada"][kind].split("_")[0])
-        answers = [
-            ada.open(path.format(item_id), method=method, data=data if method == "POST" else None)
-            for item_id in (*sorted(foreign), random_id, "x", "%00")
-        ]
-        assert {answer.status_code for answer in answers} == {404}, (method, path)
-        assert len({answer.data for answer in answers}) == 1, (method, path)
-        walked += 1
-    assert walked == 11
+    for who, other in (("ada", "bob"), ("bob", "ada")):
+        client = visitor(host, who)
+        data = {"grace_h": "1", "url": "https://evil.example.com/", "recover": "yes", **token_of(client)}
+        for method, path, kind in walk_of(host):
+            foreign = {ids[other][kind], ids["boss"][kind]} - {
+                ids[who][kind]
+            }  # an operator's has their event
+            random_id = new_id(ids[who][kind].split("_")[0])
+            answers = [
+                client.open(path.format(item_id), method=method, data=data if method == "POST" else None)
+                for item_id in (*sorted(foreign), random_id, "x", "%00")
+            ]
+            assert {answer.status_code for answer in answers} == {404}, (who, method, path)
+            assert len({answer.data for answer in answers}) == 1, (who, method, path)
+            walked += 1
+    assert walked == 22
     assert [host.rows(table) for table in TABLES] == before
+    ada = visitor(host, "ada")
     # Whose it is gets in, so the ids above were right; a token of ours was needed.
     bob = visitor(host, "bob")
     for kind in ("endpoint", "delivery", "event"):
@@ -330,6 +335,36 @@ def test_two_tenants_that_chose_one_job_id_do_not_see_each_others_run(host: Host
     for path in (f"/deliveries/{mine['id']}", "/deliveries"):
         assert "run-of-bob" not in ada.get(PORTAL + path).text
         assert f"/events/{of_bob['event_id']}" not in ada.get(PORTAL + path).text
+
+
+def test_what_strangers_wrote_is_text_and_trouble_with_sql_is_a_page(tmp_path: Path, redis_url: str) -> None:
+    with open_host(f"sqlite:///{tmp_path / 'rows.db'}", redis_url, {"own"}) as (app, state):
+        app.extensions["rq_webhooks"].hooks.tenant_function = lambda: "ada"
+        ids = add_hostile(state)
+        with state.database.write() as connection:
+            for table in ("endpoint", "delivery", "event"):
+                connection.execute(sa.text(f"UPDATE rq_webhooks_{table} SET tenant = 'ada'"))
+        client = app.test_client()
+        for path in (*PAGES, *MANAGED_PAGES):
+            if path == "/tenants":
+                continue
+            response = client.get(PORTAL + filled(path, ids))
+            assert response.status_code == 200, path
+            assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
+            assert response.headers["Cache-Control"] == "no-store"
+            tags = [tag for tag, _attributes in Page(response).tags]
+            assert "img" not in tags
+            assert tags.count("script") == 1, path
+            assert "7006652" not in response.text
+            assert "a secret that is never shown" not in response.text
+            if "edit" not in path:  # a field to edit holds what is stored
+                assert "\u202e" not in response.text
+        with state.database.write() as connection:
+            connection.execute(sa.text("ALTER TABLE rq_webhooks_delivery RENAME TO gone"))
+        response = client.get(f"{PORTAL}/deliveries")
+        assert response.status_code == 503
+        assert "Try again in a moment." in response.text
+        assert "flask rq-webhooks" not in response.text
 
 
 # What operators see of it

@@ -114,7 +114,7 @@ def test_postgresql_is_written_to_while_columns_and_indexes_are_made(postgres: P
         assert set(modes) == {"RowExclusiveLock", "ShareUpdateExclusiveLock"}
         (builder,) = select_all(database, "SELECT pid FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX%'")
         select_all(database, f"SELECT pg_terminate_backend({builder})")
-        with pytest.raises(StorageUnavailableError, match="delivery_tenant is not complete, run init-db"):
+        with pytest.raises(StorageUnavailableError, match="delivery_tenant is not complete; run init-db"):
             upgrade.result(60)
         host.commit()
     invalid = "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid"

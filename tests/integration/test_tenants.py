@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -15,10 +16,13 @@ from flask import request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import tenants as many
 from flask_rq_webhooks.accept import tenants
 from flask_rq_webhooks.storage.models import new_id
 from flask_rq_webhooks.testing import InMemoryReceiver, deliver_all
+from tests.dashboard_app import open_host
 from tests.integration.hosts import FIELDS, Host
+from tests.servers import PostgresHandle
 
 HOOK = "https://hooks.example.com/in"
 
@@ -308,6 +312,8 @@ def test_an_idempotency_key_is_the_tenants_own(host: Host) -> None:
 
     assert [answer.status_code for answer in answers] == [201, 201, 201, 200]
     assert len({answer.get_json()["id"] for answer in answers}) == 3
+    other = client.post(path, json={"url": "https://bob.example.com/"}, headers={"X-Who": "ada", **key})
+    assert (other.status_code, other.get_json()["error"]["code"]) == (409, "idempotency_key")
 
 
 def test_trouble_with_an_own_endpoint_is_an_event_for_its_tenant_and_for_operators_only(host: Host) -> None:
@@ -572,3 +578,40 @@ def test_operators_see_filter_and_disable_tenants(host: Host) -> None:
     erased = runner.invoke(args=["rq-webhooks", "erase", "--tenant", "ada"]).output
     assert erased.startswith("1 events erased")
     assert {row["tenant"] for row in host.rows("event") if row["erased_at"]} == {"ada"}
+    resent = call(host, "ada", "POST", f"deliveries/{ids['ada']['delivery']}/resend", json={})
+    assert (resent.status_code, resent.get_json()["error"]["code"]) == (409, "erased")
+
+
+# Among many
+
+
+@pytest.mark.timeout(180)
+def test_no_list_of_a_tenant_reads_a_large_table_or_what_is_not_its_own(
+    postgres: PostgresHandle, redis_url: str
+) -> None:
+    """The plans with statistics, of every statement of every list, page and number that a tenant may ask for.
+
+    The benchmark ``lists`` times the same with a million rows.
+    """
+    owners, each = 300, 200
+    allowed = {"own"}
+    with open_host(postgres.new_database(), redis_url, allowed) as (app, state):
+        state.hooks.tenant_function = lambda: request.headers.get(many.HEADER)
+        asked = many.own_lists(state, owners, each, many.fill(state, owners, each))
+        statements = many.Statements(state)
+        chance, client = random.Random(1), app.test_client()
+        found: list[str] = []
+        for made in asked.values():
+            for _ in range(5):
+                tenant, address = made(chance)
+                assert client.get(address, headers={many.HEADER: tenant}).status_code in (200, 302)
+        allowed.add("read")
+        assert client.get("/webhooks/api/tenants").get_json()["items"]
+        assert len(statements.seen) > 200
+        with state.database.engine.connect() as connection:
+            found += statements.faults(connection, 2 * each)
+
+            # It sees one where there is one.
+            statements.seen = [("SELECT id FROM rq_webhooks_delivery WHERE error_code = 'none'", None)]
+            assert len(statements.faults(connection, 2 * each)) == 1
+    assert found == []
