@@ -21,7 +21,7 @@ from .latency import register_endpoint
 from .receiver import RunningReceiver, receiver
 
 #: Worker classes with the size's key and the milliseconds promised.
-WORKERS = (("rq.SimpleWorker", "simple", 0.5), ("rq.Worker", "forking", 2.0))
+WORKERS = (("rq.SimpleWorker", "simple", 0.35), ("rq.Worker", "forking", 1.2))
 HOSTS = 40
 SLOW_MS = 500
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,16 @@ def ours(
     *,
     waiting_in: str = "outbox",
     dispatchers: int = 1,
+    processes: int = 1,
+    others: Mapping[str, int] | None = None,
     **settings: Any,
 ) -> Contender:
     """Return our dispatcher: everything on, signatures, log, address policy and rate limit.
 
     :param waiting_in: ``"outbox"``: the whole way from the callbacks' word, through ingest; ``"sql"``: due
         deliveries.
+    :param processes: of each dispatcher command.
+    :param others: see :func:`.watch`.
     :param settings: of the dispatcher.
     """
 
@@ -63,13 +67,18 @@ def ours(
         seed = installation.seed_outbox if waiting_in == "outbox" else installation.seed_due
         seed(count, urls)
         with ExitStack() as stack:
-            processes = [stack.enter_context(installation.dispatcher(**settings)) for _ in range(dispatchers)]
-            for process in processes:
-                process.wait_for_output("started")
-            result = watch(target, count, [process.pid for process in processes], began=time.monotonic())
+            options = ("--processes", str(processes)) if processes > 1 else ()
+            commands = [
+                stack.enter_context(installation.dispatcher(*options, **settings)) for _ in range(dispatchers)
+            ]
+            for command in commands:
+                command.wait_for_output("started: ")
+            result = watch(
+                target, count, [one.pid for one in commands], began=time.monotonic(), others=others
+            )
             installation.wait_until_recorded(count)
-            for process in processes:
-                assert process.stop() == 0, process.output
+            for command in commands:
+                assert command.stop() == 0, command.output
         target.check(count)
         return result
 

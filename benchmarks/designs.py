@@ -8,6 +8,8 @@ from .installation import Servers, servers
 from .receiver import RunningReceiver, receiver
 
 HOSTS = 40
+#: Ours with as many processes as the peer with two.
+TWO = "ours, --processes 2, PostgreSQL"
 #: Requests in flight that receivers of 50 ms are worth; with the default of 64, 1,280/s would be the most.
 MANY = 256
 
@@ -18,7 +20,10 @@ def instant(size: Size) -> Report:
     with servers() as some, receiver(HOSTS) as target:
         urls = target.urls()
         sqlite = some.installation()
-        candidates: dict[str, Contender] = {"ours": contenders.ours(target, urls, size["count"], sqlite)}
+        candidates: dict[str, Contender] = {
+            "ours": contenders.ours(target, urls, size["count"], sqlite),
+            TWO: contenders.ours(target, urls, size["count"], some.installation("postgresql"), processes=2),
+        }
         others: dict[str, Contender | None] = {
             "job per attempt": contenders.job_per_attempt(target, urls, size["others"], some),
             "django-webhook, Celery prefork": contenders.django_webhook(
@@ -71,10 +76,10 @@ def _in_the_worker(
 
 #: Promises by the contender they are about, and the factor that is promised.
 _TARGETS = {
-    "job per attempt": ("job-per-attempt", 4),
-    "django-webhook": ("django-webhook", 4),
-    "inline": ("naive", 40),
-    "rq.Webhook": ("naive", 40),
+    "job per attempt": ("job-per-attempt", 10),
+    "django-webhook": ("django-webhook", 8),
+    "inline": ("naive", 100),
+    "rq.Webhook": ("naive", 100),
 }
 
 
@@ -88,9 +93,11 @@ def _compare(report: Report, runs: dict[str, list[Run]]) -> None:
             continue
         key, target = next(each for start, each in _TARGETS.items() if name.startswith(start))
         promised = key == promised_here or (not promised_here and key != "naive")
-        mine = runs["ours"]
+        # Celery's pool of processes has two.
+        who = TWO if "prefork" in name and TWO in runs else "ours"
+        mine = runs[who]
         report.add(
-            f"ours {median_rate(mine):,.0f}/s against {name} {median_rate(runs[name]):,.0f}/s",
+            f"{who} {median_rate(mine):,.0f}/s against {name} {median_rate(runs[name]):,.0f}/s",
             ratios(mine, runs[name]),
             "x",
             promise=key if promised else "",

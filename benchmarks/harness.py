@@ -41,11 +41,13 @@ class Run:
     :param rate: deliveries a second.
     :param cpu_ms: CPU milliseconds of its processes for each.
     :param busy: share of all the machine's processors that was busy, whoever used them.
+    :param others_ms: CPU milliseconds of others for each, by name.
     """
 
     rate: float
     cpu_ms: float | None = None
     busy: float | None = None
+    others_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,17 +240,21 @@ def watch(
     *,
     began: float | None = None,
     timeout_s: float = 300,
+    others: Mapping[str, int] | None = None,
 ) -> Run:
     """Wait until *count* requests have arrived, and return their rate.
 
     :param pids: processes, with all their children, whose CPU counts.
     :param began: when the work began (monotonic); otherwise the first arrivals do not count, nor does
         what came before them. In no case do the last ones count.
+    :param others: further processes whose CPU is of interest, by name.
     """
     samples: list[tuple[int, float]] = []
     deadline = time.monotonic() + timeout_s
     processes = [psutil.Process(pid) for pid in pids]
     before = psutil.cpu_times()
+    apart = {name: psutil.Process(pid) for name, pid in (others or {}).items()}
+    spent = {name: cpu_seconds(process) for name, process in apart.items()}
     while True:
         arrived = target.ask("/count")
         samples.append((arrived, sum(map(cpu_seconds, processes))))
@@ -262,7 +268,8 @@ def watch(
     begin = samples[0] if began is not None else next(each for each in samples if each[0] >= first)
     end = samples[-1]
     cpu_ms = 1000 * (end[1] - begin[1]) / (end[0] - begin[0]) if end[0] > begin[0] and pids else None
-    return Run(rate, cpu_ms, busy)
+    others_ms = {name: 1000 * (cpu_seconds(one) - spent[name]) / count for name, one in apart.items()}
+    return Run(rate, cpu_ms, busy, others_ms)
 
 
 def arrival_rate(arrivals: Iterable[float], count: int, began: float | None) -> tuple[float, int]:

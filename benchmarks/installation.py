@@ -127,7 +127,7 @@ class Installation:
             )  # fmt: skip
             row = EndpointRow(
                 id=endpoint["id"], kind="job", host=endpoint["host"], events=None, scope="job", format="job",
-                reference=None, runid=None, max_attempts=None, created_at=now,
+                reference=None, runid=None, max_attempts=None, retry_schedule=None, created_at=now,
             )  # fmt: skip
             events.append(
                 {"id": event_id, "type": JOB_SUCCESS, "run_key": occurrence.run_key, "job_id": job_id,

@@ -24,6 +24,7 @@ PROMISES: Final[dict[str, str]] = {
     "strangers": "Healthy hosts while 4,000 hosts of a stranger hang: time until received",
     "growth": "Rate of claim and record with a long history, and with a long backlog, against 10,000 rows",
     "memory": "Resident memory of a dispatcher with a long backlog",
+    "processes": "``--processes 2`` against one process, receivers that answer at once, PostgreSQL",
     "two-dispatchers": "Two dispatchers against one, receivers of 50 ms, PostgreSQL, CPU not saturated",
     "fan-out": "An event to 20 endpoints of its customer: among 20,000 of others against alone",
     "lists": "Lists of one customer's own, 1,000 customers with 1,000 deliveries each, PostgreSQL, p95",

@@ -35,6 +35,13 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         quick={"rounds": 1, "count": 600},
         promises=("two-dispatchers",),
     ),
+    "processes": Benchmark(
+        deliveries.processes,
+        full={"rounds": 3, "count": 2000},
+        quick={"rounds": 1, "count": 500},
+        promises=("processes",),
+    ),
+    "jobs": Benchmark(deliveries.jobs, full={"rounds": 2, "count": 300}, quick={"rounds": 1, "count": 60}),
     "stages": Benchmark(stages.stages, full={"rounds": 3, "count": 2048}, quick={"rounds": 1, "count": 256}),
     "callback": Benchmark(
         callback.callback,

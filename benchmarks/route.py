@@ -37,7 +37,7 @@ def routes(size: Size) -> Report:
                 [more - less for more, less in zip(parts["with webhook"], parts["plain"], strict=True)],
                 "ms",
                 promise="route",
-                at_most=2.5,
+                at_most=1.2 if kind == "sqlite" else 1.8,
             )
     for words, body in (("small JSON body", SMALL_JSON), ("100 kB JSON body", LARGE_JSON)):
         turns = json_turns_us(body, size["unused"])

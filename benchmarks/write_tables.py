@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from math import ceil
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ TARGET: Final = ROOT / "docs" / "_performance"
 HOUR = 1_000_000
 A_SECOND = HOUR / 3600
 #: Measured with rates of deliveries.
-RATED = ("deliveries", "designs", "slow", "one-host", "two-dispatchers")
+RATED = ("deliveries", "designs", "slow", "processes", "one-host", "two-dispatchers")
 
 Reports = Mapping[str, Report]
 
@@ -86,7 +87,7 @@ def verdict(reports: Reports) -> str:
     return text + "\n"
 
 
-def rates(reports: Reports) -> str:
+def rates(machine: Mapping[str, Any], reports: Reports) -> str:
     """Return a table per benchmark of deliveries: who, how many a second, at what cost."""
     parts = []
     for name in RATED:
@@ -105,8 +106,113 @@ def rates(reports: Reports) -> str:
                 )
             )  # fmt: skip
         headers = ("Who", "Median", "Lowest … highest", "CPU each", "Machine busy")
-        parts.append(f"{report.title} (``{name}``):\n\n" + table(headers, rows))
+        where = f"{machine['processors']} × {machine['processor']}, {report.at[:10]}"
+        parts.append(f"{report.title} (``{name}``; {where}):\n\n" + table(headers, rows))
+    if "jobs" in reports:
+        parts.append(_jobs(reports["jobs"]))
     return "\n".join(parts)
+
+
+def _jobs(report: Report) -> str:
+    rows = [(line.what, figure(line.value, line.unit)) for line in report.lines]
+    return f"{report.title} (``jobs``, {report.at[:10]}):\n\n" + table(("Workers", "Median"), rows)
+
+
+def latency(machine: Mapping[str, Any], reports: Reports) -> str:
+    """Return the stages of a delivery, from the end of its job until it is received."""
+    report = reports.get("latency")
+    measured = _staged(reports)
+    if report is None or not measured:
+        return "Not measured.\n"
+    rows = [
+        (name, *(f"{stages[stage]:.1f}" for stage in stages), f"**{data['p50']:.1f}**", f"{data['p99']:.1f}")
+        for name, data in measured.items()
+        for stages in [data["stages"]]
+    ]
+    stages = next(iter(measured.values()))["stages"]
+    where = f"{machine['processors']} × {machine['processor']}, {report.at[:10]}"
+    return f"{report.title}; medians in milliseconds ({where}):\n\n" + table(
+        ("", *stages, "p50 of the whole", "p99"), rows
+    )
+
+
+def _staged(reports: Reports) -> dict[str, Any]:
+    report = reports.get("latency")
+    return {} if report is None else {name: one for name, one in report.data.items() if "stages" in one}
+
+
+# -- charts -----------------------------------------------------------------------------------------------
+
+WIDTH, LABELS, BAR = 760, 250, 24
+_COLORS = ("#4c6ef5", "#12b886", "#fab005", "#fa5252", "#7950f2", "#15aabf", "#868e96")
+
+
+def rates_chart(machine: Mapping[str, Any], reports: Reports) -> str:
+    """Return a chart of deliveries a second, ours beside the peers'."""
+    report = reports.get("designs")
+    bars = [
+        (who, [statistics.median(run["rate"] for run in runs)])
+        for who, runs in (report.data if report is not None else {}).items()
+    ]
+    title = "Deliveries a second, receivers that answer at once"
+    return _chart(title, _where(machine, report), bars, (), lambda values: f"{values[0]:,.0f}/s")
+
+
+def stages_chart(machine: Mapping[str, Any], reports: Reports) -> str:
+    """Return a chart of what a delivery waits for, from the end of its job until it is received."""
+    measured = _staged(reports)
+    bars = [(name, list(one["stages"].values())) for name, one in measured.items()]
+    names = tuple(next(iter(measured.values()))["stages"]) if measured else ()
+    title = "From the end of a job to the receiver, medians of the stages"
+    where = _where(machine, reports.get("latency"))
+    return _chart(title, where, bars, names, lambda values: f"{sum(values):.1f} ms")
+
+
+def _where(machine: Mapping[str, Any], report: Report | None) -> str:
+    day = "not measured" if report is None else report.at[:10]
+    return f"{machine['processors']} processors ({machine['processor']}), {machine['python']}, {day}"
+
+
+def _chart(
+    title: str,
+    where: str,
+    bars: Sequence[tuple[str, Sequence[float]]],
+    parts: Sequence[str],
+    words: Callable[[Sequence[float]], str],
+) -> str:
+    """Return horizontal bars as SVG, each of one part or more.
+
+    :param parts: names of the parts, for the legend.
+    """
+    longest = max((sum(values) for _name, values in bars), default=1) or 1
+    scale = (WIDTH - LABELS - 90) / longest
+    legend_y = 60 + len(bars) * (BAR + 8)
+    height = legend_y + 20 * ceil(len(parts) / 4) + 12
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'font-family="sans-serif" font-size="13" role="img" aria-label="{escape(title)}">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<text x="12" y="22" font-size="16" fill="#212529">{escape(title)}</text>',
+        f'<text x="12" y="42" fill="#495057">{escape(where)}</text>',
+    ]
+    for row, (name, values) in enumerate(bars):
+        x, y = float(LABELS), 56 + row * (BAR + 8)
+        lines.append(
+            f'<text x="{LABELS - 8}" y="{y + 17}" text-anchor="end" fill="#212529">{escape(name)}</text>'
+        )
+        for number, value in enumerate(values):
+            color = _COLORS[number % len(_COLORS)] if parts or name.startswith("ours") else "#adb5bd"
+            width = max(0.0, value) * scale
+            lines.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{color}"/>')
+            x += width
+        lines.append(f'<text x="{x + 6:.1f}" y="{y + 17}" fill="#212529">{escape(words(values))}</text>')
+    for number, name in enumerate(parts):
+        x, y = 12 + 185 * (number % 4), legend_y + 20 * (number // 4)
+        lines.append(
+            f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_COLORS[number % len(_COLORS)]}"/>'
+        )
+        lines.append(f'<text x="{x + 18}" y="{y + 11}" fill="#212529">{escape(name)}</text>')
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def stages(reports: Reports) -> str:
@@ -337,7 +443,10 @@ def pages(path: Path) -> dict[str, str]:
         "machine.inc": on_what(machine, reports),
         "promises.inc": promises(reports),
         "verdict.inc": verdict(reports),
-        "rates.inc": rates(reports),
+        "rates.inc": rates(machine, reports),
+        "latency.inc": latency(machine, reports),
+        "rates.svg": rates_chart(machine, reports),
+        "stages.svg": stages_chart(machine, reports),
         "stages.inc": stages(reports),
         "million.inc": million(reports, machine["processors"]),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -253,7 +253,7 @@ class Outbox:
             taken_at = _milliseconds(entry_id) / 1000
             if not 1e9 <= taken_at < 1e10:
                 raise OutboxEntryError("its id is no time of this epoch.")
-            entry = replace(parse_entry(raw), at=taken_at)
+            entry = parse_entry(raw, at=taken_at)
             if not entry.endpoint.startswith(self._prefix):
                 raise OutboxEntryError(f"its endpoint {entry.endpoint!r} belongs to another database.")
         except OutboxEntryError as exc:

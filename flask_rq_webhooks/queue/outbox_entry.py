@@ -106,10 +106,11 @@ def dump_entry(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, separators=(",", ":"), allow_nan=False)
 
 
-def parse_entry(raw: bytes) -> OutboxEntry:
+def parse_entry(raw: bytes, *, at: float | None = None) -> OutboxEntry:
     """Return the entry that *raw* is.
 
     :param raw: ASCII JSON, exactly the fields of its kind.
+    :param at: when Redis took it (unix seconds); what it says itself by default.
     :raises OutboxEntryError: saying what is wrong with it, without repeating its content at length.
     """
     fields = _loads(raw)
@@ -136,7 +137,7 @@ def parse_entry(raw: bytes) -> OutboxEntry:
         endpoint=_endpoint(fields),
         job_id=_job_id(fields["job_id"]),
         run=_run(fields["run"]),
-        at=_unix_time(fields["at"]),
+        at=_unix_time(fields["at"] if at is None else at),
         func=_optional_text(fields, "func"),
         queue=_optional_text(fields, "queue"),
         created_at=created_at,
@@ -172,7 +173,8 @@ def _loads(raw: bytes) -> dict[str, Any]:
         raise OutboxEntryError(f"it has more than {MAX_CONTAINERS} lists and objects.")
     try:
         # Text first: bytes would also be accepted as UTF-16 or UTF-32.
-        fields = _DECODER.decode(raw.decode("ascii"))
+        decoder = _STRICT_DECODER if _MAY_BE_INFINITE.search(raw) else _DECODER
+        fields = decoder.decode(raw.decode("ascii"))
     except RecursionError:
         raise OutboxEntryError("it is nested too deeply.") from None
     except ValueError as exc:  # UnicodeDecodeError and JSONDecodeError are ones; so is a number too long
@@ -202,8 +204,13 @@ def _finite(text: str) -> float:
     return number
 
 
-#: Built once: building it takes longer than reading a small entry.
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+#: Only a number with an exponent or with hundreds of digits can be infinite.
+_MAY_BE_INFINITE = re.compile(rb"[0-9][eE]|[0-9]{300}")
+# Built once: building one takes longer than reading a small entry.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_STRICT_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+)
 
 
 def _is_harmless(raw: bytes) -> bool:
