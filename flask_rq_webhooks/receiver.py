@@ -161,12 +161,8 @@ def verified_webhook(
             print(g.webhook.json)
             return "", 204
 
-    :param secrets: as for :func:`verify`, or a function that returns them, called for every request.
-    :param tolerance: as for :func:`verify`.
-    :param header_prefix: as for :func:`verify`.
-    :param schemes: as for :func:`verify`.
-    :param signature_header: as for :func:`verify`.
-    :param timestamp_header: as for :func:`verify`.
+    :param secrets: as for :func:`verify`, or a function that returns them, called for every request. The
+        other parameters are those of :func:`verify`.
     """
     # Once here: an iterator would be empty at the second request.
     kept: Any = secrets if callable(secrets) or isinstance(secrets, str | bytes) else tuple(secrets)

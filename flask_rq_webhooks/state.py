@@ -98,7 +98,8 @@ class State:
         self._lock = threading.RLock()
         self._built: dict[str, Any] = {}
 
-    def _once(self, name: str, build: Callable[[], Built]) -> Built:
+    def once(self, name: str, build: Callable[[], Built]) -> Built:
+        """Return what *build* returned when this app asked for *name* first, whichever thread that was."""
         try:
             built: Built = self._built[name]
         except KeyError:
@@ -119,7 +120,7 @@ class State:
 
         :raises ConfigurationError: when no setting says where it is.
         """
-        return self._once("database", self._build_database)
+        return self.once("database", self._build_database)
 
     @property
     def cipher(self) -> Cipher:
@@ -129,12 +130,12 @@ class State:
         """
         keys, config = self.settings.encryption_keys, self.app.config
         fallbacks = config.get("SECRET_KEY_FALLBACKS") or ()
-        return self._once("cipher", lambda: Cipher.from_config(keys, config.get("SECRET_KEY"), fallbacks))
+        return self.once("cipher", lambda: Cipher.from_config(keys, config.get("SECRET_KEY"), fallbacks))
 
     @property
     def redis(self) -> Redis:
         """Return a client for the Redis database RQ uses."""
-        return self._once("redis", self._build_redis)
+        return self.once("redis", self._build_redis)
 
     @property
     def redis_is_given(self) -> bool:
@@ -144,13 +145,13 @@ class State:
     @property
     def namespace(self) -> str:
         """Return the part of our Redis keys that belongs to this SQL database alone."""
-        return self._once("namespace", lambda: shared_namespace(self.database))
+        return self.once("namespace", lambda: shared_namespace(self.database))
 
     @property
     def outbox(self) -> Outbox:
         """Return the stream the callbacks write to."""
         maxlen = self.settings.outbox_maxlen
-        return self._once("outbox", lambda: Outbox(self.redis, self.namespace, maxlen=maxlen))
+        return self.once("outbox", lambda: Outbox(self.redis, self.namespace, maxlen=maxlen))
 
     def render(self, endpoint: Endpoint | Any, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
         """Return the body for *endpoint* and its media type: stored, signed and sent as they are.

@@ -99,6 +99,14 @@ def headers_of(trace: str | None, span: Any = None) -> dict[str, str]:
 # -- OpenTelemetry ----------------------------------------------------------------------------------------
 
 
+def _api() -> Any:
+    """Return the API where somebody has set a provider; redis-py imports it in any case."""
+    api = sys.modules.get("opentelemetry.trace")
+    if api is None or isinstance(api.get_tracer_provider(), api.ProxyTracerProvider):
+        return None
+    return api
+
+
 def _harmless(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let no error of OpenTelemetry, or of what a host plugged into it, reach the pipeline."""
 
@@ -123,7 +131,7 @@ def start(
     :param attributes: those that are ``None`` are left out.
     :param link: another trace that led to this span.
     """
-    api = sys.modules.get("opentelemetry.trace")
+    api = _api()
     if api is None:
         return None
     context = None
@@ -179,7 +187,7 @@ def _span_context(api: Any, trace: str) -> Any:
 
 @_harmless
 def _current() -> str | None:
-    api = sys.modules.get("opentelemetry.trace")
+    api = _api()
     return None if api is None else trace_of(api.get_current_span())
 
 

@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -292,15 +291,9 @@ def runid_text(runid: Any) -> str | None:
     return None if runid is None else str(runid).replace("\0", "\ufffd")
 
 
-_same_databases: weakref.WeakKeyDictionary[State, SameDatabase] = weakref.WeakKeyDictionary()
-
-
 def same_database(state: State) -> SameDatabase:
     """Return what tells whether a queue's connection leads to the app's Redis database; it remembers."""
-    try:
-        return _same_databases[state]
-    except KeyError:
-        return _same_databases.setdefault(state, SameDatabase(state.redis))
+    return state.once("same_database", lambda: SameDatabase(state.redis))
 
 
 # -- confirmation -------------------------------------------------------------------------------------------
@@ -410,11 +403,8 @@ class _Pulse:
         self.warn_at = 0.0
 
 
-_pulses: weakref.WeakKeyDictionary[State, _Pulse] = weakref.WeakKeyDictionary()
-
-
 def _warn_if_nobody_delivers(state: State) -> None:
-    pulse = _pulses.setdefault(state, _Pulse())
+    pulse = state.once("pulse", _Pulse)
     now = time.monotonic()
     with pulse.lock:
         if now < pulse.look_at:

@@ -10,7 +10,6 @@ import inspect
 import logging
 import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -136,13 +135,13 @@ class Subscribers:
                 self._known, self._until, self._looking_until = known, began + LOOK_EVERY_S, 0.0
 
 
-_subscribers: weakref.WeakKeyDictionary[State, Subscribers] = weakref.WeakKeyDictionary()
+def _subscribers(state: State) -> Subscribers:
+    return state.once("subscribers", lambda: Subscribers(state))
 
 
 def look_again(state: State) -> None:
     """Let an endpoint that this process has just made or changed count from the next request on."""
-    if (known := _subscribers.get(state)) is not None:
-        known.look_again()
+    _subscribers(state).look_again()
 
 
 def subscriber_in_request(state: State) -> tuple[str, frozenset[str]] | None:
@@ -152,9 +151,7 @@ def subscriber_in_request(state: State) -> tuple[str, frozenset[str]] | None:
     """
     if state.hooks.tenant_function is None or not state.settings.enabled:
         return None
-    known = _subscribers.get(state)
-    if known is None:
-        known = _subscribers.setdefault(state, Subscribers(state))
+    known = _subscribers(state)
     if known.nobody():
         return None
     tenant = current_tenant(state)

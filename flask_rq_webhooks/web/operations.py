@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from marshmallow import Schema, ValidationError
@@ -220,19 +221,11 @@ def recover(state: State, where: DeliveryFilter, cursor: str | None = None) -> P
     :param cursor: of the call before.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
-    render = safe_render(state)
-
-    def step(*, cursor: str | None, at_most: int) -> deliveries.Part:
-        return deliveries.recover_part(
-            state.database,
-            where,
-            render=render,
-            max_attempts=state.settings.max_attempts,
-            cursor=cursor,
-            at_most=at_most,
-        )
-
-    return _some(step, cursor, lambda after: deliveries.left_to_recover(state.database, where, after))
+    most = state.settings.max_attempts
+    step = partial(
+        deliveries.recover_part, state.database, where, render=safe_render(state), max_attempts=most
+    )
+    return _some(step, cursor, partial(deliveries.left_to_recover, state.database, where))
 
 
 def cancel(state: State, where: DeliveryFilter, cursor: str | None = None) -> Progress:
@@ -241,11 +234,8 @@ def cancel(state: State, where: DeliveryFilter, cursor: str | None = None) -> Pr
     :param cursor: of the call before.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
-
-    def step(*, cursor: str | None, at_most: int) -> deliveries.Part:
-        return deliveries.cancel_part(state.database, where, cursor=cursor, at_most=at_most)
-
-    return _some(step, cursor, lambda after: deliveries.left_to_cancel(state.database, where, after))
+    step = partial(deliveries.cancel_part, state.database, where)
+    return _some(step, cursor, partial(deliveries.left_to_cancel, state.database, where))
 
 
 def _some(step: deliveries.Step, cursor: str | None, count_left: Callable[[str], int | None]) -> Progress:

@@ -163,6 +163,25 @@ def test_answers_of_ones_own_endpoint_are_shown_and_no_others(host: Host) -> Non
     assert mine in ada.get(f"{PORTAL}/endpoints").text
 
 
+def test_limits_are_said_on_the_page(sqlite_url: str, redis_url: str) -> None:
+    made = Host(
+        sqlite_url, redis_url, RQ_WEBHOOKS_MAX_ENDPOINTS_PER_TENANT=1, RQ_WEBHOOKS_MAX_WAITING_PER_HOST=1
+    )
+    made.webhooks.authorize(lambda permission, **what: permission == "own")
+    made.webhooks.tenant(lambda: "ada")
+    path = f"{PORTAL}/endpoints/{create(made, 'ada')['id']}"
+    ada = visitor(made, "ada")
+    second = submit(ada, page(ada, "/endpoints/new"), "/endpoints/new", url="https://ada.example.com/2")
+    assert second.status_code == 409
+    assert "At most 1 endpoints are possible; delete one first." in second.text
+    assert submit(ada, page(ada, path), "/test").status_code == 200
+    again = submit(ada, page(ada, path), "/test")
+    assert again.status_code == 429
+    assert "Too many deliveries wait for this host already" in again.text
+    assert len(made.rows("delivery")) == 1
+    made.close()
+
+
 # Nothing of anybody else's
 
 
