@@ -132,7 +132,7 @@ class _Sql:
             body, max_attempts, status, attempts, next_attempt_at, finished_at, created_at)
             SELECT 'dlv_' || {self._id}, 'evt_' || {self._id}, {self.endpoint}, {self.host}, 'job.success',
             'scheduled', {self._body}, 12, {state},
-            {"CURRENT_TIMESTAMP" if done else "NULL"}, CURRENT_TIMESTAMP FROM {self._rows}"""
+            {self._ago if done else "NULL"}, CURRENT_TIMESTAMP FROM {self._rows}"""
 
     def attempts(self) -> str:
         return f"""INSERT INTO rq_webhooks_attempt (id, delivery_id, number, "trigger", status, status_code,

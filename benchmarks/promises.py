@@ -23,6 +23,7 @@ PROMISES: Final[dict[str, str]] = {
     "hanging": "Healthy hosts while one of ten hangs: time to finish against that without it",
     "strangers": "Healthy hosts while 4,000 hosts of a stranger hang: time until received",
     "growth": "Rate of claim and record with a long history, and with a long backlog, against 10,000 rows",
+    "pruning": "Rate of claim and record, and the longest one, while a long history is pruned",
     "memory": "Resident memory of a dispatcher with a long backlog",
     "processes": "``--processes 2`` against one process, receivers that answer at once, PostgreSQL",
     "two-dispatchers": "Two dispatchers against one, receivers of 50 ms, PostgreSQL, CPU not saturated",

@@ -79,6 +79,12 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         quick={"rounds": 2, "claims": 10, "rows": 30_000},
         promises=("growth",),
     ),
+    "pruning": Benchmark(
+        scale.pruning,
+        full={"due": 200_000, "rows": 1_000_000, "parts": 3},
+        quick={"due": 100_000, "rows": 30_000, "parts": 2},
+        promises=("pruning",),
+    ),
     "memory": Benchmark(
         scale.memory,
         full={"due": 1_000_000, "sent": 200_000},

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from datetime import UTC, datetime
 from itertools import pairwise
+from pathlib import Path
 
 import psutil
 from sqlalchemy import func, select
 
+from flask_rq_webhooks.dispatch.dispatcher import PRUNE_AGAIN_S, PRUNE_BATCH, PRUNE_PART_S
 from flask_rq_webhooks.storage.attempts import AttemptRecord, Decision, record_attempts
 from flask_rq_webhooks.storage.claims import ClaimedDelivery, claim_due
 from flask_rq_webhooks.storage.models import Attempt, Delivery, new_id
+from flask_rq_webhooks.storage.retention import prune
 
 from .claim_plan import fill, fill_history
 from .harness import Report, Size, blocks
@@ -56,6 +60,75 @@ def growth(size: Size) -> Report:
             for installation in (few, history, backlog):
                 _check(installation, BATCH * (claims + 5), many if installation is history else 0)
     return report
+
+
+def pruning(size: Size) -> Report:
+    """Prune a long history in the same process while claiming and recording, as a dispatcher does."""
+    rows = size["rows"]
+    report = Report(f"Claim and record, batches of {BATCH}, while {rows:,} finished deliveries are pruned")
+    with servers() as some:
+        for kind, database in KINDS.items():
+            installation = some.installation(kind)
+            fill_history(installation.state.database, rows, HOSTS)
+            fill(installation.state.database, size["due"], HOSTS, analyze=True, first=rows)
+            before = _size_mb(installation)
+            pruner = _Pruner(installation)
+            pruner.start()
+            alone: list[float] = []
+            beside: list[float] = []
+            until = time.monotonic() + size["parts"] * PRUNE_AGAIN_S
+            while time.monotonic() < until:
+                busy = pruner.busy
+                took = _claim_and_record(installation)
+                beside.append(took)
+                if not busy and not pruner.busy:
+                    alone.append(took)
+            pruner.enough = True
+            pruner.join()
+            assert pruner.deleted
+            report.data[kind] = {"alone_s": alone, "beside_s": beside, "size_mb": before}
+            report.add(
+                f"{database} ({before:,.0f} MB): {pruner.deleted:,} deliveries are pruned meanwhile; rate",
+                statistics.mean(alone) / statistics.mean(beside),
+                "share",
+                promise="pruning",
+                at_least=0.9,
+            )
+            longest = 1000 * max(beside)
+            report.add(f"{database}: longest claim and record", longest, "ms", promise="pruning", at_most=200)
+    return report
+
+
+class _Pruner(threading.Thread):
+    """Prunes in parts, as a dispatcher does, until it is told that it is enough."""
+
+    def __init__(self, installation: Installation) -> None:
+        super().__init__(daemon=True)
+        self._database = installation.state.database
+        self.deleted = 0
+        self.busy = self.enough = False
+
+    def run(self) -> None:
+        while not self.enough:
+            until, self.busy = time.monotonic() + PRUNE_PART_S, True
+            pruned = prune(
+                self._database,
+                datetime.now(UTC),
+                batch=PRUNE_BATCH,
+                should_stop=lambda until=until: time.monotonic() > until,
+            )
+            self.busy = False
+            self.deleted += pruned.deliveries
+            time.sleep(PRUNE_AGAIN_S - PRUNE_PART_S)
+
+
+def _size_mb(installation: Installation) -> float:
+    database = installation.state.database
+    if database.is_sqlite:
+        return Path(str(database.engine.url.database)).stat().st_size / 2**20
+    with database.read() as connection:
+        size = connection.exec_driver_sql("SELECT pg_database_size(current_database())").scalar_one()
+    return int(size) / 2**20
 
 
 def _claim_and_record(installation: Installation) -> float:

@@ -50,8 +50,12 @@ HEARTBEAT_S = 5.0
 STUCK_S = 60.0
 #: Seconds between looks at trees one of whose jobs ended; in any dispatcher, with or without the lease.
 TREES_S = 0.5
-#: Seconds between prunings.
-PRUNE_S = 3600.0
+#: Seconds between prunings, and between the parts of one.
+PRUNE_S, PRUNE_AGAIN_S = 3600.0, 5.0
+#: Seconds of a part: deliveries are sent meanwhile, and the main thread has other things to do.
+PRUNE_PART_S = 0.4
+#: Rows of a transaction that prunes: SQLite lets nobody else write meanwhile.
+PRUNE_BATCH = 100
 #: Seconds after a missed pass in which another dispatcher takes over. Two passes at once do no harm.
 LEASE_SPARE_S = 5.0
 #: First and longest pause after an error, seconds.
@@ -189,7 +193,7 @@ class Dispatcher:
             ),
             *self._progress_job(),
             PeriodicJob(name="trees", interval_s=TREES_S, run=lambda _should_stop: trees.run_hinted()),
-            PeriodicJob(name="prune", interval_s=PRUNE_S, first_after_s=PRUNE_S / 60, run=self._prune),
+            PeriodicJob(name="prune", interval_s=PRUNE_AGAIN_S, first_after_s=PRUNE_S / 60, run=self._prune),
             *periodic,
         ]
         self._on_alive = on_alive
@@ -198,6 +202,7 @@ class Dispatcher:
         self._troubles: dict[str, type[BaseException]] = {}
         self._alive_at: dict[str, float] = {}
         self._outbox_empty_since: float | None = None
+        self._prune_at = 0.0
         self._ended_by: tuple[str, SystemExit] | None = None
         self._warned_of_silence = False
         self._poke_read, self._poke_write = os.pipe()
@@ -335,7 +340,11 @@ class Dispatcher:
             what, advice = missing_reports(self._state.outbox, silent)
             logger.warning("%s %s Until then such webhooks wait for reconcile.", what, advice)
 
-    def _prune(self, _should_stop: Callable[[], bool]) -> None:
+    def _prune(self, should_stop: Callable[[], bool]) -> None:
+        """Prune for a moment; the rest is left to the next time, or pruning rests for an hour."""
+        began = time.monotonic()
+        if began < self._prune_at:
+            return
         days = timedelta(days=self._state.settings.retention_days)
         now = datetime.now(UTC)
         hours = self._state.settings.payload_retention_hours
@@ -343,7 +352,14 @@ class Dispatcher:
             erased := erase_finished(self._state.database, now - timedelta(hours=hours))
         ):
             logger.info("Erased the bodies of %d deliveries.", erased)
-        pruned = prune(self._state.database, now - days)
+        pruned = prune(
+            self._state.database,
+            now - days,
+            batch=PRUNE_BATCH,
+            should_stop=lambda: should_stop() or time.monotonic() - began > PRUNE_PART_S,
+        )
+        if time.monotonic() - began <= PRUNE_PART_S:
+            self._prune_at = began + PRUNE_S
         if pruned != Pruned():
             logger.info("Pruned: %s", pruned)
 

@@ -55,7 +55,12 @@ class Pruned:
 
 
 def prune(
-    database: Database, older_than: datetime, *, batch: int = BATCH, progress: Progress | None = None
+    database: Database,
+    older_than: datetime,
+    *,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Pruned:
     """Delete what ended before *older_than*; never anything unfinished.
 
@@ -65,6 +70,7 @@ def prune(
 
     :param older_than: aware.
     :param progress: called with the number of rows deleted so far, after each transaction.
+    :param should_stop: asked after each transaction; another call goes on where this one stopped.
     """
     deleted: dict[str, int] = {}
 
@@ -78,19 +84,28 @@ def prune(
         Delivery.status.in_([SUCCEEDED, EXHAUSTED, CANCELED]),
         ~in_flight(database),
     ]
-    for connection, ids in _batches(database, Delivery.finished_at, finished, batch, key=Delivery.id):
+    for connection, ids in _batches(
+        database, Delivery.finished_at, finished, batch, key=Delivery.id, should_stop=should_stop
+    ):
         connection.execute(delete(Attempt).where(Attempt.delivery_id.in_(ids)))
         gone = connection.execute(delete(Delivery).where(Delivery.id.in_(ids), *finished))
         counted("deliveries", gone.rowcount)
     has_delivery = exists().where(Delivery.event_id == Event.id)
     for connection, ids in _batches(
-        database, Event.created_at, [Event.created_at < older_than, ~has_delivery], batch, key=Event.id
+        database,
+        Event.created_at,
+        [Event.created_at < older_than, ~has_delivery],
+        batch,
+        key=Event.id,
+        should_stop=should_stop,
     ):
         # Asked again now that the rows are locked: a delivery may have been made while we waited.
         gone = connection.execute(delete(Event).where(Event.id.in_(ids), ~has_delivery))
         counted("events", gone.rowcount)
     ended = [Watch.settled_at < older_than, Watch.status.in_([SETTLED, CLOSED])]
-    for connection, ids in _batches(database, Watch.settled_at, ended, batch, key=Watch.id):
+    for connection, ids in _batches(
+        database, Watch.settled_at, ended, batch, key=Watch.id, should_stop=should_stop
+    ):
         gone = connection.execute(delete(Watch).where(Watch.id.in_(ids), *ended))
         counted("watches", gone.rowcount)
     with database.read() as connection:
@@ -105,7 +120,7 @@ def prune(
     ]
     if namespace is not None:
         unused.append(Endpoint.id < first_id_at("ep" + namespace, older_than))
-    for connection, ids in _batches(database, Endpoint.id, unused, batch):
+    for connection, ids in _batches(database, Endpoint.id, unused, batch, should_stop=should_stop):
         gone = connection.execute(delete(Endpoint).where(Endpoint.id.in_(ids), *unused))
         counted("endpoints", gone.rowcount)
     counted("dispatchers", forget_dead(database))
@@ -113,7 +128,13 @@ def prune(
 
 
 def _batches(
-    database: Database, order: Any, conditions: list[ColumnElement[bool]], batch: int, *, key: Any = None
+    database: Database,
+    order: Any,
+    conditions: list[ColumnElement[bool]],
+    batch: int,
+    *,
+    key: Any = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Connection, list[str]]]:
     """Walk rows in the order of an index, each batch locked in a transaction of its own.
 
@@ -124,7 +145,7 @@ def _batches(
     """
     columns = (order,) if key is None else (order, key)
     last: Any = None
-    while True:
+    while not should_stop():
         query = select(*columns).where(*conditions).order_by(*columns).limit(batch)
         if last is not None and key is None:
             query = query.where(order > last[0])

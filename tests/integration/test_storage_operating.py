@@ -307,6 +307,17 @@ def test_prune_in_batches(database: Database) -> None:
     assert rows(database, Attempt) == []
 
 
+def test_prune_stops_when_asked_and_goes_on_where_it_stopped(database: Database) -> None:
+    deliver_to(database, "a.example", 10)
+    finish(database)
+    answers = iter([False, False, True, True, True, True])
+    until = datetime.now(UTC) + timedelta(seconds=5)
+    assert prune(database, until, batch=3, should_stop=lambda: next(answers)) == Pruned(deliveries=6)
+    assert len(rows(database, Delivery)) == len(rows(database, Attempt)) == 4
+    rest = prune(database, until, batch=3)
+    assert (rest.deliveries, rest.events, rest.watches, rest.endpoints) == (4, 10, 10, 1)
+
+
 def test_a_pruned_endpoint_does_not_break_a_late_callback(database: Database) -> None:
     endpoint_id = new_endpoint(database)
     prune(database, datetime.now(UTC) + timedelta(seconds=5))
