@@ -79,6 +79,7 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
                 if not pid:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
                     selector.close()
                     for left in (woken, wake, control):
                         left.close()

@@ -125,7 +125,7 @@ def test_numbers_of_processes_that_are_refused(stack: Stack, value: str) -> None
 def test_a_hanging_child_is_replaced(stack: Stack) -> None:
     with Process(
         "python", "-c",
-        "import sys; from flask_rq_webhooks.dispatch import processes; processes.HUNG_S = 8;"
+        "import sys; from flask_rq_webhooks.dispatch import processes; processes.HUNG_S = 15;"
         "sys.orig_argv = ['python', '-m', 'flask', '--app', 'tests.acceptance.host_app', 'rq-webhooks',"
         " 'worker', '--processes', '2']; sys.argv = sys.orig_argv[2:];"
         "from flask.cli import main; main()",
