@@ -150,7 +150,8 @@ def test_dispatcher_killed_while_the_receiver_is_answering(field: Field) -> None
     wait_until(lambda: delivered(field, 1), what="the delivery to be recorded")
 
     found = checked(field)
-    assert found.repeats == 1
+    # Whether the receiver could still write its first answer is a race with the end of the connection.
+    assert (found.requests, found.repeats + found.again) == (2, 1)
     assert len(select(field, "SELECT id FROM rq_webhooks_attempt")) == 1
     note("killed at: HTTP under way", found, {"dispatcher": 1})
 
