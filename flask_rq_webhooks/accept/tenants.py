@@ -46,8 +46,10 @@ def current_tenant(state: State) -> str | None:
         return None
     if inspect.iscoroutine(tenant):
         tenant.close()
-    if tenant is None or is_tenant(tenant):
-        return None if tenant is None else str(tenant)
+    if tenant is None:
+        return None
+    if is_tenant(tenant):
+        return str(tenant)
     logger.error(
         "The function registered with @webhooks.tenant returned %.150r; it must be a plain function that "
         "returns None or a text of 1 to %d printable characters. The caller has no tenant.",

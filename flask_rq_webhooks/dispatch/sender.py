@@ -207,6 +207,8 @@ class Sender:
 
         :param hurry: says whether to release what is in flight instead; asked again and again.
         """
+        while self._stored:  # whoever offered them has ended
+            self.withdraw(self._stored.popleft())
         # Every attempt has a deadline of its own, so this one only matters while SQL is away.
         give_up_at = time.monotonic() + self._state.settings.timeout + LEASE_MARGIN_S
         while self._is_busy() and not hurry() and time.monotonic() < give_up_at:
@@ -217,8 +219,6 @@ class Sender:
                 time.sleep(0.1)
             if self._in_flight:
                 self._recorder.wait(0.1)
-        while self._stored:
-            self.withdraw(self._stored.popleft())
         try:
             self._recorder.record()
             self._give_back()
