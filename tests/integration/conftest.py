@@ -1,4 +1,4 @@
-"""An opened database with our tables, on every supported kind."""
+"""An opened database with our tables, and an app's state, on every supported kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.database import Database
+from tests.pipeline import open_state
 
 
 @pytest.fixture
@@ -16,3 +18,10 @@ def database(database_url: str) -> Iterator[Database]:
     opened.create_tables()
     yield opened
     opened.dispose()
+
+
+@pytest.fixture
+def state(database_url: str, redis_url: str) -> Iterator[State]:
+    """Give the state of an app with the settings of tests, on an empty database."""
+    with open_state(database_url, redis_url) as opened:
+        yield opened

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,18 +27,12 @@ from flask_rq_webhooks.queue.outbox import Outbox
 from flask_rq_webhooks.queue.outbox_entry import confirm_entry
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import confirm
-from tests.pipeline import add_endpoint, callbacks, deliveries, events, open_state, work
+from tests.pipeline import add_endpoint, callbacks, deliveries, events, work
 
 URL = "http://127.0.0.1:9/hook"
 
 #: RQ 1.16 warns of its own functions inside jobs, which would make them fail.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture
-def state(database_url: str, redis_url: str) -> Iterator[State]:
-    with open_state(database_url, redis_url) as opened:
-        yield opened
 
 
 class Interrupted(redis.Redis):

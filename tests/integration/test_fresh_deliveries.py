@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,15 +18,9 @@ from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.claims import claim_due, free_expired_leases
 from flask_rq_webhooks.storage.dispatchers import pause
 from tests.integration.test_host_shares import HangsBut, sender_of
-from tests.pipeline import add_endpoint, deliveries, enqueue, open_state
+from tests.pipeline import add_endpoint, deliveries, enqueue
 
 HOST = "127.0.0.9:9"
-
-
-@pytest.fixture
-def state(database_url: str, redis_url: str) -> Iterator[State]:
-    with open_state(database_url, redis_url) as opened:
-        yield opened
 
 
 @pytest.fixture

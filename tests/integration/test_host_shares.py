@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,14 +20,8 @@ from flask_rq_webhooks.observe.publisher import Publisher
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.attempts import latest_outcomes
 from flask_rq_webhooks.storage.models import Delivery
-from tests.pipeline import add_endpoint, enqueue, open_state, rows
+from tests.pipeline import add_endpoint, enqueue, rows
 from tests.servers import Receiver
-
-
-@pytest.fixture
-def state(database_url: str, redis_url: str) -> Iterator[State]:
-    with open_state(database_url, redis_url) as opened:
-        yield opened
 
 
 class HangsBut:

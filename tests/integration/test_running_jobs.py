@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
@@ -17,17 +16,11 @@ from flask_rq_webhooks.dispatch.dispatcher import Dispatcher, reconcile_now
 from flask_rq_webhooks.protocol.events import Occurrence, format_time
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.events import IngestItem, ingest
-from tests.pipeline import add_endpoint, enqueue, events, open_state
+from tests.pipeline import add_endpoint, enqueue, events
 from tests.servers import Receiver, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 NAMES = ("job.started", "job.stalled", "job.success")
-
-
-@pytest.fixture
-def state(database_url: str, redis_url: str) -> Iterator[State]:
-    with open_state(database_url, redis_url) as opened:
-        yield opened
 
 
 def start(state: State, job_id: str, *, expires_in_s: float = 60.0) -> Job:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,17 +20,11 @@ from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import confirm
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Watch
-from tests.pipeline import add_endpoint, deliveries, events, open_state, rows
+from tests.pipeline import add_endpoint, deliveries, events, rows
 
 URL = "http://127.0.0.1:9/hook"
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture
-def state(database_url: str, redis_url: str) -> Iterator[State]:
-    with open_state(database_url, redis_url) as opened:
-        yield opened
 
 
 def publisher(state: State) -> Callable[[Sequence[IngestItem]], object]:
