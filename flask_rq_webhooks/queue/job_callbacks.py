@@ -59,7 +59,7 @@ class Attachment:
     :param jobs: the jobs attached, in the order they were made. A job made is not yet a job enqueued.
     :param watched: ids of jobs that are reported although they do not carry our callbacks.
     :param passed_over: functions of the jobs that were not *chosen*.
-    :param refused: whether a job could not be attached because its queue is on another database.
+    :param refused: whether a job could not be attached, for its id or the database of its queue; that is logged.
     :param closed: whether the view is over, so that nobody will look at *jobs* any more.
     """
 
@@ -220,7 +220,7 @@ def _create_job(
     if (
         attachment is None
         or _is_attached(kwargs.get("on_success"), attachment)
-        or not _fits(job_id)
+        or not _fits(job_id, attachment)
         or not _leads_to_database(attachment, queue.connection)
     ):
         return original(*args, **kwargs)
@@ -247,15 +247,19 @@ def _create_job(
     return job
 
 
-def _fits(job_id: Any) -> bool:
-    """Say whether our tables and indexes hold *job_id*; RQ itself takes any."""
+def why_unfit(job_id: Any) -> str | None:
+    """Return why our tables and indexes cannot hold *job_id*, though RQ takes it; ``None`` if they can."""
     if not isinstance(job_id, str) or (len(job_id) <= MAX_JOB_ID and "\0" not in job_id):
-        return True
-    logger.error(
-        "Job %r… is enqueued without a webhook: its id has %d characters. Use at most %d, and no NUL.",
-        job_id[:60], len(job_id), MAX_JOB_ID,
-    )  # fmt: skip
-    return False
+        return None
+    return f"Its id {job_id[:60]!r}… has {len(job_id)} characters. Use at most {MAX_JOB_ID}, and no NUL."
+
+
+def _fits(job_id: Any, attachment: Attachment) -> bool:
+    why = why_unfit(job_id)
+    if why is not None:
+        attachment.refused = True
+        logger.error("A job is enqueued without a webhook. %s", why)
+    return why is None
 
 
 def name_of(func: Any) -> str:
