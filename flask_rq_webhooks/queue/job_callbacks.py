@@ -59,7 +59,7 @@ class Attachment:
     :param jobs: the jobs attached, in the order they were made. A job made is not yet a job enqueued.
     :param watched: ids of jobs that are reported although they do not carry our callbacks.
     :param passed_over: functions of the jobs that were not *chosen*.
-    :param refused: whether a job could not be attached, for its id or the database of its queue; that is logged.
+    :param refused: whether a job could not be attached, for its id or its queue's database, which is logged.
     :param closed: whether the view is over, so that nobody will look at *jobs* any more.
     """
 
@@ -368,15 +368,22 @@ _refused_databases: set[str] = set()
 def databases_elsewhere(same_database: SameDatabase, *owners: Mapping[str, Any]) -> list[str]:
     """Return the names of other databases that this app has queues in, or enqueued jobs in of late.
 
-    :param owners: where the app keeps its queues, beside the modules it loaded.
+    :param owners: where the app keeps its queues, beside the modules it loaded; a list or a mapping in there,
+        or an extension, may hold them, too.
     """
     found = set(same_database.refusals())
-    for owner in (*owners, *(vars(module) for module in list(sys.modules.values()))):
-        for value in list(owner.values()):
+    modules = [value for module in list(sys.modules.values()) for value in list(vars(module).values())]
+    kept = [value for owner in owners for value in owner.values()]
+    # Of types that are exactly so: a proxy of another extension may fail outside its requests.
+    kept += [vars(value) for value in kept if type(value).__dictoffset__]
+    for value in (*modules, *kept):
+        values = (
+            value.values() if type(value) is dict else value if type(value) in (list, tuple, set) else [value]
+        )
+        for queue in list(values):
             try:
-                # Not isinstance: it asks a proxy of another extension, which may fail outside its requests.
-                if issubclass(type(value), rq.Queue) and not same_database(value.connection):
-                    found.add(database_name(value.connection))
+                if issubclass(type(queue), rq.Queue) and not same_database(queue.connection):
+                    found.add(database_name(queue.connection))
             except RedisError:
                 continue
     return sorted(found)
