@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,10 @@ class Servers:
         """
         redis_url = self.valkey()
         if kind == "sqlite":
-            url = f"sqlite:///{self.folder / uuid.uuid4().hex}.db"
+            file = self.folder / f"{uuid.uuid4().hex}.db"
+            with closing(sqlite3.connect(file)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")  # as docs/operations.rst advises
+            url = f"sqlite:///{file}"
         else:
             url = self.postgres.new_database()
         installation = Installation(redis_url, url, **settings)

@@ -27,6 +27,7 @@ from tests.acceptance.test_postgres_outage import Client, count
 from tests.servers import (
     Forwarder,
     PostgresHandle,
+    execute,
     postgres_server,
     rq_worker,
     valkey_server,
@@ -35,12 +36,6 @@ from tests.servers import (
 
 #: Seconds after which the first request has to be accepted again, and the first webhook to arrive.
 BACK_S = 5.0
-
-
-def execute(server: PostgresHandle, *statements: str) -> None:
-    with psycopg.connect(server.url().replace("+psycopg", ""), autocommit=True) as connection:
-        for statement in statements:
-            connection.execute(statement)  # type: ignore[arg-type]
 
 
 def socket_of(server: PostgresHandle) -> str:
@@ -70,7 +65,7 @@ def standby_of(primary: PostgresHandle) -> Iterator[PostgresHandle]:
     standby = PostgresHandle(target)
     standby.start()
     try:
-        execute(primary, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
+        execute(primary.url(), "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
         yield standby
     finally:
         standby.stop(immediately=True)
@@ -97,8 +92,12 @@ def test_a_failover_under_load_is_five_seconds_and_loses_nothing(
                 stack.cleanup.callback(client.stop)
             stack.receiver.wait_for(20)
 
-            execute(primary, "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
-            execute(standby, "SELECT pg_promote()")
+            execute(
+                primary.url(),
+                "ALTER SYSTEM SET default_transaction_read_only = on",
+                "SELECT pg_reload_conf()",
+            )
+            execute(standby.url(), "SELECT pg_promote()")
             forwarder.path = socket_of(standby)
             back_soon_and_nothing_lost(stack, clients)
             assert "Traceback" not in dispatcher.output

@@ -380,7 +380,7 @@ def no_such_redis_database(setup: Setup) -> None:
 
 def tls_to_a_plain_redis(setup: Setup) -> None:
     url = setup.config["RQ_WEBHOOKS_REDIS_URL"]
-    setup.config["RQ_WEBHOOKS_REDIS_URL"] = url.replace("redis://", "rediss://")
+    setup.config["RQ_WEBHOOKS_REDIS_URL"] = url.replace("redis://", "rediss://") + "?socket_timeout=0.5"
 
 
 def outbox_of_another_type(setup: Setup) -> None:

@@ -26,7 +26,7 @@ from flask_rq_webhooks.storage.models import Event, Watch
 from flask_rq_webhooks.storage.reported_runs import ParkedReport, park_reports
 from flask_rq_webhooks.storage.standing_endpoints import create_standing
 from tests.jobs import Callbacks
-from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
+from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows, work
 
 URL = "http://127.0.0.1:9/hook"
 
@@ -75,10 +75,6 @@ def queue(state: State, **options: Any) -> rq.Queue:
     return rq.Queue(connection=state.redis, **options)
 
 
-def work(state: State) -> None:
-    rq.SimpleWorker(["default"], connection=state.redis).work(burst=True, logging_level="CRITICAL")
-
-
 def promise(
     state: State, function: str, *args: Any, endpoint: dict[str, Any] | None = None, **options: Any
 ) -> Job:
@@ -117,7 +113,7 @@ def test_waiting_job_is_left_alone_and_its_run_is_noted(state: State, reconciler
 
 def test_success_is_told_with_the_result_rq_kept(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.run", "basin-7")
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -133,7 +129,7 @@ def test_success_is_told_with_the_result_rq_kept(state: State, reconciler: Recon
 
 def test_failure_is_told_with_its_error(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.fail", "no rain")
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -145,7 +141,7 @@ def test_failure_is_told_with_its_error(state: State, reconciler: Reconciler) ->
 
 def test_passes_tell_once(state: State, reconciler: Reconciler) -> None:
     promise(state, "tests.jobs.add", 1, 2)
-    work(state)
+    work(state.redis)
 
     for _ in range(3):
         reconciler.run_once()
@@ -322,7 +318,7 @@ def test_reserved_watch_whose_job_exists_is_adopted(state: State, reconciler: Re
 
     assert report.adopted == 1
     assert statuses(state) == ["open"]
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     assert told(state) == [("job.success", job_id)]
 
@@ -330,7 +326,7 @@ def test_reserved_watch_whose_job_exists_is_adopted(state: State, reconciler: Re
 def test_reserved_watch_whose_job_has_ended_is_told_at_once(state: State, reconciler: Reconciler) -> None:
     _endpoint_id, job_id = reserve(state)
     queue(state).enqueue_call("tests.jobs.add", (1, 2), job_id=job_id)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -342,7 +338,7 @@ def test_run_before_registration_does_not_count_the_next_one_does(
     state: State, reconciler: Reconciler
 ) -> None:
     job = queue(state).enqueue("tests.jobs.add", 1, 2)
-    work(state)
+    work(state.redis)
     past = format_time(datetime.now(UTC) - timedelta(seconds=30))
     state.redis.hset(job.key, mapping={"enqueued_at": past, "created_at": past})
     endpoint_id = add_endpoint(state, URL)
@@ -351,7 +347,7 @@ def test_run_before_registration_does_not_count_the_next_one_does(
     reconciler.run_once()
     assert told(state) == []
     queue(state).enqueue_job(Job.fetch(job.id, state.redis))
-    work(state)
+    work(state.redis)
     reconciler.run_once()
 
     assert told(state) == [("job.success", job.id)]
@@ -366,10 +362,10 @@ def requeue(job: Job) -> None:
 
 def test_requeued_job_is_a_new_run_with_a_new_event(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.fail")
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     requeue(job)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -385,12 +381,12 @@ def test_run_that_failed_and_was_requeued_between_two_passes_is_told(
     job = promise(state, "tests.jobs.fail")
     first_run = format_time(Job.fetch(job.id, state.redis).enqueued_at)
     reconciler.run_once()
-    work(state)
+    work(state.redis)
     requeue(job)
 
     reconciler.run_once()
     assert [event.run_key for event in events(state)] == [f"{job.id}|{first_run}|end"]
-    work(state)
+    work(state.redis)
     reconciler.run_once()
 
     assert told(state) == [("job.failure", job.id)] * 2
@@ -399,13 +395,12 @@ def test_run_that_failed_and_was_requeued_between_two_passes_is_told(
 def test_retry_is_no_ending_and_is_told_to_those_who_asked(state: State, reconciler: Reconciler) -> None:
     wants = {"endpoint": {"events": ("job.retrying", "job.failure")}}
     job = promise(state, "tests.jobs.fail", retry=rq.Retry(max=1), **wants)
-    worker = rq.SimpleWorker(["default"], connection=state.redis)
     reconciler.run_once()
-    worker.work(burst=True, max_jobs=1, logging_level="CRITICAL")
+    work(state.redis, 1)
 
     reconciler.run_once()
     assert told(state) == [("job.retrying", job.id)]
-    worker.work(burst=True, logging_level="CRITICAL")
+    work(state.redis)
     reconciler.run_once()
 
     assert told(state) == [("job.retrying", job.id), ("job.failure", job.id)]
@@ -417,12 +412,12 @@ def test_every_run_of_a_repeated_job_is_told(state: State, reconciler: Reconcile
     endpoint_id = add_endpoint(state, URL)
     job = queue(state).enqueue("tests.jobs.add", 1, 2, repeat=repeat(times=1, interval=3600))
     confirm(state.database, endpoint_id, existing=[job.id], unseen=[], reserved_job_id=None)
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     reconciler.run_once()
     assert statuses(state) == ["open"]
     queue(state).enqueue_job(Job.fetch(job.id, state.redis))  # what the scheduler does an hour later
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
     assert told(state) == [("job.success", job.id)] * 2
@@ -439,7 +434,7 @@ def test_every_run_of_a_repeated_job_is_told(state: State, reconciler: Reconcile
 
 def test_orphan_that_finishes_is_corrected_once(state: State, reconciler: Reconciler, clock: Clock) -> None:
     job = promise(state, "tests.jobs.add", 1, 2)
-    work(state)
+    work(state.redis)
     state.redis.hset(job.key, "status", "failed")
     reconciler.run_once()
     assert told(state) == [("job.failure", job.id)]
@@ -476,7 +471,7 @@ def test_lost_job_that_comes_back_is_corrected(state: State, reconciler: Reconci
     for _ in range(2):
         reconciler.run_once()
     state.redis.hset(job.key, mapping=saved)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -545,7 +540,7 @@ def test_parked_word_stands_where_the_job_is_gone(state: State, reconciler: Reco
 def test_parked_word_of_an_earlier_run_is_judged_by_rqs_results(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.fail")
     entry = word(state, job, result=7)
-    work(state)
+    work(state.redis)
     requeue(job)
 
     reconciler.run_once()
@@ -564,7 +559,7 @@ def test_job_behind_a_failed_one_is_blocked_once(state: State, reconciler: Recon
     job = promise(state, "tests.jobs.add", 1, 2, depends_on=parent, **BLOCKED)
     reconciler.run_once()
     assert told(state) == []
-    work(state)
+    work(state.redis)
 
     for _ in range(3):
         reconciler.run_once()
@@ -572,7 +567,7 @@ def test_job_behind_a_failed_one_is_blocked_once(state: State, reconciler: Recon
     assert told(state) == [("job.blocked", job.id)]
     assert len(deliveries(state)) == 1
     queue(state)._enqueue_job(Job.fetch(job.id, state.redis))  # as when its parent is requeued and finishes
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     assert told(state)[-1] == ("job.success", job.id)
 
@@ -581,7 +576,7 @@ def test_job_behind_a_failed_one_it_may_ignore_is_not_blocked(state: State, reco
     parent = queue(state).enqueue("tests.jobs.fail")
     dependency = rq.job.Dependency(jobs=[parent], allow_failure=True)
     job = promise(state, "tests.jobs.add", 1, 2, depends_on=dependency, **BLOCKED)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -603,7 +598,7 @@ def test_job_behind_a_deleted_one_is_blocked_after_two_passes(state: State, reco
 def test_nobody_who_did_not_ask_hears_of_a_blocked_job(state: State, reconciler: Reconciler) -> None:
     parent = queue(state).enqueue("tests.jobs.fail")
     promise(state, "tests.jobs.add", 1, 2, depends_on=parent)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
     assert told(state) == []
@@ -675,10 +670,10 @@ def test_watched_job_made_elsewhere(state: State, reconciler: Reconciler, ended:
     past = datetime.now(UTC) - timedelta(minutes=5)
     state.redis.hset(job.key, "enqueued_at", format_time(past))
     if ended:
-        work(state)
+        work(state.redis)
     watch(state, job, counts_from=past)
     if not ended:
-        work(state)
+        work(state.redis)
     state.redis.hset(job.key, "enqueued_at", format_time(past))
 
     reconciler.run_once()
@@ -689,7 +684,7 @@ def test_watched_job_made_elsewhere(state: State, reconciler: Reconciler, ended:
 
 def test_watch_without_a_bound_counts_from_now_on(state: State, reconciler: Reconciler) -> None:
     job = queue(state).enqueue("tests.jobs.fail")
-    work(state)
+    work(state.redis)
     past = format_time(datetime.now(UTC) - timedelta(minutes=5))
     state.redis.hset(job.key, mapping={"enqueued_at": past, "created_at": past})
     watch(state, job)
@@ -697,7 +692,7 @@ def test_watch_without_a_bound_counts_from_now_on(state: State, reconciler: Reco
     reconciler.run_once()
     assert told(state) == []
     requeue(job)
-    work(state)
+    work(state.redis)
     reconciler.run_once()
 
     assert told(state) == [("job.failure", job.id)]
@@ -717,7 +712,7 @@ def test_result_that_cannot_be_read_is_left_out_and_marked(
     state: State, reconciler: Reconciler, function: str, arguments: tuple[Any, ...]
 ) -> None:
     promise(state, function, *arguments)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -731,7 +726,7 @@ def test_meta_with_foreign_objects_still_gives_the_run_id(state: State, reconcil
     job = promise(state, "tests.jobs.add", 1, 2)
     job.meta = {"runid": "from-meta", "exotic": rq.Queue}
     job.save_meta()
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -744,7 +739,7 @@ def test_more_watches_than_a_page(
     monkeypatch.setattr("flask_rq_webhooks.observe.reconcile.PAGE", 7)
     jobs = [promise(state, "tests.jobs.add", 1, number).id for number in range(20)]
     reconciler.run_once()
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -758,7 +753,7 @@ def test_settled_watches_are_kept_as_long_as_rq_keeps_the_job(
     state: State, reconciler: Reconciler, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [promise(state, "tests.jobs.add", number, 1) for number in range(9)]
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     for job in jobs[2:]:
         job.delete()
@@ -777,14 +772,14 @@ def test_forgotten_job_that_is_back_under_its_id_is_found_by_the_sweep(
     monkeypatch.setattr(reconcile, "PAGE", 2)
     monkeypatch.setattr(reconcile, "FORGOTTEN_AT_ONCE", 2)
     jobs = [promise(state, "tests.jobs.add", number, 1) for number in range(6)]
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     for job in jobs:
         job.delete()
     clock.ahead = timedelta(days=9)
     reconciler.run_once()
     queue(state).enqueue_call("tests.jobs.add", (1, 2), job_id=jobs[4].id)
-    work(state)
+    work(state.redis)
 
     for _ in range(4):
         reconciler.run_once()
@@ -797,7 +792,7 @@ def test_pass_that_dies_before_noting_repeats_without_harm(
 ) -> None:
     promise(state, "tests.jobs.fail")
     reconciler.run_once()
-    work(state)
+    work(state.redis)
 
     def die(*_arguments: object, **_keywords: object) -> None:
         raise redis.ConnectionError("gone")

@@ -8,7 +8,6 @@ from typing import Any
 import fakeredis
 import pytest
 import redis
-import rq
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
@@ -20,6 +19,7 @@ from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Event
 from flask_rq_webhooks.testing import InMemoryReceiver, deliver_all
 from tests.acceptance import tasks
+from tests.pipeline import work
 
 SECRET = "a secret"
 FIELDS = {"webhook_url": "https://client.example/hook", "webhook_secret": SECRET}
@@ -190,7 +190,7 @@ def test_jobs_worked_off_by_a_simple_worker(fake: redis.Redis) -> None:
     canceled = submit(app, "add", 3, 4)
     Job.fetch(canceled, connection=fake).cancel()
     assert deliver_all(app) != []  # the canceled one, which no callback reports
-    rq.SimpleWorker(["default"], connection=fake).work(burst=True)
+    work(fake)
 
     (webhook,) = deliver_all(app)
 
