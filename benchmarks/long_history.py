@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.long_history [--rows 10000000] [--part 1000000]``
 
-Takes half an hour and some 40 GB of disk, so ``make bench`` leaves it out. Claims are timed in turns, so that
+Takes half an hour and some 25 GB of disk, so ``make bench`` leaves it out. Claims are timed in turns, so that
 whatever else the machine does is the same for all. The partitioned table has the name, the columns and the
 indexes of ours, so the very same code claims and records. It lacks what PostgreSQL cannot have there: unique
 constraints without the key of the partitions, and foreign keys to such columns.

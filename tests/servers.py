@@ -44,7 +44,7 @@ except OSError:
 
 
 def guard(pid: int) -> subprocess.Popen[bytes]:
-    """Kill *pid* when this process ends in whatever way; close the result's stdin to do so now."""
+    """Kill *pid* when this process ends, however it does; close the result's stdin to do so now."""
     return subprocess.Popen(
         [sys.executable, "-c", _GUARD, str(pid)],
         stdin=subprocess.PIPE,
@@ -443,7 +443,7 @@ class Forwarder:
             while data := one.recv(65536):
                 other.sendall(data)
         except OSError:
-            pass  # both ends are told below
+            pass  # both ends are shut down below
         for each in (one, other):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)

@@ -51,7 +51,7 @@ STEPS = {
     "attempt made": ("dispatcher", 2),
     "attempt recorded": ("dispatcher", 1),
     "reconcile found": ("dispatcher", 1),
-    "reconcile told": ("dispatcher", 1),
+    "reconcile stored": ("dispatcher", 1),
 }
 
 

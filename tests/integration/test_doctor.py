@@ -738,7 +738,7 @@ def test_a_layout_that_needs_a_login_is_no_alarm(
     assert text in lines_of(result)["layout"]
 
 
-def test_a_pause_and_an_empty_redis_are_told_without_alarm(setup: Setup) -> None:
+def test_a_pause_and_an_empty_redis_are_reported_without_alarm(setup: Setup) -> None:
     setup.after = lambda state: dispatchers.pause(state.database)
     result = setup.run()
     assert result.exit_code == 0

@@ -141,7 +141,7 @@ def test_run_that_ends_between_two_reads_of_a_pass_is_reported_once(
     assert f"{job.id}|{run}|end" in {event.run_key for event in events(state)}
 
 
-def test_runs_shorter_than_clocks_differ_are_told_apart(state: State) -> None:
+def test_runs_shorter_than_clocks_differ_are_distinguished(state: State) -> None:
     """Run 1 fails and is requeued, run 2 and 3 follow within milliseconds; nobody's callbacks report them."""
     job = enqueue(state, "tests.jobs.fail", "dry", attached=False)
     passes = reconciler(state)
@@ -186,8 +186,8 @@ def test_run_that_no_callback_reported_before_the_next_one_did(state: State, gon
     for _ in range(4):
         passes.run_once()
 
-    told = [("job.failure", False)] * (1 if gone else 2)  # nobody knows any more how run 1 ended
-    assert reported(state) == told
+    published = [("job.failure", False)] * (1 if gone else 2)  # nobody knows any more how run 1 ended
+    assert reported(state) == published
     assert (f"{job.id}|{first}|end" in {event.run_key for event in events(state)}) is not gone
 
 
@@ -285,7 +285,7 @@ def test_report_that_is_read_after_the_loss_corrects_it_once(state: State, run_i
 
 
 class Clock:
-    """A clock that only moves when told to."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = time.monotonic()

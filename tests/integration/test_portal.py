@@ -410,7 +410,7 @@ def test_operators_see_tenants_filter_by_them_and_disable_their_endpoints(host: 
     assert "2 endpoints of the tenant were disabled." in done.text
     assert {row["tenant"] for row in host.rows("endpoint") if not row["enabled"]} == {"bob"}
     assert boss.get("/webhooks/endpoints?tenant=" + "x" * 200).status_code == 404
-    # One that is told so hears of one tenant only.
+    # A dispatcher configured so knows one tenant only.
     form = page(boss, "/webhooks/endpoints/new")
     made = submit(boss, form, "/endpoints/new", url="https://watch.example.com/", only_tenant="ada")
     assert made.status_code == 201

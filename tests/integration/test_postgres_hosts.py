@@ -30,7 +30,7 @@ from flask_rq_webhooks.storage.feed import events_after
 from flask_rq_webhooks.storage.models import Endpoint, Event, Watch
 from flask_rq_webhooks.storage.schema import missing_schema, upgrade_schema
 from tests.servers import Forwarder, PostgresHandle, Process, execute, free_port, wait_until
-from tests.storage_rows import attempt, claim, new_endpoint, occurrence, rows, tell
+from tests.storage_rows import attempt, claim, new_endpoint, occurrence, publish, rows
 
 ENDPOINT = NewEndpoint(url="https://hooks.example.com/in", host="hooks.example.com", secret="s")
 
@@ -69,7 +69,7 @@ def use(database: Database) -> None:
 
     heartbeat(database, "dsp_1", started=True)
     new_endpoint(database, job_id="job-1")
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     (claimed,) = claim(database)
     recorded = record_attempts(database, [attempt(claimed)], dispatcher_id="dsp_1", disable_after=100)
     assert recorded.recorded == {claimed.id: "succeeded"}
@@ -229,7 +229,7 @@ def test_another_default_isolation_level_fails_no_request(url: str, level: str) 
             for number in range(15):
                 job_id = f"{worker}-{number}"
                 register(database, Cipher(["key"]), ENDPOINT, namespace="nnnnnnnn", reserved_job_id=job_id)
-                tell(database, occurrence(job_id))
+                publish(database, occurrence(job_id))
                 claim(database, limit=3)
                 heartbeat(database, f"dsp_{worker % 2}", started=False)
         except BaseException as exc:  # reported below
@@ -365,7 +365,7 @@ def test_behind_a_transaction_pooler_nothing_is_prepared(
                                     namespace="nnnnnnnn", reserved_job_id=f"{worker}-{number}",
                                 )  # fmt: skip
                             else:
-                                tell(database, occurrence(f"{worker}-{number}"))
+                                publish(database, occurrence(f"{worker}-{number}"))
                             break
                         except StorageUnavailableError as exc:
                             errors.append(str(exc))

@@ -79,13 +79,13 @@ def test_single_job_is_a_tree_of_one(state: State, reconciler: Reconciler) -> No
     for _ in range(3):
         reconciler.run_once()
 
-    told = body(state)
-    assert told["event"] == "job.success"
-    assert told["job_id"] == job.id
-    assert told["runid"] == "basin-7"
-    assert told["scope"] == "tree"
-    assert told["jobs"] == {"finished": 1}
-    assert told["result"] == {"runid": "basin-7"}
+    reported = body(state)
+    assert reported["event"] == "job.success"
+    assert reported["job_id"] == job.id
+    assert reported["runid"] == "basin-7"
+    assert reported["scope"] == "tree"
+    assert reported["jobs"] == {"finished": 1}
+    assert reported["result"] == {"runid": "basin-7"}
     assert len(tree_events(state)) == 1
 
 
@@ -141,11 +141,11 @@ def test_failed_child_and_the_last_job_that_never_runs(state: State, reconciler:
     for _ in range(2):
         reconciler.run_once()
 
-    told = body(state)
-    assert told["event"] == "job.failure"
-    assert told["job_id"] == top.id
-    assert told["jobs"] == {"deferred": 2, "failed": 1, "finished": 2}
-    assert (told["error"]["type"], told["error"]["message"]) == ("ValueError", "no rain")
+    reported = body(state)
+    assert reported["event"] == "job.failure"
+    assert reported["job_id"] == top.id
+    assert reported["jobs"] == {"deferred": 2, "failed": 1, "finished": 2}
+    assert (reported["error"]["type"], reported["error"]["message"]) == ("ValueError", "no rain")
     assert behind.get_status() == "deferred"
 
 
@@ -290,7 +290,7 @@ def test_many_looks_at_once_are_one_event(state: State, reconciler: Reconciler) 
     assert body(state)["jobs"] == {"finished": 9}
 
 
-def test_hint_from_a_member_tells_without_a_pass(state: State, reconciler: Reconciler) -> None:
+def test_hint_from_a_member_reports_without_a_pass(state: State, reconciler: Reconciler) -> None:
     top = root(state)
     promise_tree(state, top)
     last = child(state, top, "tests.jobs.add", 1, 2)
@@ -304,7 +304,7 @@ def test_hint_from_a_member_tells_without_a_pass(state: State, reconciler: Recon
     assert body(state)["jobs"] == {"finished": 2}
 
 
-def test_tree_is_told_to_its_own_endpoint_only(state: State, reconciler: Reconciler) -> None:
+def test_tree_is_reported_to_its_own_endpoint_only(state: State, reconciler: Reconciler) -> None:
     top = root(state)
     below = child(state, top, "tests.jobs.add", 1, 2)
     whole, part = promise_tree(state, top), promise_tree(state, below)
@@ -339,7 +339,7 @@ def test_requeued_root_is_another_tree(state: State, reconciler: Reconciler) -> 
     assert len(deliveries(state)) == 2
 
 
-def test_told_tree_needs_no_further_look(state: State, reconciler: Reconciler) -> None:
+def test_reported_tree_needs_no_further_look(state: State, reconciler: Reconciler) -> None:
     top = root(state)
     promise_tree(state, top)
     child(state, top, "tests.jobs.add", 1, 2)
