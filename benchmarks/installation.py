@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -230,11 +231,14 @@ class Servers:
     def installation(self, kind: str = "sqlite", **settings: Any) -> Installation:
         """Give an installation with a Valkey server and a database of its own.
 
-        :param kind: ``"sqlite"`` or ``"postgresql"``.
+        :param kind: ``"sqlite"`` or ``"postgresql"``. The SQLite file is in WAL mode, as ``doctor`` asks for.
         """
         redis_url = self.valkey()
         if kind == "sqlite":
-            url = f"sqlite:///{self.folder / uuid.uuid4().hex}.db"
+            path = self.folder / f"{uuid.uuid4().hex}.db"
+            with closing(sqlite3.connect(path)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+            url = f"sqlite:///{path}"
         else:
             url = self.postgres.new_database()
         installation = Installation(redis_url, url, **settings)
