@@ -29,7 +29,7 @@ from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_js
 from ..tracing import is_same
 from .bulk_insert import chunks_of, insert_new, one_of
 from .claims import load_claimed
-from .database import Database
+from .database import LIMIT_IDLE, Database
 from .models import PENDING, SENDING, Delivery, Event, new_id
 from .reported_runs import settle_watches
 from .subscriptions import (
@@ -145,7 +145,7 @@ def ingest(
     """
     if not items:
         return []
-    with database.write(repeated=repeated) as connection:
+    with database.write(repeated=repeated, limits_idle=True) as connection:
         return ingest_within(
             database,
             connection,
@@ -441,8 +441,8 @@ def _take_locks(connection: Connection, jobs: Sequence[str]) -> int:
     return least
 
 
-_LOCK = text("""
-SELECT (:epoch + s.second) * 1000000 AS least,
+_LOCK = text(f"""
+SELECT (:epoch + s.second) * 1000000 AS least, {LIMIT_IDLE},
        (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
            SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
        ) AS keys) AS locked
@@ -451,7 +451,7 @@ FROM (
         SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
     ) began OFFSET 0
 ) s
-""").bindparams(
+""").bindparams(  # noqa: S608  (no value in it)
     bindparam("epoch", LOCK_EPOCH_S, BigInteger),
     bindparam("class", LOCK_CLASS),
     bindparam("job_class", JOB_LOCK_CLASS),
