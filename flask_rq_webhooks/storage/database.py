@@ -214,20 +214,13 @@ class Database:
         with self._transaction(options) as connection:
             yield connection
 
-    def execute(
-        self,
-        statements: Sequence[tuple[Executable, Any]],
-        *,
-        busy_timeout_s: float | None = None,
-        durable: bool = True,
-    ) -> None:
+    def execute(self, statements: Sequence[tuple[Executable, Any]], **options: Any) -> None:
         """Execute statements in one transaction, and again when that may help.
 
         It helps after a lost connection, or when PostgreSQL ended the transaction in favour of another one.
 
         :param statements: with their parameters; executing all of them twice must be as good as once.
-        :param busy_timeout_s: SQLite: wait no longer than this for another writer.
-        :param durable: see :meth:`write`.
+        :param options: of :meth:`write`.
         :raises StorageUnavailableError: as :meth:`write`.
         """
         if not statements:
@@ -235,9 +228,7 @@ class Database:
         single = len(statements) == 1 and not isinstance(statements[0][1], list)
         for left in reversed(range(TRIES)):
             try:
-                with self.write(
-                    busy_timeout_s=busy_timeout_s, single_statement=single, durable=durable, repeated=True
-                ) as connection:
+                with self.write(single_statement=single, repeated=True, **options) as connection:
                     for statement, parameters in statements:
                         connection.execute(statement, parameters)
                 return
