@@ -30,11 +30,11 @@ test: $(VENV)/.dev  ## run the whole suite with the coverage gate
 quick: $(VENV)/.dev  ## run the unit tests only: no servers, no coverage
 	$(BIN)/python -m pytest -q tests/unit $(PYTEST_ARGS)
 
-# Two storms side by side: they wait more than they compute.
-chaos: $(VENV)/.dev  ## storms and kills, a quarter of an hour, LONG=1 an hour and more; write what they measured into the documentation
+# Three storms side by side: they wait more than they compute.
+chaos: $(VENV)/.dev  ## storms and kills, a quarter of an hour, LONG=1 half an hour; write what they measured into the documentation
 	rm -f .chaos.jsonl .endings.json
 	RQ_WEBHOOKS_ENDINGS_FILE=.endings.json $(BIN)/python -m pytest -q tests/acceptance/test_endings.py -m "chaos or not chaos"
-	RQ_WEBHOOKS_CHAOS_LONG=$(LONG) RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -v -n 2 --dist worksteal \
+	RQ_WEBHOOKS_CHAOS_LONG=$(LONG) RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -v -n 3 --dist worksteal \
 		tests/chaos -m "chaos or slow" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.chaos.write_tables .endings.json .chaos.jsonl
 

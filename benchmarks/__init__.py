@@ -1,4 +1,4 @@
-"""What the pipeline costs, measured beside what else one could do. ``python -m benchmarks --help``.
+"""What the pipeline costs, compared with the alternatives. ``python -m benchmarks --help``.
 
 Every benchmark starts its own servers (Valkey, PostgreSQL, receivers, workers, dispatchers), warms up, and
 runs its contenders alternately, so that whatever else the machine does meets all of them. Ratios are

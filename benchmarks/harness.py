@@ -40,7 +40,7 @@ class Run:
 
     :param rate: deliveries a second.
     :param cpu_ms: CPU milliseconds of its processes for each.
-    :param busy: share of all the machine's processors that was busy, whoever used them.
+    :param busy: share of all the machine's processors that was busy, with any process.
     :param others_ms: CPU milliseconds of others for each, by name.
     """
 
@@ -71,7 +71,7 @@ class Line:
     :param unit: ``"x"``, ``"share"``, ``"/s"``, ``"ms"``, ``"µs"`` or ``"MB"``.
     :param low: smallest of the figures *value* is the median of.
     :param high: largest of them.
-    :param promise: key in :data:`~benchmarks.promises.PROMISES`; empty for figures nobody promised.
+    :param promise: key in :data:`~benchmarks.promises.PROMISES`; empty for figures without a promise.
     :param at_least: the target.
     :param at_most: the target, where less is better.
     """
@@ -177,7 +177,7 @@ class Benchmark:
     promises: tuple[str, ...] = ()
 
     def measure(self, *, quick: bool = False, rounds: int | None = None) -> Report:
-        """Run it; what goes wrong is told in the report."""
+        """Run it; errors go into the report."""
         size = dict(self.quick if quick else self.full)
         if rounds is not None and "rounds" in size:
             size["rounds"] = rounds
@@ -196,7 +196,7 @@ class Benchmark:
 def alternately(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[Run]]:
     """Let all contenders run in turn: a short turn that does not count, then *rounds* turns.
 
-    Every other turn goes backwards, so that nobody always runs after the same neighbour.
+    Every other turn goes backwards, so that no candidate always runs after the same one.
     """
     if rounds > 1:
         for contender in contenders.values():
@@ -306,7 +306,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which *share* of *values* lies."""
+    """Return the value below which *share* of *values* are."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 

@@ -141,13 +141,13 @@ def _outcome(state: State, wanted: int, received: list[Received], log: str, took
         logged = connection.execute(sa.select(Attempt.delivery_id, Attempt.dispatcher_id)).all()
         statuses = connection.execute(sa.select(Delivery.status)).scalars().all()
         events = connection.execute(sa.select(Event.id)).scalars().all()
-    told = Counter(each.headers["webhook-id"] for each in received)
+    sent = Counter(each.headers["webhook-id"] for each in received)
     return Outcome(
         wanted=wanted,
         requests=Counter(
             (each.headers["X-Webhook-Delivery"], each.headers["X-Webhook-Attempt"]) for each in received
         ),
-        events=told if set(told) == set(events) else Counter(events) + told,
+        events=sent if set(sent) == set(events) else Counter(events) + sent,
         attempts=Counter(row.delivery_id for row in logged),
         statuses=Counter(statuses),
         shares=Counter(row.dispatcher_id for row in logged),

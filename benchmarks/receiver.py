@@ -1,4 +1,4 @@
-"""A fast receiver in a process of its own, so that it takes no time from whoever is measured.
+"""A fast receiver in a process of its own, so that it takes no time from what is measured.
 
 ``python -m benchmarks.receiver HOSTS`` listens on ``127.0.0.1`` … ``127.0.0.HOSTS``, all on one port, and
 prints it. A POST to ``/<ms>/…`` is answered after so many milliseconds, one to ``/hang`` never. ``GET`` asks:

@@ -94,14 +94,14 @@ def main() -> None:
         database = Database(url)
         database.create_tables()
         fill(database, client, count)
-        told: list[object] = []
-        reconciler = Reconciler(database, client, publish=told.extend, settings=load_settings({}, {}))
+        reported: list[object] = []
+        reconciler = Reconciler(database, client, publish=reported.extend, settings=load_settings({}, {}))
         for name in ("first pass", "second pass", "third pass", "fourth pass"):
             cpu, wall = time.process_time(), time.perf_counter()
             report = reconciler.run_once()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             print(f"{name}: {report.looked_at} watches, {cpu:.3f} s CPU, {wall:.3f} s")
-        assert not told, told[:3]
+        assert not reported, reported[:3]
         compare_progress(database, client, count)
         database.dispose()
         client.close()

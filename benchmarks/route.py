@@ -15,7 +15,7 @@ from .harness import Report, Size, blocks, percentile
 from .installation import KINDS, Installation, servers
 from .request_overhead import LARGE_JSON, SMALL_JSON, json_turns_us
 
-#: 127.0.0.1, where nobody listens and nobody is asked: nothing is delivered here.
+#: 127.0.0.1, where nothing listens: nothing is delivered here.
 FIELDS = {"webhook_url": "http://127.0.0.1:9/hook", "webhook_secret": "the secret of one client"}
 
 

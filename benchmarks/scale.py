@@ -42,7 +42,7 @@ def growth(size: Size) -> Report:
             took: dict[str, list[float]] = {"few": [], "rows of history": [], "due": []}
             for number in range(claims + 5):
                 for name, installation in zip(took, (few, history, backlog), strict=True):
-                    seconds = _claim_and_record(installation)
+                    seconds = claim_and_record(installation)
                     if number >= 5:
                         took[name].append(seconds)
             parts = {name: blocks(seconds, size["rounds"]) for name, seconds in took.items()}
@@ -79,7 +79,7 @@ def pruning(size: Size) -> Report:
             until = time.monotonic() + size["parts"] * PRUNE_AGAIN_S
             while time.monotonic() < until:
                 busy = pruner.busy
-                took = _claim_and_record(installation)
+                took = claim_and_record(installation)
                 beside.append(took)
                 if not busy and not pruner.busy:
                     alone.append(took)
@@ -131,7 +131,8 @@ def _size_mb(installation: Installation) -> float:
     return int(size) / 2**20
 
 
-def _claim_and_record(installation: Installation) -> float:
+def claim_and_record(installation: Installation) -> float:
+    """Claim a batch, record that each delivery succeeded, and return the seconds that took."""
     database = installation.state.database
     began = time.perf_counter()
     claimed = claim_due(database, limit=BATCH, per_host=8, in_flight={}, lease_s=45)

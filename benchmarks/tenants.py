@@ -205,7 +205,7 @@ def _publish(state: State, number: int) -> float:
 
 
 def fill(state: State, tenants: int, each: int, *, attempts: bool = True) -> datetime:
-    """Write *each* deliveries of *tenants* tenants, made in turns, so that nobody's rows lie together.
+    """Write *each* deliveries of *tenants* tenants, made in turns, so that no tenant's rows are adjacent.
 
     :returns: the end of the time they were made in.
     """

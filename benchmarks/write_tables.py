@@ -148,7 +148,7 @@ _COLORS = ("#4c6ef5", "#12b886", "#fab005", "#fa5252", "#7950f2", "#15aabf", "#8
 
 
 def rates_chart(machine: Mapping[str, Any], reports: Reports) -> str:
-    """Return a chart of deliveries a second, ours beside the peers'."""
+    """Return a chart of deliveries a second, ours and the peers'."""
     report = reports.get("designs")
     bars = [
         (who, [statistics.median(run["rate"] for run in runs)])
@@ -263,9 +263,9 @@ def _profiles(report: Report) -> str:
     for name, shares in report.data.items():
         if "profile" not in name:
             continue
-        told = ", ".join(f"{package} {share:.0%}" for package, share in shares.items() if share >= 0.03)
+        listed = ", ".join(f"{package} {share:.0%}" for package, share in shares.items() if share >= 0.03)
         lines.append(
-            f"- {name} (cProfile, CPU time, from 3 %; built-in functions count for who calls them): {told}."
+            f"- {name} (cProfile, CPU time, from 3 %; built-in functions count for their callers): {listed}."
         )
     return "\n".join(lines) + "\n" if lines else ""
 

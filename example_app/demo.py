@@ -42,7 +42,7 @@ START_DEADLINE = 30.0
 DELIVERY_DEADLINE = 45.0
 
 #: Reads lines from its standard input: ``+pid`` for a process to watch, ``-pid`` for one that has ended.
-#: When the launcher is gone, in whatever way, that input ends: then it kills those processes and their
+#: When the launcher is gone, however it ends, that input ends too: then it kills those processes and their
 #: descendants (a work-horse is in a session of its own, so no process group holds them all) and removes the
 #: directory. Parents are stopped first, so that none forks while the list is made.
 GUARD = r"""

@@ -1,6 +1,6 @@
 """Named steps of the pipeline, for tests that kill a process exactly there.
 
-A process calls :func:`reached` at each point of the table "What a SIGKILL costs" that lies in our own code.
+A process calls :func:`reached` at each point of the table "What a SIGKILL costs" in our own code.
 Unless a test installed a hook, that is one comparison. Imports nothing, decides nothing.
 
 ================  =========================================================================
@@ -15,7 +15,7 @@ attempt recorded  the attempt is recorded
 newer stored      a transaction holds newer progress or an ending, and older deliveries are still to be sent
 older canceled    they are canceled in the same transaction, which is not committed
 reconcile found   endings nobody reported were found, nothing is stored
-reconcile told    they are stored, their watches are not noted
+reconcile stored  they are stored, their watches are not updated
 ================  =========================================================================
 """
 
@@ -27,7 +27,7 @@ _hook: Callable[[str], None] | None = None
 
 
 def install(hook: Callable[[str], None] | None) -> None:
-    """Let *hook* be called with the name of every step this process reaches; ``None`` for nobody."""
+    """Let *hook* be called with the name of every step this process reaches; ``None`` removes it."""
     global _hook
     _hook = hook
 

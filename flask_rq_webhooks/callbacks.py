@@ -201,7 +201,7 @@ def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...], ignores
 
 
 def _trace() -> str | None:
-    """Return the trace of the span that RQ calls us in, where somebody instruments the worker."""
+    """Return the trace of the span that RQ calls us in, where the worker is instrumented."""
     try:
         span = sys.modules["opentelemetry.trace"].get_current_span()
         if not span.get_span_context().is_valid:

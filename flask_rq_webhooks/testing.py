@@ -133,7 +133,7 @@ class InMemoryReceiver:
 def deliver_all(
     app: Flask, receiver: InMemoryReceiver | None = None, *, retries: bool = True
 ) -> list[ReceivedWebhook]:
-    """Deliver what the app's jobs have to tell, and return what was received by this call, in order.
+    """Deliver the events of the app's jobs, and return what was received by this call, in order.
 
     Reads the outbox, looks once for endings that no callback reported (canceled and deleted jobs, for
     instance; a missing job is reported as lost by the second call), and sends.

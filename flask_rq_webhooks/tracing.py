@@ -1,6 +1,6 @@
 """Traces: the W3C trace context of a request goes on to the webhooks about its jobs.
 
-A trace is stored and handed on as one text: a valid ``traceparent``, and after a blank the ``tracestate`` if
+A trace is stored and passed on as one text: a valid ``traceparent``, and after a blank the ``tracestate`` if
 there is one. Where the process has loaded OpenTelemetry, registering, storing an event and every attempt are
 spans of that trace as well. Nothing is imported from here: without a host that has loaded the API there is
 nobody who exports spans. Knows nothing of what a trace belongs to.
@@ -29,9 +29,9 @@ class Headers(Protocol):
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 #: Name of our tracer, which is that of the package.
 _TRACER = "flask_rq_webhooks"
-#: Characters and members of a ``tracestate`` that are handed on; the leftmost member is the latest.
+#: Characters and members of a ``tracestate`` that are passed on; the leftmost member is the latest.
 _MAX_STATE_CHARS, _MAX_MEMBERS = 512, 32
-#: Flags of version 00 that are handed on: sampled, and random trace id.
+#: Flags of version 00 that are passed on: sampled, and random trace id.
 _FLAGS = 0b11
 
 # https://www.w3.org/TR/trace-context/, sections 3.2 and 3.3. A later version may have more at the end.
@@ -88,7 +88,7 @@ def headers_of(trace: str | None, span: Any = None) -> dict[str, str]:
     :param span: of the request, from :func:`start`. Without one, the request gets an id of its own.
     """
     own = None if span is None else trace_of(span)
-    if own is None or own[:52] == (trace or "")[:52]:  # a span that nobody records has the id of its parent
+    if own is None or own[:52] == (trace or "")[:52]:  # a span that is not recorded has the id of its parent
         own = trace and f"{trace[:36]}{secrets.token_hex(8)}{trace[52:]}"
     if own is None:
         return {}
@@ -100,7 +100,7 @@ def headers_of(trace: str | None, span: Any = None) -> dict[str, str]:
 
 
 def _api() -> Any:
-    """Return the API where somebody has set a provider; redis-py imports it in any case."""
+    """Return the API where a provider is set; redis-py imports it in any case."""
     api = sys.modules.get("opentelemetry.trace")
     if api is None or isinstance(api.get_tracer_provider(), api.ProxyTracerProvider):
         return None

@@ -24,7 +24,14 @@ DATABASE_URL = os.environ.get("RQ_WEBHOOKS_TEST_DATABASE_URL")
 #: them at the end.
 LONG = ("chaos", "multimachine", "browser", "acceptance")
 #: Of these, each test goes to whichever process is free: they share nothing, or only the run's servers.
-SPLIT = ("tests/chaos/", "tests/acceptance/test_pipeline.py", "tests/acceptance/test_dispatcher_kills.py")
+SPLIT = (
+    "tests/chaos/",
+    "tests/multimachine/",
+    "tests/acceptance/test_pipeline.py",
+    "tests/acceptance/test_dispatcher_kills.py",
+    "tests/acceptance/test_postgres_outage.py",
+    "tests/acceptance/test_processes.py",
+)
 
 # How long an example takes is no finding: tests may run beside others on a busy machine.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -107,13 +114,15 @@ def sqlite_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest) -> str:
+def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """Give the URL of an empty database, once per supported kind."""
     if request.param == "sqlite":
-        return str(request.getfixturevalue("sqlite_url"))
-    if DATABASE_URL:
-        return DATABASE_URL
-    return str(request.getfixturevalue("postgres").new_database())
+        yield str(request.getfixturevalue("sqlite_url"))
+    elif DATABASE_URL:
+        yield DATABASE_URL
+    else:
+        with request.getfixturevalue("postgres").lent_database() as url:
+            yield url
 
 
 @pytest.fixture

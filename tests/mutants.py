@@ -115,7 +115,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("earlier runs wait until the callbacks' reports are read", CONCLUSIONS,
      "outcome.result is not None and outcome.result.at >= outbox.until for outcome in earlier",
      "False for outcome in earlier"),
-    ("a retry is told to those who asked", CONCLUSIONS,
+    ("a retry is reported to those who asked", CONCLUSIONS,
      "        return [Outcome(type=JOB_RETRYING, run=noted)]", "        return []"),
     ("a new run opens a settled watch", RECONCILE, "            if run and run != watch.run.encode():",
      "            if False:"),

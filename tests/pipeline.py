@@ -108,8 +108,20 @@ def attempts(state: State) -> list[Row[Any]]:
     return rows(state, Attempt)
 
 
-def work(redis_client: redis.Redis) -> None:
-    """Run what is queued, in this process, as a stock worker would."""
+class InProcessWorker(rq.SimpleWorker):
+    """Take no commands: RQ waits up to a second for the thread that does."""
+
+    def subscribe(self, *_args: Any, **_kwargs: Any) -> None:
+        """Start no thread."""
+
+
+def work(redis_client: redis.Redis, jobs: int | None = None, *, queue: str | rq.Queue = "default") -> None:
+    """Run what is queued, in this process, as a stock worker would.
+
+    :param jobs: at most so many.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # RQ 1.16 calls what it has itself deprecated
-        rq.SimpleWorker(["default"], connection=redis_client).work(burst=True, logging_level="ERROR")
+        InProcessWorker([queue], connection=redis_client).work(
+            burst=True, max_jobs=jobs, logging_level="CRITICAL"
+        )

@@ -44,7 +44,7 @@ except OSError:
 
 
 def guard(pid: int) -> subprocess.Popen[bytes]:
-    """Kill *pid* when this process ends in whatever way; close the result's stdin to do so now."""
+    """Kill *pid* when this process ends, however it does; close the result's stdin to do so now."""
     return subprocess.Popen(
         [sys.executable, "-c", _GUARD, str(pid)],
         stdin=subprocess.PIPE,
@@ -304,6 +304,15 @@ class ValkeyHandle:
     kill = stop
 
 
+def execute(url: str, *statements: str) -> None:
+    """Run each statement on PostgreSQL, in a transaction of its own."""
+    import psycopg
+
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        for statement in statements:
+            connection.execute(statement)  # type: ignore[arg-type]
+
+
 @contextmanager
 def postgres_server() -> Iterator[PostgresHandle]:
     """Start a PostgreSQL server on a Unix socket in a temporary directory."""
@@ -323,6 +332,7 @@ class PostgresHandle:
 
     data_dir: Path
     _counter: int = 0
+    _emptied: list[str] = field(default_factory=list)
 
     def start(self) -> None:
         with warnings.catch_warnings():
@@ -332,6 +342,13 @@ class PostgresHandle:
         self._server = PostgresServer(self.data_dir, cleanup_mode=None)
         self._server.start()
         self._guard = guard(self.pid)
+        # A killed server loses nothing that was handed to the kernel, and no test cuts the power.
+        execute(
+            self.url(),
+            "ALTER SYSTEM SET fsync = off",
+            "ALTER SYSTEM SET full_page_writes = off",
+            "SELECT pg_reload_conf()",
+        )
 
     @property
     def pid(self) -> int:
@@ -345,13 +362,25 @@ class PostgresHandle:
 
     def new_database(self) -> str:
         """Create an empty database and return its SQLAlchemy URL."""
-        import psycopg
-
         self._counter += 1
         name = f"test_{os.getpid()}_{self._counter}"
-        with psycopg.connect(self.url().replace("+psycopg", ""), autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')
+        execute(self.url(), f'CREATE DATABASE "{name}"')
         return self.url(name)
+
+    @contextmanager
+    def lent_database(self) -> Iterator[str]:
+        """Give an empty database that is emptied and lent again: that takes a fifth of a new one's time."""
+        url = self._emptied.pop() if self._emptied else self.new_database()
+        yield url
+        execute(
+            url,
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            "SET client_min_messages = error",  # it names each table it drops
+            "DROP SCHEMA public CASCADE",
+            "CREATE SCHEMA public",
+        )
+        self._emptied.append(url)
 
     def dump(self, url: str) -> bytes:
         """Return what ``pg_dump`` makes of a database, as a backup does."""
@@ -413,7 +442,7 @@ class Forwarder:
             while data := one.recv(65536):
                 other.sendall(data)
         except OSError:
-            pass  # both ends are told below
+            pass  # both ends are shut down below
         for each in (one, other):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)

@@ -61,7 +61,7 @@ def render(endpoint: EndpointRow, event_id: str, what: Occurrence) -> bytes:
     return json.dumps([event_id, what.type, what.job_id, endpoint.reference, what.result]).encode()
 
 
-def tell(database: Database, *items: IngestItem | Occurrence, **options: Any) -> list[IngestedEvent]:
+def publish(database: Database, *items: IngestItem | Occurrence, **options: Any) -> list[IngestedEvent]:
     """Ingest *items* with :func:`render`."""
     whole = [item if isinstance(item, IngestItem) else IngestItem(item) for item in items]
     options = {"render": render, "max_attempts": MAX_ATTEMPTS} | options
@@ -72,7 +72,7 @@ def deliver_to(database: Database, host: str, count: int = 1, **values: Any) -> 
     """Make *count* due deliveries to one host, each of its own job; return their ids."""
     endpoint_id = new_endpoint(database, host=host, **values)
     made = [IngestItem(occurrence(f"{endpoint_id}-{number}"), (endpoint_id,)) for number in range(count)]
-    events = [event.event_id for event in tell(database, *made)]
+    events = [event.event_id for event in publish(database, *made)]
     with database.read() as connection:
         query = select(Delivery.id, Delivery.event_id).where(Delivery.event_id.in_(events))
         by_event = {event_id: delivery_id for delivery_id, event_id in connection.execute(query)}

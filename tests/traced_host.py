@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import redis
-import rq
 from flask import Flask, request
 from opentelemetry import propagate, trace
 from opentelemetry.sdk.trace import TracerProvider
@@ -22,11 +21,12 @@ from flask_rq_webhooks import Queue, RQWebhooks
 from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.state import get_state
 from tests.acceptance import tasks
+from tests.pipeline import InProcessWorker
 
 tracer = trace.get_tracer("host")
 
 
-class TracedWorker(rq.SimpleWorker):
+class TracedWorker(InProcessWorker):
     """A worker as instrumentations make it: a span around the job and its callbacks."""
 
     def perform_job(self, job: Any, *others: Any) -> bool:

@@ -4,7 +4,7 @@ A body that begins with ``{`` is read as JSON, an urlencoded one as a form, a mu
 form parser; headers and the query string are read beside it. Any other body is left alone.
 
 Where a request asks for a webhook, its body is written again without our fields, so that raw bytes, length
-and parsed values agree. A request that asks for none is handed on as it came.
+and parsed values agree. A request that asks for none is passed on unchanged.
 
 :class:`Asked` holds them for the time of the request and writes the headers of its answer. Knows nothing of
 what the values mean (:mod:`.request_schema`), nor of how a webhook is kept (:mod:`.register`).

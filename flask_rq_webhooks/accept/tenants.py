@@ -96,7 +96,7 @@ class Subscribers:
     def wanted(self, tenant: str) -> frozenset[str]:
         """Return the event types of jobs that a tenant's endpoints want; call :meth:`nobody` before.
 
-        :raises StorageUnavailableError: where there are more endpoints than one look reads, and SQL is away.
+        :raises StorageUnavailableError: where there are more endpoints than one look reads, and SQL is down.
         """
         known = self._known
         if known is not None:
@@ -121,7 +121,7 @@ class Subscribers:
             self._one_by_one.clear()
 
     def _look(self) -> None:
-        """Look; where SQL is away, what was known serves as long again."""
+        """Look; where SQL is down, the last answer is kept for the same time again."""
         version, began = self._version, time.monotonic()
         try:
             known: Mapping[str, frozenset[str]] | None

@@ -297,11 +297,11 @@ def sessions(state: State) -> str:
 
 
 def routes(state: State) -> str:
-    """Check that no route of the app answers in place of one of ours, or lies between them."""
+    """Check that no route of the app answers in place of one of ours, or is between them."""
     url_map, prefix = state.app.url_map, state.settings.url_prefix.rstrip("/")
     rules = list(url_map.iter_rules())
     ours = [rule for rule in rules if rule.endpoint.startswith(_PREFIX)]
-    # With the prefix "/" every route of the app lies there, and only one that hides another is wrong.
+    # With the prefix "/" every route of the app is there, and only one that hides another is wrong.
     lying = [
         rule for rule in rules
         if prefix and not rule.endpoint.startswith(_PREFIX) and f"{rule.rule}/".startswith(f"{prefix}/")
@@ -417,7 +417,7 @@ def _rendered(state: State, setting: str, base: str, *, portal: bool) -> str:
                     f"{setting} {base!r} cannot be rendered ({why}), so pages appear in our "
                     "own layout; correct it."
                 ) from None
-            # It may depend on a login, and here nobody is logged in.
+            # It may depend on a login, and no user is logged in here.
             return f"{text}, except for visitors who are not logged in ({why})"
     return text
 

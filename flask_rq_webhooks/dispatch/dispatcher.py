@@ -110,7 +110,7 @@ def _lease_s(state: State) -> float:
 
 
 def wait_for_sql(state: State, on_alive: Callable[[], bool]) -> None:
-    """Return as soon as SQL can be used; while it is away, ask every few seconds.
+    """Return as soon as SQL can be used; while it cannot be reached, ask every few seconds.
 
     Before a :class:`Dispatcher` is made, because the names of our keys in Redis are stored in SQL. SIGTERM
     and SIGINT end the process.
@@ -389,7 +389,7 @@ class Dispatcher:
         try:
             os.write(self._poke_write, b"x")
         except OSError:
-            return  # full, so there is enough to read; or closed, so nobody waits
+            return  # full, so there is enough to read; or closed, so nothing waits
 
     def _wait(self, timeout_s: float) -> None:
         readable, _, _ = select.select([self._poke_read], [], [], max(0.0, timeout_s))
@@ -422,7 +422,7 @@ class Dispatcher:
                 )
             return False
         except Exception:
-            # Not counted as a sign of life: a thread that never gets through must not look healthy.
+            # Not counted as progress: a thread that never gets through must not look healthy.
             logger.exception("%s: an unexpected error; trying again.", name)
             return False
         except SystemExit as exc:

@@ -1,10 +1,10 @@
 """Several dispatcher processes under one command: start them, watch them, restart and stop them.
 
 The parent sends nothing and opens no connection. Each child executes the parent's command line afresh, so
-that no connection, thread or lock is inherited. A pipe from child to parent carries signs of life; when the
-parent is gone, the child notices at its next sign of life and stops in order. Whether a single dispatcher or
-a parent, the process that systemd started reports to it (``Type=notify``, ``WatchdogSec=``), without a
-dependency.
+that no connection, thread or lock is inherited. A pipe from child to parent carries heartbeats; when the
+parent is gone, the child notices at its next heartbeat and shuts down gracefully. Whether a single
+dispatcher or a parent, the process that systemd started reports to it (``Type=notify``, ``WatchdogSec=``),
+without a dependency.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 #: Where a child finds its end of the pipe.
 PIPE_VARIABLE = "RQ_WEBHOOKS_WORKER_PIPE"
-#: Seconds without a sign of life after which a child that had started is killed and restarted.
+#: Seconds without a heartbeat after which a child that had started is killed and restarted.
 HUNG_S = 120.0
 #: Seconds after which a child counts as healthy: the pause before the next restart is the shortest again.
 HEALTHY_S = 60.0
@@ -116,9 +116,9 @@ class _SystemdNotifier:
 class _Child:
     """One place for a dispatcher process, whichever process fills it at the moment.
 
-    :param pipe: read end of its signs of life; ``None`` while there is no process.
-    :param alive_at: monotonic time of the last sign; of the start before the first, so that a process that
-        hangs while it starts is replaced as well.
+    :param pipe: read end of its heartbeats; ``None`` while there is no process.
+    :param alive_at: monotonic time of the last heartbeat; of the start before the first, so that a process
+        that hangs while it starts is replaced as well.
     :param pause_s: before the next restart.
     """
 
@@ -134,7 +134,7 @@ class _Child:
 class Supervisor:
     """Keep *count* dispatcher processes running until stopped.
 
-    SIGTERM and SIGINT stop the children in order; a second one makes them hurry, as with a single dispatcher.
+    SIGTERM and SIGINT stop the children gracefully; a second one shortens that, as with a single dispatcher.
 
     :param command: what each child executes.
     :param burst: the children end by themselves and are not restarted.
@@ -155,7 +155,7 @@ class Supervisor:
         """Run until stopped; return the exit code.
 
         When no child ever gets as far as its first heartbeat, the exit code is that of the last one and
-        nothing is retried: a wrong setting does not heal.
+        nothing is retried: a wrong setting stays wrong.
         """
         before = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)

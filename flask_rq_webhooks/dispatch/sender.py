@@ -207,9 +207,9 @@ class Sender:
 
         :param hurry: says whether to release what is in flight instead; asked again and again.
         """
-        while self._stored:  # whoever offered them has ended
+        while self._stored:  # the thread that offered them has ended
             self.withdraw(self._stored.popleft())
-        # Every attempt has a deadline of its own, so this one only matters while SQL is away.
+        # Every attempt has a deadline of its own, so this one only matters while SQL is down.
         give_up_at = time.monotonic() + self._state.settings.timeout + LEASE_MARGIN_S
         while self._is_busy() and not hurry() and time.monotonic() < give_up_at:
             try:
@@ -240,7 +240,7 @@ class Sender:
     def _room(self) -> int:
         limit = self._concurrency + self._ahead()
         if len(self._recorder) >= 4 * limit:
-            return 0  # SQL cannot keep up, or is away: nothing is sent whose answer cannot be recorded
+            return 0  # SQL cannot keep up, or is down: nothing is sent whose answer cannot be recorded
         return limit - self._in_flight.places_taken
 
     def _is_busy(self) -> bool:

@@ -1,4 +1,4 @@
-"""What outcomes mean for a watch: what to publish, and what to note. Pure: everything is handed in.
+"""What outcomes mean for a watch: what to publish, and what to note. Pure: everything is passed in.
 
 Which runs count, when an absent job is lost, and when absence proves nothing. How a run ended is decided in
 :mod:`~flask_rq_webhooks.observe.outcomes`.
@@ -81,7 +81,7 @@ class OutboxRead:
 
     :param until: every report before was read, and its event is stored.
     :param absent_since: a job that was absent in the pass before was absent then; its reports are older.
-    :param complete_until: as *until*, and as late as is certain; ``None`` where nobody asks.
+    :param complete_until: as *until*, and as late as is certain; ``None`` where no one asks.
     """
 
     until: datetime
@@ -90,7 +90,7 @@ class OutboxRead:
 
     @property
     def has_all_of_absent(self) -> bool:
-        """Say whether nothing can be waiting there that speaks of a job missed in the pass before."""
+        """Say whether nothing can be waiting there about a job that was missing in the pass before."""
         return self.until >= self.absent_since
 
 
@@ -212,9 +212,7 @@ def _of_absent_job(
         outcome = news(by_report(watch.report), reported, now=now)
         return Conclusion(outcomes=() if outcome is None else (outcome,), uses_report=True)
     if not watch.of_tree and later_run(watch.run, reported) is not None:
-        return Conclusion(
-            action=WatchAction.CAUGHT_UP
-        )  # it ran again: nobody knows any more how this run ended
+        return Conclusion(action=WatchAction.CAUGHT_UP)  # it ran again: how this run ended is no longer known
     if watch.status == "reserved" and watch.run is None:
         unused = now - watch.created_at > RESERVED_GRACE
         return Conclusion(action=WatchAction.UNUSED if unused else WatchAction.WAIT)
@@ -246,7 +244,7 @@ def later_run(run: str | None, reported: Sequence[Reported]) -> Reported | None:
 
 
 def outcome_of_loss(watch: WatchFacts) -> Outcome:
-    """Return that the job of *watch* is gone, and nobody knows how it ended."""
+    """Return that the job of *watch* is gone, and how it ended is not known."""
     run = watch.run or "created:" + format_time(watch.created_at)
     return Outcome(type=JOB_LOST, run=run, committed=False)
 

@@ -298,7 +298,7 @@ def unreported_outcomes(
         found = [result for result in left[-1:] if result.at >= since - LARGE_CLOCK_SKEW]
     outcomes = []
     for result in found:
-        # A run that nobody saw has no known identity; when it ended is as unique as when it was enqueued.
+        # An unseen run has no known identity; when it ended is as unique as when it was enqueued.
         outcomes.append(_by_result(open_run or format_time(result.ended_at or result.at), result))
         open_run = None
     return outcomes
@@ -353,7 +353,7 @@ def news(outcome: Outcome, reported: Iterable[Reported], *, now: datetime) -> Ou
     """Return *outcome* as it is to be published: as it is, as a correction, or not at all.
 
     A run has one ending and at most one correction. Only what RQ committed corrects what RQ had committed;
-    ``job.lost`` means that nobody knew, so a callback's report corrects it too.
+    ``job.lost`` means that the outcome was not known, so a callback's report corrects it too.
     """
     if not outcome.is_final:
         return outcome

@@ -297,7 +297,7 @@ class PendingEvents:
         for start in range(0, len(items), AT_ONCE):
             reached("reconcile found")
             published += publish_some(publish, items[start : start + AT_ONCE])
-            reached("reconcile told")
+            reached("reconcile stored")
         return Counter(item.occurrence.type for item in published)
 
     def _new_items(self) -> list[IngestItem]:
@@ -374,7 +374,7 @@ def _progress(job: JobRecord | None, outcome: Outcome, settings: Settings) -> An
 
 
 def occurrence_of_loss(job_id: str, outcome: Outcome, *, now: datetime) -> Occurrence:
-    """Return that a job is gone and nobody knows how it ended."""
+    """Return that a job is gone and how it ended is not known."""
     return Occurrence(
         type=outcome.type,
         occurred_at=now,
@@ -452,7 +452,7 @@ def _reported_result(report: OutboxEntry, max_payload_bytes: int) -> tuple[Any, 
 
 
 def _began(outcome: Outcome) -> datetime | None:
-    """Return when an earlier run was enqueued; that of a run nobody saw is not known."""
+    """Return when an earlier run was enqueued; that of an unseen run is not known."""
     run = outcome.run.removeprefix("created:")
     began = parse_time(run)
     return None if outcome.ended_at is not None and began >= outcome.ended_at else began

@@ -50,7 +50,7 @@ class Reconciler:
     One at a time: the caller holds the reconcile lease. Two at once would do no harm, only work twice.
 
     :param publish: stores occurrences as events and deliveries, each once.
-    :param outbox_key: the stream of callbacks' reports; while one may speak of a job, its absence proves
+    :param outbox_key: the stream of callbacks' reports; while one may be about a job, its absence proves
         nothing.
     :param clock: aware UTC now.
     """

@@ -48,7 +48,7 @@ def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
 
 
 def expired_jobs(redis: Redis, queue: str) -> set[str]:
-    """Return the started jobs of *queue* whose worker gives no sign of life: RQ has yet to clean them."""
+    """Return the started jobs of *queue* whose worker sends no heartbeat: RQ has not cleaned them up yet."""
     key = StartedJobRegistry(queue, connection=redis).key
     # Workers write these times by their own clocks.
     until = (server_time(redis) - CLOCK_SKEW).timestamp()

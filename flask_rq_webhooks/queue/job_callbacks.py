@@ -272,7 +272,7 @@ def _default() -> Attachment | None:
     try:
         return _default_attachment()
     except RQWebhooksError:
-        # Nobody asked for a webhook here: the host's job is enqueued without one.
+        # No webhook was requested here: the host's job is enqueued without one.
         logger.exception("A job is enqueued without webhook callbacks (RQ_WEBHOOKS_ATTACH is 'all').")
         return None
 

@@ -108,9 +108,9 @@ class Outbox:
         return count if count >= SILENT_CALLBACKS else 0
 
     def refused_user(self) -> str | None:
-        """Return a Redis user whose commands on the stream were refused of late, if the server says so.
+        """Return a Redis user whose commands on the stream were refused recently, if the server says so.
 
-        Only ``ACL LOG`` proves it, which not every user may read; ``None`` means that nobody knows.
+        Only ``ACL LOG`` proves it, which not every user may read; ``None`` means unknown.
         """
         try:
             log = self._raw("ACL", "LOG", 128)

@@ -2,7 +2,7 @@
 
 ``pickle.load`` is never called on them. ``pickletools.genops`` splits a pickle into opcodes, and the small
 machine here builds texts, numbers, dates and containers from them. It imports nothing, calls nothing a pickle
-names, and hands out no class: the constructors below are functions of ours. Whatever is not plain data
+names, and hands out no class: the constructors below are our own functions. Whatever is not plain data
 becomes :data:`UNKNOWN`. Work and memory are bounded: see :data:`MAX_BYTES` and :data:`MAX_STEPS`.
 
 RQ's ``JSONSerializer`` writes JSON instead; :func:`load_plain` reads that too.

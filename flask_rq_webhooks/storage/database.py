@@ -209,7 +209,7 @@ class Database:
         """
         options: dict[str, Any] = {"rq_webhooks_write": False}
         if not self.is_sqlite:
-            # READ COMMITTED takes a new snapshot per statement anyway; so spare BEGIN and ROLLBACK.
+            # READ COMMITTED takes a new snapshot per statement anyway; so BEGIN and ROLLBACK are saved.
             options["isolation_level"] = "AUTOCOMMIT"
         with self._transaction(options) as connection:
             yield connection

@@ -40,7 +40,7 @@ EVENTS_PER_PART = 5_000
 #: The last delivery changed; or the endpoint and the last event looked at.
 _CURSOR = re.compile(r"(dlv_[0-9a-z]{26})|(ep[0-9a-z]{0,20}_[0-9a-z]{26}):(evt_[0-9a-z]{26})")
 
-#: What was said of a run under way is out of date by the time somebody recovers deliveries.
+#: Reports about a run under way are out of date by the time deliveries are recovered.
 _IS_CURRENT = (Delivery.event_type.not_in(sorted(RUNNING_TYPES)),)
 
 
@@ -157,7 +157,7 @@ def cancel_part(
 def left_to_recover(database: Database, where: DeliveryFilter, cursor: str | None) -> int | None:
     """Return how many deliveries the parts from *cursor* on find, up to ``COUNT_CAP`` and one more.
 
-    :returns: without those that are still to be made; ``None`` when only these are left, as nobody knows
+    :returns: without those that are still to be made; ``None`` when only these are left, as it is not known
         their number before.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """

@@ -147,7 +147,7 @@ class EndpointFields:
     :param retry_statuses: HTTP statuses that are retried, and no others: ``"429"``, or ``"5xx"`` for all of
         these; ``None`` for those of the settings.
     :param tenant: see :class:`Endpoint`, as for *only_tenant*.
-    :param trace: of the request it came with, see :mod:`~flask_rq_webhooks.tracing`; nobody chooses it.
+    :param trace: of the request it came with, see :mod:`~flask_rq_webhooks.tracing`; no client chooses it.
     """
 
     url: str = field(repr=False)

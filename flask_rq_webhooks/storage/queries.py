@@ -224,7 +224,7 @@ def job_webhook(
         url=chosen[0].url,
         runid=chosen[0].runid or of_job,
         delivery_status=deliveries[0].status if deliveries else "waiting",
-        # An event names the run of the job, which may be that of somebody else's request.
+        # An event names the run of the job, which may belong to another client's request.
         events=tuple(event if event.runid in seen else replace(event, runid=None) for event in shown),
         deliveries=tuple((delivery, tuple(attempts[delivery.id])) for delivery in deliveries),
     )

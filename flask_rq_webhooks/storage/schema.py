@@ -68,7 +68,7 @@ def upgrade_schema(database: Database) -> SchemaChanges:
 
     May be repeated, also after an interruption and by several processes at once, while the app goes on. Each
     step is a transaction of its own. PostgreSQL builds indexes beside all reads and writes
-    (``CONCURRENTLY``), and whoever wants a table that gets columns waits for :data:`LOCK_TIMEOUT_S` at most.
+    (``CONCURRENTLY``), and a query on a table that gets columns waits for :data:`LOCK_TIMEOUT_S` at most.
     SQLite has one writer at a time: the others wait while one index is built. A column added to a table with
     rows gets its default there.
 
@@ -146,7 +146,7 @@ def _make(connection: Connection, missing: SchemaChanges) -> SchemaChanges:
 
 
 def _build_index(database: Database, name: str) -> SchemaChanges:
-    """Build an index of PostgreSQL outside of a transaction, where it holds up nobody."""
+    """Build an index of PostgreSQL outside of a transaction, where it blocks no one."""
     index = _INDEXES[name]
     statement = str(CreateIndex(index).compile(dialect=database.engine.dialect))
     concurrently = statement.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)

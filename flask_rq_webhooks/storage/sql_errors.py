@@ -27,7 +27,7 @@ _TRY_AGAIN = frozenset({"40001", "40P01"})
 _SQLITE_UNAVAILABLE = frozenset({2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 22, 23, 26})
 #: Those of them that another process causes and ends: busy, locked.
 _SQLITE_BUSY = frozenset({5, 6})
-#: Classes of SQLSTATE that a person has to mend: authorization, no such database, name or right.
+#: Classes of SQLSTATE that need an operator: authorization, no such database, name or right.
 _REFUSED_CLASSES = frozenset({"28", "3D", "3F", "42"})
 #: The same where a connection was refused, which drivers report without SQLSTATE.
 _REFUSALS = (
@@ -85,7 +85,7 @@ def may_try_again(exc: StorageUnavailableError) -> bool:
 
 
 def is_away(exc: StorageUnavailableError) -> bool:
-    """Say whether waiting may help: the database is away, starting or busy, and refuses nothing."""
+    """Say whether waiting may help: the database is down, starting or busy, and refuses nothing."""
     cause = exc.__cause__
     if not isinstance(cause, DBAPIError):
         return True

@@ -195,7 +195,7 @@ def _of_deliveries(
     finished: Sequence[ColumnElement[bool]] = (),
     attempted: Sequence[ColumnElement[bool]] = (),
 ) -> dict[str, Any]:
-    """Return the numbers that operators and tenants see alike, of the rows that the conditions choose."""
+    """Return the numbers that both operators and tenants see, of the rows that the conditions choose."""
     since = database.now(connection) - timedelta(hours=hours)
     by_hour, complete = _finished_by_hour(database, connection, since, *finished)
     succeeded = sum(hour.succeeded for hour in by_hour)

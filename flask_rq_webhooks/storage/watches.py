@@ -28,7 +28,7 @@ class WatchProbe:
     """As little of an open or reserved watch as a pass over many of them needs.
 
     :param needs_full_read: it holds a report, or a run of its job was reported before.
-    :param wants: optional types that somebody asks for.
+    :param wants: optional types that an endpoint asks for.
     """
 
     id: str
@@ -105,7 +105,7 @@ def probe_waiting(
 
     :param after: id of the last one of the page before; empty for the first page.
     :param standing_want: see :func:`optional_types_of_standing`.
-    :param wanting: only those for which somebody names this optional type.
+    :param wanting: only those for which an endpoint names this optional type.
     """
     by_operators = standing_want.get(None, frozenset())
     query = (

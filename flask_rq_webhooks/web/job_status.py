@@ -38,7 +38,7 @@ _ATTEMPTS = StatusAttemptSchema(many=True)
 def job_status(state: State, job_id: str) -> Response:
     """Return the state of a job's webhook, with an ``ETag``, and ``Retry-After`` while it may change.
 
-    A job of somebody else looks like one that does not exist, and like one without a webhook; the same
+    A job of another client looks like one that does not exist, and like one without a webhook; the same
     statements and as many questions to the host are asked for each.
 
     :raises ApiError: 403 where the host's permission function lets the caller ask for no job of this id.

@@ -187,7 +187,7 @@ class _Collector:
             waiting = rejected = None
         yield _gauge("redis_up", "Whether Redis answered.", {(): float(waiting is not None)})
         if waiting is None or rejected is None:
-            return  # absent, not 0: nobody knows
+            return  # absent, not 0: it is unknown
         yield _gauge("outbox_entries", "Callbacks that no dispatcher has stored yet.", {(): waiting})
         yield _gauge("outbox_rejected_entries", "Outbox entries set aside as malformed.", {(): rejected})
 

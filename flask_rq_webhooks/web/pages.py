@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 PAGE_ITEMS = 50
 
 #: Seconds after which a page that shows something in flight is refreshed; the overview while nothing is
-#: delivered, which somebody is about to repair; and at rest.
+#: delivered, where a repair is expected; and at rest.
 REFRESH_S, REFRESH_ALARM_S, REFRESH_IDLE_S = 2, 5, 15
 
 

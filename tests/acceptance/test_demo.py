@@ -23,7 +23,7 @@ LAST_LINE = "demo: 3 of 3 webhooks delivered and verified"
 
 @dataclass
 class Launcher:
-    """One demo process, told apart from all others by a variable in its environment."""
+    """One demo process, recognised by a variable in its environment."""
 
     directory: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -92,17 +92,17 @@ def test_three_webhooks_are_delivered_and_verified(launcher: Launcher) -> None:
     assert lines[-1] == LAST_LINE
     launcher.assert_nothing_left()
 
-    def told(name: str) -> list[str]:
+    def reported(name: str) -> list[str]:
         pattern = re.compile(rf" *[0-9]+\.[0-9]{{2}} s  {name} +(.*)")
         return [match[1] for line in lines if (match := pattern.fullmatch(line))]
 
     for name, ending in [("success", "ended: job.success"), ("failure", "ended: job.failure")]:
-        submitted, ended, attempt, verified = told(name)
+        submitted, ended, attempt, verified = reported(name)
         assert submitted.startswith("submitted: build_")
         assert ended == ending
         assert attempt == "attempt 1: succeeded, answered 204"
         assert verified.startswith("verified by the receiver (evt_")
-    assert told("flaky")[2:5] == [
+    assert reported("flaky")[2:5] == [
         "attempt 1: failed, answered 503",
         "attempt 2: failed, answered 503",
         "attempt 3: succeeded, answered 204",

@@ -48,7 +48,7 @@ def test_dispatcher_killed_at_ten_random_moments(stack: Stack) -> None:
 
     # A kill between headers and body leaves a torn request, which no receiver takes for a webhook.
     received = [one for one in stack.receiver.received if len(one.body) == int(one.headers["Content-Length"])]
-    assert killed_at < JOBS, "every job was told before the last kill; the test proves nothing"
+    assert killed_at < JOBS, "every job was reported before the last kill; the test proves nothing"
     assert {one.json["job_id"] for one in received} == job_ids
     ids_of_job: dict[str, set[str]] = {}
     for one in received:

@@ -1,4 +1,4 @@
-"""Every way a job can end, with a stock worker, a dispatcher and a receiver: what is told, by whom, how soon.
+"""Every way a job can end, with stock worker, dispatcher and receiver: what is reported, by what, how soon.
 
 One installation serves all rows; every row has a queue of its own, and a worker where it needs one. With
 ``RQ_WEBHOOKS_ENDINGS_FILE`` set, what was measured is written there for the documentation
@@ -224,7 +224,7 @@ def _row(request: pytest.FixtureRequest, case: Case) -> None:
     case.name = getattr(request.function, "row", request.node.name)
 
 
-# -- told by callbacks ------------------------------------------------------------------------------------
+# -- reported by callbacks --------------------------------------------------------------------------------
 
 
 @named("returns")
@@ -564,7 +564,7 @@ def test_worker_host_lost(case: Case) -> None:
 # -- afterwards -------------------------------------------------------------------------------------------
 
 
-def test_nobody_was_told_more_than_the_table_says(installation: Installation) -> None:
+def test_no_client_got_more_than_the_table_says(installation: Installation) -> None:
     """Every row's job has its events and no others, each delivered once."""
     time.sleep(2 * INTERVAL_S)
     expected: dict[str, list[str]] = {}

@@ -140,7 +140,7 @@ def test_a_run_from_its_inputs_to_its_water_balance(example: Example) -> None:
     assert all(child in page for child in children.values())
 
 
-def test_an_uploaded_table_that_is_wrong_is_told_as_failure(example: Example) -> None:
+def test_an_uploaded_table_that_is_wrong_is_reported_as_failure(example: Example) -> None:
     app = example.app
     table = "date,precipitation_mm,tmin_c,tmax_c\n2023-01-01,0,5,-5\n"
     response = app.post(
@@ -198,7 +198,7 @@ def test_without_webhook_fields_nothing_is_different(example: Example) -> None:
     assert "Webhook-Registered" not in response.headers
 
 
-def test_the_receiver_fails_as_often_as_it_is_told_to(example: Example) -> None:
+def test_the_receiver_fails_as_often_as_configured(example: Example) -> None:
     app = example.app
     response = app.post("/runs/flaky/plain/rq/api/build_landuse", json=fields(app, "/hooks/flaky?fail=1"))
     first, second = app.arrivals("/hooks/flaky", 2)

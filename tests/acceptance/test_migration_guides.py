@@ -39,12 +39,12 @@ class Printing:
         return [json.loads(line) for line in self.process.output.splitlines() if line.endswith("]")]
 
     def wait_for(self, job_id: str) -> list[Any]:
-        """Wait until a job was told of and return what was printed of it."""
+        """Wait until a job was reported and return what was printed of it."""
 
-        def told() -> list[Any] | None:
+        def reported() -> list[Any] | None:
             return next((line for line in self.accepted if job_id in json.dumps(line)), None)
 
-        found: list[Any] = wait_until(told, what=f"{job_id} in {self.process.output}")
+        found: list[Any] = wait_until(reported, what=f"{job_id} in {self.process.output}")
         return found
 
 
@@ -86,8 +86,8 @@ def test_from_rq_webhook(tmp_path: Path, redis_url: str) -> None:
         more = web.post("/reports/three", {**signed, "webhook_format": "job", "pages": 0}).json()["job_id"]
         assert new_receiver.wait_for(plain) == [plain, "finished", ""]
         assert new_receiver.wait_for(more) == [more, "failed", "ValueError: a report of 0 pages"]
-        told = [line[0] for line in old_receiver.accepted]
-        assert sorted(told) == sorted({by_rq, in_between, good, bad})  # each once
+        reported = [line[0] for line in old_receiver.accepted]
+        assert sorted(reported) == sorted({by_rq, in_between, good, bad})  # each once
 
 
 def same_shape(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -112,7 +112,7 @@ def test_from_a_callback_that_posts(tmp_path: Path, redis_url: str, redis_client
         def bodies(received: list[Received]) -> list[Any]:
             return [one.json for one in received]
 
-        # Before: a receiver that is down for a moment makes a good job a failed one, and is told that.
+        # Before: a receiver that is down for a moment makes a good job a failed one.
         web = host.start_web()
         worker = host.start_worker()
         web.wait()
@@ -140,9 +140,9 @@ def test_from_a_callback_that_posts(tmp_path: Path, redis_url: str, redis_client
         assert posted == {"job": in_between, "state": "done", "result": {"steps": 3}}
         fields = {"callback_url": receiver.url, "callback_secret": SECRET}
         new_bad = web.post("/simulations", {"steps": -1, **fields}).json()["job_id"]
-        (told,) = receiver.wait_for(6)[5:]
-        assert told.json == {"job": new_bad, "state": "failed", "reason": "-1 steps"}
-        verify(told.body, told.headers, SECRET)
+        (reported,) = receiver.wait_for(6)[5:]
+        assert reported.json == {"job": new_bad, "state": "failed", "reason": "-1 steps"}
+        verify(reported.body, reported.headers, SECRET)
 
         # Nothing waits that names the old functions: they go. What the callback did beside posting stays.
         worker.stop()
@@ -205,10 +205,10 @@ def test_from_task_notifications(tmp_path: Path, redis_url: str, monkeypatch: py
         web.post("/api/v1/checks", {"text": "gr\u00fcn", **asked, "webhook_url": raw.url})
         web.post("/api/v1/checks", {"text": "", **asked, "webhook_url": raw.url})
         for received in raw.wait_for(2):
-            told = received.json
+            reported = received.json
             expected = old["build_body"](
-                told["task"]["id"], "check_document", told["timestamp"],
-                result=told.get("result"), error=told.get("error"),
+                reported["task"]["id"], "check_document", reported["timestamp"],
+                result=reported.get("result"), error=reported.get("error"),
             )  # fmt: skip
             assert received.body == expected
             assert received.headers["X-Guardrails-Signature"] == old["signature"](expected)

@@ -203,11 +203,14 @@ def test_pilot_then_all_then_back(tmp_path: Path, redis_url: str, redis_client: 
                 for job_id in job_ids(response):
                     assert in_redis(redis_client, job_id)["callbacks"] == before[name][1][0]["callbacks"]
         assert rows(database, "rq_webhooks_endpoint") == len(PILOTS)
-        told = by_job(receiver.wait_for(len(PILOTS)))
-        assert set(told) == set(asked.values())
-        assert told[asked["build_landuse"]]["result"] == {"runid": "basin", "options": {"cover": "forest"}}
-        assert told[asked["archive"]]["result"] == "basin.zip"
-        tree = told[asked["run_wepp"]]
+        reported = by_job(receiver.wait_for(len(PILOTS)))
+        assert set(reported) == set(asked.values())
+        assert reported[asked["build_landuse"]]["result"] == {
+            "runid": "basin",
+            "options": {"cover": "forest"},
+        }
+        assert reported[asked["archive"]]["result"] == "basin.zip"
+        tree = reported[asked["run_wepp"]]
         assert (tree["event"], tree["scope"], tree["jobs"]) == ("job.success", "tree", {"finished": 5})
         web.process.stop()
 
@@ -224,8 +227,8 @@ def test_pilot_then_all_then_back(tmp_path: Path, redis_url: str, redis_client: 
             response = call(web, name, **fields)
             assert response.headers["Webhook-Registered"] == "true", name
             expected += job_ids(response)
-        told = by_job(receiver.wait_for(len(expected)))
-        assert set(told) == set(expected)
+        reported = by_job(receiver.wait_for(len(expected)))
+        assert set(reported) == set(expected)
         bad = call(web, "run_ash", webhook_url="http://10.0.0.1/")
         assert (bad.status_code, bad.json()["Success"]) == (400, False)
         assert list(bad.json()["Details"]) == ["webhook_url"]

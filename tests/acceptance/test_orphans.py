@@ -17,7 +17,7 @@ ABANDONED_S = 100
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_orphan_that_finishes_after_rq_called_its_job_abandoned_is_told_as_a_correction(
+def test_orphan_that_finishes_after_rq_called_its_job_abandoned_is_reported_as_a_correction(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"RQ_WEBHOOKS_RECONCILE_INTERVAL": 0.5, "RQ_WEBHOOKS_CLEAN_ABANDONED": True}

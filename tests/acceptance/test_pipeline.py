@@ -27,7 +27,7 @@ def committed_status(stack: Stack, job_id: str) -> str | None:
     return status.decode() if status is not None else None
 
 
-def test_success_is_told_signed_verified_and_logged(stack: Stack) -> None:
+def test_success_is_reported_signed_verified_and_logged(stack: Stack) -> None:
     stack.start_worker()
     stack.start_dispatcher()
 
@@ -59,7 +59,7 @@ def test_success_is_told_signed_verified_and_logged(stack: Stack) -> None:
     assert SECRET not in str(status)
 
 
-def test_failure_is_told_with_its_error(stack: Stack) -> None:
+def test_failure_is_reported_with_its_error(stack: Stack) -> None:
     stack.start_worker()
     stack.start_dispatcher()
 
@@ -75,7 +75,7 @@ def test_failure_is_told_with_its_error(stack: Stack) -> None:
     assert "result" not in received.json
 
 
-def test_stopped_job_is_told(stack: Stack) -> None:
+def test_stopped_job_is_reported(stack: Stack) -> None:
     from rq.command import send_stop_job_command
 
     stack.start_worker()
@@ -123,7 +123,7 @@ def test_users_own_callbacks_still_run(stack: Stack) -> None:
     assert noted[1] == f"failure {bad} ValueError dry"
 
 
-def test_workhorse_killed_after_on_success_is_told_as_rq_committed_it(stack: Stack) -> None:
+def test_workhorse_killed_after_on_success_is_reported_as_rq_committed_it(stack: Stack) -> None:
     stack.start_worker()
     stack.start_dispatcher()
 
@@ -198,7 +198,7 @@ def test_secrets_are_nowhere_but_encrypted(stack: Stack, tmp_path: Path) -> None
         assert HEADER_VALUE.encode() not in content, place
 
 
-def test_watched_job_made_elsewhere_is_told_by_reconcile(stack: Stack) -> None:
+def test_watched_job_made_elsewhere_is_reported_by_reconcile(stack: Stack) -> None:
     queue = rq.Queue(connection=stack.redis)
     waiting = queue.enqueue(tasks.add, 1, 2)
     with stack.app.app_context():

@@ -18,16 +18,10 @@ import sqlalchemy as sa
 from flask_rq_webhooks.storage.models import Event
 from tests.acceptance.conftest import running_stack
 from tests.acceptance.test_postgres_outage import Client, count
-from tests.servers import Forwarder, PostgresHandle, postgres_server, wait_until
+from tests.servers import Forwarder, PostgresHandle, execute, postgres_server, wait_until
 
 #: Seconds after which the first request has to be accepted again, and the first webhook to arrive.
 BACK_S = 5.0
-
-
-def execute(server: PostgresHandle, *statements: str) -> None:
-    with psycopg.connect(server.url().replace("+psycopg", ""), autocommit=True) as connection:
-        for statement in statements:
-            connection.execute(statement)  # type: ignore[arg-type]
 
 
 def socket_of(server: PostgresHandle) -> str:
@@ -57,7 +51,7 @@ def standby_of(primary: PostgresHandle) -> Iterator[PostgresHandle]:
     standby = PostgresHandle(target)
     standby.start()
     try:
-        execute(primary, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
+        execute(primary.url(), "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
         yield standby
     finally:
         standby.stop(immediately=True)
@@ -82,8 +76,12 @@ def test_a_failover_under_load_is_five_seconds_and_loses_nothing(
             clients = [Client(stack, pause_s=0.05) for _ in range(3)]
             stack.receiver.wait_for(20)
 
-            execute(primary, "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
-            execute(standby, "SELECT pg_promote()")
+            execute(
+                primary.url(),
+                "ALTER SYSTEM SET default_transaction_read_only = on",
+                "SELECT pg_reload_conf()",
+            )
+            execute(standby.url(), "SELECT pg_promote()")
             forwarder.path = socket_of(standby)
             switched, arrived = time.monotonic(), len(stack.receiver.received)
 

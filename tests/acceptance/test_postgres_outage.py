@@ -114,12 +114,12 @@ def test_nothing_is_lost_and_nothing_is_enqueued_unregistered(
     assert max(took_s for _, _, took_s, _ in client.answers) < 6
     assert client.statuses(serving_at + 1, time.monotonic())[503] == 0
 
-    # Everything accepted is told, once, and verifiably.
+    # Everything accepted is reported, once, and verifiably.
     jobs = client.accepted
     wait_until(
         lambda: {r.json["job_id"] for r in stack.receiver.received} >= jobs,
         timeout=90,
-        what="every accepted job to be told",
+        what="every accepted job to be reported",
     )
     wait_until(lambda: count(stack, sa.select(sa.func.count()).where(Delivery.status != "succeeded")) == 0)
     from flask_rq_webhooks.receiver import verify
@@ -133,7 +133,7 @@ def test_nothing_is_lost_and_nothing_is_enqueued_unregistered(
     assert all(len(ids) == 1 for ids in by_job.values())
     repeats = len(stack.receiver.received) - len(jobs)
 
-    # No job is enqueued without its endpoint: whoever is in Redis has a watch, and was accepted.
+    # No job is enqueued without its endpoint: each job in Redis has a watch, and was accepted.
     in_redis = {key.decode().removeprefix("rq:job:") for key in redis_client.scan_iter("rq:job:*")}
     assert in_redis == jobs
     with get_state(stack.app).database.read() as connection:
@@ -151,13 +151,13 @@ def test_nothing_is_lost_and_nothing_is_enqueued_unregistered(
     assert attempts == len(jobs)
     assert all(dispatcher.popen.poll() is None for dispatcher in dispatchers)
     print(
-        f"\n{ending}: away {up_at - gone_at:.1f} s, {len(jobs)} jobs accepted and told, "
+        f"\n{ending}: away {up_at - gone_at:.1f} s, {len(jobs)} jobs accepted and reported, "
         f"{away[503]} answers 503 (slowest {max(t for _, _, t, _ in client.answers):.2f} s), "
         f"{repeats} requests repeated under the same webhook-id"
     )
 
 
-def test_host_is_told_503_in_its_words_and_nothing_runs(
+def test_host_answers_503_in_its_words_and_nothing_runs(
     outage_stack: Stack, own_postgres: PostgresHandle, redis_client: redis.Redis
 ) -> None:
     stack = outage_stack
@@ -172,7 +172,7 @@ def test_host_is_told_503_in_its_words_and_nothing_runs(
     assert int(response.headers["Retry-After"]) > 0
     assert response.headers["Webhook-Registered"] == "false"
     assert redis_client.llen("rq:queue:default") == 0
-    # Whoever asks for no webhook is none the wiser.
+    # A request without a webhook is not affected.
     plain = stack.client().post("/call/add", json={"args": [1, 2]})
     assert plain.status_code == 200
     assert stack.client().get(f"/webhooks/jobs/{job_id}").status_code == 503

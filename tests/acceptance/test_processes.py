@@ -58,16 +58,16 @@ def test_children_killed_at_random_lose_nothing(stack: Stack) -> None:
             victims = children_of(parent)
             if victims:
                 chosen.choice(victims).kill()
-    told = {}
+    reported = {}
 
     def everything_arrived() -> bool:
         for one in stack.receiver.received:
             verify(one.body, one.headers, SECRET)
-            told.setdefault(one.json["job_id"], set()).add(one.headers["webhook-id"])
-        return len(told) == 300
+            reported.setdefault(one.json["job_id"], set()).add(one.headers["webhook-id"])
+        return len(reported) == 300
 
     wait_until(everything_arrived, timeout=90, what="every ending to arrive")
-    assert all(len(ids) == 1 for ids in told.values())
+    assert all(len(ids) == 1 for ids in reported.values())
     wait_until(lambda: len(children_of(parent)) == 2, timeout=60, what="both processes to be back")
     assert "was killed by signal 9" in parent.output
     assert parent.stop() == 0
@@ -92,7 +92,7 @@ def test_a_wrong_setting_ends_the_command(redis_url: str, sqlite_url: str) -> No
 
 
 @pytest.mark.parametrize("options", [(), ("--processes", "2")], ids=["one", "two"])
-def test_systemd_is_told_that_it_is_ready_and_alive(
+def test_systemd_learns_that_it_is_ready_and_alive(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
     # An address is at most 108 bytes long.

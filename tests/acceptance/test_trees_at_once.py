@@ -17,7 +17,7 @@ INTERVAL_S = 0.5
 
 
 @pytest.mark.parametrize("below", [True, False], ids=["children of one parent", "jobs of one request"])
-def test_a_tree_is_told_once_however_many_of_its_jobs_end_at_once(
+def test_a_tree_is_reported_once_however_many_of_its_jobs_end_at_once(
     stack: Stack, below: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEST_SETTINGS", f'{{"RQ_WEBHOOKS_RECONCILE_INTERVAL": {INTERVAL_S}}}')
@@ -38,10 +38,10 @@ def test_a_tree_is_told_once_however_many_of_its_jobs_end_at_once(
         stack.receiver.wait_for(number + 1, timeout=60)
 
     time.sleep(4 * INTERVAL_S)  # every dispatcher has looked again
-    told = {one.json["runid"]: one for one in stack.receiver.received}
+    reported = {one.json["runid"]: one for one in stack.receiver.received}
     assert len(stack.receiver.received) == TREES
-    assert set(told) == set(roots)
-    for name, one in told.items():
+    assert set(reported) == set(roots)
+    for name, one in reported.items():
         verify(one.body, one.headers, SECRET)
         assert (one.json["event"], one.json["scope"]) == ("job.success", "tree")
         assert one.json["jobs"] == {"finished": WORKERS + below}

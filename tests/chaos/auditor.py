@@ -305,7 +305,7 @@ class _Auditor:
     # -- every run ----------------------------------------------------------------------------------------
 
     def _judge_run(self, job_id: str, run: Run, receipts: list[Receipt]) -> None:
-        told = [receipt.event["event"] for receipt in receipts]
+        published = [receipt.event["event"] for receipt in receipts]
         for receipt in receipts:
             shown = run.shown(receipt.event["event"])
             if shown is not None and self._before(receipt, shown.position, shown.since):
@@ -313,28 +313,32 @@ class _Auditor:
         last = self._last_word(job_id, receipts, f"run {run.enqueued_at}")
         verdict = run.verdict
         if verdict is None:
-            self.fault("untruthful", job_id, f"run {run.enqueued_at}: told {told}, and RQ did not end it")
+            self.fault(
+                "untruthful", job_id, f"run {run.enqueued_at}: reported {published}, and RQ did not end it"
+            )
         elif last.event["event"] != verdict.event:
-            self.fault("untruthful", job_id, f"run {run.enqueued_at}: told {told}, RQ says {verdict}")
+            self.fault(
+                "untruthful", job_id, f"run {run.enqueued_at}: reported {published}, RQ says {verdict}"
+            )
         else:
             for receipt in receipts:
                 if receipt is not last and run.shown(receipt.event["event"]) is None:
                     said = receipt.event["event"]
-                    what = f"run {run.enqueued_at}: told {said}, which RQ never said"
+                    what = f"run {run.enqueued_at}: reported {said}, which RQ never said"
                     self.fault("untruthful", job_id, what)
 
     def _last_word(self, job_id: str, receipts: list[Receipt], what: str) -> Receipt:
         """Return the event nothing supersedes; say so where there are several, or several corrections."""
         known = {receipt.id for receipt in receipts}
         links = [receipt.event["supersedes"] for receipt in receipts if "supersedes" in receipt.event]
-        told = [receipt.event["event"] for receipt in receipts]
+        published = [receipt.event["event"] for receipt in receipts]
         if set(links) - known:
             self.fault("doubled", job_id, f"{what}: supersedes {links}, which is no ending of this run")
         standing = [receipt for receipt in receipts if receipt.id not in links]
         if len(standing) > 1:
-            self.fault("doubled", job_id, f"{what}: {told} without supersedes between them")
+            self.fault("doubled", job_id, f"{what}: {published} without supersedes between them")
         if len(links) > 1:
-            self.fault("doubled", job_id, f"{what}: {len(links)} corrections: {told}")
+            self.fault("doubled", job_id, f"{what}: {len(links)} corrections: {published}")
         return (standing or receipts)[-1]
 
     def _miss(self, job_id: str) -> None:
@@ -376,8 +380,8 @@ class _Auditor:
         last = self._last_word(name, receipts, "the tree")
         verdict = next((event for event in _GRAVITY if any(_says(run, event) for run in runs)), "job.success")
         if last.event["event"] != verdict:
-            told = [receipt.event["event"] for receipt in receipts]
-            self.fault("untruthful", name, f"the tree: told {told}, RQ's record says {verdict}")
+            published = [receipt.event["event"] for receipt in receipts]
+            self.fault("untruthful", name, f"the tree: reported {published}, RQ's record says {verdict}")
         for receipt in receipts:
             for run in runs:
                 ends = [*run.commits, *([run.removed] if run.removed else [])]

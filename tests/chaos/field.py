@@ -28,9 +28,8 @@ from tests.chaos.auditor import Answer, Evidence, Receipt
 from tests.servers import PostgresHandle, Process, Received, Receiver, ValkeyHandle, free_port, wait_until
 
 FLASK = ("python", "-m", "flask", "--app", "tests.chaos.host_app")
-INTERVAL_S = 2
+INTERVAL_S = 2.0
 SETTINGS = {
-    "RQ_WEBHOOKS_RECONCILE_INTERVAL": INTERVAL_S,
     "RQ_WEBHOOKS_RETRY_SCHEDULE": [0.5, 1, 1, 2, 2, 2, 5, 5, 5, 5, 5],
     "RQ_WEBHOOKS_TIMEOUT": 5,
     "RQ_WEBHOOKS_TRACEBACK": "none",
@@ -54,6 +53,7 @@ class Field:
     """The parts, by name, and what clients were answered.
 
     :param clean_abandoned: the setting of this name.
+    :param interval_s: seconds between two passes of reconcile.
     :param die: environment that makes the next process die at a named step.
     """
 
@@ -62,6 +62,7 @@ class Field:
     database_url: str
     postgres: PostgresHandle | None = None
     clean_abandoned: bool = True
+    interval_s: float = INTERVAL_S
     die: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +94,11 @@ class Field:
 
     @property
     def environment(self) -> dict[str, str]:
-        settings = {**SETTINGS, "RQ_WEBHOOKS_CLEAN_ABANDONED": self.clean_abandoned}
+        settings = {
+            **SETTINGS,
+            "RQ_WEBHOOKS_CLEAN_ABANDONED": self.clean_abandoned,
+            "RQ_WEBHOOKS_RECONCILE_INTERVAL": self.interval_s,
+        }
         return {
             "TEST_DATABASE_URL": self.database_url,
             "TEST_REDIS_URL": self.valkey.url,
@@ -307,15 +312,16 @@ class Field:
 
 @contextmanager
 def open_field(
-    folder: Path, *, postgres: PostgresHandle | None = None, clean_abandoned: bool = True
-) -> Iterator[Field]:
+    folder: Path, *, postgres: PostgresHandle | None = None, clean_abandoned: bool = True,
+    interval_s: float = INTERVAL_S,
+) -> Iterator[Field]:  # fmt: skip
     """Give a field with its own Valkey that keeps an append-only file."""
     (folder / "valkey").mkdir(parents=True)
     valkey = ValkeyHandle(data_dir=folder / "valkey", config=dict(VALKEY))
     valkey.start()
     try:
         url = postgres.new_database() if postgres is not None else f"sqlite:///{folder / 'host.db'}"
-        opened = Field(folder, valkey, url, postgres, clean_abandoned)
+        opened = Field(folder, valkey, url, postgres, clean_abandoned, interval_s)
         try:
             yield opened
         finally:

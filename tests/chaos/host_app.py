@@ -1,4 +1,4 @@
-"""The host app of storms and kills: enqueues what it is asked for; dies at a named step where it is told to.
+"""The host app of storms and kills: enqueues what it is asked for; dies at a named step if configured.
 
 Who calls is the tenant that the header ``X-Tenant`` names.
 

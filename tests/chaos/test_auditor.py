@@ -101,7 +101,7 @@ class Story:
         return Evidence(list(answers.values()), list(self.receipts), list(aof.parse(self.content)))
 
 
-def tell() -> Story:
+def publish() -> Story:
     """Return a run with every kind of ending, each reported as it has to be."""
     story = Story()
     for job_id in ("a", "b"):
@@ -164,7 +164,7 @@ def tell() -> Story:
 
 @pytest.fixture(scope="module")
 def evidence() -> Evidence:
-    return tell().evidence()
+    return publish().evidence()
 
 
 def test_a_run_without_faults(evidence: Evidence) -> None:
@@ -243,7 +243,7 @@ def test_evidence_is_written_and_read_again(evidence: Evidence, tmp_path: Path) 
     folder.mkdir()
     (folder / "a.manifest").write_text("file a.1.base.aof seq 1 type b\nfile a.1.incr.aof seq 1 type i\n")
     (folder / "a.1.base.aof").write_bytes(b"")
-    (folder / "a.1.incr.aof").write_bytes(tell().content + b"*2\r\n$3\r\nSET\r\n$5\r\ncut o")
+    (folder / "a.1.incr.aof").write_bytes(publish().content + b"*2\r\n$3\r\nSET\r\n$5\r\ncut o")
 
     evidence.save(tmp_path)
     again = Evidence.load(tmp_path)

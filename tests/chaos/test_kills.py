@@ -14,16 +14,17 @@ import pytest
 import sqlalchemy as sa
 
 from tests.chaos.auditor import Audit, audit
-from tests.chaos.field import INTERVAL_S, Field, open_field
+from tests.chaos.field import Field, open_field
 from tests.chaos.test_storm import LONG, note
 from tests.servers import Received, wait_until
 
+INTERVAL_S = 1.0
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
 def field(tmp_path: Path) -> Iterator[Field]:
-    with open_field(tmp_path) as opened:
+    with open_field(tmp_path, interval_s=INTERVAL_S) as opened:
         yield opened
 
 
@@ -50,7 +51,7 @@ STEPS = {
     "attempt made": ("dispatcher", 2),
     "attempt recorded": ("dispatcher", 1),
     "reconcile found": ("dispatcher", 1),
-    "reconcile told": ("dispatcher", 1),
+    "reconcile stored": ("dispatcher", 1),
 }
 
 
@@ -72,7 +73,7 @@ def test_sigkill_at_a_named_step(field: Field, step: str, subscribed: str, tmp_p
 
     assert answer.promised == (process != "web")
     if times == 0:
-        time.sleep(5)
+        time.sleep(2 * INTERVAL_S + 1)
         assert field.receipts == []
         assert select(field, "SELECT status FROM rq_webhooks_watch") == ["reserved"]
         return

@@ -34,20 +34,20 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def endings(measured: dict[str, Any]) -> str:
     rows = []
     for name, group in groupby(measured["rows"], key=lambda row: row["row"]):
-        told = list(group)
-        notes = {row["note"] for row in told if row["note"] and "run" not in row["note"]}
+        published = list(group)
+        notes = {row["note"] for row in published if row["note"] and "run" not in row["note"]}
         rows.append(
             (
-                name + (f" ({'; '.join(sorted(notes))})" if notes and len(told) == 1 else ""),
+                name + (f" ({'; '.join(sorted(notes))})" if notes and len(published) == 1 else ""),
                 ", then ".join(
                     f"``{row['event']}``" + (" (correction)" if row["note"] == "correction" else "")
-                    for row in told
+                    for row in published
                 ),
-                ", ".join(dict.fromkeys(row["source"] for row in told)),
-                ", ".join(f"{row['seconds']:.2f}" for row in told),
-                f"{told[0]['bound']:g}",
-                words(told[-1]["rq_webhook"]),
-                words(told[-1]["plain_callback"]),
+                ", ".join(dict.fromkeys(row["source"] for row in published)),
+                ", ".join(f"{row['seconds']:.2f}" for row in published),
+                f"{published[0]['bound']:g}",
+                words(published[-1]["rq_webhook"]),
+                words(published[-1]["plain_callback"]),
             )
         )
     note = f"RQ {measured['rq']}, ``RECONCILE_INTERVAL = 2``; seconds from RQ's commit to receipt.\n\n"

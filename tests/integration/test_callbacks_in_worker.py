@@ -102,7 +102,7 @@ def test_success_and_failure(worker_class: str, redis_client: redis.Redis, redis
     assert failure.error["traceback"].endswith("ValueError: no such basin\n")
 
 
-def test_every_retry_is_told_as_a_run_of_its_own(redis_client: redis.Redis, redis_url: str) -> None:
+def test_every_retry_is_reported_as_a_run_of_its_own(redis_client: redis.Redis, redis_url: str) -> None:
     job = enqueue(redis_client, jobs.fail, retry=rq.Retry(2))
     work(redis_client, redis_url)
 
@@ -152,7 +152,7 @@ def test_stopped_job_with_the_users_callback_in_the_worker(redis_client: redis.R
     assert (state.status, state.run) == ("stopped", entry.run)
 
 
-def test_raising_on_stopped_keeps_its_meaning_and_the_ending_is_told(
+def test_raising_on_stopped_keeps_its_meaning_and_the_ending_is_reported(
     redis_client: redis.Redis, redis_url: str
 ) -> None:
     job = enqueue(
@@ -187,7 +187,7 @@ def test_other_failures(redis_client: redis.Redis, redis_url: str) -> None:
     }
 
 
-def test_killed_work_horse_tells_nothing(redis_client: redis.Redis, redis_url: str) -> None:
+def test_killed_work_horse_reports_nothing(redis_client: redis.Redis, redis_url: str) -> None:
     job = enqueue(redis_client, jobs.kill_work_horse)
     work(redis_client, redis_url)
 
@@ -195,7 +195,7 @@ def test_killed_work_horse_tells_nothing(redis_client: redis.Redis, redis_url: s
     assert status_of(redis_client, job) == "failed"
 
 
-def test_abandoned_job_is_told_by_whoever_cleans(redis_client: redis.Redis, redis_url: str) -> None:
+def test_abandoned_job_is_reported_by_the_cleaner(redis_client: redis.Redis, redis_url: str) -> None:
     job = enqueue(redis_client, jobs.sleep_after_note, "basin-7", 60)
     with rq_worker(redis_url) as worker:
         _key, horse = redis_client.blpop(["pids"], timeout=20)
@@ -449,6 +449,6 @@ def test_redis_that_stops_answering_costs_three_seconds_and_no_job() -> None:
         assert [status_of(client, made) for made in (job, after)] == ["finished", "finished"]
         assert f"Job {job.id!r}: its success callback could not append to the webhook outbox" in output
         assert "(_OutOfTime: not done within 3 s)" in output
-        # The server may have got the command before it could answer: then it is told all the same.
+        # The server may have got the command before it could answer: then it is reported all the same.
         assert {entry.job_id for entry in entries(client)} - {job.id} == {after.id}
         client.close()

@@ -159,7 +159,7 @@ def test_stream_or_group_deleted_while_reading(client: redis.Redis) -> None:
 
     client.xgroup_destroy(KEY, GROUP)
     append(box, "c")
-    assert jobs_of(box.read("reader", 10, 0)) == ["b", "c"]  # not acknowledged, so told again
+    assert jobs_of(box.read("reader", 10, 0)) == ["b", "c"]  # not acknowledged, so delivered again
 
     client.flushdb()
     append(box, "d")

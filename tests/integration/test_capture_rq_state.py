@@ -28,6 +28,7 @@ from flask_rq_webhooks.queue.job_reader import (
 )
 from flask_rq_webhooks.queue.safe_pickle import UNKNOWN
 from tests import jobs
+from tests.pipeline import work
 
 CREATED_AT = "2026-01-02T03:04:05.000006Z"
 ENDPOINT = "epnnnnnnnn_" + "0" * 26
@@ -116,11 +117,6 @@ def test_scheduled_and_deferred_jobs_have_no_enqueued_at(
         assert states[job.id].run == f"created:{format_time(created_at)}"
 
 
-def run_all(client: redis.Redis) -> None:
-    worker = rq.SimpleWorker(["default"], connection=client)
-    worker.work(burst=True)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_finished_and_failed_jobs(reader: redis.Redis, redis_url: str) -> None:
@@ -129,7 +125,7 @@ def test_finished_and_failed_jobs(reader: redis.Redis, redis_url: str) -> None:
     before = datetime.now(UTC)
     good, bad = queue.enqueue(jobs.same, {"peak": 12.5}), queue.enqueue(jobs.fail, "h\u00f6lle")
     again = queue.enqueue(jobs.fail, retry=rq.Retry(1))
-    run_all(client)
+    work(client)
 
     ids = [good.id, bad.id, again.id]
     states, results = read_jobs(reader, ids), read_results(reader, ids)
@@ -160,7 +156,7 @@ def test_finished_and_failed_jobs(reader: redis.Redis, redis_url: str) -> None:
 def test_returned_retries(reader: redis.Redis, redis_url: str) -> None:
     client = redis.Redis.from_url(redis_url)
     job = rq.Queue("default", connection=client).enqueue(jobs.same, rq.Retry(1))
-    run_all(client)
+    work(client)
 
     types = [result.type for result in read_results(reader, [job.id])[job.id]]
     assert types == ["retried", "failure"]

@@ -173,13 +173,13 @@ def test_life_of_a_standing_endpoint(host: Flask, state: State, receiver: Receiv
     listed = run(host, "endpoints", "list").output
     assert endpoint_id in listed
     assert "job.failure" in listed
-    (told,) = json.loads(run(host, "endpoints", "list", "--json").output)
-    assert (told["id"], told["events"], told["enabled"]) == (endpoint_id, ["job.failure"], True)
-    assert told["description"] == "for the operators"
-    assert told["url"].startswith(receiver.url.rpartition("/")[0])
+    (reported,) = json.loads(run(host, "endpoints", "list", "--json").output)
+    assert (reported["id"], reported["events"], reported["enabled"]) == (endpoint_id, ["job.failure"], True)
+    assert reported["description"] == "for the operators"
+    assert reported["url"].startswith(receiver.url.rpartition("/")[0])
     for text in (secret, "k: v"):
         assert text not in listed
-        assert text not in json.dumps(told)
+        assert text not in json.dumps(reported)
     rotated = run(host, "endpoints", "rotate", endpoint_id, "--grace-hours", "1")
     assert rotated.exit_code == 0
     assert "whsec_" in rotated.output
@@ -249,7 +249,9 @@ def test_pause_resume_prune_rekey(host: Flask, state: State, receiver: Receiver)
     assert "1 values" in run(host, "rekey").output
 
 
-def test_reconcile_tells_what_no_callback_told(host: Flask, state: State, redis_client: redis.Redis) -> None:
+def test_reconcile_reports_what_no_callback_reported(
+    host: Flask, state: State, redis_client: redis.Redis
+) -> None:
     endpoint_id = add_endpoint(state, "http://127.0.0.1:9/hook")
     enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)
     redis_client.delete(state.outbox.key)  # as a Redis that was trimmed

@@ -431,7 +431,7 @@ def test_disabled_by_hand_and_enabled_with_what_was_missed(client: FlaskClient, 
     endpoint_id = add_endpoint(state)
     early = add_delivery(state, endpoint_id, job_id="early")
     attempt_all(state, storage_rows.EXHAUSTED)
-    time.sleep(0.01)  # ids are told apart by milliseconds
+    time.sleep(0.01)  # ids differ by milliseconds
     response = submit(client, page(client, f"/endpoints/{endpoint_id}"), "/disable")
     assert "Disabled since" in response.text
     other = add_endpoint(state, "https://other.example.com/x", kind="job")
@@ -707,7 +707,7 @@ def test_search_finds_by_whole_names(client: FlaskClient, state: State) -> None:
         assert client.get(f"{PREFIX}/deliveries", query_string={"q": text}).status_code == 200, text
 
 
-# -- what nobody is told about ----------------------------------------------------------------------------
+# -- what is shown to nobody ----------------------------------------------------------------------------
 
 
 def test_alarms(client: FlaskClient, state: State, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -354,7 +354,7 @@ def no_such_redis_database(setup: Setup) -> None:
 
 def tls_to_a_plain_redis(setup: Setup) -> None:
     url = setup.config["RQ_WEBHOOKS_REDIS_URL"]
-    setup.config["RQ_WEBHOOKS_REDIS_URL"] = url.replace("redis://", "rediss://")
+    setup.config["RQ_WEBHOOKS_REDIS_URL"] = url.replace("redis://", "rediss://") + "?socket_timeout=0.5"
 
 
 def outbox_of_another_type(setup: Setup) -> None:
@@ -706,7 +706,7 @@ def test_a_layout_that_needs_a_login_is_no_alarm(
     assert text in lines_of(result)["layout"]
 
 
-def test_a_pause_and_an_empty_redis_are_told_without_alarm(setup: Setup) -> None:
+def test_a_pause_and_an_empty_redis_are_reported_without_alarm(setup: Setup) -> None:
     setup.after = lambda state: dispatchers.pause(state.database)
     result = setup.run()
     assert result.exit_code == 0

@@ -19,6 +19,7 @@ from flask_rq_webhooks.storage.models import Endpoint, Event, Watch
 from flask_rq_webhooks.testing import InMemoryReceiver, deliver_all
 from tests.acceptance import tasks
 from tests.integration.hosts import Host
+from tests.pipeline import work
 from tests.storage_rows import statements_of
 
 #: RQ 1.16's workers use what it has deprecated.
@@ -186,10 +187,6 @@ def test_watch_refuses_what_it_cannot_promise(make_state: Any, redis_client: Red
 def made_by_hand(redis_client: Redis) -> Job:
     job = Job.create(tasks.add, (1, 2), connection=redis_client, origin="default")
     return rq.Queue("default", connection=redis_client).enqueue_job(job)
-
-
-def work(redis_client: Redis) -> None:
-    rq.SimpleWorker(["default"], connection=redis_client).work(burst=True, with_scheduler=False)
 
 
 def test_watch_takes_one_transaction(make_state: Any, redis_client: Redis) -> None:

@@ -84,12 +84,6 @@ def enqueue(state: State, function: str, *args: Any, attached: bool = True, **op
     return job
 
 
-def one_job(state: State) -> None:
-    rq.SimpleWorker(["default"], connection=state.redis).work(
-        burst=True, max_jobs=1, logging_level="CRITICAL"
-    )
-
-
 def reported(state: State) -> list[tuple[str, bool]]:
     """Return the type of each final event, and whether it corrects another."""
     return [
@@ -132,13 +126,13 @@ def test_run_that_ends_between_two_reads_of_a_pass_is_reported_once(
     job = enqueue(state, "tests.jobs.fail", "dry", attached=False, retry=rq.Retry(max=1))
     passes = reconciler(state)
     passes.run_once()
-    one_job(state)
+    work(state.redis, 1)
 
     client = Interrupted.from_url(redis_url)
-    client.after, client.happens = round_trips, lambda: one_job(state)
+    client.after, client.happens = round_trips, lambda: work(state.redis, 1)
     reconciler(state, client).run_once()
     client.close()
-    one_job(state)  # where the pass made fewer round trips
+    work(state.redis, 1)  # where the pass made fewer round trips
     for _ in range(3):
         passes.run_once()
 
@@ -147,13 +141,13 @@ def test_run_that_ends_between_two_reads_of_a_pass_is_reported_once(
     assert f"{job.id}|{run}|end" in {event.run_key for event in events(state)}
 
 
-def test_runs_shorter_than_clocks_differ_are_told_apart(state: State) -> None:
+def test_runs_shorter_than_clocks_differ_are_distinguished(state: State) -> None:
     """Run 1 fails and is requeued, run 2 and 3 follow within milliseconds; nobody's callbacks report them."""
     job = enqueue(state, "tests.jobs.fail", "dry", attached=False)
     passes = reconciler(state)
     passes.run_once()
     for _ in range(3):
-        one_job(state)
+        work(state.redis, 1)
         passes.run_once()
         Job.fetch(job.id, state.redis).requeue()
     passes.run_once()
@@ -167,7 +161,7 @@ def test_unseen_runs_between_two_passes_are_each_reported_once(state: State) -> 
     passes = reconciler(state)
     passes.run_once()
     for _ in range(3):
-        one_job(state)
+        work(state.redis, 1)
         Job.fetch(job.id, state.redis).requeue()
 
     for _ in range(4):
@@ -181,10 +175,10 @@ def test_run_that_no_callback_reported_before_the_next_one_did(state: State, gon
     """Found by the storm: run 1 dies, an operator requeues it at once, and the callback reports run 2."""
     job = enqueue(state, "tests.jobs.fail", "dry")
     first = format_time(job.enqueued_at)
-    one_job(state)
+    work(state.redis, 1)
     state.redis.delete(state.outbox.key)  # as where the work-horse was killed: no report
     Job.fetch(job.id, state.redis).requeue()
-    one_job(state)
+    work(state.redis, 1)
     ingest_all(state)
     if gone:
         state.redis.delete(f"rq:job:{job.id}", f"rq:results:{job.id}")
@@ -192,16 +186,16 @@ def test_run_that_no_callback_reported_before_the_next_one_did(state: State, gon
     for _ in range(4):
         passes.run_once()
 
-    told = [("job.failure", False)] * (1 if gone else 2)  # nobody knows any more how run 1 ended
-    assert reported(state) == told
+    published = [("job.failure", False)] * (1 if gone else 2)  # nobody knows any more how run 1 ended
+    assert reported(state) == published
     assert (f"{job.id}|{first}|end" in {event.run_key for event in events(state)}) is not gone
 
 
 def test_report_of_a_retry_leaves_the_run_before_it_retried(state: State) -> None:
     job = enqueue(state, "tests.jobs.fail", "dry", retry=rq.Retry(max=1))
-    one_job(state)
+    work(state.redis, 1)
     state.redis.delete(state.outbox.key)
-    one_job(state)
+    work(state.redis, 1)
     ingest_all(state)
     passes = reconciler(state)
     for _ in range(4):
@@ -291,7 +285,7 @@ def test_report_that_is_read_after_the_loss_corrects_it_once(state: State, run_i
 
 
 class Clock:
-    """A clock that only moves when told to."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = time.monotonic()
@@ -382,12 +376,12 @@ def test_clocks_a_minute_apart_lose_and_double_nothing(
         clock=lambda: datetime.now(UTC) + timedelta(seconds=dispatcher_s),
     )
     passes.run_once()
-    one_job(state)
+    work(state.redis, 1)
     Job.fetch(job.id, state.redis).requeue()
     for _ in range(2):
         passes.run_once()
         ingest_all(state)
-    one_job(state)
+    work(state.redis, 1)
     for _ in range(3):
         passes.run_once()
         ingest_all(state)

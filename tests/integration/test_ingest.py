@@ -38,7 +38,7 @@ def state(database_url: str, redis_url: str) -> Iterator[State]:
 
 
 class Clock:
-    """A clock that only moves when told to."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = time.monotonic()
@@ -100,7 +100,7 @@ def test_committed_job_becomes_one_event_and_its_delivery(state: State) -> None:
     assert state.outbox.length() == 0
 
 
-def test_run_is_told_once_however_often_its_entry_is_read(state: State) -> None:
+def test_run_is_reported_once_however_often_its_entry_is_read(state: State) -> None:
     endpoint_id = add_endpoint(state, URL)
     entry = append(state, "success", endpoint_id)
     set_hash(state, entry, "finished")
@@ -113,7 +113,7 @@ def test_run_is_told_once_however_often_its_entry_is_read(state: State) -> None:
     assert len(deliveries(state)) == 1
 
 
-def test_uncommitted_job_is_waited_for_and_told_as_committed(state: State) -> None:
+def test_uncommitted_job_is_waited_for_and_reported_as_committed(state: State) -> None:
     ingest = ingest_of(state)
     entry = append(state, "success", add_endpoint(state, URL))
     set_hash(state, entry, "started")
@@ -168,14 +168,14 @@ def test_uncommitted_for_too_long_is_parked_for_reconcile(
     assert entry["job_id"] in caplog.text
 
 
-def test_success_that_rq_committed_as_failed_is_told_as_failed(state: State) -> None:
+def test_success_that_rq_committed_as_failed_is_reported_as_failed(state: State) -> None:
     endpoint_id = add_endpoint(state, URL)
     job_id = enqueue(state, endpoint_id, "tests.jobs.fail", "dry", is_async=True)
     work(state.redis)
     ((_id, fields),) = state.redis.xrange(state.outbox.key)
-    told = json.loads(fields[b"entry"])
+    reported = json.loads(fields[b"entry"])
     state.redis.delete(state.outbox.key)
-    state.outbox.append({**told, "kind": "success", "error": None, "result": 5})
+    state.outbox.append({**reported, "kind": "success", "error": None, "result": 5})
 
     ingest_of(state).run_once(block_ms=1)
 
@@ -187,7 +187,7 @@ def test_success_that_rq_committed_as_failed_is_told_as_failed(state: State) -> 
     assert "result" not in body
 
 
-def test_retries_are_told_only_to_those_who_ask(state: State) -> None:
+def test_retries_are_reported_only_to_those_who_ask(state: State) -> None:
     plain = add_endpoint(state, URL)
     asks = add_endpoint(state, URL, events=("job.retrying", "job.failure"))
     for endpoint_id in (plain, asks):
@@ -197,14 +197,14 @@ def test_retries_are_told_only_to_those_who_ask(state: State) -> None:
     while not ingest.is_idle():
         ingest.run_once(block_ms=10)
 
-    told: dict[str, list[str]] = {plain: [], asks: []}
+    reported: dict[str, list[str]] = {plain: [], asks: []}
     for delivery in deliveries(state):
-        told[delivery.endpoint_id].append(delivery.event_type)
-    assert told[plain] == ["job.failure"]
-    assert sorted(told[asks]) == ["job.failure", "job.retrying", "job.retrying"]
+        reported[delivery.endpoint_id].append(delivery.event_type)
+    assert reported[plain] == ["job.failure"]
+    assert sorted(reported[asks]) == ["job.failure", "job.retrying", "job.retrying"]
 
 
-def test_earlier_run_of_a_requeued_job_is_told_by_rqs_results(state: State) -> None:
+def test_earlier_run_of_a_requeued_job_is_reported_by_rqs_results(state: State) -> None:
     endpoint_id = add_endpoint(state, URL)
     job_id = enqueue(state, endpoint_id, "tests.jobs.fail", "first", is_async=True)
     work(state.redis)
@@ -315,7 +315,7 @@ def test_failing_scrub_function_loses_no_event_and_leaks_nothing(
     assert "scrub function failed" in caplog.text
 
 
-def test_failing_format_tells_at_least_how_the_job_ended(
+def test_failing_format_reports_at_least_how_the_job_ended(
     state: State, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(_occurrence: Any, _context: Any) -> bytes:

@@ -148,7 +148,7 @@ def test_over_the_limit_is_given_up_with_the_policy_drop(
         ] * 3
 
 
-def test_notices_tell_of_every_attempt(sqlite_url: str, redis_url: str, receiver: Receiver) -> None:
+def test_notices_name_every_attempt(sqlite_url: str, redis_url: str, receiver: Receiver) -> None:
     with (
         redis.Redis.from_url(redis_url, decode_responses=True) as listener,
         open_state(sqlite_url, redis_url, pubsub_url=redis_url) as state,

@@ -95,7 +95,7 @@ def test_what_is_in_sql_and_redis_is_counted(host: Host) -> None:
     assert numbers["outbox_rejected_entries",] == 2
 
 
-def test_every_process_tells_the_same(host: Host, sqlite_url: str, redis_url: str) -> None:
+def test_every_process_reports_the_same(host: Host, sqlite_url: str, redis_url: str) -> None:
     create(host)
     succeed(host, "a", "b")
     other = Host(sqlite_url, redis_url)
@@ -165,14 +165,14 @@ def test_every_metric_is_documented_and_no_other(host: Host) -> None:
             ),
             {"id": delivery["id"]},
         )
-    told = {f"rq_webhooks_{name[0]}" for name in scrape(host)}
+    reported = {f"rq_webhooks_{name[0]}" for name in scrape(host)}
     documented = {
         line.split("``")[1].partition("{")[0]
         for line in DOCS.read_text().splitlines()
         if line.strip().startswith("* - ``rq_webhooks_")
     }
 
-    assert documented == told
+    assert documented == reported
 
 
 def test_no_label_is_chosen_by_a_client(host: Host) -> None:

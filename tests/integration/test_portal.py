@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import rq
 import sqlalchemy as sa
 from flask.testing import FlaskClient
 from hypothesis import HealthCheck, given, settings
@@ -26,6 +25,7 @@ from jinja2 import DictLoader
 from flask_rq_webhooks.cli.doctor import layout
 from flask_rq_webhooks.storage.models import new_id
 from flask_rq_webhooks.testing import InMemoryReceiver, ReceivedWebhook, deliver_all
+from tests import pipeline
 from tests.dashboard_app import add_hostile, open_host
 from tests.integration import test_tenants as customers
 from tests.integration.hosts import FIELDS, Host
@@ -54,7 +54,7 @@ def page(client: FlaskClient, path: str, status: int = 200) -> Page:
 
 def answering(host: Host, *answers: Any) -> list[ReceivedWebhook]:
     """Run the jobs and deliver what is due to a receiver that answers so."""
-    rq.SimpleWorker([host.queue], connection=host.redis).work(burst=True)
+    pipeline.work(host.redis, queue=host.queue)
     return deliver_all(host.app, InMemoryReceiver(*answers), retries=False)
 
 
@@ -410,7 +410,7 @@ def test_operators_see_tenants_filter_by_them_and_disable_their_endpoints(host: 
     assert "2 endpoints of the tenant were disabled." in done.text
     assert {row["tenant"] for row in host.rows("endpoint") if not row["enabled"]} == {"bob"}
     assert boss.get("/webhooks/endpoints?tenant=" + "x" * 200).status_code == 404
-    # One that is told so hears of one tenant only.
+    # A dispatcher configured so knows one tenant only.
     form = page(boss, "/webhooks/endpoints/new")
     made = submit(boss, form, "/endpoints/new", url="https://watch.example.com/", only_tenant="ada")
     assert made.status_code == 201

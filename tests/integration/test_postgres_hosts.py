@@ -29,8 +29,8 @@ from flask_rq_webhooks.storage.endpoints import NewEndpoint, register
 from flask_rq_webhooks.storage.feed import events_after
 from flask_rq_webhooks.storage.models import Endpoint, Event, Watch
 from flask_rq_webhooks.storage.schema import missing_schema, upgrade_schema
-from tests.servers import Forwarder, PostgresHandle, Process, free_port, wait_until
-from tests.storage_rows import attempt, claim, new_endpoint, occurrence, rows, tell
+from tests.servers import Forwarder, PostgresHandle, Process, execute, free_port, wait_until
+from tests.storage_rows import attempt, claim, new_endpoint, occurrence, publish, rows
 
 ENDPOINT = NewEndpoint(url="https://hooks.example.com/in", host="hooks.example.com", secret="s")
 
@@ -63,19 +63,13 @@ def host_app(url: str, redis_url: str, db: SQLAlchemy, **config: Any) -> Flask:
     return app
 
 
-def admin(url: str, *statements: str) -> None:
-    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
-        for statement in statements:
-            connection.execute(statement)  # type: ignore[arg-type]
-
-
 def use(database: Database) -> None:
     """Go through the pipeline once: register, ingest, claim, record, read."""
     from flask_rq_webhooks.storage.attempts import record_attempts
 
     heartbeat(database, "dsp_1", started=True)
     new_endpoint(database, job_id="job-1")
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     (claimed,) = claim(database)
     recorded = record_attempts(database, [attempt(claimed)], dispatcher_id="dsp_1", disable_after=100)
     assert recorded.recorded == {claimed.id: "succeeded"}
@@ -94,7 +88,7 @@ def where_we_are(app: Flask) -> tuple[str, str]:
 
 
 def test_a_binds_own_connect_args_are_used_and_stay_with_it(url: str, redis_url: str, tmp_path: Path) -> None:
-    admin(url, "CREATE SCHEMA hooks")
+    execute(url, "CREATE SCHEMA hooks")
     bind = {"url": url, "connect_args": {"options": "-csearch_path=hooks", "application_name": "of the bind"}}
     app = host_app(
         f"sqlite:///{tmp_path / 'host.db'}", redis_url, SQLAlchemy(),
@@ -162,7 +156,7 @@ def test_listeners_that_bring_a_token_or_set_up_a_session_count_for_us(
 
 
 def test_tables_in_the_schema_of_the_hosts_metadata(url: str, redis_url: str) -> None:
-    admin(url, "CREATE SCHEMA app", 'CREATE SCHEMA "Our Tenant"')
+    execute(url, "CREATE SCHEMA app", 'CREATE SCHEMA "Our Tenant"')
     db = SQLAlchemy(metadata=sa.MetaData(schema="app"))
     for _ in range(2):  # a factory may be called again with the same db
         app = host_app(url, redis_url, db)
@@ -205,7 +199,7 @@ def test_names_by_the_hosts_convention_are_known_again(url: str, redis_url: str)
 
 
 def test_what_a_role_may_not_is_one_sentence_with_the_grant(postgres: PostgresHandle, url: str) -> None:
-    admin(
+    execute(
         url,
         "DROP ROLE IF EXISTS guest",
         "CREATE ROLE guest LOGIN",
@@ -219,14 +213,14 @@ def test_what_a_role_may_not_is_one_sentence_with_the_grant(postgres: PostgresHa
     with pytest.raises(StorageUnavailableError, match="GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES"):
         heartbeat(database, "dsp_1", started=True)
     database.dispose()
-    admin(url, "DROP OWNED BY guest", "DROP ROLE guest")
+    execute(url, "DROP OWNED BY guest", "DROP ROLE guest")
 
 
 @pytest.mark.parametrize("level", ["serializable", "repeatable read"])
 def test_another_default_isolation_level_fails_no_request(url: str, level: str) -> None:
     with_tables(url)
     name = sa.make_url(url).database
-    admin(url, f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{level}'")
+    execute(url, f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{level}'")
     database = Database(url)
     failures: list[BaseException] = []
 
@@ -235,7 +229,7 @@ def test_another_default_isolation_level_fails_no_request(url: str, level: str) 
             for number in range(15):
                 job_id = f"{worker}-{number}"
                 register(database, Cipher(["key"]), ENDPOINT, namespace="nnnnnnnn", reserved_job_id=job_id)
-                tell(database, occurrence(job_id))
+                publish(database, occurrence(job_id))
                 claim(database, limit=3)
                 heartbeat(database, f"dsp_{worker % 2}", started=False)
         except BaseException as exc:  # reported below
@@ -254,7 +248,7 @@ def test_another_default_isolation_level_fails_no_request(url: str, level: str) 
 def test_a_statement_that_ran_out_of_time_is_not_now(url: str) -> None:
     with_tables(url)
     name = sa.make_url(url).database
-    admin(url, f"ALTER DATABASE \"{name}\" SET statement_timeout = '200ms'")
+    execute(url, f"ALTER DATABASE \"{name}\" SET statement_timeout = '200ms'")
     for driver in ("psycopg", "psycopg2"):
         database = Database(sa.make_url(url).set(drivername=f"postgresql+{driver}"))
         with psycopg.connect(url.replace("+psycopg", "")) as locker:
@@ -271,7 +265,7 @@ def test_a_server_that_turned_read_only_is_left_and_found_again(url: str, driver
     name = sa.make_url(url).database
     database = Database(sa.make_url(url).set(drivername=f"postgresql+{driver}"))
     new_endpoint(database)
-    admin(url, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    execute(url, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
     with database.engine.connect() as connection:  # as on the server that this socket leads to
         connection.execute(sa.text("SET default_transaction_read_only = on"))
         connection.commit()
@@ -279,7 +273,7 @@ def test_a_server_that_turned_read_only_is_left_and_found_again(url: str, driver
         new_endpoint(database)
     with database.read() as connection:
         assert connection.execute(sa.select(sa.func.count(Endpoint.id))).scalar_one() == 1
-    admin(
+    execute(
         url,
         "SET default_transaction_read_only = off",
         f'ALTER DATABASE "{name}" RESET default_transaction_read_only',
@@ -297,7 +291,7 @@ def test_everything_works_with_psycopg2(url: str) -> None:
     for other in (missing, Database("postgresql+psycopg2://x@127.0.0.1:1/x")):
         with pytest.raises(StorageUnavailableError):
             heartbeat(other, "dsp_1", started=True)
-    admin(url, "DROP TABLE rq_webhooks_dispatcher")
+    execute(url, "DROP TABLE rq_webhooks_dispatcher")
     with pytest.raises(StorageUnavailableError, match="init-db"):
         heartbeat(database, "dsp_1", started=True)
     database.dispose()
@@ -371,7 +365,7 @@ def test_behind_a_transaction_pooler_nothing_is_prepared(
                                     namespace="nnnnnnnn", reserved_job_id=f"{worker}-{number}",
                                 )  # fmt: skip
                             else:
-                                tell(database, occurrence(f"{worker}-{number}"))
+                                publish(database, occurrence(f"{worker}-{number}"))
                             break
                         except StorageUnavailableError as exc:
                             errors.append(str(exc))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -28,7 +28,7 @@ from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from tests.integration.test_running_jobs import start
 from tests.pipeline import add_endpoint, attempts, deliveries, enqueue, events, open_state, work
-from tests.servers import Receiver, wait_until
+from tests.servers import Receiver, rq_worker, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PROGRESS = ("job.progress", "job.success", "job.failure")
@@ -282,7 +282,7 @@ def in_thread(dispatcher: Dispatcher) -> Iterator[None]:
 @pytest.mark.timeout(180)
 def test_two_hundred_jobs(database_url: str, redis_url: str, receiver: Receiver) -> None:
     """Real workers write every 50 ms; the interval is shorter than that of reconcile."""
-    jobs, workers, interval_s, steps = 200, 4, 0.4, 20
+    jobs, workers, interval_s, steps = 200, 10, 0.4, 20
     settings = {"reconcile_interval": 2, "progress_interval": interval_s}
     with open_state(database_url, redis_url, **settings) as state:
         endpoint_id = add_endpoint(state, receiver.url, events=PROGRESS)
@@ -290,21 +290,16 @@ def test_two_hundred_jobs(database_url: str, redis_url: str, receiver: Receiver)
             enqueue(state, endpoint_id, "tests.jobs.count_up", steps, 0.05, is_async=True)
             for _ in range(jobs)
         ]
-        command = [sys.executable, "-m", "rq.cli", "worker", "--burst", "--quiet", "--url", redis_url]
-        processes = [
-            subprocess.Popen([*command, "--worker-class", "rq.SimpleWorker", "default"])
-            for _ in range(workers)
-        ]
-        try:
+        with ExitStack() as started:
+            processes = [
+                started.enter_context(rq_worker(redis_url, burst=True, worker_class="rq.SimpleWorker"))
+                for _ in range(workers)
+            ]
             with in_thread(Dispatcher(state)):
                 for process in processes:
                     process.wait(150)
                 wait_until(lambda: endings(receiver) >= jobs, timeout=30, what="every ending")
                 time.sleep(1)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
         stored = defaultdict(list)
         for event in events(state):
             stored[event.job_id].append(json.loads(event.payload))

@@ -26,7 +26,7 @@ from flask_rq_webhooks.storage.models import Event, Watch
 from flask_rq_webhooks.storage.reported_runs import ParkedReport, park_reports
 from flask_rq_webhooks.storage.standing_endpoints import create_standing
 from tests.jobs import Callbacks
-from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows
+from tests.pipeline import SECRET, add_endpoint, deliveries, events, open_state, rows, work
 
 URL = "http://127.0.0.1:9/hook"
 
@@ -75,10 +75,6 @@ def queue(state: State, **options: Any) -> rq.Queue:
     return rq.Queue(connection=state.redis, **options)
 
 
-def work(state: State) -> None:
-    rq.SimpleWorker(["default"], connection=state.redis).work(burst=True, logging_level="CRITICAL")
-
-
 def promise(
     state: State, function: str, *args: Any, endpoint: dict[str, Any] | None = None, **options: Any
 ) -> Job:
@@ -89,7 +85,7 @@ def promise(
     return job
 
 
-def told(state: State) -> list[tuple[str, str | None]]:
+def published(state: State) -> list[tuple[str, str | None]]:
     return [(event.type, event.job_id) for event in events(state)]
 
 
@@ -110,18 +106,18 @@ def test_waiting_job_is_left_alone_and_its_run_is_noted(state: State, reconciler
     report = reconciler.run_once()
 
     assert report.looked_at == 1
-    assert told(state) == []
+    assert published(state) == []
     (watch,) = rows(state, Watch)
     assert (watch.status, watch.run) == ("open", format_time(Job.fetch(job.id, state.redis).enqueued_at))
 
 
-def test_success_is_told_with_the_result_rq_kept(state: State, reconciler: Reconciler) -> None:
+def test_success_is_reported_with_the_result_rq_kept(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.run", "basin-7")
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
-    assert told(state) == [("job.success", job.id)]
+    assert published(state) == [("job.success", job.id)]
     assert statuses(state) == ["settled"]
     body = payload(state)
     assert body["result"] == {"runid": "basin-7"}
@@ -131,21 +127,21 @@ def test_success_is_told_with_the_result_rq_kept(state: State, reconciler: Recon
     assert body["queue"] == "default"
 
 
-def test_failure_is_told_with_its_error(state: State, reconciler: Reconciler) -> None:
+def test_failure_is_reported_with_its_error(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.fail", "no rain")
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
-    assert told(state) == [("job.failure", job.id)]
+    assert published(state) == [("job.failure", job.id)]
     body = payload(state)
     assert (body["error"]["type"], body["error"]["message"]) == ("ValueError", "no rain")
     assert "jobs.py" in body["error"]["traceback"]
 
 
-def test_passes_tell_once(state: State, reconciler: Reconciler) -> None:
+def test_passes_report_once(state: State, reconciler: Reconciler) -> None:
     promise(state, "tests.jobs.add", 1, 2)
-    work(state)
+    work(state.redis)
 
     for _ in range(3):
         reconciler.run_once()
@@ -154,16 +150,16 @@ def test_passes_tell_once(state: State, reconciler: Reconciler) -> None:
     assert len(deliveries(state)) == 1
 
 
-def test_canceled_job_is_told(state: State, reconciler: Reconciler) -> None:
+def test_canceled_job_is_reported(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.add", 1, 2)
     job.cancel()
 
     reconciler.run_once()
 
-    assert told(state) == [("job.canceled", job.id)]
+    assert published(state) == [("job.canceled", job.id)]
 
 
-def test_deferred_job_that_is_canceled_is_told_under_its_creation(
+def test_deferred_job_that_is_canceled_is_reported_under_its_creation(
     state: State, reconciler: Reconciler
 ) -> None:
     parent = queue(state).enqueue("tests.jobs.add", 1, 2)
@@ -173,7 +169,7 @@ def test_deferred_job_that_is_canceled_is_told_under_its_creation(
 
     reconciler.run_once()
 
-    assert told(state) == [("job.canceled", job.id)]
+    assert published(state) == [("job.canceled", job.id)]
     assert events(state)[0].run_key == f"{job.id}|created:{format_time(job.created_at)}|end"
     assert statuses(state) == ["settled"]
 
@@ -185,10 +181,10 @@ def test_deleted_job_is_lost_after_two_passes(state: State, reconciler: Reconcil
     job.delete()
 
     reconciler.run_once()
-    assert told(state) == []
+    assert published(state) == []
     reconciler.run_once()
 
-    assert told(state) == [("job.lost", job.id)]
+    assert published(state) == [("job.lost", job.id)]
     assert events(state)[0].run_key == f"{job.id}|{run}|end"
     assert statuses(state) == ["settled"]
 
@@ -204,7 +200,7 @@ def test_job_that_is_back_before_the_second_pass_is_not_lost(state: State, recon
 
     reconciler.run_once()
 
-    assert told(state) == []
+    assert published(state) == []
     assert rows(state, Watch)[0].missing_passes == 1
 
 
@@ -216,12 +212,12 @@ def test_nothing_is_lost_while_callbacks_words_wait(state: State, reconciler: Re
 
     for _ in range(3):
         reconciler.run_once()
-    assert told(state) == []
+    assert published(state) == []
     state.redis.delete(state.outbox.key)
     for _ in range(2):
         reconciler.run_once()
 
-    assert told(state) == [("job.lost", job.id)]
+    assert published(state) == [("job.lost", job.id)]
 
 
 def test_lost_job_with_two_endpoints_is_one_event(state: State, reconciler: Reconciler) -> None:
@@ -234,7 +230,7 @@ def test_lost_job_with_two_endpoints_is_one_event(state: State, reconciler: Reco
     for _ in range(2):
         reconciler.run_once()
 
-    assert told(state) == [("job.lost", job.id)]
+    assert published(state) == [("job.lost", job.id)]
     assert len(deliveries(state)) == 2
 
 
@@ -268,7 +264,7 @@ def test_heartbeat_ghost_counts_as_absent(state: State, reconciler: Reconciler) 
     for _ in range(2):
         reconciler.run_once()
 
-    assert told(state) == [("job.lost", job.id)]
+    assert published(state) == [("job.lost", job.id)]
 
 
 def test_redis_wiped_with_200_jobs_waiting(state: State, reconciler: Reconciler) -> None:
@@ -311,7 +307,7 @@ def test_reserved_id_whose_job_never_came_is_closed(
     reconciler.run_once()
 
     assert statuses(state) == ["closed"]
-    assert told(state) == []
+    assert published(state) == []
 
 
 def test_reserved_watch_whose_job_exists_is_adopted(state: State, reconciler: Reconciler) -> None:
@@ -322,19 +318,19 @@ def test_reserved_watch_whose_job_exists_is_adopted(state: State, reconciler: Re
 
     assert report.adopted == 1
     assert statuses(state) == ["open"]
-    work(state)
+    work(state.redis)
     reconciler.run_once()
-    assert told(state) == [("job.success", job_id)]
+    assert published(state) == [("job.success", job_id)]
 
 
-def test_reserved_watch_whose_job_has_ended_is_told_at_once(state: State, reconciler: Reconciler) -> None:
+def test_reserved_watch_whose_job_has_ended_is_reported_at_once(state: State, reconciler: Reconciler) -> None:
     _endpoint_id, job_id = reserve(state)
     queue(state).enqueue_call("tests.jobs.add", (1, 2), job_id=job_id)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
-    assert told(state) == [("job.success", job_id)]
+    assert published(state) == [("job.success", job_id)]
     assert statuses(state) == ["settled"]
 
 
@@ -342,19 +338,19 @@ def test_run_before_registration_does_not_count_the_next_one_does(
     state: State, reconciler: Reconciler
 ) -> None:
     job = queue(state).enqueue("tests.jobs.add", 1, 2)
-    work(state)
+    work(state.redis)
     past = format_time(datetime.now(UTC) - timedelta(seconds=30))
     state.redis.hset(job.key, mapping={"enqueued_at": past, "created_at": past})
     endpoint_id = add_endpoint(state, URL)
     confirm(state.database, endpoint_id, existing=[job.id], unseen=[], reserved_job_id=None)
 
     reconciler.run_once()
-    assert told(state) == []
+    assert published(state) == []
     queue(state).enqueue_job(Job.fetch(job.id, state.redis))
-    work(state)
+    work(state.redis)
     reconciler.run_once()
 
-    assert told(state) == [("job.success", job.id)]
+    assert published(state) == [("job.success", job.id)]
 
 
 # -- runs -------------------------------------------------------------------------------------------------
@@ -366,71 +362,70 @@ def requeue(job: Job) -> None:
 
 def test_requeued_job_is_a_new_run_with_a_new_event(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.fail")
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     requeue(job)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
-    assert told(state) == [("job.failure", job.id)] * 2
+    assert published(state) == [("job.failure", job.id)] * 2
     keys = [event.run_key for event in events(state)]
     assert len(set(keys)) == 2
     assert keys[1] == f"{job.id}|{format_time(Job.fetch(job.id, state.redis).enqueued_at)}|end"
 
 
-def test_run_that_failed_and_was_requeued_between_two_passes_is_told(
+def test_run_that_failed_and_was_requeued_between_two_passes_is_reported(
     state: State, reconciler: Reconciler
 ) -> None:
     job = promise(state, "tests.jobs.fail")
     first_run = format_time(Job.fetch(job.id, state.redis).enqueued_at)
     reconciler.run_once()
-    work(state)
+    work(state.redis)
     requeue(job)
 
     reconciler.run_once()
     assert [event.run_key for event in events(state)] == [f"{job.id}|{first_run}|end"]
-    work(state)
+    work(state.redis)
     reconciler.run_once()
 
-    assert told(state) == [("job.failure", job.id)] * 2
+    assert published(state) == [("job.failure", job.id)] * 2
 
 
-def test_retry_is_no_ending_and_is_told_to_those_who_asked(state: State, reconciler: Reconciler) -> None:
+def test_retry_is_no_ending_and_is_reported_to_those_who_asked(state: State, reconciler: Reconciler) -> None:
     wants = {"endpoint": {"events": ("job.retrying", "job.failure")}}
     job = promise(state, "tests.jobs.fail", retry=rq.Retry(max=1), **wants)
-    worker = rq.SimpleWorker(["default"], connection=state.redis)
     reconciler.run_once()
-    worker.work(burst=True, max_jobs=1, logging_level="CRITICAL")
+    work(state.redis, 1)
 
     reconciler.run_once()
-    assert told(state) == [("job.retrying", job.id)]
-    worker.work(burst=True, logging_level="CRITICAL")
+    assert published(state) == [("job.retrying", job.id)]
+    work(state.redis)
     reconciler.run_once()
 
-    assert told(state) == [("job.retrying", job.id), ("job.failure", job.id)]
+    assert published(state) == [("job.retrying", job.id), ("job.failure", job.id)]
     assert len(deliveries(state)) == 2
 
 
-def test_every_run_of_a_repeated_job_is_told(state: State, reconciler: Reconciler) -> None:
+def test_every_run_of_a_repeated_job_is_reported(state: State, reconciler: Reconciler) -> None:
     repeat = pytest.importorskip("rq.repeat").Repeat
     endpoint_id = add_endpoint(state, URL)
     job = queue(state).enqueue("tests.jobs.add", 1, 2, repeat=repeat(times=1, interval=3600))
     confirm(state.database, endpoint_id, existing=[job.id], unseen=[], reserved_job_id=None)
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     reconciler.run_once()
     assert statuses(state) == ["open"]
     queue(state).enqueue_job(Job.fetch(job.id, state.redis))  # what the scheduler does an hour later
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
-    assert told(state) == [("job.success", job.id)] * 2
+    assert published(state) == [("job.success", job.id)] * 2
     job.delete()
     for _ in range(4):
         reconciler.run_once()
 
-    assert told(state) == [("job.success", job.id)] * 2
+    assert published(state) == [("job.success", job.id)] * 2
     assert statuses(state) == ["settled"]
 
 
@@ -439,10 +434,10 @@ def test_every_run_of_a_repeated_job_is_told(state: State, reconciler: Reconcile
 
 def test_orphan_that_finishes_is_corrected_once(state: State, reconciler: Reconciler, clock: Clock) -> None:
     job = promise(state, "tests.jobs.add", 1, 2)
-    work(state)
+    work(state.redis)
     state.redis.hset(job.key, "status", "failed")
     reconciler.run_once()
-    assert told(state) == [("job.failure", job.id)]
+    assert published(state) == [("job.failure", job.id)]
     state.redis.hset(job.key, "status", "finished")
     clock.ahead = timedelta(hours=5)
 
@@ -466,7 +461,7 @@ def test_verdict_is_final_after_a_day(state: State, reconciler: Reconciler, cloc
 
     reconciler.run_once()
 
-    assert told(state) == [("job.canceled", job.id)]
+    assert published(state) == [("job.canceled", job.id)]
 
 
 def test_lost_job_that_comes_back_is_corrected(state: State, reconciler: Reconciler) -> None:
@@ -476,7 +471,7 @@ def test_lost_job_that_comes_back_is_corrected(state: State, reconciler: Reconci
     for _ in range(2):
         reconciler.run_once()
     state.redis.hset(job.key, mapping=saved)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -495,7 +490,7 @@ def test_new_reconciler_knows_of_corrections_made(state: State, reconciler: Reco
 
     new_reconciler(state, clock).run_once()
 
-    assert told(state) == [("job.canceled", job.id), ("job.success", job.id)]
+    assert published(state) == [("job.canceled", job.id), ("job.success", job.id)]
 
 
 # -- callbacks' words -------------------------------------------------------------------------------------
@@ -522,11 +517,11 @@ def test_parked_word_waits_for_the_commit(state: State, reconciler: Reconciler) 
     word(state, job, result={"big": "result"})
 
     reconciler.run_once()
-    assert told(state) == []
+    assert published(state) == []
     state.redis.hset(job.key, "status", "finished")
     reconciler.run_once()
 
-    assert told(state) == [("job.success", job.id)]
+    assert published(state) == [("job.success", job.id)]
     assert payload(state)["result"] == {"big": "result"}
     assert rows(state, Watch)[0].evidence is None
 
@@ -538,14 +533,14 @@ def test_parked_word_stands_where_the_job_is_gone(state: State, reconciler: Reco
 
     reconciler.run_once()
 
-    assert told(state) == [("job.success", job.id)]
+    assert published(state) == [("job.success", job.id)]
     assert payload(state)["result"] == 7
 
 
 def test_parked_word_of_an_earlier_run_is_judged_by_rqs_results(state: State, reconciler: Reconciler) -> None:
     job = promise(state, "tests.jobs.fail")
     entry = word(state, job, result=7)
-    work(state)
+    work(state.redis)
     requeue(job)
 
     reconciler.run_once()
@@ -563,29 +558,29 @@ def test_job_behind_a_failed_one_is_blocked_once(state: State, reconciler: Recon
     parent = queue(state).enqueue("tests.jobs.fail")
     job = promise(state, "tests.jobs.add", 1, 2, depends_on=parent, **BLOCKED)
     reconciler.run_once()
-    assert told(state) == []
-    work(state)
+    assert published(state) == []
+    work(state.redis)
 
     for _ in range(3):
         reconciler.run_once()
 
-    assert told(state) == [("job.blocked", job.id)]
+    assert published(state) == [("job.blocked", job.id)]
     assert len(deliveries(state)) == 1
     queue(state)._enqueue_job(Job.fetch(job.id, state.redis))  # as when its parent is requeued and finishes
-    work(state)
+    work(state.redis)
     reconciler.run_once()
-    assert told(state)[-1] == ("job.success", job.id)
+    assert published(state)[-1] == ("job.success", job.id)
 
 
 def test_job_behind_a_failed_one_it_may_ignore_is_not_blocked(state: State, reconciler: Reconciler) -> None:
     parent = queue(state).enqueue("tests.jobs.fail")
     dependency = rq.job.Dependency(jobs=[parent], allow_failure=True)
     job = promise(state, "tests.jobs.add", 1, 2, depends_on=dependency, **BLOCKED)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
-    assert told(state) == [("job.success", job.id)]
+    assert published(state) == [("job.success", job.id)]
 
 
 def test_job_behind_a_deleted_one_is_blocked_after_two_passes(state: State, reconciler: Reconciler) -> None:
@@ -594,19 +589,19 @@ def test_job_behind_a_deleted_one_is_blocked_after_two_passes(state: State, reco
     parent.delete()
 
     reconciler.run_once()
-    assert told(state) == []
+    assert published(state) == []
     reconciler.run_once()
 
-    assert told(state) == [("job.blocked", job.id)]
+    assert published(state) == [("job.blocked", job.id)]
 
 
 def test_nobody_who_did_not_ask_hears_of_a_blocked_job(state: State, reconciler: Reconciler) -> None:
     parent = queue(state).enqueue("tests.jobs.fail")
     promise(state, "tests.jobs.add", 1, 2, depends_on=parent)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
-    assert told(state) == []
+    assert published(state) == []
     endpoint = NewEndpoint(url=URL, host="127.0.0.1:9", kind="standing", events=("job.blocked",))
     create_standing(state.database, state.cipher, endpoint, namespace=state.namespace)
     reconciler.run_once()
@@ -634,7 +629,7 @@ def test_abandoned_job_waits_for_rq(state: State, reconciler: Reconciler) -> Non
     for _ in range(2):
         reconciler.run_once()
 
-    assert told(state) == []
+    assert published(state) == []
     assert state.redis.hget(job.key, "status") == b"started"
 
 
@@ -649,7 +644,7 @@ def test_clean_abandoned_lets_rq_end_it(database_url: str, redis_url: str, clock
         assert report.cleaned_queues == 1
         reconciler.run_once()
 
-        assert told(state) == [("job.failure", job.id)]
+        assert published(state) == [("job.failure", job.id)]
         assert payload(state)["error"]["type"] == "AbandonedJobError"
         assert state.redis.lrange("noted", 0, -1)[0].startswith(b"failure " + job.id.encode())
 
@@ -675,32 +670,32 @@ def test_watched_job_made_elsewhere(state: State, reconciler: Reconciler, ended:
     past = datetime.now(UTC) - timedelta(minutes=5)
     state.redis.hset(job.key, "enqueued_at", format_time(past))
     if ended:
-        work(state)
+        work(state.redis)
     watch(state, job, counts_from=past)
     if not ended:
-        work(state)
+        work(state.redis)
     state.redis.hset(job.key, "enqueued_at", format_time(past))
 
     reconciler.run_once()
 
-    assert told(state) == [("job.success", job.id)]
+    assert published(state) == [("job.success", job.id)]
     assert len(deliveries(state)) == 1
 
 
 def test_watch_without_a_bound_counts_from_now_on(state: State, reconciler: Reconciler) -> None:
     job = queue(state).enqueue("tests.jobs.fail")
-    work(state)
+    work(state.redis)
     past = format_time(datetime.now(UTC) - timedelta(minutes=5))
     state.redis.hset(job.key, mapping={"enqueued_at": past, "created_at": past})
     watch(state, job)
 
     reconciler.run_once()
-    assert told(state) == []
+    assert published(state) == []
     requeue(job)
-    work(state)
+    work(state.redis)
     reconciler.run_once()
 
-    assert told(state) == [("job.failure", job.id)]
+    assert published(state) == [("job.failure", job.id)]
 
 
 # -- robustness -------------------------------------------------------------------------------------------
@@ -717,7 +712,7 @@ def test_result_that_cannot_be_read_is_left_out_and_marked(
     state: State, reconciler: Reconciler, function: str, arguments: tuple[Any, ...]
 ) -> None:
     promise(state, function, *arguments)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -731,7 +726,7 @@ def test_meta_with_foreign_objects_still_gives_the_run_id(state: State, reconcil
     job = promise(state, "tests.jobs.add", 1, 2)
     job.meta = {"runid": "from-meta", "exotic": rq.Queue}
     job.save_meta()
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -744,7 +739,7 @@ def test_more_watches_than_a_page(
     monkeypatch.setattr("flask_rq_webhooks.observe.reconcile.PAGE", 7)
     jobs = [promise(state, "tests.jobs.add", 1, number).id for number in range(20)]
     reconciler.run_once()
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -758,7 +753,7 @@ def test_settled_watches_are_kept_as_long_as_rq_keeps_the_job(
     state: State, reconciler: Reconciler, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [promise(state, "tests.jobs.add", number, 1) for number in range(9)]
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     for job in jobs[2:]:
         job.delete()
@@ -777,19 +772,19 @@ def test_forgotten_job_that_is_back_under_its_id_is_found_by_the_sweep(
     monkeypatch.setattr(reconcile, "PAGE", 2)
     monkeypatch.setattr(reconcile, "FORGOTTEN_AT_ONCE", 2)
     jobs = [promise(state, "tests.jobs.add", number, 1) for number in range(6)]
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     for job in jobs:
         job.delete()
     clock.ahead = timedelta(days=9)
     reconciler.run_once()
     queue(state).enqueue_call("tests.jobs.add", (1, 2), job_id=jobs[4].id)
-    work(state)
+    work(state.redis)
 
     for _ in range(4):
         reconciler.run_once()
 
-    assert told(state)[6:] == [("job.success", jobs[4].id)]
+    assert published(state)[6:] == [("job.success", jobs[4].id)]
 
 
 def test_pass_that_dies_before_noting_repeats_without_harm(
@@ -797,7 +792,7 @@ def test_pass_that_dies_before_noting_repeats_without_harm(
 ) -> None:
     promise(state, "tests.jobs.fail")
     reconciler.run_once()
-    work(state)
+    work(state.redis)
 
     def die(*_arguments: object, **_keywords: object) -> None:
         raise redis.ConnectionError("gone")

@@ -34,7 +34,7 @@ def start(state: State, job_id: str, *, expires_in_s: float = 60.0) -> Job:
     return job
 
 
-def told(state: State) -> list[str]:
+def reported(state: State) -> list[str]:
     return [json.loads(event.payload)["type"] for event in events(state)]
 
 
@@ -44,7 +44,7 @@ def test_start_is_reported_once_to_those_who_asked(state: State, receiver: Recei
     )
     others = enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.sleep", 9, is_async=True)
     reconcile_now(state)
-    assert told(state) == []
+    assert reported(state) == []
     start(state, asked)
     start(state, others)
 
@@ -70,7 +70,7 @@ def test_start_is_not_reported_after_the_end(state: State) -> None:
     )
     (answer,) = ingest(state.database, [IngestItem(late)], render=state.render, max_attempts=1)
     assert (answer.created, answer.event_id) == (False, "")
-    assert told(state) == ["job.success"]
+    assert reported(state) == ["job.success"]
 
 
 def test_job_without_sign_of_life_is_stalled_once(state: State, receiver: Receiver) -> None:
@@ -78,7 +78,7 @@ def test_job_without_sign_of_life_is_stalled_once(state: State, receiver: Receiv
     job_id = enqueue(state, endpoint_id, "tests.jobs.sleep", 9, is_async=True)
     start(state, job_id)
     reconcile_now(state)
-    assert told(state) == []
+    assert reported(state) == []
     start(state, job_id, expires_in_s=-10)
 
     for _ in range(3):
@@ -118,6 +118,6 @@ def test_real_worker_is_seen_while_the_job_runs(state: State, redis_url: str, re
         worker.kill()
         worker.wait()
     Dispatcher(state).run(burst=True)
-    assert told(state) == ["job.started", "job.success"]
+    assert reported(state) == ["job.started", "job.success"]
     by_number = sorted(receiver.received, key=lambda one: one.json["sequence"])
     assert [one.json["event"] for one in by_number] == ["job.started", "job.success"]

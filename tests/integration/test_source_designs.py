@@ -26,7 +26,6 @@ from flask.testing import FlaskClient
 from flask_sqlalchemy import SQLAlchemy
 from limits.strategies import FixedWindowRateLimiter
 from responses import matchers
-from rq import SimpleWorker
 from rq.timeouts import TimerDeathPenalty
 
 from flask_rq_webhooks import Queue, RQWebhooks
@@ -34,6 +33,7 @@ from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.receiver import verify
 from flask_rq_webhooks.state import get_state
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Endpoint
+from tests.pipeline import InProcessWorker
 from tests.servers import ROOT
 
 URL = "https://client.example/hook"
@@ -49,7 +49,7 @@ def fail(message: str) -> None:
     raise ValueError(message)
 
 
-class InProcessWorker(SimpleWorker):
+class TimedWorker(InProcessWorker):
     """Run jobs without signals, which belong to the test runner."""
 
     death_penalty_class = TimerDeathPenalty
@@ -235,7 +235,7 @@ def test_the_worker_triggers_and_the_dispatcher_sends(
     deliver(app)
     assert len(responses.calls) == 0, "nothing has ended"
     assert delivery_status(client, job_id) == "waiting"
-    InProcessWorker([Queue("default", connection=fake_redis)], connection=fake_redis).work(burst=True)
+    TimedWorker([Queue("default", connection=fake_redis)], connection=fake_redis).work(burst=True)
     assert len(responses.calls) == 0, "a worker sends nothing itself"
     deliver(app)
     assert json.loads(responses.calls[0].request.body)["result"] == 5

@@ -248,7 +248,7 @@ def test_host_that_knows_no_callers_refuses_all_alike(host: Host) -> None:
     assert answers[0].data == answers[1].data
 
 
-def test_endpoint_whose_jobs_were_never_enqueued_is_not_told_of(host: Host) -> None:
+def test_endpoint_whose_jobs_were_never_enqueued_is_not_shown(host: Host) -> None:
     def refuse() -> Any:
         return {}
 
@@ -269,7 +269,7 @@ def test_url_prefix(sqlite_url: str, redis_url: str) -> None:
     host.close()
 
 
-def test_health_is_open_and_tells_nothing_else(host: Host) -> None:
+def test_health_is_open_and_shows_nothing_else(host: Host) -> None:
     from flask_rq_webhooks.storage.dispatchers import heartbeat
 
     host.webhooks.authorize_function = None

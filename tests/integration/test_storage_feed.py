@@ -19,7 +19,7 @@ from flask_rq_webhooks.storage.models import Event
 from flask_rq_webhooks.storage.queries import EventView, Page
 from flask_rq_webhooks.storage.retention import prune
 from tests.servers import PostgresHandle, wait_until
-from tests.storage_rows import new_endpoint, occurrence, render, rows, set_values, tell
+from tests.storage_rows import new_endpoint, occurrence, publish, render, rows, set_values
 
 
 def jobs(page: Page[EventView]) -> list[str | None]:
@@ -56,7 +56,7 @@ def skewed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def test_events_as_a_feed(database: Database) -> None:
     for number in range(5):
-        tell(database, occurrence(f"job-{number}", runid=f"run-{number % 2}"))
+        publish(database, occurrence(f"job-{number}", runid=f"run-{number % 2}"))
     page = events_after(database, limit=2)
     assert jobs(page) == ["job-0", "job-1"]
     assert page.items[0].payload is not None
@@ -71,7 +71,7 @@ def test_events_as_a_feed(database: Database) -> None:
 
 def test_events_of_one_batch_are_in_the_order_they_were_brought(database: Database) -> None:
     names = [f"job-{(number * 7919) % 30}" for number in range(30)]
-    tell(database, *(occurrence(name) for name in names))
+    publish(database, *(occurrence(name) for name in names))
     assert Client(database).poll_to_the_end() == names
 
 
@@ -80,13 +80,13 @@ def test_nothing_is_lost_when_the_clocks_of_dispatchers_differ(
     database: Database, skewed: Callable[[float], None], seconds: float
 ) -> None:
     client = Client(database)
-    told = []
+    stored = []
     for number in range(6):
         skewed(seconds * (number % 2))
-        told.append(f"job-{number}")
-        tell(database, occurrence(told[-1]))
+        stored.append(f"job-{number}")
+        publish(database, occurrence(stored[-1]))
         client.poll()
-    assert client.seen == told
+    assert client.seen == stored
 
 
 class Held:
@@ -106,7 +106,7 @@ class Held:
             assert self._go.wait(30)
             return render(*arguments)
 
-        tell(database, occurrence(job_id), render=slow)
+        publish(database, occurrence(job_id), render=slow)
         database.dispose()
 
     def let_go(self) -> None:
@@ -125,14 +125,14 @@ def test_the_feed_stops_before_a_transaction_that_is_still_open_and_nobody_waits
     opened: Database, skewed: Callable[[float], None]
 ) -> None:
     client = Client(opened)
-    tell(opened, occurrence("before"))
+    publish(opened, occurrence("before"))
     client.poll()
     skewed(-60)
     held = Held(opened, "held")
     skewed(60)
     began = time.monotonic()
     for number in range(3):
-        tell(opened, occurrence(f"later-{number}"))
+        publish(opened, occurrence(f"later-{number}"))
         client.poll()
         time.sleep(0.4)
     assert time.monotonic() - began < 5, "an open transaction holds up no other dispatcher"
@@ -149,7 +149,7 @@ def test_a_long_transaction_of_the_host_does_not_hold_up_the_feed(opened: Databa
     other = sa.create_engine(opened.url)
     with other.begin() as connection:
         connection.execute(sa.text("CREATE TABLE of_the_host (id integer)"))
-        tell(opened, occurrence("job-1"))
+        publish(opened, occurrence("job-1"))
         assert jobs(events_after(opened)) == ["job-1"]
     other.dispose()
     opened.dispose()
@@ -166,7 +166,7 @@ def test_many_writers_and_a_client_that_polls_all_the_time(database_url: str) ->
         database = Database(mine.url)
         try:
             for number in range(40):
-                tell(database, occurrence(f"{writer}-{number}"))
+                publish(database, occurrence(f"{writer}-{number}"))
         except BaseException as exc:  # reported below
             failures.append(exc)
         database.dispose()
@@ -185,22 +185,22 @@ def test_many_writers_and_a_client_that_polls_all_the_time(database_url: str) ->
 def test_the_order_goes_on_when_the_clock_of_the_database_was_set_back(database: Database) -> None:
     """After a failover another machine's clock counts."""
     client = Client(database)
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     (first,) = rows(database, Event)
     set_values(database, Event, first.id, position=first.position + 3_600_000_000)
     client.poll()
     for number in (2, 3):
-        tell(database, occurrence(f"job-{number}"))
+        publish(database, occurrence(f"job-{number}"))
         client.poll()
     assert client.seen == ["job-1", "job-2", "job-3"]
 
 
 def test_a_cursor_is_valid_when_everything_before_it_is_pruned(database: Database) -> None:
     client = Client(database)
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     client.poll()
     assert prune(database, datetime.now(UTC) + timedelta(hours=1)).events == 1
-    tell(database, occurrence("job-2"))
+    publish(database, occurrence("job-2"))
     client.poll()
     assert client.seen == ["job-1", "job-2"]
 
@@ -208,12 +208,12 @@ def test_a_cursor_is_valid_when_everything_before_it_is_pruned(database: Databas
 def test_cursors_and_events_from_before_there_were_positions(database: Database) -> None:
     """An upgrade leaves old events at position 0; the cursor a client holds names an event."""
     for number in range(4):
-        tell(database, occurrence(f"old-{number}"))
+        publish(database, occurrence(f"old-{number}"))
         time.sleep(0.002)  # ids of one millisecond have no order
     old = rows(database, Event)
     for event in old:
         set_values(database, Event, event.id, position=0)
-    tell(database, occurrence("new"))
+    publish(database, occurrence("new"))
     client = Client(database)
     client.cursor = base64.urlsafe_b64encode(b"1" + old[1].id.encode()).decode().rstrip("=")
     assert client.poll_to_the_end() == ["old-2", "old-3", "new"]
@@ -226,7 +226,7 @@ def test_locks_of_the_feed_are_gone_after_a_transaction_that_failed(opened: Data
 
     new_endpoint(opened, job_id="job-1")
     with pytest.raises(RuntimeError):
-        tell(opened, occurrence("job-1"), render=broken)
-    tell(opened, occurrence("job-2"))
+        publish(opened, occurrence("job-1"), render=broken)
+    publish(opened, occurrence("job-2"))
     wait_until(lambda: jobs(events_after(opened)) == ["job-2"], timeout=2)
     opened.dispose()

@@ -17,7 +17,7 @@ from flask_rq_webhooks.state import get_state
 from flask_rq_webhooks.storage.attempts import record_attempts
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.models import Delivery, Event
-from tests.storage_rows import attempt, claim, new_endpoint, occurrence, rows, tell
+from tests.storage_rows import attempt, claim, new_endpoint, occurrence, publish, rows
 
 
 def journal_mode(path: Path) -> str:
@@ -29,7 +29,7 @@ def journal_mode(path: Path) -> str:
 
 def work(database: Database) -> None:
     new_endpoint(database, job_id="job-1")
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     (claimed,) = claim(database)
     record_attempts(database, [attempt(claimed)], dispatcher_id="dsp_1", disable_after=100)
 
@@ -101,10 +101,10 @@ def test_a_writer_of_the_host_is_waited_for_without_wal(tmp_path: Path) -> None:
     host = sqlite3.connect(path, isolation_level=None)
     host.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StorageUnavailableError, match="locked"):
-        tell(database, occurrence("job-1"))
+        publish(database, occurrence("job-1"))
     host.execute("COMMIT")
     host.close()
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     assert len(rows(database, Event)) == 1
     with database.read() as connection:
         assert connection.execute(sa.text("PRAGMA busy_timeout")).scalar_one() == 200
@@ -118,8 +118,8 @@ def test_a_file_that_may_not_be_written_is_one_sentence_with_the_fix(tmp_path: P
     database.dispose()
     read_only = Database(f"sqlite:///file:{path}?mode=ro&uri=true", own_file=False)
     with pytest.raises(StorageUnavailableError, match="the right to write the file and its folder"):
-        tell(read_only, occurrence("job-1"))
+        publish(read_only, occurrence("job-1"))
     nowhere = Database(f"sqlite:///{tmp_path / 'none' / 'host.db'}", own_file=False)
     with pytest.raises(StorageUnavailableError, match="unable to open"):
-        tell(nowhere, occurrence("job-1"))
+        publish(nowhere, occurrence("job-1"))
     read_only.dispose()

@@ -42,11 +42,11 @@ from tests.storage_rows import (
     deliver_to,
     new_endpoint,
     occurrence,
+    publish,
     render,
     row,
     rows,
     set_values,
-    tell,
 )
 
 
@@ -126,11 +126,11 @@ def test_recover_by_filter_in_batches(database: Database) -> None:
 
 def test_recover_makes_what_a_disabled_endpoint_missed(database: Database) -> None:
     standing = new_endpoint(database, kind="standing", reference="st")
-    tell(database, occurrence("before"))
+    publish(database, occurrence("before"))
     disable_standing(database, standing)
     late = new_endpoint(database, kind="standing", host="late.example")
     disable_standing(database, late)
-    tell(
+    publish(
         database,
         *[occurrence(f"missed-{number}") for number in range(5)],
         occurrence("optional", type="job.retrying"),
@@ -188,7 +188,7 @@ def test_what_disabled_endpoints_missed_is_made_in_parts(
     ids = sorted(new_endpoint(database, kind="standing", host=f"{name}.example") for name in "abc")
     for endpoint_id in ids:
         disable_standing(database, endpoint_id)
-    tell(database, *[occurrence(f"missed-{number}") for number in range(7)])
+    publish(database, *[occurrence(f"missed-{number}") for number in range(7)])
     for endpoint_id in ids:
         enable_standing(database, endpoint_id)
     everything, parts = DeliveryFilter(), []
@@ -262,10 +262,10 @@ def age(database: Database, model: type[Base], column: str, by: timedelta) -> No
 def test_prune_takes_what_ended_long_ago_and_nothing_unfinished(database: Database) -> None:
     old, month = timedelta(days=31), datetime.now(UTC) - timedelta(days=30)
     new_endpoint(database, job_id="done", secret="s")
-    tell(database, occurrence("done"))
+    publish(database, occurrence("done"))
     finish(database)
     waits = new_endpoint(database, job_id="waits")
-    tell(database, occurrence("waits"))
+    publish(database, occurrence("waits"))
     opened = new_endpoint(database, job_id="open")
     confirm(database, opened, existing=["open"], unseen=[], reserved_job_id="open")
     standing = new_endpoint(database, kind="standing")
@@ -276,10 +276,10 @@ def test_prune_takes_what_ended_long_ago_and_nothing_unfinished(database: Databa
     age(database, Endpoint, "created_at", old)
     for watch in rows(database, Watch, Watch.status == "settled"):
         set_values(database, Watch, watch.id, settled_at=datetime.now(UTC) - old)
-    told: list[int] = []
-    pruned = prune(database, month, progress=told.append)
+    reported: list[int] = []
+    pruned = prune(database, month, progress=reported.append)
     assert pruned == Pruned(deliveries=1, events=1, watches=2, endpoints=1)
-    assert told == [1, 2, 4, 5]
+    assert reported == [1, 2, 4, 5]
     assert [one.job_id for one in rows(database, Event)] == ["waits"]
     assert [one.endpoint_id for one in rows(database, Delivery)] == [waits]
     assert rows(database, Attempt) == []
@@ -322,16 +322,16 @@ def test_a_pruned_endpoint_does_not_break_a_late_callback(database: Database) ->
     endpoint_id = new_endpoint(database)
     prune(database, datetime.now(UTC) + timedelta(seconds=5))
     assert rows(database, Endpoint) == []
-    (told,) = tell(database, IngestItem(occurrence("job-1"), (endpoint_id,)))
-    assert (told.created, told.deliveries) == (True, 0)
+    (reported,) = publish(database, IngestItem(occurrence("job-1"), (endpoint_id,)))
+    assert (reported.created, reported.deliveries) == (True, 0)
 
 
 def test_rekey_encrypts_everything_anew(database: Database) -> None:
     for number in range(5):
         new_endpoint(database, secret=f"s{number}", headers={"N": str(number)} if number else {})
-    told: list[int] = []
-    assert rekey(database, Cipher(["newer", "a key for tests"]), batch=2, progress=told.append) == 9
-    assert told == [2, 4, 5, 7, 9]
+    reported: list[int] = []
+    assert rekey(database, Cipher(["newer", "a key for tests"]), batch=2, progress=reported.append) == 9
+    assert reported == [2, 4, 5, 7, 9]
     newer = Cipher(["newer"])
     assert {newer.decrypt(one.secret) for one in rows(database, Secret)} == {
         f"s{number}" for number in range(5)

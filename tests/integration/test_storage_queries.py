@@ -34,10 +34,10 @@ from tests.storage_rows import (
     deliver_to,
     new_endpoint,
     occurrence,
+    publish,
     retry_in,
     row,
     set_values,
-    tell,
 )
 
 
@@ -55,7 +55,7 @@ def test_the_webhook_of_a_job_from_waiting_to_succeeded(database: Database) -> N
         "https://a.example/h?token=1", "run", "waiting",
     )  # fmt: skip
     assert (waiting.events, waiting.deliveries) == ((), ())
-    (event,) = tell(database, occurrence("job-1"))
+    (event,) = publish(database, occurrence("job-1"))
     pending = job_webhook(database, "job-1")
     assert pending is not None
     assert pending.delivery_status == "pending"
@@ -78,13 +78,13 @@ def test_the_webhook_of_a_job_from_waiting_to_succeeded(database: Database) -> N
 
 def test_the_webhook_of_a_job_hides_standing_endpoints(database: Database) -> None:
     new_endpoint(database, kind="standing", url="https://internal.example/")
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     assert job_webhook(database, "job-1") is None
     new_endpoint(database, job_id="job-2")
-    tell(database, occurrence("job-2"))
-    told = job_webhook(database, "job-2")
-    assert told is not None
-    assert [delivery.url for delivery, _attempts in told.deliveries] == ["https://hooks.example.com/x"]
+    publish(database, occurrence("job-2"))
+    stored = job_webhook(database, "job-2")
+    assert stored is not None
+    assert [delivery.url for delivery, _attempts in stored.deliveries] == ["https://hooks.example.com/x"]
 
 
 def test_a_reservation_that_came_to_nothing_is_no_webhook(database: Database) -> None:
@@ -123,8 +123,8 @@ def test_foreign_cursors_are_refused(database: Database, cursor: str) -> None:
 def test_filters_of_deliveries(database: Database) -> None:
     one = new_endpoint(database, host="a.example", events=("*",))
     two = new_endpoint(database, host="b.example", events=("*",))
-    tell(database, IngestItem(occurrence("job-1", runid="run-1"), (one, two)))
-    tell(database, IngestItem(occurrence("job-2", runid="run-2", type="job.failure"), (one,)))
+    publish(database, IngestItem(occurrence("job-1", runid="run-1"), (one, two)))
+    publish(database, IngestItem(occurrence("job-2", runid="run-2", type="job.failure"), (one,)))
     (claimed,) = claim(database, limit=1)
     record(database, attempt(claimed, EXHAUSTED))
 
@@ -154,7 +154,7 @@ def test_details(database: Database) -> None:
     endpoint_id = new_endpoint(
         database, job_id="job-1", secret="s", headers={"A": "1"}, events=("job.success",)
     )
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     (claimed,) = claim(database)
     record(database, attempt(claimed))
     detail = delivery_detail(database, claimed.id)
@@ -226,7 +226,7 @@ def test_numbers(database: Database) -> None:
 def test_application_events_have_no_job(database: Database) -> None:
     new_endpoint(database, kind="standing", events=("*",))
     what = Occurrence(type="model.published", occurred_at=datetime.now(UTC), source=SOURCE_APPLICATION)
-    tell(database, what)
+    publish(database, what)
     (delivery,) = list_deliveries(database, DeliveryFilter()).items
     assert (delivery.job_id, delivery.event_type, delivery.endpoint_kind) == (
         None,

@@ -23,11 +23,11 @@ from tests.storage_rows import (
     deliver_to,
     new_endpoint,
     occurrence,
+    publish,
     retry_in,
     row,
     rows,
     set_values,
-    tell,
 )
 
 
@@ -151,7 +151,7 @@ def test_canceled_while_it_was_sent(database: Database, decision: Decision, stat
 
 
 def fail_standing(database: Database, endpoint_id: str, count: int, **options: int) -> RecordResult:
-    tell(database, *[occurrence(f"{endpoint_id}-{number}-{time.time_ns()}") for number in range(count)])
+    publish(database, *[occurrence(f"{endpoint_id}-{number}-{time.time_ns()}") for number in range(count)])
     claimed = claim(database, per_host=64)
     assert len(claimed) == count
     return record(database, *[attempt(one, retry_in(3600)) for one in claimed], **options)
@@ -186,7 +186,7 @@ def test_long_failing_but_few_failures_stays_enabled(database: Database) -> None
 def test_a_success_ends_the_failures(database: Database) -> None:
     endpoint_id = new_endpoint(database, kind="standing")
     fail_standing(database, endpoint_id, 3)
-    tell(database, occurrence("good"))
+    publish(database, occurrence("good"))
     (claimed,) = claim(database)
     record(database, attempt(claimed))
     stored = row(database, Endpoint)
@@ -195,7 +195,7 @@ def test_a_success_ends_the_failures(database: Database) -> None:
 
 def test_failures_in_one_batch_count_from_the_last_success(database: Database) -> None:
     new_endpoint(database, kind="standing")
-    tell(database, *[occurrence(f"job-{number}") for number in range(4)])
+    publish(database, *[occurrence(f"job-{number}") for number in range(4)])
     made = [attempt(one, retry_in(60)) for one in claim(database)]
     made[1] = replace(made[1], decision=Decision(status="succeeded"))
     record(database, *made)
@@ -205,7 +205,7 @@ def test_failures_in_one_batch_count_from_the_last_success(database: Database) -
 def test_gone_disables_a_standing_endpoint_at_once_and_spares_a_job_bound_one(database: Database) -> None:
     standing = new_endpoint(database, kind="standing")
     bound = new_endpoint(database, job_id="job-1")
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     gone = Decision(status="exhausted", error_code="http_4xx", disable_endpoint=True)
     result = record(database, *[attempt(one, gone, status_code=410) for one in claim(database)])
     assert result.disabled == {standing: "gone"}

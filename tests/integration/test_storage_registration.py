@@ -30,11 +30,11 @@ from tests.storage_rows import (
     deliver_to,
     new_endpoint,
     occurrence,
+    publish,
     row,
     rows,
     set_values,
     statements_of,
-    tell,
 )
 
 
@@ -116,7 +116,7 @@ def test_confirm_opens_reserves_and_closes(database: Database) -> None:
 
 def test_confirm_never_moves_a_watch_back(database: Database) -> None:
     endpoint_id = new_endpoint(database, job_id="job-1")
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     confirm(database, endpoint_id, existing=["job-1"], unseen=[], reserved_job_id="job-1")
     assert watches(database) == {"job-1": "settled"}
     confirm(database, endpoint_id, existing=[], unseen=[], reserved_job_id="job-1")
@@ -187,7 +187,7 @@ def test_standing_endpoints_are_created_and_changed(database: Database) -> None:
         create_standing(database, CIPHER, NewEndpoint(url="u", host="h"), namespace=NAMESPACE)
     endpoint_id = standing(database, description="first")
     deliver_to(database, "other.example")
-    tell(database, occurrence("job-1"))
+    publish(database, occurrence("job-1"))
     changes = {
         "url": "https://b.example/", "host": "b.example", "headers": {"A": "b"}, "events": ("*",),
         "description": None,
@@ -221,7 +221,7 @@ def test_rotation_keeps_the_old_secret_for_a_while(database: Database) -> None:
 
 def test_disabled_enabled_deleted(database: Database) -> None:
     endpoint_id = standing(database, secret="s")
-    tell(database, *[occurrence(f"job-{number}") for number in range(5)])
+    publish(database, *[occurrence(f"job-{number}") for number in range(5)])
     assert disable_standing(database, endpoint_id)
     stored = row(database, Endpoint)
     assert (stored.enabled, stored.disabled_reason) == (False, "operator")

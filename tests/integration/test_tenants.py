@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import rq
 import sqlalchemy as sa
 from flask import request
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +19,7 @@ from benchmarks import tenants as many
 from flask_rq_webhooks.accept import tenants
 from flask_rq_webhooks.storage.models import new_id
 from flask_rq_webhooks.testing import InMemoryReceiver, deliver_all
+from tests import pipeline
 from tests.dashboard_app import open_host
 from tests.integration.hosts import FIELDS, Host
 from tests.servers import PostgresHandle
@@ -71,7 +71,7 @@ def run_job(host: Host, who: str | None, **fields: Any) -> Any:
 
 def work(host: Host) -> list[Any]:
     """Run all jobs; return what receivers got."""
-    rq.SimpleWorker([host.queue], connection=host.redis).work(burst=True)
+    pipeline.work(host.redis, queue=host.queue)
     return deliver_all(host.app)
 
 
@@ -322,7 +322,7 @@ def test_trouble_with_an_own_endpoint_is_an_event_for_its_tenant_and_for_operato
         create(host, who, url=f"https://{who}-watch.example.com/in", events=types)
     broken = create(host, "ada", url="https://broken.example.com/in?token=private")
     run_job(host, "ada")
-    rq.SimpleWorker([host.queue], connection=host.redis).work(burst=True)
+    pipeline.work(host.redis, queue=host.queue)
     receiver = InMemoryReceiver(lambda webhook: 410 if "broken" in webhook.url else 204)
 
     for _ in range(3):
@@ -522,7 +522,7 @@ def test_a_foreign_cursor_shows_nothing_foreign(host: Host) -> None:
 def test_what_a_client_may_not_learn_is_hidden_from_a_tenant_too(host: Host) -> None:
     create(host, "ada", headers={"Authorization": "Bearer hidden"}, max_attempts=1)
     run_job(host, "ada")
-    rq.SimpleWorker([host.queue], connection=host.redis).work(burst=True)
+    pipeline.work(host.redis, queue=host.queue)
     deliver_all(host.app, InMemoryReceiver("blocked"))
     (delivery,) = deliveries(host, "ada")
 

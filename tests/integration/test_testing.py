@@ -8,7 +8,6 @@ from typing import Any
 import fakeredis
 import pytest
 import redis
-import rq
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
@@ -20,6 +19,7 @@ from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.models import Attempt, Delivery, Event
 from flask_rq_webhooks.testing import InMemoryReceiver, deliver_all
 from tests.acceptance import tasks
+from tests.pipeline import work
 
 SECRET = "a secret"
 FIELDS = {"webhook_url": "https://client.example/hook", "webhook_secret": SECRET}
@@ -88,7 +88,7 @@ def status(app: Flask, job_id: str) -> str:
     return str(app.test_client().get(f"/webhooks/jobs/{job_id}").get_json()["delivery_status"])
 
 
-def test_synchronous_job_on_fakeredis_is_told_and_logged(host: Flask) -> None:
+def test_synchronous_job_on_fakeredis_is_reported_and_logged(host: Flask) -> None:
     job_id = submit(host, "add", 1, 2)
 
     (webhook,) = deliver_all(host)
@@ -190,7 +190,7 @@ def test_jobs_worked_off_by_a_simple_worker(fake: redis.Redis) -> None:
     canceled = submit(app, "add", 3, 4)
     Job.fetch(canceled, connection=fake).cancel()
     assert deliver_all(app) != []  # the canceled one, which no callback reports
-    rq.SimpleWorker(["default"], connection=fake).work(burst=True)
+    work(fake)
 
     (webhook,) = deliver_all(app)
 
@@ -204,11 +204,11 @@ def test_deleted_job_is_lost_at_the_second_look(fake: redis.Redis) -> None:
     job_id = submit(app, "add", 1, 2)
     Job.fetch(job_id, connection=fake).delete()
 
-    told: list[Any] = []
+    reported: list[Any] = []
     for _look in range(3):
-        told += deliver_all(app)
+        reported += deliver_all(app)
 
-    assert [webhook.json["event"] for webhook in told] == ["job.lost"]
+    assert [webhook.json["event"] for webhook in reported] == ["job.lost"]
     close(app)
 
 
@@ -237,16 +237,16 @@ def test_what_cannot_be_opened_does_not_hold_the_test_up(
 def test_notices_and_signals_come_as_from_a_dispatcher(host: Flask) -> None:
     from flask_rq_webhooks import signals
 
-    told: list[dict[str, Any]] = []
+    reported: list[dict[str, Any]] = []
 
     def note(sender: Any, **what: Any) -> None:
-        told.append(what)
+        reported.append(what)
 
     job_id = submit(host, "add", 1, 2)
     with signals.delivery_succeeded.connected_to(note):
         deliver_all(host)
 
-    assert [what["job_id"] for what in told] == [job_id]
+    assert [what["job_id"] for what in reported] == [job_id]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import confirm
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.models import Watch
-from tests.pipeline import add_endpoint, deliveries, events, rows
+from tests.pipeline import add_endpoint, deliveries, events, rows, work
 
 URL = "http://127.0.0.1:9/hook"
 
@@ -40,12 +40,6 @@ def reconciler(state: State) -> Reconciler:
 
 def queue(state: State) -> rq.Queue:
     return rq.Queue(connection=state.redis)
-
-
-def work(state: State, jobs: int | None = None) -> None:
-    rq.SimpleWorker(["default"], connection=state.redis).work(
-        burst=True, max_jobs=jobs, logging_level="CRITICAL"
-    )
 
 
 def child(state: State, parent: Job, function: str, *args: Any, order: Any = 0, **options: Any) -> Job:
@@ -80,18 +74,18 @@ def test_single_job_is_a_tree_of_one(state: State, reconciler: Reconciler) -> No
     promise_tree(state, job)
     reconciler.run_once()
     assert events(state) == []
-    work(state)
+    work(state.redis)
 
     for _ in range(3):
         reconciler.run_once()
 
-    told = body(state)
-    assert told["event"] == "job.success"
-    assert told["job_id"] == job.id
-    assert told["runid"] == "basin-7"
-    assert told["scope"] == "tree"
-    assert told["jobs"] == {"finished": 1}
-    assert told["result"] == {"runid": "basin-7"}
+    reported = body(state)
+    assert reported["event"] == "job.success"
+    assert reported["job_id"] == job.id
+    assert reported["runid"] == "basin-7"
+    assert reported["scope"] == "tree"
+    assert reported["jobs"] == {"finished": 1}
+    assert reported["result"] == {"runid": "basin-7"}
     assert len(tree_events(state)) == 1
 
 
@@ -99,10 +93,10 @@ def test_root_that_ends_first_waits_for_its_children(state: State, reconciler: R
     job = root(state)
     promise_tree(state, job)
     child(state, job, "tests.jobs.add", 1, 2)
-    work(state, jobs=1)
+    work(state.redis, jobs=1)
     reconciler.run_once()
     assert deliveries(state) == []
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -122,10 +116,10 @@ def test_three_levels_with_text_orders_unregistered_children_and_a_last_job(
     unregistered = queue(state).enqueue("tests.jobs.add", 9, 9)
     last = queue(state).enqueue("tests.jobs.add", 0, 0, depends_on=everything)
     assert len(everything) + 1 == 26
-    work(state, jobs=10)
+    work(state.redis, jobs=10)
     reconciler.run_once()
     assert deliveries(state) == []
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -142,16 +136,16 @@ def test_failed_child_and_the_last_job_that_never_runs(state: State, reconciler:
     bad = child(state, top, "tests.jobs.fail", "no rain", order=1)
     last = queue(state).enqueue("tests.jobs.add", 0, 0, depends_on=[top, good, bad])
     behind = queue(state).enqueue("tests.jobs.add", 0, 0, depends_on=last)
-    work(state)
+    work(state.redis)
 
     for _ in range(2):
         reconciler.run_once()
 
-    told = body(state)
-    assert told["event"] == "job.failure"
-    assert told["job_id"] == top.id
-    assert told["jobs"] == {"deferred": 2, "failed": 1, "finished": 2}
-    assert (told["error"]["type"], told["error"]["message"]) == ("ValueError", "no rain")
+    reported = body(state)
+    assert reported["event"] == "job.failure"
+    assert reported["job_id"] == top.id
+    assert reported["jobs"] == {"deferred": 2, "failed": 1, "finished": 2}
+    assert (reported["error"]["type"], reported["error"]["message"]) == ("ValueError", "no rain")
     assert behind.get_status() == "deferred"
 
 
@@ -162,10 +156,10 @@ def test_last_job_that_allows_failure_runs_and_is_waited_for(state: State, recon
     dependency = rq.job.Dependency(jobs=[bad], allow_failure=True)
     last = queue(state).enqueue("tests.jobs.add", 0, 0, depends_on=dependency)
     reconciler.run_once()  # RQ forgets a dependent when it is released
-    work(state, jobs=2)
+    work(state.redis, jobs=2)
     reconciler.run_once()
     assert deliveries(state) == []
-    work(state)
+    work(state.redis)
     assert last.get_status() == "finished"
 
     reconciler.run_once()
@@ -178,7 +172,7 @@ def test_child_that_waits_for_its_retry_is_active(state: State, reconciler: Reco
     top = root(state)
     promise_tree(state, top)
     bad = child(state, top, "tests.jobs.fail", retry=rq.Retry(max=1, interval=3600))
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     assert bad.get_status() == "scheduled"
     assert deliveries(state) == []
@@ -189,7 +183,7 @@ def test_stopped_or_canceled_child(state: State, reconciler: Reconciler, status:
     top = root(state)
     promise_tree(state, top)
     other = child(state, top, "tests.jobs.add", 1, 2)
-    work(state)
+    work(state.redis)
     state.redis.hset(other.key, "status", status)
 
     reconciler.run_once()
@@ -207,7 +201,7 @@ def test_missing_children_are_ignored_and_cycles_end(state: State, reconciler: R
     below.meta["jobs:0,func:up"] = top.id
     below.meta["jobs:1,func:self"] = below.id
     below.save_meta()
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -218,10 +212,10 @@ def test_missing_children_are_ignored_and_cycles_end(state: State, reconciler: R
 def test_several_jobs_of_one_request_are_one_tree(state: State, reconciler: Reconciler) -> None:
     first, second = root(state), root(state, "tests.jobs.fail", "dry")
     promise_tree(state, first, second)
-    work(state, jobs=1)
+    work(state.redis, jobs=1)
     reconciler.run_once()
     assert deliveries(state) == []
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -235,12 +229,12 @@ def test_children_are_known_after_the_roots_record_expired(state: State, reconci
     promise_tree(state, top)
     first = child(state, top, "tests.jobs.add", 1, 2, order=0)
     child(state, top, "tests.jobs.fail", order=1)
-    work(state, jobs=2)
+    work(state.redis, jobs=2)
     reconciler.run_once()
     state.redis.delete(top.key, first.key)
     reconciler.run_once()
     assert deliveries(state) == []
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -265,7 +259,7 @@ def test_reserved_tree_whose_job_has_not_come_is_waited_for(state: State, reconc
     job = root(state)
     endpoint_id = add_endpoint(state, URL, scope="tree")
     confirm(state.database, endpoint_id, existing=[job.id], unseen=["in-a-pipeline"], reserved_job_id=None)
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -276,7 +270,7 @@ def test_many_looks_at_once_are_one_event(state: State, reconciler: Reconciler) 
     top = root(state)
     promise_tree(state, top)
     jobs = [child(state, top, "tests.jobs.add", 1, number, order=number) for number in range(8)]
-    work(state)
+    work(state.redis)
     start = threading.Barrier(4)
 
     def look() -> None:
@@ -296,12 +290,12 @@ def test_many_looks_at_once_are_one_event(state: State, reconciler: Reconciler) 
     assert body(state)["jobs"] == {"finished": 9}
 
 
-def test_hint_from_a_member_tells_without_a_pass(state: State, reconciler: Reconciler) -> None:
+def test_hint_from_a_member_reports_without_a_pass(state: State, reconciler: Reconciler) -> None:
     top = root(state)
     promise_tree(state, top)
     last = child(state, top, "tests.jobs.add", 1, 2)
     reconciler.run_once()  # finds the member
-    work(state)
+    work(state.redis)
 
     reconciler.trees.look_sooner([last.id, "somebody-elses"])
     assert reconciler.trees.run_hinted() == ["job.success"]
@@ -310,13 +304,13 @@ def test_hint_from_a_member_tells_without_a_pass(state: State, reconciler: Recon
     assert body(state)["jobs"] == {"finished": 2}
 
 
-def test_tree_is_told_to_its_own_endpoint_only(state: State, reconciler: Reconciler) -> None:
+def test_tree_is_reported_to_its_own_endpoint_only(state: State, reconciler: Reconciler) -> None:
     top = root(state)
     below = child(state, top, "tests.jobs.add", 1, 2)
     whole, part = promise_tree(state, top), promise_tree(state, below)
     single = add_endpoint(state, URL)
     confirm(state.database, single, existing=[top.id], unseen=[], reserved_job_id=None)
-    work(state)
+    work(state.redis)
 
     for _ in range(2):
         reconciler.run_once()
@@ -332,12 +326,12 @@ def test_tree_is_told_to_its_own_endpoint_only(state: State, reconciler: Reconci
 def test_requeued_root_is_another_tree(state: State, reconciler: Reconciler) -> None:
     top = root(state, "tests.jobs.fail")
     promise_tree(state, top)
-    work(state)
+    work(state.redis)
     reconciler.run_once()
     FailedJobRegistry("default", state.redis).requeue(top.id)
     reconciler.run_once()
     assert len(tree_events(state)) == 1
-    work(state)
+    work(state.redis)
 
     reconciler.run_once()
 
@@ -345,11 +339,11 @@ def test_requeued_root_is_another_tree(state: State, reconciler: Reconciler) -> 
     assert len(deliveries(state)) == 2
 
 
-def test_told_tree_needs_no_further_look(state: State, reconciler: Reconciler) -> None:
+def test_reported_tree_needs_no_further_look(state: State, reconciler: Reconciler) -> None:
     top = root(state)
     promise_tree(state, top)
     child(state, top, "tests.jobs.add", 1, 2)
-    work(state)
+    work(state.redis)
     reconciler.run_once()
 
     assert sorted(watch.status for watch in rows(state, Watch)) == ["closed", "settled"]

@@ -56,7 +56,7 @@ class Machine:
         return ("ip", "netns", "exec", self.name, *arguments)
 
     def cut_off(self) -> None:
-        """Take the cable out of the switch: whatever is sent vanishes, and nobody is told."""
+        """Take the cable out of the switch: packets vanish without an error."""
         _ip("-n", self.hub, "link", "set", self.cable, "nomaster")
 
     def bring_back(self) -> None:

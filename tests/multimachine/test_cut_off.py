@@ -88,7 +88,7 @@ def postgres_at(hub: Machine) -> Iterator[str]:
         return True
 
     try:
-        # Fast, without waiting for clients: some of them will never be heard of again.
+        # Fast, without waiting for clients: some of them never come back.
         with _served(process, ready, end=signal.SIGINT):
             yield f"postgresql+psycopg://postgres@{hub.address}/{name}"
     finally:
@@ -307,7 +307,7 @@ def test_worker_cut_off_in_the_middle_of_a_job(site: Site) -> None:
     wait_until(lambda: stack.redis.hget(f"rq:job:{job_id}", "status") == b"started", what=worker.output)
 
     two.cut_off()
-    time.sleep(5)  # the job ends, and nobody can be told
+    time.sleep(5)  # the job ends, and cannot be reported
     assert stack.redis.hget(f"rq:job:{job_id}", "status") == b"started"
     assert stack.receiver.received == []
     two.bring_back()

@@ -127,7 +127,7 @@ def then(first: bytes, rest: Script) -> Script:
 
 
 def drip(data: bytes, pause_s: float = 0.05) -> Script:
-    """Return a script that sends *data* byte by byte, for ever if it is short."""
+    """Return a script that sends *data* byte by byte, without end if it is short."""
 
     def script(connection: socket.socket) -> None:
         while True:
@@ -139,7 +139,7 @@ def drip(data: bytes, pause_s: float = 0.05) -> Script:
 
 
 def flood(data: bytes) -> Script:
-    """Return a script that sends *data* for ever, as fast as it is taken."""
+    """Return a script that sends *data* without end, as fast as it is taken."""
 
     def script(connection: socket.socket) -> None:
         while True:

@@ -29,7 +29,7 @@ MakeTransport = Callable[..., Transport]
 
 
 class FakeDNS:
-    """A resolver that gives one set of answers after the other, the last one for ever."""
+    """A resolver that gives one set of answers after the other, then the last one always."""
 
     def __init__(self, *answers: list[str]) -> None:
         self.answers = list(answers)

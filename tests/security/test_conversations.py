@@ -160,7 +160,7 @@ def answer_each(connection: socket.socket) -> None:
 
 
 def test_the_connections_kept_are_bounded(make_transport: MakeTransport) -> None:
-    """A thousand hosts that are told something once may not take a thousand descriptors."""
+    """A thousand hosts that get one request each may not take a thousand descriptors."""
     policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
     with Attacker(answer_each) as attacker:
         send = sender(make_transport(policy, resolver=lambda _host, _port: ["127.0.0.1"]))
@@ -170,7 +170,7 @@ def test_the_connections_kept_are_bounded(make_transport: MakeTransport) -> None
         wait_until(lambda: len(attacker._open) <= 40)
 
 
-def test_many_hosts_told_in_turn_find_their_connections_again(make_transport: MakeTransport) -> None:
+def test_many_hosts_served_in_turn_find_their_connections_again(make_transport: MakeTransport) -> None:
     policy = UrlPolicy(allow_http=True, allow_networks=["127.0.0.0/8"])
     with Attacker(answer_each) as attacker:
         transport = make_transport(policy, concurrency=16, resolver=lambda _host, _port: ["127.0.0.1"])
@@ -182,7 +182,7 @@ def test_many_hosts_told_in_turn_find_their_connections_again(make_transport: Ma
 
 
 def test_the_connections_kept_are_counted_over_all_hosts(make_transport: MakeTransport) -> None:
-    """Hosts that are told several things at once may not take more than those that are told one."""
+    """Hosts that get several requests at once may not take more than those that get one."""
     together = threading.Barrier(4)
 
     def script(connection: socket.socket) -> None:

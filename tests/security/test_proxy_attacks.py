@@ -38,7 +38,7 @@ def answering(data: bytes) -> Callable[[socket.socket], None]:
     ids=["refusal", "no-header", "no-http", "nothing", "no-tls"],
 )
 @pytest.mark.parametrize("url", ["https://hooks.example.com/hook", "http://hooks.example.com/hook"])
-def test_the_password_of_a_proxy_is_told_to_nobody(
+def test_the_password_of_a_proxy_is_shown_to_nobody(
     make_transport: MakeTransport, caplog: pytest.LogCaptureFixture, answer: bytes, url: str
 ) -> None:
     caplog.set_level(logging.DEBUG)

@@ -42,7 +42,7 @@ def host(make_host: MakeHost) -> Host:
 
 
 def routes(host: Host) -> list[tuple[str, str, Rule]]:
-    """Return method, path and rule of everything we serve, whoever added it."""
+    """Return method, path and rule of everything we serve, added by us or by the host."""
     found = []
     for rule in host.app.url_map.iter_rules():
         if not rule.endpoint.startswith("rq_webhooks."):
@@ -133,10 +133,10 @@ def test_no_lesser_permission_changes_anything(host: Host, granted: str) -> None
 def test_who_may_only_ask_for_a_status_reads_nothing_else(host: Host) -> None:
     host.webhooks.authorize(lambda permission, **what: permission == "status")
     client = host.app.test_client()
-    told = {"rq_webhooks.job", "rq_webhooks.job_webhook"} | OPEN
+    published = {"rq_webhooks.job", "rq_webhooks.job_webhook"} | OPEN
 
     for method, path, rule in routes(host):
-        if method == "GET" and rule.endpoint not in told:
+        if method == "GET" and rule.endpoint not in published:
             assert client.get(path).status_code in (403, 404), path
     assert client.get("/webhooks/api/events?runid=r1").status_code == 200
     assert client.get("/webhooks/api/events").status_code == 403
@@ -356,7 +356,7 @@ ENTRY: dict[str, Any] = {
 
 
 class Exploit:
-    """A pickle of it runs a command in whoever loads it."""
+    """A pickle of it runs a command in the process that loads it."""
 
     def __reduce__(self) -> Any:
         import os
@@ -365,7 +365,7 @@ class Exploit:
 
 
 def poison(own: str) -> list[bytes]:
-    """Return entries that whoever can write to Redis might write, for a stream that also has good ones."""
+    """Return entries that an attacker might write into Redis, for a stream that also has good ones."""
     foreign = "epzzzzzzzz_" + "0" * 26
     good = {**ENTRY, "endpoint": own}
 

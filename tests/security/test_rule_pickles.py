@@ -43,7 +43,7 @@ def colliding(keys: str, count: int = 60_000) -> bytes:
     return P + start + b"(" + b"".join(item + b"N" for item in items) + b"u."
 
 
-#: Read in a process of their own: an attack that works may hold the interpreter's lock for ever.
+#: Read in a process of their own: an attack that works may never release the interpreter's lock.
 ATTACKS = {
     "60 nested tuples as a key, by DUP": b"\x80\x04}" + b")" + b"2\x86" * 60 + b"K\x01s.",
     "60 nested tuples as a key, by the memo": P + b"}" + nested_by_memo(60) + b"K\x01s.",

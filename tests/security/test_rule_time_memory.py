@@ -28,7 +28,7 @@ def open_(sqlite_url: str, redis_url: str) -> Iterator[OpenState]:
         yield lambda **settings: stack.enter_context(open_state(sqlite_url, redis_url, **settings))
 
 
-def tell(state: State, url: str, **options: Any) -> str:
+def publish(state: State, url: str, **options: Any) -> str:
     endpoint_id = add_endpoint(state, url, **options)
     enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)
     return endpoint_id
@@ -58,8 +58,8 @@ def test_an_attacker_is_left_at_the_deadline_and_the_next_host_is_not_kept_waiti
     state = open_(timeout=1, connect_timeout=1, retry_schedule=[], concurrency=4, concurrency_per_host=2)
     with Attacker(then(b"", script)) as attacker:
         for _ in range(4):
-            tell(state, attacker.url)
-        tell(state, receiver.url)
+            publish(state, attacker.url)
+        publish(state, receiver.url)
         began = time.time()
         Dispatcher(state).run(burst=True)
         took = time.time() - began
@@ -77,7 +77,7 @@ def test_an_attacker_is_left_at_the_deadline_and_the_next_host_is_not_kept_waiti
 def test_a_big_answer_is_kept_up_to_the_cap(open_: OpenState, receiver: Receiver) -> None:
     state = open_()
     receiver.respond = lambda _received: (200, {"X-Own": "dropped", "Server": "s" * 5000}, b"\0<x>" * 100_000)
-    tell(state, receiver.url)
+    publish(state, receiver.url)
     Dispatcher(state).run(burst=True)
 
     (attempt,) = attempts(state)
@@ -105,7 +105,7 @@ def test_retry_after_is_believed_within_bounds(
     state = open_(retry_schedule=[500])
     header = value.encode("utf-8").decode("latin-1")
     receiver.respond = lambda _received: (503, {"Retry-After": header}, b"")
-    tell(state, receiver.url)
+    publish(state, receiver.url)
     Dispatcher(state).run(burst=True)
 
     (delivery,) = deliveries(state)
@@ -126,7 +126,7 @@ def standing(state: State, url: str, **values: Any) -> str:
 
 
 def end_job(state: State, watched_by: str) -> None:
-    """Let a job end that standing endpoints hear of."""
+    """Let a job end that is sent to standing endpoints."""
     import uuid
 
     import rq
@@ -137,7 +137,7 @@ def end_job(state: State, watched_by: str) -> None:
     queue.enqueue_job(job)
 
 
-def test_an_endpoint_that_failed_for_a_day_is_disabled_and_told_nothing_more(
+def test_an_endpoint_that_failed_for_a_day_is_disabled_and_sent_nothing_more(
     open_: OpenState, receiver: Receiver
 ) -> None:
     state = open_(retry_schedule=[], disable_after=3)

@@ -163,7 +163,7 @@ def test_no_way_in_takes_such_a_url(make_host: MakeHost, url: str) -> None:
 def test_a_url_is_judged_again_before_every_attempt(
     make_host: MakeHost, deliver: Deliver, receiver: Receiver
 ) -> None:
-    """An operator may have closed a network since; and whoever writes to SQL gains no way in."""
+    """An operator may have closed a network since; and write access to SQL opens no way in."""
     host = make_host(RQ_WEBHOOKS_ALLOW_HTTP=True)
     narrowed, forged = submit(host, receiver.url), submit(host, receiver.url)
     endpoint_id = host.rows("endpoint")[1]["id"]
@@ -203,8 +203,8 @@ def test_a_name_that_leads_inside_is_not_connected_to(
     assert receiver.received == []
     codes = {row["id"]: row["error_code"] for row in host.rows("delivery")}
     assert sorted(codes.values()) == ["blocked", "blocked", "blocked", "dns"]
-    told = {name: status(host, job) for name, job in jobs.items()}
-    for answer in told.values():
+    reported = {name: status(host, job) for name, job in jobs.items()}
+    for answer in reported.values():
         (delivery,) = answer["deliveries"]
         # All one to the client: whether there is such a name, and where it leads.
         assert delivery["error_code"] == "unreachable"

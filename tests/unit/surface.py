@@ -202,7 +202,7 @@ def _signature(function: Any) -> str:
 
 
 def routes() -> dict[str, Any]:
-    """Return every rule we serve, and what permission is asked first, by whoever has none."""
+    """Return every rule we serve, and which permission is checked first, asked without any."""
     asked: list[str] = []
 
     def refuse(permission: str, **what: Any) -> bool:
@@ -388,7 +388,7 @@ def _headers_of(here: Host, secret: str, receiver: InMemoryReceiver | None = Non
 
 
 def sql() -> dict[str, Any]:
-    """Return our tables in the host's metadata, as each database is told to make them."""
+    """Return our tables in the host's metadata, as each database creates them."""
     dialects: dict[str, Any] = {"sqlite": sqlite.dialect(), "postgresql": postgresql.dialect()}
     with host() as here:
         tables = [table for table in here.db.metadata.sorted_tables if table.name.startswith("rq_webhooks")]

@@ -140,7 +140,7 @@ def test_a_line_says_its_median_its_spread_and_its_verdict(capsys: pytest.Captur
         report.add("nobody promised this", 1.0, "x", promise="unheard of")
 
 
-def test_a_failing_benchmark_is_told_and_is_no_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_benchmark_is_reported_and_the_others_run(capsys: pytest.CaptureFixture[str]) -> None:
     def run(_size: Size) -> Report:
         """Break a promise."""
         raise AssertionError("999 of 1,000 delivered")
@@ -217,7 +217,7 @@ def test_the_receiver_checks_both_signatures() -> None:
     }  # fmt: skip
 
 
-def test_the_receiver_tells_unsigned_forged_and_repeated_requests() -> None:
+def test_the_receiver_counts_unsigned_forged_and_repeated_requests() -> None:
     seen = checked(
         [
             request(b"{}", secret=None, number=1),

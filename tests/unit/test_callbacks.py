@@ -177,7 +177,7 @@ def test_user_callback_gets_what_rq_hands_in_and_runs_first() -> None:
     ]
 
 
-def test_success_is_not_told_when_the_users_callback_raises() -> None:
+def test_success_is_not_reported_when_the_users_callback_raises() -> None:
     stream = Stream()
 
     with pytest.raises(LookupError, match="the user's own"):
@@ -187,7 +187,7 @@ def test_success_is_not_told_when_the_users_callback_raises() -> None:
 
 
 @pytest.mark.parametrize(("name", "outcome"), [(FAILURE, (ValueError, ValueError("x"), None)), (STOPPED, ())])
-def test_other_endings_are_told_even_when_the_users_callback_raises(
+def test_other_endings_are_reported_even_when_the_users_callback_raises(
     name: str, outcome: tuple[Any, ...]
 ) -> None:
     stream = Stream()
@@ -226,7 +226,7 @@ def _broken_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         *(f"{name}.callback" for name in BROKEN_MODULES),
     ],
 )
-def test_unimportable_user_callback_fails_as_rq_fails_and_endings_are_told(path: str) -> None:
+def test_unimportable_user_callback_fails_as_rq_fails_and_endings_are_reported(path: str) -> None:
     rq_kind, rq_value, _tb = exc_info_of(lambda: import_attribute(path))
     stream = Stream()
 
@@ -419,7 +419,7 @@ class Text(str):
     ],
     ids=lambda value: repr(value)[:40] if type(value) is not bool else str(value),
 )  # fmt: skip
-def test_result_told_as_it_stands_is_what_it_would_be_converted_to(value: Any, plain: bool) -> None:
+def test_result_reported_unchanged_is_what_it_would_be_converted_to(value: Any, plain: bool) -> None:
     stream = Stream()
     import_attribute(SUCCESS)(a_job(), stream, value)
 
@@ -439,8 +439,8 @@ def test_result_told_as_it_stands_is_what_it_would_be_converted_to(value: Any, p
 )
 def test_plain_results_are_those_that_conversion_leaves_alone(value: Any) -> None:
     if callbacks._is_plain(value):
-        told = json.loads(json.dumps(value, allow_nan=False))
-        assert (told, False) == dumps_capped(told, callbacks.MAX_RESULT_BYTES)
+        reported = json.loads(json.dumps(value, allow_nan=False))
+        assert (reported, False) == dumps_capped(reported, callbacks.MAX_RESULT_BYTES)
         converted, truncated = dumps_capped(value, callbacks.MAX_RESULT_BYTES)
         assert (json.dumps(converted), truncated) == (json.dumps(value), False)
 
@@ -557,7 +557,7 @@ def test_redis_that_fails_is_logged_with_the_job_id(
     assert type(failure).__name__ in record.getMessage()
 
 
-def test_job_that_tells_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_job_that_reports_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     stream = Stream()
     import_attribute(SUCCESS)(Broken(), stream, 1)
     import_attribute(FAILURE)(Broken(), stream, Broken(), Broken(), Broken())
@@ -566,7 +566,7 @@ def test_job_that_tells_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> N
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["Job None", "Job None"]
 
 
-def test_job_of_which_only_the_identity_is_known_is_told() -> None:
+def test_job_of_which_only_the_identity_is_known_is_reported() -> None:
     stream = Stream()
     import_attribute(SUCCESS)(BrokenButNamed(), stream, Broken())
     import_attribute(FAILURE)(BrokenButNamed(), stream, Broken(), Broken(), Broken())
@@ -661,14 +661,14 @@ def test_rqs_alarm_does_not_ring_in_our_part() -> None:
 
 @pytest.mark.usefixtures("_alarm")
 def test_rqs_alarm_still_rings_for_what_comes_after_us() -> None:
-    def tell_and_wait() -> None:
+    def report_and_wait() -> None:
         with UnixSignalDeathPenalty(1, JobTimeoutException):
             import_attribute(SUCCESS)(a_job(), Stream(), 1)
             time.sleep(3)
 
     started = time.monotonic()
     with pytest.raises(JobTimeoutException):
-        tell_and_wait()
+        report_and_wait()
 
     assert 0.9 < time.monotonic() - started < 1.5
 
@@ -678,8 +678,8 @@ def sleep_long(*args: Any) -> None:
 
 
 @pytest.mark.usefixtures("_alarm")
-@pytest.mark.parametrize(("name", "told"), [(SUCCESS, 0), (FAILURE, 1)])
-def test_users_callback_keeps_its_timeout(name: str, told: int) -> None:
+@pytest.mark.parametrize(("name", "reported"), [(SUCCESS, 0), (FAILURE, 1)])
+def test_users_callback_keeps_its_timeout(name: str, reported: int) -> None:
     stream = Stream()
     outcome = (1,) if name == SUCCESS else (ValueError, ValueError("x"), None)
     callback = import_attribute(f"{name}.{HERE}.sleep_long")
@@ -687,7 +687,7 @@ def test_users_callback_keeps_its_timeout(name: str, told: int) -> None:
     with pytest.raises(JobTimeoutException), UnixSignalDeathPenalty(1, JobTimeoutException):
         callback(a_job(), stream, *outcome)
 
-    assert len(stream.appended) == told
+    assert len(stream.appended) == reported
 
 
 def test_other_threads_have_no_alarms_and_need_none() -> None:

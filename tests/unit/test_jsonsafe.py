@@ -478,7 +478,7 @@ def test_too_large_values_are_not_converted_wholly() -> None:
     assert to_json_safe([[[0] * 1000] * 1000] * 1000) == "<list too large>"
 
 
-def test_a_small_thing_told_often_is_bounded() -> None:
+def test_a_small_thing_repeated_often_is_bounded() -> None:
     laughs: Any = "ha"
     for _ in range(40):
         laughs = [laughs, laughs]

@@ -1,4 +1,4 @@
-"""What the outbox takes for an entry: whoever can write to Redis can write there."""
+"""What the outbox accepts as an entry: anyone who can write to Redis can write there."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_other_endings_have_neither_result_nor_error(event_type: str) -> None:
     )
 
 
-def test_the_error_of_a_retry_is_told() -> None:
+def test_the_error_of_a_retry_is_reported() -> None:
     payload = job_payload(replace(of_type("job.retrying"), error=ERROR), CONTEXT)
     assert payload["error"] == ERROR
     assert list(payload)[4] == "error"
@@ -195,7 +195,7 @@ def test_task_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("event_type", "told", "status", "error"),
+    ("event_type", "reported", "status", "error"),
     [
         ("job.stopped", "task.cancelled", "REVOKED", "The job was stopped."),
         ("job.canceled", "task.cancelled", "REVOKED", "The job was canceled."),
@@ -210,9 +210,9 @@ def test_task_failure() -> None:
         ("job.blocked", "task.blocked", "PENDING", "The job waits for a job that did not succeed."),
     ],
 )
-def test_task_words(event_type: str, told: str, status: str, error: str) -> None:
+def test_task_words(event_type: str, reported: str, status: str, error: str) -> None:
     assert json.loads(render("task", of_type(event_type))) == {
-        "event_type": told,
+        "event_type": reported,
         "timestamp": "2024-01-01T00:00:00.000000Z",
         "task": {"id": "j1", "name": "build_soils_rq", "status": status},
         "error": error,

@@ -350,7 +350,7 @@ def test_a_v1a_signature_that_is_not_right(headers: dict[str, str]) -> None:
 
 
 def test_a_public_key_is_no_shared_secret() -> None:
-    # Everybody knows it: whoever signs with it proves nothing.
+    # Everybody knows it: a signature made with it proves nothing.
     forged = {**STANDARD, "webhook-signature": standard_signature(PUBLIC, ID, T, BODY)}
     assert "No signature" in refuse(forged, secrets=PUBLIC)
     assert "No signature" in refuse({"X-Webhook-Signature": body_signature(PUBLIC, BODY)}, secrets=PUBLIC)

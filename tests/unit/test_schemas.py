@@ -151,7 +151,7 @@ def test_refused(field: str, value: Any) -> None:
     assert all(isinstance(why, str) and why for why in details[field])
 
 
-def test_every_bad_field_is_told_of_at_once_and_the_secret_is_not_repeated() -> None:
+def test_every_bad_field_is_named_at_once_and_the_secret_is_not_repeated() -> None:
     secret = "s3cret" * 100
     details = reasons({"webhook_url": "ftp://x/", "webhook_secret": secret, "webhook_timeout": "x"})
 

@@ -1,4 +1,4 @@
-"""One delivery passes through few modules: whoever reads the pipeline reads these."""
+"""One delivery passes through few modules: these are what a reader of the pipeline reads."""
 
 from __future__ import annotations
 
