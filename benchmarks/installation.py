@@ -28,7 +28,7 @@ from flask_rq_webhooks.protocol.payloads import occurrence_to_json
 from flask_rq_webhooks.state import State, get_state
 from flask_rq_webhooks.storage.models import Attempt, Base, Delivery, Endpoint, Event, Secret, Watch, new_id
 from flask_rq_webhooks.storage.subscriptions import EndpointRow
-from tests.servers import PostgresHandle, Process, postgres_server, valkey_server, wait_until
+from tests.servers import PostgresHandle, Process, execute, postgres_server, valkey_server, wait_until
 
 from .app import create_app
 from .payload import RESULT, SECRET
@@ -222,6 +222,13 @@ class Servers:
     def postgres(self) -> PostgresHandle:
         if self._postgres is None:
             self._postgres = self._stack.enter_context(postgres_server())
+            # Tests do not wait for the disk; who is measured does.
+            execute(
+                self._postgres.url(),
+                "ALTER SYSTEM RESET fsync",
+                "ALTER SYSTEM RESET full_page_writes",
+                "SELECT pg_reload_conf()",
+            )
         return self._postgres
 
     def valkey(self) -> str:

@@ -211,6 +211,12 @@ def _trace() -> str | None:
         trace: str | None = trace_of(span)
         return trace
     except Exception:
+        try:
+            import logging
+
+            logging.getLogger(__name__).warning("The trace of a job's worker is unknown.", exc_info=True)
+        except Exception:  # noqa: S110  (a host's logging filter may raise; the job must not pay for it)
+            pass
         return None
 
 

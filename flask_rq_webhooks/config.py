@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
+from redis import Redis
+from redis.exceptions import RedisError
+
 from .errors import ConfigurationError
 from .version import __version__
 
@@ -145,8 +148,21 @@ _header_name = _matching(
 )
 _header_value = _matching(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?", "printable ASCII")
 _url_prefix = _matching("/|/.*[^/]", "a path that starts with '/' and does not end with one")
-_redis_url = _matching("(?:redis|rediss|unix)://.*", "a URL that starts with redis://, rediss:// or unix://")
+_redis_scheme = _matching(
+    "(?:redis|rediss|unix)://.*", "a URL that starts with redis://, rediss:// or unix://"
+)
 _proxy_url = _matching("https?://.*", "a URL that starts with http:// or https://")
+
+
+def _redis_url(value: Any) -> str:
+    url = _redis_scheme(value)
+    try:
+        Redis.from_url(url).connection_pool.make_connection()  # which is not opened
+    except TypeError as exc:  # such as an option of Celery's; the text names it
+        raise ValueError(f"expected options that redis-py knows behind the '?': {exc}") from exc
+    except (ValueError, RedisError) as exc:
+        raise ValueError("expected the URL of one server, as redis-py reads it") from exc
+    return url
 
 
 def _client_certs(value: Any) -> tuple[tuple[str, str, str], ...]:

@@ -233,9 +233,10 @@ class Process:
 
 
 def rq_worker(redis_url: str, *queues: str, burst: bool = False, worker_class: str = "rq.Worker",
-              env: dict[str, str] | None = None) -> Process:  # fmt: skip
+              options: Sequence[str] = (), env: dict[str, str] | None = None) -> Process:  # fmt: skip
     """Start a stock ``rq worker`` process."""
     arguments = ["python", "-m", "rq.cli", "worker", "--url", redis_url, "--worker-class", worker_class]
+    arguments += options
     if burst:
         arguments.append("--burst")
     return Process(*arguments, *(queues or ("default",)), env=env)

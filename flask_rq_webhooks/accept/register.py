@@ -36,6 +36,7 @@ from ..queue.job_callbacks import (
     look_at_jobs,
     make_token,
     was_handed_over,
+    why_unfit,
 )
 from ..queue.outbox_entry import confirm_entry
 from ..state import State
@@ -237,6 +238,7 @@ def enqueue_with_webhook(
     wanted = load(state, fields)
     if wanted is None:
         return enqueue(func, tuple(args), **options)
+    _refuse_unfit(options.get("job_id"))
     with promise(state, register(state, wanted, runid=runid), asked):
         return enqueue(func, tuple(args), **options)
 
@@ -265,6 +267,7 @@ def watch(state: State, job: Job, values: Mapping[str, Any], *, runid: Any = Non
     wanted = load(state, fields)
     if wanted is None:
         return None
+    _refuse_unfit(job.id)
     endpoint_id = register(state, wanted, runid=runid, watched=job).endpoint_id
     if asked is not None:
         asked.mark_response()
@@ -276,6 +279,10 @@ def _watch_for_request(state: State, job: Job, asked: Asked | None) -> str | Non
     attachment = current_attachment.get() or (None if asked is None else asked.attachment)
     if attachment is None:
         return None
+    if why := why_unfit(job.id):  # the view may have enqueued it: its answer says that nothing is reported
+        attachment.refused = True
+        logger.error("A job is not watched. %s", why)
+        return None
     attachment.watched.add(job.id)
     if all(known.id != job.id for known in attachment.jobs):
         attachment.jobs.append(job)
@@ -284,6 +291,11 @@ def _watch_for_request(state: State, job: Job, asked: Asked | None) -> str | Non
         if asked is not None:
             asked.note(reported)
     return attachment.endpoint_id
+
+
+def _refuse_unfit(job_id: Any) -> None:
+    if why := why_unfit(job_id):
+        raise InvalidWebhookError(details={"job_id": [why]})
 
 
 def runid_text(runid: Any) -> str | None:
@@ -381,7 +393,7 @@ def _began(job: Job) -> datetime | None:
 
 def _why_nothing(attachment: Attachment) -> str | None:
     if attachment.refused:
-        return None  # logged as an error, with both databases
+        return None  # logged as an error, with the reason
     if attachment.jobs:
         ids = ", ".join(job.id for job in attachment.jobs[:MAX_JOB_IDS])
         return f"it made jobs ({ids}) that RQ did not enqueue, such as duplicates"

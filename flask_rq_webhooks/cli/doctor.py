@@ -29,7 +29,7 @@ from ..storage.crypto import stored_samples
 from ..storage.dispatchers import ALIVE_S, dispatcher_alive, paused_since
 from ..storage.schema import missing_schema
 from ..web.blueprint import HOST_PART, is_allowed, own_tenant
-from ..web.page_frame import environment, layout_setting, render
+from ..web.page_frame import layout_setting, render
 from .terminal import EXPLAINED, explain, redis_source
 
 if TYPE_CHECKING:
@@ -375,7 +375,7 @@ def _layout(state: State, *, portal: bool) -> str:
     if base is None:
         return "pages appear in our own layout"
     try:
-        blocks = _blocks(environment(state), base)
+        blocks = _blocks(state.app.jinja_env, base)
     except TemplateNotFound as exc:
         missing = (
             "there is no such template" if exc.name == base else f"it extends {exc.name!r}, which is missing"

@@ -59,7 +59,7 @@ class Attachment:
     :param jobs: the jobs attached, in the order they were made. A job made is not yet a job enqueued.
     :param watched: ids of jobs that are reported although they do not carry our callbacks.
     :param passed_over: functions of the jobs that were not *chosen*.
-    :param refused: whether a job could not be attached because its queue is on another database.
+    :param refused: whether a job could not be attached, for its id or its queue's database, which is logged.
     :param closed: whether the view is over, so that nobody will look at *jobs* any more.
     """
 
@@ -220,7 +220,7 @@ def _create_job(
     if (
         attachment is None
         or _is_attached(kwargs.get("on_success"), attachment)
-        or not _fits(job_id)
+        or not _fits(job_id, attachment)
         or not _leads_to_database(attachment, queue.connection)
     ):
         return original(*args, **kwargs)
@@ -247,15 +247,19 @@ def _create_job(
     return job
 
 
-def _fits(job_id: Any) -> bool:
-    """Say whether our tables and indexes hold *job_id*; RQ itself takes any."""
+def why_unfit(job_id: Any) -> str | None:
+    """Return why our tables and indexes cannot hold *job_id*, though RQ takes it; ``None`` if they can."""
     if not isinstance(job_id, str) or (len(job_id) <= MAX_JOB_ID and "\0" not in job_id):
-        return True
-    logger.error(
-        "Job %r… is enqueued without a webhook: its id has %d characters. Use at most %d, and no NUL.",
-        job_id[:60], len(job_id), MAX_JOB_ID,
-    )  # fmt: skip
-    return False
+        return None
+    return f"Its id {job_id[:60]!r}… has {len(job_id)} characters. Use at most {MAX_JOB_ID}, and no NUL."
+
+
+def _fits(job_id: Any, attachment: Attachment) -> bool:
+    why = why_unfit(job_id)
+    if why is not None:
+        attachment.refused = True
+        logger.error("A job is enqueued without a webhook. %s", why)
+    return why is None
 
 
 def name_of(func: Any) -> str:
@@ -364,15 +368,22 @@ _refused_databases: set[str] = set()
 def databases_elsewhere(same_database: SameDatabase, *owners: Mapping[str, Any]) -> list[str]:
     """Return the names of other databases that this app has queues in, or enqueued jobs in of late.
 
-    :param owners: where the app keeps its queues, beside the modules it loaded.
+    :param owners: where the app keeps its queues, beside the modules it loaded; a list or a mapping in there,
+        or an extension, may hold them, too.
     """
     found = set(same_database.refusals())
-    for owner in (*owners, *(vars(module) for module in list(sys.modules.values()))):
-        for value in list(owner.values()):
+    modules = [value for module in list(sys.modules.values()) for value in list(vars(module).values())]
+    kept = [value for owner in owners for value in owner.values()]
+    # Of types that are exactly so: a proxy of another extension may fail outside its requests.
+    kept += [vars(value) for value in kept if type(value).__dictoffset__]
+    for value in (*modules, *kept):
+        values = (
+            value.values() if type(value) is dict else value if type(value) in (list, tuple, set) else [value]
+        )
+        for queue in list(values):
             try:
-                # Not isinstance: it asks a proxy of another extension, which may fail outside its requests.
-                if issubclass(type(value), rq.Queue) and not same_database(value.connection):
-                    found.add(database_name(value.connection))
+                if issubclass(type(queue), rq.Queue) and not same_database(queue.connection):
+                    found.add(database_name(queue.connection))
             except RedisError:
                 continue
     return sorted(found)

@@ -54,7 +54,7 @@ def chunks_of(rows: Sequence[Any]) -> Iterator[list[Any]]:
         yield list(rows[start : start + _CHUNK])
 
 
-class _Texts(TypeDecorator[list[str]]):
+class Texts(TypeDecorator[list[str]]):
     """Any number of texts as one parameter: an array, or JSON where there are none."""
 
     impl = String
@@ -90,7 +90,7 @@ def _one_of_json(element: _OneOf, compiler: SQLCompiler, **options: Any) -> str:
 
 def one_of(column: _Column, name: str) -> ColumnElement[bool]:
     """Return the condition that *column* is one of the texts passed as *name*, all in one parameter."""
-    return _OneOf(column, bindparam(name, type_=_Texts))
+    return _OneOf(column, bindparam(name, type_=Texts))
 
 
 def insert_into(database: Database, model: type[Base]) -> Insert:

@@ -51,6 +51,9 @@ BUSY_TIMEOUT = 5.0
 #: Seconds after which PostgreSQL ends a transaction of ours that has stopped: the locks of a machine that was
 #: cut off would otherwise hold up all others for as long as TCP waits, two hours by default.
 IDLE_IN_TRANSACTION_S = 30
+#: The expression that says so, for one transaction: behind a pooler the session is the host's in the next
+#: moment.
+LIMIT_IDLE = f"set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_S}s', true)"
 
 #: Options of libpq: a server that vanished without closing its connections is noticed within seconds, too.
 LIBPQ_DRIVERS = frozenset({"psycopg", "psycopg2"})
@@ -131,6 +134,8 @@ class Database:
                 "poolclass": QueuePool,
                 "pool_size": pool_size,
                 "max_overflow": pool_size,
+                # The one used last has its pages and prepared statements at hand.
+                "pool_use_lifo": True,
                 "pool_timeout": BUSY_TIMEOUT,
             }
             if not self.is_sqlite:
@@ -167,6 +172,7 @@ class Database:
         single_statement: bool = False,
         durable: bool = True,
         repeated: bool = False,
+        limits_idle: bool = False,
     ) -> Iterator[Connection]:
         """Open one transaction that writes; commit at the end, roll back on an exception.
 
@@ -178,6 +184,7 @@ class Database:
             all the same for a *single_statement*, unless that says otherwise itself.
         :param repeated: the caller does it again if the connection turns out to be dead. PostgreSQL is then
             not asked whether one is alive that was used within :data:`PING_AFTER_S`.
+        :param limits_idle: the caller's first statement contains :data:`LIMIT_IDLE`: one round trip less.
         :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
             tables.
         """
@@ -185,6 +192,7 @@ class Database:
             "rq_webhooks_write": True,
             "rq_webhooks_durable": durable,
             "rq_webhooks_repeated": repeated,
+            "rq_webhooks_limits_idle": limits_idle,
         }
         if self.is_sqlite:
             options["rq_webhooks_busy_timeout_s"] = busy_timeout_s
@@ -206,15 +214,13 @@ class Database:
         with self._transaction(options) as connection:
             yield connection
 
-    def execute(
-        self, statements: Sequence[tuple[Executable, Any]], *, busy_timeout_s: float | None = None
-    ) -> None:
+    def execute(self, statements: Sequence[tuple[Executable, Any]], **options: Any) -> None:
         """Execute statements in one transaction, and again when that may help.
 
         It helps after a lost connection, or when PostgreSQL ended the transaction in favour of another one.
 
         :param statements: with their parameters; executing all of them twice must be as good as once.
-        :param busy_timeout_s: SQLite: wait no longer than this for another writer.
+        :param options: of :meth:`write`.
         :raises StorageUnavailableError: as :meth:`write`.
         """
         if not statements:
@@ -222,9 +228,7 @@ class Database:
         single = len(statements) == 1 and not isinstance(statements[0][1], list)
         for left in reversed(range(TRIES)):
             try:
-                with self.write(
-                    busy_timeout_s=busy_timeout_s, single_statement=single, repeated=True
-                ) as connection:
+                with self.write(single_statement=single, repeated=True, **options) as connection:
                     for statement, parameters in statements:
                         connection.execute(statement, parameters)
                 return
@@ -409,13 +413,14 @@ def _prepare_sqlite(wal: bool, dbapi_connection: Any, record: ConnectionPoolEntr
     cursor = dbapi_connection.cursor()
     if wal:
         cursor.execute("PRAGMA journal_mode=WAL")
-        # Pages written again and again travel to the file once per 16 MB of log instead of once per 4: a
-        # fifth of what claiming and recording cost.
-        cursor.execute("PRAGMA wal_autocheckpoint=4000")
+    # Of this connection, and where the file is in WAL mode: pages written again and again travel to the file
+    # once per 16 MB of log instead of once per 4, a fifth of what claiming and recording cost.
+    cursor.execute("PRAGMA wal_autocheckpoint=4000")
     cursor.execute("PRAGMA foreign_keys=ON")
     # FULL: a registration we answered for survives a power failure too. One fsync of the log per commit,
     # measured 0.3 ms against 0.02 ms for NORMAL, which only survives the death of the process; ingest and
-    # record commit per batch and do not feel it. Claims say durable=False: a lease that is undone is free.
+    # record commit per batch and do not feel it. Claims say durable=False: a lease that is undone is free. So
+    # do registrations, which the confirmation before the answer takes to the disk with itself.
     cursor.execute("PRAGMA synchronous=FULL")
     record.info["rq_webhooks_busy_ms"] = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
     # Without WAL a power failure may damage a file that is written with less than FULL.
@@ -457,13 +462,14 @@ _CONNECTION_IS_USELESS = frozenset({"25006", "57P01", "57P02", "57P03", "57P05"}
 
 
 def _begin_postgresql(connection: Connection) -> None:
-    # For this transaction only: behind a pooler the session is the host's in the next moment.
     options = connection.get_execution_options()
-    if options.get("isolation_level") != "AUTOCOMMIT":
-        settings = f"set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_S}s', true)"
-        if not options.get("rq_webhooks_durable", True):
-            settings += ", set_config('synchronous_commit', 'off', true)"
-        connection.exec_driver_sql(f"SELECT {settings}").close()
+    if options.get("isolation_level") == "AUTOCOMMIT":
+        return
+    settings = [] if options.get("rq_webhooks_limits_idle") else [LIMIT_IDLE]
+    if not options.get("rq_webhooks_durable", True):
+        settings.append("set_config('synchronous_commit', 'off', true)")
+    if settings:
+        connection.exec_driver_sql(f"SELECT {', '.join(settings)}").close()
 
 
 def _note_use(_dbapi_connection: Any, record: ConnectionPoolEntry) -> None:

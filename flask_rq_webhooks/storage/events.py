@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Connection, bindparam, func, select, text, update
+from sqlalchemy import BigInteger, Connection, bindparam, select, text, update
 
 from .._steps import reached
 from ..protocol.events import (
@@ -29,22 +29,21 @@ from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_js
 from ..tracing import is_same
 from .bulk_insert import chunks_of, insert_new, one_of
 from .claims import load_claimed
-from .database import Database
-from .models import PENDING, SENDING, SHARED, Delivery, Dispatcher, Event, UTCDateTime, new_id
-from .reported_runs import settle_watches, watches_of
+from .database import LIMIT_IDLE, Database
+from .models import PENDING, SENDING, Delivery, Event, new_id
+from .reported_runs import settle_watches
 from .subscriptions import (
     AdvanceClaim,
     EndpointRow,
     canceled_now,
     delivery_values,
-    endpoints_of,
+    look_around,
     owner_of,
     receivers_of,
     requests_of,
-    standing_endpoints,
     store_deliveries,
-    tenants_of,
     trace_of,
+    warn_of_missing,
 )
 
 Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
@@ -146,7 +145,7 @@ def ingest(
     """
     if not items:
         return []
-    with database.write(repeated=repeated) as connection:
+    with database.write(repeated=repeated, limits_idle=True) as connection:
         return ingest_within(
             database,
             connection,
@@ -176,15 +175,18 @@ def ingest_within(
         for item in items
     ]
     jobs = sorted({item.occurrence.job_id for item in prepared if item.occurrence.job_id is not None})
-    now, position, paused = first_position(database, connection, jobs)
-    watches = watches_of(database, connection, prepared)
-    believed = [item for item in prepared if not item.needs_watch or _is_watched(item, watches)]
+    least_position = 0 if database.is_sqlite else _take_locks(connection, jobs)
+    there = look_around(database, connection, jobs, prepared)
+    now, endpoints = there.now, there.endpoints
+    # The clock may be set back, as by a failover.
+    position = max(least_position, there.last_position + 1, (now - _EPOCH) // timedelta(microseconds=1))
+    believed = [item for item in prepared if not item.needs_watch or _is_watched(item, there.watches)]
     over = _ended_runs(connection, believed)
     believed = [item for item in believed if _end_key(item.occurrence) not in over]
-    endpoints = endpoints_of(database, connection, believed, watches)
+    warn_of_missing(believed, endpoints)
 
     def requests(event: StoredEvent) -> dict[str, EndpointRow]:
-        return requests_of(event, watches.get(event.occurrence.job_id or "", []), endpoints)
+        return requests_of(event, there.watches.get(event.occurrence.job_id or "", []), endpoints)
 
     def complete(event: StoredEvent) -> None:
         asking = requests(event)
@@ -195,28 +197,24 @@ def ingest_within(
         what = event.occurrence
         event.trace = parent if begin is None else begin(event.id, what.type, what.job_id, parent, link)
 
-    by_item, stored = store_events(database, connection, believed, now, position, complete=complete)
-    asked = {event.id: requests(event) for event in stored}
-    tenants = {tenant for event in stored for tenant in tenants_of(event, asked[event.id])}
-    tenants |= {event.tenant for event in stored if event.tenant is not None}
-    standing: list[EndpointRow] = []
-    if tenants or any(event.created for event in stored):
-        standing = standing_endpoints(database, connection, tenants)
+    by_item, stored = _store_events(
+        database, connection, believed, now, position, counts=there.counts, complete=complete
+    )
     rows: list[dict[str, Any]] = []
     for event in stored:
-        for endpoint in receivers_of(event, asked[event.id], standing):
+        for endpoint in receivers_of(event, requests(event), there.standing):
             rendered = render(endpoint, event.id, event.occurrence)
             row = delivery_values(
                 event.id, event.occurrence.type, endpoint, rendered, max_attempts=max_attempts, now=now
             )
-            rows.append(row if claim is None or paused else claim.applied(row, now))
-    if claim is not None and paused:
+            rows.append(row if claim is None or there.paused else claim.applied(row, now))
+    if claim is not None and there.paused:
         claim.complete = False
     made = store_deliveries(database, connection, rows)
     _cancel_outdated(database, connection, stored)
     for event in stored:
         event.deliveries = made.get(event.id, 0)
-    settle_watches(database, connection, stored, watches, endpoints, now)
+    settle_watches(database, connection, stored, there.watches, endpoints, now)
     if claim is not None and claim.hosts:
         claim.claimed = load_claimed(database, connection, list(claim.hosts), claim.lease_id)
     seen: set[str] = set()
@@ -275,17 +273,19 @@ def _scrubbed(occurrence: Occurrence, scrub: Scrub) -> Occurrence:
     )
 
 
-def store_events(
+def _store_events(
     database: Database,
     connection: Connection,
     items: Sequence[IngestItem],
     now: datetime,
     position: int,
     *,
+    counts: Mapping[str, int],
     complete: Callable[[StoredEvent], None],
 ) -> tuple[list[StoredEvent], list[StoredEvent]]:
     """Insert what is new and load what is not; return the event of each item, and each event once.
 
+    :param counts: how many events each job has.
     :param complete: sets tenant and trace.
     """
     by_key: dict[str, StoredEvent] = {}
@@ -305,7 +305,7 @@ def store_events(
     place = {event.id: number for number, event in enumerate(stored)}
     for event in stored:
         complete(event)
-    _number(database, connection, stored)
+    _number(stored, dict(counts))
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
     rows = [_event_values(event, now, position + place[event.id]) for event in stored]
@@ -315,7 +315,7 @@ def store_events(
         query = (
             select(Event.id, Event.run_key, Event.payload, Event.tenant)
             .where(Event.run_key.in_(keys))
-            .with_for_update(read=True, key_share=True)  # as with endpoints, see endpoints_of
+            .with_for_update(read=True, key_share=True)  # as with endpoints, see look_around
         )
         for event_id, key, payload, tenant in connection.execute(query).all():
             event = by_key[str(key)]
@@ -383,21 +383,13 @@ def _cancel_outdated(database: Database, connection: Connection, stored: Sequenc
         reached("older canceled")
 
 
-def _number(database: Database, connection: Connection, events: Sequence[StoredEvent]) -> None:
+def _number(events: Sequence[StoredEvent], counts: dict[str, int]) -> None:
     """Give each event its place among those of its job."""
-    jobs = sorted({event.occurrence.job_id for event in events if event.occurrence.job_id is not None})
-    counts: dict[str, int] = {}
-    for chunk in chunks_of(jobs):
-        rows = connection.execute(_COUNTS, {"jobs": chunk})
-        counts.update((str(job_id), count) for job_id, count in rows)
     for event in events:
         job_id = event.occurrence.job_id
         if job_id is not None:
             counts[job_id] = counts.get(job_id, 0) + 1
             event.occurrence = replace(event.occurrence, sequence=counts[job_id])
-
-
-_COUNTS = select(Event.job_id, func.count()).where(one_of(Event.job_id, "jobs")).group_by(Event.job_id)
 
 
 def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:
@@ -436,42 +428,21 @@ LOCK_EPOCH_S = 1_500_000_000
 JOB_LOCK_CLASS = 0x7271_7770
 
 
-def first_position(
-    database: Database, connection: Connection, jobs: Sequence[str] = ()
-) -> tuple[datetime, int, bool]:
-    """Return the database's clock, the position of the first event this transaction stores, and whether
-    sending is paused.
+_EPOCH = datetime.fromtimestamp(0, UTC)
 
-    :param jobs: PostgreSQL: wait for others who store events of these jobs. Everybody takes the locks in one
-        order.
 
-    The events after it count up by one. Call this in the transaction that stores them.
+def _take_locks(connection: Connection, jobs: Sequence[str]) -> int:
+    """Return a position that no event of this transaction may be below.
+
+    Whoever stores events of these jobs waits here for others who do, in one order. The feed's lock is held
+    when the next statement reads the clock for the position.
     """
-    if database.is_sqlite:
-        now = datetime.now(UTC)
-        last, paused_at = connection.execute(_LAST).one()
-        return now, max((last or 0) + 1, int(now.timestamp() * 1_000_000)), paused_at is not None
-    now, position, last, paused, _locked = connection.execute(_ENTER, {"jobs": list(jobs)}).one()
-    if last is not None and last >= position:
-        # The clock was set back, as by a failover. The lock is held now, so this is the last one there is.
-        position = connection.execute(_LAST).one()[0] + 1
-    return now.astimezone(UTC), position, paused
+    least: int = connection.execute(_LOCK, {"jobs": list(jobs)}).scalar_one()
+    return least
 
 
-_PAUSED = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED).scalar_subquery()
-_LAST = select(select(func.max(Event.position)).scalar_subquery(), _PAUSED)
-
-# The columns are computed from left to right: the lock is held when the clock is read for the position.
-_ENTER = (
-    text("""
-SELECT clock_timestamp() AS now,
-       greatest(
-           (:epoch + s.second) * 1000000, CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)
-       ) AS position,
-       (SELECT max(position) FROM rq_webhooks_event) AS last,
-       EXISTS (
-           SELECT FROM rq_webhooks_dispatcher d WHERE d.id = 'shared' AND d.paused_at IS NOT NULL
-       ) AS paused,
+_LOCK = text(f"""
+SELECT (:epoch + s.second) * 1000000 AS least, {LIMIT_IDLE},
        (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
            SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
        ) AS keys) AS locked
@@ -480,11 +451,8 @@ FROM (
         SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
     ) began OFFSET 0
 ) s
-""")
-    .columns(now=UTCDateTime, position=BigInteger, last=BigInteger, paused=Boolean)
-    .bindparams(
-        bindparam("epoch", LOCK_EPOCH_S, BigInteger),
-        bindparam("class", LOCK_CLASS),
-        bindparam("job_class", JOB_LOCK_CLASS),
-    )
+""").bindparams(  # noqa: S608  (no value in it)
+    bindparam("epoch", LOCK_EPOCH_S, BigInteger),
+    bindparam("class", LOCK_CLASS),
+    bindparam("job_class", JOB_LOCK_CLASS),
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,10 +21,10 @@ from ..protocol.payloads import occurrence_from_json
 from .bulk_insert import chunks_of, insert_into, insert_or_ignore, one_of
 from .database import Database
 from .models import CLOSED, OPEN, SETTLED, Endpoint, Event, UTCDateTime, Watch, new_id
-from .subscriptions import EndpointRow, existing_endpoints, is_endpoint
+from .subscriptions import EndpointRow, JobWatch, existing_endpoints, is_endpoint
 
 if TYPE_CHECKING:
-    from .events import IngestItem, StoredEvent
+    from .events import StoredEvent
 
 logger = logging.getLogger(__name__)
 
@@ -118,28 +117,11 @@ def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple
     return found
 
 
-def watches_of(
-    database: Database, connection: Connection, items: Iterable[IngestItem]
-) -> dict[str, list[Any]]:
-    """Return the watches on the items' jobs, by job id."""
-    jobs = sorted({item.occurrence.job_id for item in items if item.occurrence.job_id is not None})
-    watches: dict[str, list[Any]] = defaultdict(list)
-    for chunk in chunks_of(jobs):
-        for row in connection.execute(_WATCHES, {"jobs": chunk}):
-            watches[row.job_id].append(row)
-    return watches
-
-
-_WATCHES = select(Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run).where(
-    one_of(Watch.job_id, "jobs")
-)
-
-
 def settle_watches(
     database: Database,
     connection: Connection,
     stored: Sequence[StoredEvent],
-    watches: Mapping[str, Sequence[Any]],
+    watches: Mapping[str, Sequence[JobWatch]],
     endpoints: Mapping[str, EndpointRow],
     now: datetime,
 ) -> None:

@@ -12,10 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Text, and_, cast, func, select, text
+from sqlalchemy import Connection, Text, TextClause, and_, bindparam, cast, func, select, text
 
 from ..protocol.events import (
     CLOCK_SKEW,
@@ -29,7 +29,7 @@ from ..protocol.events import (
 )
 from ..protocol.payloads import JSON, Rendered, as_rendered
 from .attempts import PROGRESS_ATTEMPTS
-from .bulk_insert import chunks_of, insert_new, one_of
+from .bulk_insert import Texts, chunks_of, insert_new, one_of
 from .claims import ClaimedDelivery
 from .database import Database
 from .models import (
@@ -38,6 +38,7 @@ from .models import (
     PENDING,
     SCHEDULED,
     SENDING,
+    SHARED,
     SUBSCRIBED,
     Delivery,
     Endpoint,
@@ -94,57 +95,140 @@ def endpoint_row(row: Any) -> EndpointRow:
 
 
 ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointRow))
-# Built once: to build a statement costs as much as to execute it. A lock for each row, which a union does not
-# allow.
-_ENDPOINTS = (
-    select(*ENDPOINT_COLUMNS)
-    .where(one_of(Endpoint.id, "ids"))
-    .order_by(Endpoint.id)
-    .with_for_update(**_SHARED)
-)
-_ENABLED = select(*ENDPOINT_COLUMNS).where(_IS_STANDING, Endpoint.enabled).with_for_update(**_SHARED)
-_OF_OPERATORS = _ENABLED.where(Endpoint.tenant.is_(None))
-_OF_TENANTS = _ENABLED.where(one_of(Endpoint.tenant, "tenants"))
 
 
-def endpoints_of(
-    database: Database,
-    connection: Connection,
-    items: Sequence[IngestItem],
-    watches: Mapping[str, Sequence[Any]],
-) -> dict[str, EndpointRow]:
-    """Return, by id, the endpoints that are named with the items or watch their jobs."""
-    named = {
-        endpoint_id: item.occurrence.job_id
-        for item in items
-        for endpoint_id in item.endpoint_ids
-        if is_endpoint(endpoint_id)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobWatch:
+    """What counts of a watch while events of its job are stored."""
+
+    id: str
+    endpoint_id: str | None
+    job_id: str
+    status: str
+    run: str | None
+
+
+@dataclass(slots=True)
+class Surroundings:
+    """What is stored already around events that are about to be stored.
+
+    :ivar now: the database's clock.
+    :ivar last_position: of the feed's last event.
+    :ivar paused: whether sending is paused.
+    :ivar counts: how many events each job has.
+    :ivar watches: on each job.
+    :ivar endpoints: those that are named or have a watch on a job, by id.
+    :ivar standing: the enabled standing endpoints of operators and of the tenants of those; nobody else's.
+    """
+
+    now: datetime = field(default_factory=lambda: datetime.now(UTC))
+    last_position: int = 0
+    paused: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+    watches: dict[str, list[JobWatch]] = field(default_factory=dict)
+    endpoints: dict[str, EndpointRow] = field(default_factory=dict)
+    standing: list[EndpointRow] = field(default_factory=list)
+
+
+def look_around(
+    database: Database, connection: Connection, jobs: Sequence[str], items: Sequence[IngestItem]
+) -> Surroundings:
+    """Return what is stored around *items*, in one statement; the endpoints are locked against pruning.
+
+    :param jobs: of the items.
+    """
+    texts: dict[str, list[str]] = {
+        "jobs": list(jobs),
+        "named": sorted({one for item in items for one in item.endpoint_ids if is_endpoint(one)}),
+        "tenants": sorted({item.tenant for item in items if item.tenant is not None}),
     }
-    ids = set(named)
-    ids |= {row.endpoint_id for rows in watches.values() for row in rows if row.endpoint_id is not None}
-    endpoints: dict[str, EndpointRow] = {}
-    for chunk in chunks_of(sorted(ids)):
-        rows = connection.execute(_ENDPOINTS, {"ids": chunk})
-        endpoints.update((row.id, endpoint_row(row)) for row in rows)
-    for endpoint_id, job_id in named.items():
-        if endpoint_id not in endpoints:
-            logger.warning(
-                "The endpoint %r of job %r does not exist here (pruned, or another app's); ignored.",
-                endpoint_id,
-                job_id,
-            )
-    return endpoints
+    there = Surroundings()
+    for what, found in connection.execute(_LOOK[database.is_sqlite], texts):
+        row = json.loads(found)
+        if what == "watch":
+            there.watches.setdefault(row["job_id"], []).append(JobWatch(**row))
+        elif what == "count":
+            there.counts[row["job_id"]] = row["count"]
+        elif what == "feed":
+            there.last_position, there.paused = row["last"] or 0, bool(row["paused"])
+            if row["now"] is not None:
+                there.now = parse_time(row["now"])
+        else:
+            endpoint = EndpointRow(**decoded(row | {"created_at": parse_time(row["created_at"])}))
+            if what == "endpoint":
+                there.endpoints[endpoint.id] = endpoint
+            else:
+                there.standing.append(endpoint)
+    return there
 
 
-def standing_endpoints(
-    database: Database, connection: Connection, tenants: Collection[str]
-) -> list[EndpointRow]:
-    """Return the enabled standing endpoints of operators and of *tenants*; nobody else's are read."""
-    found = list(connection.execute(_OF_OPERATORS))
-    for chunk in chunks_of(sorted(tenants)):
-        found += connection.execute(_OF_TENANTS, {"tenants": chunk})
-    rows = (endpoint_row(row) for row in found)
-    return [row for row in rows if row.only_tenant is None or row.only_tenant in tenants]
+def warn_of_missing(items: Sequence[IngestItem], endpoints: Collection[str]) -> None:
+    """Log which endpoints are named with the items and not among *endpoints*."""
+    for item in items:
+        for endpoint_id in item.endpoint_ids:
+            if is_endpoint(endpoint_id) and endpoint_id not in endpoints:
+                logger.warning(
+                    "The endpoint %r of job %r does not exist here (pruned, or another app's); ignored.",
+                    endpoint_id, item.occurrence.job_id,
+                )  # fmt: skip
+
+
+def _look(*, among: str, also_among: str, as_object: str, clock: str, lock: str) -> TextClause:
+    """Return the statement of :func:`look_around`: rows of several tables, each as one JSON object.
+
+    :param among: the condition that follows a column whose values are those of a parameter.
+    :param also_among: the same with a further column of a table.
+    """
+    columns = [one.name for one in fields(EndpointRow)]
+    endpoints = f"SELECT {', '.join(columns)} FROM rq_webhooks_endpoint WHERE"  # noqa: S608
+    pairs = ", ".join(f"'{one}', {one}" for one in columns)
+    endpoint = f"{as_object}({pairs})"
+    jobs = among.format("jobs")
+    statement = text(f"""
+WITH watch AS MATERIALIZED (
+    SELECT id, endpoint_id, job_id, status, run FROM rq_webhooks_watch WHERE job_id {jobs}
+),
+endpoint AS MATERIALIZED (
+    {endpoints} id {also_among.format("endpoint_id", "watch", "named")} ORDER BY id {lock}
+),
+of_operators AS MATERIALIZED ({endpoints} kind = 'standing' AND enabled AND tenant IS NULL {lock}),
+of_tenants AS MATERIALIZED (
+    {endpoints} kind = 'standing' AND enabled
+    AND tenant {also_among.format("tenant", "endpoint", "tenants")} {lock}
+)
+SELECT 'feed' AS what, CAST({as_object}(
+    'now', {clock}, 'last', (SELECT max(position) FROM rq_webhooks_event), 'paused', EXISTS (
+        SELECT 1 FROM rq_webhooks_dispatcher WHERE id = '{SHARED}' AND paused_at IS NOT NULL
+    )) AS text) AS found
+UNION ALL SELECT 'count', CAST({as_object}('job_id', job_id, 'count', count(*)) AS text)
+    FROM rq_webhooks_event WHERE job_id {jobs} GROUP BY job_id
+UNION ALL SELECT 'watch', CAST({as_object}(
+    'id', id, 'endpoint_id', endpoint_id, 'job_id', job_id, 'status', status, 'run', run) AS text) FROM watch
+UNION ALL SELECT 'endpoint', CAST({endpoint} AS text) FROM endpoint
+UNION ALL SELECT 'standing', CAST({endpoint} AS text) FROM of_operators
+UNION ALL SELECT 'standing', CAST({endpoint} AS text) FROM of_tenants
+""")  # noqa: S608  (no value in it)
+    return statement.bindparams(*(bindparam(name, type_=Texts) for name in ("jobs", "named", "tenants")))
+
+
+#: By whether it is for SQLite. The locks are taken in the order of ids, as everywhere.
+_LOOK = {
+    True: _look(
+        among="IN (SELECT value FROM json_each(:{}))",
+        also_among="IN (SELECT {} FROM {} UNION ALL SELECT value FROM json_each(:{}))",
+        as_object="json_object",
+        clock="NULL",
+        lock="",
+    ),
+    # Arrays, because the planner does not know how few rows a query gives, and would read whole tables.
+    False: _look(
+        among="= ANY(CAST(:{} AS text[]))",
+        also_among="= ANY(ARRAY(SELECT {}::text FROM {}) || CAST(:{} AS text[]))",
+        as_object="json_build_object",
+        clock="clock_timestamp()",
+        lock="FOR KEY SHARE",
+    ),
+}
 
 
 def wanted_by_standing(
@@ -231,14 +315,14 @@ def existing_endpoints(connection: Connection, ids: Iterable[str | None]) -> set
 
 
 def requests_of(
-    event: StoredEvent, watches: Sequence[Any], endpoints: Mapping[str, EndpointRow]
+    event: StoredEvent, watches: Sequence[JobWatch], endpoints: Mapping[str, EndpointRow]
 ) -> dict[str, EndpointRow]:
     """Return, by id, the endpoints of the requests that asked for *event*, whatever they subscribe to."""
     occurrence = event.occurrence
     chosen = {endpoint_id: endpoints[endpoint_id] for endpoint_id in event.named if endpoint_id in endpoints}
     began = _began_at(occurrence)
     for watch in watches:
-        endpoint = endpoints.get(watch.endpoint_id)
+        endpoint = endpoints.get(watch.endpoint_id or "")
         if endpoint is None or watch.status == CLOSED or occurrence.scope == "tree":
             continue  # a tree is reported to the one endpoint it was evaluated for
         counts = began is None or began >= endpoint.created_at - CLOCK_SKEW

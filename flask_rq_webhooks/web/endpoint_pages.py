@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import abort, render_template, request
+from flask import abort, request
 from werkzeug.datastructures import MultiDict
 
 from ..accept.tenants import is_tenant
@@ -203,10 +203,9 @@ def _snippets(state: State, endpoint: EndpointView) -> dict[str, str]:
         "rqw_event_header": f"{state.settings.header_prefix}-Event",
         "rqw_type_field": _TYPE_FIELDS.get(endpoint.format),
     }
-    find = environment(state).get_template
+    find = environment().get_template
     return {
-        language: render_template(find(f"rq_webhooks/verify_{name}.txt"), **names)
-        for language, name in _SNIPPETS.items()
+        language: find(f"rq_webhooks/verify_{name}.txt").render(names) for language, name in _SNIPPETS.items()
     }
 
 

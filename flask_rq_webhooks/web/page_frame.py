@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flask import Response, abort, make_response, redirect, render_template, request, url_for
-from jinja2 import BaseLoader, ChoiceLoader, Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
+from markupsafe import Markup
 
 from ..errors import ErasedError, StorageUnavailableError
 from ..protocol.urls import redact_url
@@ -49,7 +50,9 @@ POLICY = (
 #: Inside a host's layout the host's own policy says what may be loaded.
 POLICY_IN_HOST = "frame-ancestors 'self'"
 
-OWN_BASE = "rq_webhooks/base.html"
+#: Our own layout; and one that holds title, head and content for the host's, with a mark between them that no
+#: text of others contains: it would be escaped.
+OWN_BASE, PARTS_BASE, PARTS_MARK = "rq_webhooks/base.html", "rq_webhooks/_blocks.html", "<!--rqw-part-->"
 TEMPLATES = Path(__file__).with_name("templates")
 
 #: What every page of ours contains where its layout has the block ``content``.
@@ -57,7 +60,7 @@ CONTENT_MARK = '<div class="rqw">'
 #: What it contains where the layout has the block ``head``.
 HEAD_MARK = "dashboard.css"
 
-#: Where the templates of an app are cached.
+#: Where the template that fills the layouts of an app is cached.
 _CACHE = "rq_webhooks_templates"
 
 
@@ -190,11 +193,12 @@ def render(state: State, template: str, *, tenant: str | None, strict: bool = Fa
         "done_count": request.args.get("n", 0, type=int),
     }
     context = {f"rqw_{name}": value for name, value in values.items()}
-    found = environment(state).get_template(f"rq_webhooks/{template}")
+    found = environment().get_template(f"rq_webhooks/{template}")
     setting, base = layout_setting(state, portal=tenant is not None)
     if base is not None:
+        parts = found.render(rqw_base=PARTS_BASE, **context).split(PARTS_MARK)
         try:
-            return _with_assets(state, render_template(found, rqw_base=base, **context))
+            return _in_layout(state, base, parts, context)
         # The host's layout may raise anything, and the dashboard is needed most in trouble.
         except Exception as exc:
             if strict:
@@ -203,30 +207,46 @@ def render(state: State, template: str, *, tenant: str | None, strict: bool = Fa
                 "The pages cannot be shown in %s %r (%s: %s), so our own layout is used; "
                 "`flask rq-webhooks doctor` says what to do.", setting, base, type(exc).__name__, exc,
             )  # fmt: skip
-    return render_template(found, rqw_base=OWN_BASE, **context)
+    return found.render(rqw_base=OWN_BASE, **context)
 
 
-def environment(state: State) -> Environment:
-    """Return the app's Jinja environment, which finds our templates whatever loader the app chose."""
-    app = state.app
-    cached: Environment | None = app.extensions.get(_CACHE)
-    if cached is None:
-        loaders: list[BaseLoader] = [FileSystemLoader(TEMPLATES)]
-        if app.jinja_env.loader is not None:
-            loaders.insert(0, app.jinja_env.loader)  # a host may replace a template of ours
-        cached = app.jinja_env.overlay(loader=ChoiceLoader(loaders))
-        app.extensions[_CACHE] = cached
-    return cached
+@functools.cache
+def environment() -> Environment:
+    """Return the Jinja environment of our templates."""
+    made = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape())  # noqa: S701  (by name)
+    made.globals["url_for"] = url_for
+    return made
 
 
-def _with_assets(state: State, html: str) -> str:
-    """Return a page in the host's layout with style and script, also where that has no block for them."""
+def _in_layout(state: State, base: str, parts: Sequence[str], context: Mapping[str, Any]) -> str:
+    """Return a page in the host's layout, with style and script also where that has no block for them."""
+    title, head, content = map(Markup, parts)
+    filled = {"rqw_base": base, "rqw_title": title, "rqw_head": head, "rqw_content": content}
+    html = render_template(_filling(state), **{**context, **filled})
     if CONTENT_MARK not in html:
         raise LookupError("the layout has no block 'content'")
-    if HEAD_MARK in html:
-        return html
-    assets = render_template(environment(state).get_template("rq_webhooks/_assets.html"))
-    return html.replace(CONTENT_MARK, assets + CONTENT_MARK, 1)
+    return html if HEAD_MARK in html else html.replace(CONTENT_MARK, head + CONTENT_MARK, 1)
+
+
+def _filling(state: State) -> Template:
+    """Return a template, in the host's delimiters, that extends its layout and fills the three blocks."""
+    app = state.app
+    if _CACHE not in app.extensions:
+        env = app.jinja_env
+
+        def tag(text: str) -> str:
+            return f"{env.block_start_string} {text} {env.block_end_string}"
+
+        def shown(name: str) -> str:
+            return f"{env.variable_start_string} {name} {env.variable_end_string}"
+
+        source = tag("extends rqw_base")
+        source += tag("block title") + shown("rqw_title") + tag("endblock")
+        source += tag("block head") + shown("super()") + shown("rqw_head") + tag("endblock")
+        source += tag("block content") + shown("rqw_content") + tag("endblock")
+        app.extensions[_CACHE] = env.from_string(source)
+    found: Template = app.extensions[_CACHE]
+    return found
 
 
 def done(what: str, view: str, count: int | None = None, **values: Any) -> Response:

@@ -37,7 +37,8 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     webhooks.init_app(app)
 
     def queue() -> rq.Queue:
-        return rq.Queue("default", connection=redis.Redis.from_url(app.config["RQ_WEBHOOKS_REDIS_URL"]))
+        client = app.config.get("TEST_REDIS", redis.Redis)
+        return rq.Queue("default", connection=client.from_url(app.config["RQ_WEBHOOKS_REDIS_URL"]))
 
     @app.post("/runs/<runid>/run")
     @webhooks.accepts_webhook

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -318,6 +319,31 @@ def queue_elsewhere(setup: Setup) -> None:
     setup.after = add
 
 
+def queues_in_an_extension(setup: Setup) -> None:
+    queue_elsewhere(setup)
+    put = setup.after
+
+    def add(state: State) -> None:
+        assert put is not None
+        put(state)
+        queue = vars(state.app).pop("task_queue")
+        state.app.extensions["rq"] = SimpleNamespace(queues={"tasks": queue}, default=queue)
+
+    setup.after = add
+
+
+def queues_in_a_dict(setup: Setup) -> None:
+    queue_elsewhere(setup)
+    put = setup.after
+
+    def add(state: State) -> None:
+        assert put is not None
+        put(state)
+        state.app.queues = {"tasks": vars(state.app).pop("task_queue")}  # type: ignore[attr-defined]
+
+    setup.after = add
+
+
 def jobs_were_refused(setup: Setup) -> None:
     setup.after = lambda state: SameDatabase(state.redis).note_refusal("redis://other:6379/0")
 
@@ -440,6 +466,11 @@ def route_below_a_root_prefix(setup: Setup) -> None:
     setup.before = lambda app: app.add_url_rule("/health", "own_health", lambda: "")
 
 
+QUEUES_ELSEWHERE = (
+    "FAIL queue database: this app has queues in {elsewhere}, but we use {redis}: jobs "
+    "there run without webhooks; correct RQ_WEBHOOKS_REDIS_URL."
+)
+
 #: How it is broken → the lines that FAIL. ``…`` stands for what a driver, a server or time makes of it.
 BROKEN: dict[Callable[[Setup], None], str] = {
     switched_off: "FAIL settings: RQ_WEBHOOKS_ENABLED is off, so no webhooks are accepted; set it to True "
@@ -493,8 +524,9 @@ BROKEN: dict[Callable[[Setup], None], str] = {
     silent_callbacks: "FAIL outbox: 3 jobs finished within an hour without a callback report in the outbox: "
     "it was not written, or was lost with Redis. See the workers' logs: a callback that could not append "
     "says why there.",
-    queue_elsewhere: "FAIL queue database: this app has queues in {elsewhere}, but we use {redis}: jobs "
-    "there run without webhooks; correct RQ_WEBHOOKS_REDIS_URL.",
+    queue_elsewhere: QUEUES_ELSEWHERE,
+    queues_in_an_extension: QUEUES_ELSEWHERE,
+    queues_in_a_dict: QUEUES_ELSEWHERE,
     jobs_were_refused: "FAIL queue database: this app has queues in redis://other:6379/0, but we use "
     "{redis}: jobs there run without webhooks; correct RQ_WEBHOOKS_REDIS_URL.",
     rejected_entries: "FAIL outbox: 1 malformed entries were set aside; read them with `XRANGE {key} - "

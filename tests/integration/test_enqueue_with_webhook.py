@@ -189,6 +189,66 @@ def made_by_hand(redis_client: Redis) -> Job:
     return rq.Queue("default", connection=redis_client).enqueue_job(job)
 
 
+@pytest.mark.parametrize("length", [512, 513, 9000])
+def test_a_job_id_that_our_tables_cannot_hold_is_never_promised(
+    database_url: str, redis_url: str, caplog: pytest.LogCaptureFixture, length: int
+) -> None:
+    host = Host(database_url, redis_url)
+    plain = rq.Queue("default", connection=host.redis)
+
+    def by_route() -> Any:
+        return host.enqueue(job_id="r" * length)
+
+    def by_watch_before() -> Any:
+        job = Job.create(tasks.add, (1, 2), connection=host.redis, origin="default", id="b" * length)
+        host.webhooks.watch(job)
+        return plain.enqueue_job(job).id
+
+    def by_watch_after() -> Any:
+        job = plain.enqueue(tasks.add, 1, 2, job_id="a" * length)
+        host.webhooks.watch(job)
+        return job.id
+
+    def by_url() -> Any:
+        job = Job.create(tasks.add, (1, 2), connection=host.redis, origin="default", id="u" * length)
+        host.webhooks.watch(job, URL, secret="s3cret")
+        return plain.enqueue_job(job).id
+
+    def by_helper() -> Any:
+        job_id = "h" * length
+        return host.webhooks.enqueue_with_webhook(plain, tasks.add, (1, 2), payload=ASKED, job_id=job_id).id
+
+    for view in (by_route, by_watch_before, by_watch_after):
+        host.route(view, f"/{view.__name__}")
+    for view in (by_url, by_helper):
+        host.app.add_url_rule(f"/{view.__name__}", view.__name__, view, methods=["POST"])
+    views = (by_route, by_watch_before, by_watch_after, by_url, by_helper)
+    answers = {view.__name__: host.post(f"/{view.__name__}") for view in views}
+    queued = set(plain.job_ids)
+    work(host.redis)
+    reported = {webhook.json["job_id"] for webhook in deliver_all(host.app)}
+    left = host.state.outbox.length()
+    host.close()
+
+    assert left == 0
+    assert "set aside" not in caplog.text
+    if length <= 512:
+        assert [answer.status_code for answer in answers.values()] == [200] * 5
+        assert reported == queued == {letter * length for letter in "rbauh"}
+    else:
+        assert reported == set()
+        assert queued == {letter * length for letter in "rba"}, "refused before anything was enqueued"
+        for name in ("by_url", "by_helper"):
+            assert answers[name].status_code == 400
+            (why,) = answers[name].get_json()["error"]["details"]["job_id"]
+            assert f"has {length} characters. Use at most 512" in why
+        for name in ("by_route", "by_watch_before", "by_watch_after"):
+            assert answers[name].headers["Webhook-Registered"] == "false"
+            assert "Webhook-Job-Id" not in answers[name].headers
+        assert caplog.text.count(f"has {length} characters") == 3
+        assert "it enqueued no job" not in caplog.text, "the real cause alone"
+
+
 def test_watch_takes_one_transaction(make_state: Any, redis_client: Redis) -> None:
     webhooks, state = make_state()
     job = rq.Queue(connection=redis_client).enqueue(tasks.add, 1, 2)

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from flask import Flask, render_template, render_template_string, template_rendered
+from flask import Flask, g, render_template, render_template_string, template_rendered
 from flask_wtf import CSRFProtect
-from jinja2 import DictLoader
+from jinja2 import DictLoader, StrictUndefined
 
 from flask_rq_webhooks.state import State
 from tests.dashboard_app import add_endpoint, add_hostile, open_host
@@ -111,6 +111,67 @@ def test_a_layout_that_does_not_work_costs_no_page(
             assert response.text.count("dashboard.css") == 1
     assert "cannot be shown in RQ_WEBHOOKS_BASE_TEMPLATE 'layout.html'" in caplog.text
     assert "doctor" in caplog.text
+
+
+def _set_jinja(app: Flask, **options: Any) -> None:
+    app.jinja_options = {**app.jinja_options, **options}
+
+
+def _break(app: Flask, *names: str) -> None:
+    """Replace filters and globals of the app's by some that raise."""
+
+    def broken(*_values: Any, **_more: Any) -> Any:
+        raise RuntimeError("of the host")
+
+    app.jinja_env.filters |= dict.fromkeys(names, broken)
+    app.jinja_env.globals |= dict.fromkeys(names, broken)
+
+
+#: How hosts set Jinja up.
+SETTINGS: dict[str, Callable[[Flask], Any]] = {
+    "strict": lambda app: _set_jinja(app, undefined=StrictUndefined),
+    "Vue": lambda app: _set_jinja(app, variable_start_string="[[", variable_end_string="]]"),
+    "other blocks": lambda app: _set_jinja(app, block_start_string="<%", block_end_string="%>"),
+    "line statements": lambda app: _set_jinja(app, line_statement_prefix="#", line_comment_prefix="//"),
+    "async": lambda app: _set_jinja(app, enable_async=True),
+    "finalize": lambda app: _set_jinja(app, finalize=lambda value: "" if value is None else value),
+    "no escaping": lambda app: setattr(app, "select_jinja_autoescape", lambda name: False),
+    "own filters": lambda app: _break(app, "length", "join", "format", "list", "range", "url_for"),
+    "own names": lambda app: app.context_processor(lambda: {"url_for": None, "request": None, "rqw_now": 1}),
+}
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize("base", [None, "layout.html"])
+def test_how_the_host_sets_jinja_up_changes_no_page(
+    sqlite_url: str, redis_url: str, name: str, base: str | None
+) -> None:
+    app = Flask("host")
+    SETTINGS[name](app)
+    layout = "<title>{% block title %}{% endblock %}</title>{% block head %}<meta name=mine>{% endblock %}" \
+        "<body>LAYOUT{% block content %}{% endblock %}"  # fmt: skip
+    for theirs, ours in ((app.jinja_env.block_start_string, "{%"), (app.jinja_env.block_end_string, "%}")):
+        layout = layout.replace(ours, theirs)
+    app.jinja_loader = DictLoader({"layout.html": layout})
+    with open_host(sqlite_url, redis_url, MAY, app=app, RQ_WEBHOOKS_BASE_TEMPLATE=base) as (_app, state):
+        ids = add_hostile(state)
+        for path in (*PAGES, *MANAGED_PAGES):
+            response = app.test_client().get(f"/webhooks{filled(path, ids)}")
+            html = response.text
+            assert response.status_code == 200, path
+            assert ("LAYOUT" in html) is ("<meta name=mine>" in html) is (base is not None), path
+            assert html.count("dashboard.css") == html.count("dashboard.js") == 1, path
+            assert " · Webhooks</title>" in html, path
+            assert not re.search(r"rqw_|super\(|<%|%}|<!--rqw|<script>|<img", html), path
+
+
+def test_a_context_processor_that_raises_costs_no_page(
+    in_layout: OpenLayout, caplog: pytest.LogCaptureFixture
+) -> None:
+    with in_layout(ADMIN) as (app, _state):
+        app.context_processor(lambda: {"user": g.user.name})
+        assert app.test_client().get("/webhooks/").status_code == 200
+    assert "AttributeError" in caplog.text
 
 
 def test_a_layout_that_is_not_there_costs_no_page(

@@ -244,6 +244,10 @@ def test_a_removed_setting_is_refused_with_what_to_do_instead() -> None:
         ("REDIS_URL", "sentinel://:t0p@one:26379"),
         ("REDIS_URL", "redis+sentinel://one:26379/mymaster"),
         ("REDIS_URL", "cache:6379"),
+        ("REDIS_URL", "redis://one:t0p@h:6379,redis://two:6379"),
+        ("REDIS_URL", "redis://:t0p@[::1/0"),
+        ("CELERY_BROKER_URL", "rediss://:t0p@one/0?ssl_cert_reqs=CERT_SOME"),
+        ("CELERY_BROKER_URL", "redis://:t0p@one/0?visibility_timeout=3600"),
     ],
 )
 def test_redis_variable_of_another_program_is_passed_over(

@@ -53,6 +53,7 @@ ROOMS = {
 
 #: Single modules that use one more library, and why.
 SEAMS = {
+    ("config", "redis"): "checks that URLs are such that its client reads",
     ("state", "redis"): "makes the client for RQ_WEBHOOKS_REDIS_URL",
     ("state", "flask"): "belongs to an app",
     ("extension", "flask"): "is registered with an app",
