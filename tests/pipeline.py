@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.engine import Row
 
 from flask_rq_webhooks.config import load_settings
+from flask_rq_webhooks.dispatch.dispatcher import Dispatcher
 from flask_rq_webhooks.protocol.payloads import FORMATS
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import NewEndpoint, confirm, register
@@ -55,6 +57,20 @@ def open_state(database_url: str, redis_url: str, **settings: Any) -> Iterator[S
     finally:
         state.database.dispose()
         state.redis.close()
+
+
+@contextmanager
+def running_dispatcher(state: State, **options: Any) -> Iterator[Dispatcher]:
+    """Run a dispatcher in a thread, and stop it gracefully."""
+    dispatcher = Dispatcher(state, **options)
+    thread = threading.Thread(target=dispatcher.run)
+    thread.start()
+    try:
+        yield dispatcher
+    finally:
+        dispatcher.stop()
+        thread.join(30)
+    assert not thread.is_alive()
 
 
 def add_endpoint(state: State, url: str, **options: Any) -> str:

@@ -14,6 +14,8 @@ from urllib.request import Request, urlopen
 from rq import Retry
 from rq.job import get_current_job
 
+from tests.acceptance.tasks import return_deadly_result as return_deadly_result
+
 
 def succeed(value: Any = 42) -> Any:
     return value
@@ -60,21 +62,6 @@ def fail_first() -> str:
     if job.connection.incr(f"runs:{job.id}") == 1:
         raise ValueError("the first time")
     return "the second time"
-
-
-class DeadlyToStore:
-    """A result that kills the work-horse when RQ stores it: after on_success, before the commit."""
-
-    def __reduce__(self) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("not reached")
-
-    def __str__(self) -> str:
-        return "looks fine"
-
-
-def return_deadly_result() -> DeadlyToStore:
-    return DeadlyToStore()
 
 
 # -- a user's own callbacks -------------------------------------------------------------------------------

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.database import Database
+from tests.integration.hosts import Host
 from tests.pipeline import open_state
+
+
+@pytest.fixture
+def make_host(sqlite_url: str, redis_url: str) -> Iterator[Callable[..., Host]]:
+    """Give a function that makes host apps; all are closed at the end."""
+    hosts: list[Host] = []
+
+    def make(**config: Any) -> Host:
+        hosts.append(Host(sqlite_url, redis_url, **config))
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+@pytest.fixture
+def host(make_host: Callable[..., Host]) -> Host:
+    return make_host()
 
 
 @pytest.fixture

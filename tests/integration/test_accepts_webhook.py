@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +33,15 @@ MODULE = "flask_rq_webhooks.accept.request_fields"
 
 
 @pytest.fixture
-def make_host(sqlite_url: str, redis_url: str) -> Iterator[Callable[..., Host]]:
-    hosts: list[Host] = []
+def make_host(make_host: Callable[..., Host]) -> Callable[..., Host]:
+    """Give a function that makes host apps whose dispatcher is alive."""
 
     def make(**config: Any) -> Host:
-        hosts.append(Host(sqlite_url, redis_url, **config))
-        heartbeat(hosts[-1].state.database, "dsp_tests", started=True)
-        return hosts[-1]
+        host = make_host(**config)
+        heartbeat(host.state.database, "dsp_tests", started=True)
+        return host
 
-    yield make
-    for host in hosts:
-        host.close()
-
-
-@pytest.fixture
-def host(make_host: Callable[..., Host]) -> Host:
-    return make_host()
+    return make
 
 
 # What is stored

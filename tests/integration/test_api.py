@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,24 +20,6 @@ from flask_rq_webhooks.web.operations import AT_MOST, PER_PART
 from tests.integration.hosts import Host
 
 HOOK = "https://receiver.example.com/hooks/T0000000/XXXXXXXXXXXXXXXXXXXXXXXX?key=hidden"
-
-
-@pytest.fixture
-def make_host(sqlite_url: str, redis_url: str) -> Iterator[Callable[..., Host]]:
-    hosts: list[Host] = []
-
-    def make(**config: Any) -> Host:
-        hosts.append(Host(sqlite_url, redis_url, **config))
-        return hosts[-1]
-
-    yield make
-    for host in hosts:
-        host.close()
-
-
-@pytest.fixture
-def host(make_host: Callable[..., Host]) -> Host:
-    return make_host()
 
 
 def create(host: Host, **values: Any) -> dict[str, Any]:

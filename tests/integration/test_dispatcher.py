@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -31,7 +30,16 @@ from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage import dispatchers
 from flask_rq_webhooks.storage.claims import claim_due
 from flask_rq_webhooks.storage.models import Delivery
-from tests.pipeline import SECRET, add_endpoint, attempts, deliveries, enqueue, events, open_state
+from tests.pipeline import (
+    SECRET,
+    add_endpoint,
+    attempts,
+    deliveries,
+    enqueue,
+    events,
+    open_state,
+    running_dispatcher,
+)
 from tests.servers import Received, Receiver, postgres_server, valkey_server, wait_until
 
 
@@ -39,20 +47,6 @@ from tests.servers import Received, Receiver, postgres_server, valkey_server, wa
 def state(database_url: str, redis_url: str) -> Iterator[State]:
     with open_state(database_url, redis_url, retry_schedule=(0.05, 0.05)) as opened:
         yield opened
-
-
-@contextmanager
-def running(state: State, **options: Any) -> Iterator[Dispatcher]:
-    """Run a dispatcher in a thread, and stop it in good order."""
-    dispatcher = Dispatcher(state, **options)
-    thread = threading.Thread(target=dispatcher.run)
-    thread.start()
-    try:
-        yield dispatcher
-    finally:
-        dispatcher.stop()
-        thread.join(30)
-    assert not thread.is_alive()
 
 
 def burst(state: State, **options: Any) -> None:
@@ -145,7 +139,7 @@ def test_failed_attempts_are_repeated_with_the_same_bytes_and_id(state: State, r
     receiver.respond = lambda received: (next(answers), {}, b"seen")
     enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
 
-    with running(state):
+    with running_dispatcher(state):
         received = receiver.wait_for(3)
         wait_until(lambda: deliveries(state)[0].status == "succeeded")
 
@@ -171,7 +165,7 @@ def test_delivery_is_exhausted_when_all_attempts_failed(state: State, receiver: 
     with (
         signals.attempt_failed.connected_to(listen_failed, sender=state.app),
         signals.delivery_exhausted.connected_to(listen_exhausted, sender=state.app),
-        running(state),
+        running_dispatcher(state),
     ):
         wait_until(lambda: deliveries(state) and deliveries(state)[0].status == "exhausted")
     assert len(receiver.received) == 3
@@ -214,7 +208,7 @@ def test_one_slow_host_has_its_share_and_no_more(database_url: str, redis_url: s
 def test_end_of_job_to_receiver_takes_milliseconds(state: State, receiver: Receiver) -> None:
     endpoint_id = add_endpoint(state, receiver.url)
     ended: dict[str, float] = {}
-    with running(state):
+    with running_dispatcher(state):
         wait_until(lambda: dispatchers.dispatcher_alive(state.database))
         for _ in range(30):
             ended[enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)] = time.time()
@@ -228,7 +222,7 @@ def test_end_of_job_to_receiver_takes_milliseconds(state: State, receiver: Recei
 def test_stop_finishes_what_is_in_flight(state: State, receiver: Receiver) -> None:
     receiver.respond = lambda received: time.sleep(0.7) or 204
     enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
-    with running(state):
+    with running_dispatcher(state):
         receiver.wait_for(1)
     (delivery,) = deliveries(state)
     assert (delivery.status, delivery.attempts) == ("succeeded", 1)
@@ -258,7 +252,7 @@ def test_delivery_of_a_dead_dispatcher_is_sent_by_another(state: State, receiver
 
     with state.database.write() as connection:
         connection.execute(update(Delivery).values(lease_until=datetime.now(UTC) - timedelta(seconds=1)))
-    with running(state):
+    with running_dispatcher(state):
         (received,) = receiver.wait_for(1)
     assert received.headers["webhook-id"] == lost.event_id
     assert [attempt.number for attempt in attempts(state)] == [1]
@@ -269,7 +263,7 @@ def test_two_dispatchers_deliver_everything_once(
 ) -> None:
     endpoint_ids = [add_endpoint(state, receiver.url) for _ in range(3)]
     jobs = {enqueue(state, endpoint_ids[number % 3], "tests.jobs.add", 1, number) for number in range(120)}
-    with open_state(database_url, redis_url) as second, running(state), running(second):
+    with open_state(database_url, redis_url) as second, running_dispatcher(state), running_dispatcher(second):
         receiver.wait_for(120)
         wait_until(lambda: all(delivery.status == "succeeded" for delivery in deliveries(state)))
     assert {received.json["job_id"] for received in receiver.received} == jobs
@@ -308,7 +302,7 @@ def test_error_in_a_periodic_job_ends_nothing(
     def broken(_should_stop: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    with running(state, periodic=[PeriodicJob(name="broken", interval_s=0.05, run=broken)]):
+    with running_dispatcher(state, periodic=[PeriodicJob(name="broken", interval_s=0.05, run=broken)]):
         wait_until(lambda: caplog.text.count("ZeroDivisionError") >= 2)
         enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
         receiver.wait_for(1)
@@ -318,7 +312,7 @@ def test_error_nobody_expected_does_not_end_the_ingest(
     state: State, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     state.redis.set(state.outbox.key, "not a stream")
-    with running(state):
+    with running_dispatcher(state):
         wait_until(lambda: "WRONGTYPE" in caplog.text)
         state.redis.delete(state.outbox.key)
         enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
@@ -336,7 +330,7 @@ def test_redis_may_go_and_come_back(
         endpoint_id = add_endpoint(state, receiver.url)
         answers = iter([500])
         receiver.respond = lambda received: next(answers, 204)
-        with running(state), caplog.at_level(logging.INFO):
+        with running_dispatcher(state), caplog.at_level(logging.INFO):
             enqueue(state, endpoint_id, "tests.jobs.add", 1, 2)
             receiver.wait_for(1)
             server.stop()
@@ -363,7 +357,7 @@ def test_claim_whose_answer_was_lost_is_made_again_at_once(
 
     monkeypatch.setattr(sender, "claim_due", claim_and_lose)
     enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
-    with running(state):
+    with running_dispatcher(state):
         receiver.wait_for(1, timeout=sender.LEASE_MARGIN_S / 2)
         wait_until(lambda: deliveries(state)[0].status == "succeeded")
     assert lost
@@ -390,7 +384,7 @@ def test_what_the_transport_does_not_begin_is_given_back(
     monkeypatch.setattr(sender, "QUEUED_S", 0.1)
     enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", 1, 2)
     transport = IdleTransport()
-    with running(state, transport=transport):
+    with running_dispatcher(state, transport=transport):
         wait_until(lambda: transport.submitted >= 2)
     (left,) = deliveries(state)
     assert (left.status, left.attempts, left.lease_id) == ("pending", 0, None)
@@ -419,7 +413,7 @@ def test_what_the_transport_refuses_is_sent_later(state: State, receiver: Receiv
         enqueue(state, endpoint_id, "tests.jobs.add", 1, number)
     with (
         RequestsTransport(state.url_policy, concurrency=2) as transport,
-        running(state, transport=RefusingTransport(transport), concurrency=2) as dispatcher,
+        running_dispatcher(state, transport=RefusingTransport(transport), concurrency=2) as dispatcher,
     ):
         wait_until(lambda: [one.status for one in deliveries(state)] == ["succeeded"] * 4, timeout=20)
         assert dispatcher._sender.in_flight == 0, "it keeps no place"
@@ -493,7 +487,7 @@ def test_postgresql_may_be_restarted(receiver: Receiver, redis_url: str) -> None
         endpoint_id = add_endpoint(state, receiver.url)
         jobs = [enqueue(state, endpoint_id, "tests.jobs.add", 1, number) for number in range(150)]
         receiver.respond = lambda received: time.sleep(0.02) or 204
-        with running(state, concurrency=4):
+        with running_dispatcher(state, concurrency=4):
             receiver.wait_for(20)
             server.stop()
             time.sleep(1.5)

@@ -7,11 +7,10 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,7 +26,16 @@ from flask_rq_webhooks.storage.deliveries import left_to_recover, recover_part
 from flask_rq_webhooks.storage.events import IngestItem, ingest
 from flask_rq_webhooks.storage.filters import DeliveryFilter
 from tests.integration.test_running_jobs import start
-from tests.pipeline import add_endpoint, attempts, deliveries, enqueue, events, open_state, work
+from tests.pipeline import (
+    add_endpoint,
+    attempts,
+    deliveries,
+    enqueue,
+    events,
+    open_state,
+    running_dispatcher,
+    work,
+)
 from tests.servers import Receiver, rq_worker, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -170,8 +178,7 @@ def test_receiver_that_is_away_gets_three_attempts_within_seconds(state: State, 
     receiver.respond = lambda _received: (503, {"Retry-After": "86400"}, b"")
     say(running(state, receiver.url), 1)
     reconcile_now(state)
-    dispatcher = Dispatcher(state)
-    with in_thread(dispatcher):
+    with running_dispatcher(state):
         wait_until(lambda: of_progress(state)[0].status == "exhausted", timeout=30)
     assert len(attempts(state)) == len(receiver.received) == 3
 
@@ -236,7 +243,7 @@ _KILLED = """
 import os, signal, sys
 from flask_rq_webhooks import _steps
 from flask_rq_webhooks.dispatch.dispatcher import reconcile_now
-from tests.pipeline import open_state
+from tests.pipeline import open_state, running_dispatcher
 _steps.install(lambda step: step == sys.argv[3] and os.kill(os.getpid(), signal.SIGKILL))
 with open_state(sys.argv[1], sys.argv[2], progress_interval=0.01) as state:
     reconcile_now(state)
@@ -267,17 +274,6 @@ def test_killed_between_the_parts_of_a_replacement(database_url: str, redis_url:
         assert values(state) == [1, 2]
 
 
-@contextmanager
-def in_thread(dispatcher: Dispatcher) -> Iterator[None]:
-    thread = threading.Thread(target=dispatcher.run)
-    thread.start()
-    try:
-        yield
-    finally:
-        dispatcher.stop()
-        thread.join()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_hundred_jobs(database_url: str, redis_url: str, receiver: Receiver) -> None:
@@ -295,7 +291,7 @@ def test_two_hundred_jobs(database_url: str, redis_url: str, receiver: Receiver)
                 started.enter_context(rq_worker(redis_url, burst=True, worker_class="rq.SimpleWorker"))
                 for _ in range(workers)
             ]
-            with in_thread(Dispatcher(state)):
+            with running_dispatcher(state):
                 for process in processes:
                     process.wait(150)
                 wait_until(lambda: endings(receiver) >= jobs, timeout=30, what="every ending")

@@ -6,7 +6,6 @@ import json
 import logging
 import pickle
 import resource
-import threading
 import time
 import zlib
 from base64 import b64encode
@@ -25,24 +24,11 @@ from flask_rq_webhooks.queue.redis_database import connect
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import confirm
 from flask_rq_webhooks.web.monitoring import everywhere, nothing_comes_of_reports
-from tests.pipeline import add_endpoint, callbacks, enqueue, open_state
+from tests.pipeline import add_endpoint, callbacks, enqueue, open_state, running_dispatcher
 from tests.security.test_rule_pickles import ATTACKS
 from tests.servers import Forwarder, Receiver, valkey_server, wait_until
 
 NOW = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-@contextmanager
-def running(state: State) -> Iterator[Dispatcher]:
-    dispatcher = Dispatcher(state)
-    thread = threading.Thread(target=dispatcher.run, name="rq-webhooks-dispatcher-of-a-test")
-    thread.start()
-    try:
-        yield dispatcher
-    finally:
-        dispatcher.stop()
-        thread.join(30)
-    assert not thread.is_alive()
 
 
 def watched(state: State, endpoint_id: str, job_id: str, **fields: Any) -> None:
@@ -59,7 +45,7 @@ def test_attacks_in_every_field_hold_no_other_job_up(
     bomb = zlib.compress(b"]" * 10**8, 9)
     with open_state(database_url, redis_url, reconcile_interval=0.3) as state:
         endpoint_id = add_endpoint(state, receiver.url)
-        with running(state):  # imports, threads and connections are no part of what is measured
+        with running_dispatcher(state):  # imports, threads and connections are no part of what is measured
             enqueue(state, endpoint_id, "tests.jobs.add", 0, 0)
             receiver.wait_for(1)
         # What a few bytes can do; those of megabytes take their own size while they are read.
@@ -73,7 +59,7 @@ def test_attacks_in_every_field_hold_no_other_job_up(
             watched(state, endpoint_id, f"{name}-plain", data=bomb, exc_info=bomb, status="failed")
             state.redis.xadd(f"rq:results:{name}-plain", {"type": "2", "exc_string": b64encode(bomb)})
         before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with running(state):
+        with running_dispatcher(state):
             for number in range(4):
                 began = time.monotonic()
                 job_id = enqueue(state, add_endpoint(state, receiver.url), "tests.jobs.add", number, 1)
@@ -141,7 +127,7 @@ def test_one_broken_job_is_set_aside_and_the_others_go_on(
     with open_state(database_url, redis_url, reconcile_interval=0.2) as state:
         endpoint_id = add_endpoint(state, receiver.url)
         break_it(state, endpoint_id)
-        with running(state):
+        with running_dispatcher(state):
             for number in range(2):
                 job_id = enqueue(state, endpoint_id, "tests.jobs.add", number, 1)
                 wait_until(
@@ -170,7 +156,7 @@ def test_workers_that_cannot_write_our_key_are_noticed(
         )
         worker = redis.Redis(port=server.port, username="worker", password="pw")
         endpoint_id = add_endpoint(state, receiver.url)
-        with running(state):
+        with running_dispatcher(state):
             for number in range(3):
                 job_id = f"job-{number}"
                 ours = {name: rq.Callback(path) for name, path in callbacks(endpoint_id).items()}
@@ -198,7 +184,7 @@ def test_reports_that_are_unread_are_not_missing_and_missing_ones_are_no_fault_o
             assert len(state.outbox.read("dispatcher-that-dies", 10, 0)) == 3
         else:
             state.redis.xtrim(state.outbox.key, 0)
-        with running(state):
+        with running_dispatcher(state):
             receiver.wait_for(3)
             assert {got.json["source"] for got in receiver.received} == {"reconciled"}
             time.sleep(1)
@@ -278,7 +264,7 @@ def test_a_refusal_of_redis_is_no_sign_of_life(
     monkeypatch.setattr(dispatcher, "HEARTBEAT_S", 0.1)
     with open_state(sqlite_url, redis_url) as state, caplog.at_level(logging.ERROR):
         state.redis.set(state.outbox.key, "not a stream")
-        with running(state):
+        with running_dispatcher(state):
             wait_until(lambda: "No heartbeat: ingest" in caplog.text)
 
 
@@ -294,7 +280,7 @@ def test_an_event_that_cannot_be_stored_holds_no_other_of_its_page_up(
                 "CREATE TRIGGER refuse BEFORE INSERT ON rq_webhooks_event WHEN new.job_id = 'job-2' "
                 "BEGIN SELECT RAISE(ABORT, 'refused by a test'); END"
             )
-        with running(state):
+        with running_dispatcher(state):
             wait_until(lambda: {got.json["job_id"] for got in receiver.received} >= {"job-0", "job-4"})
             wait_until(lambda: "event of job 'job-2' cannot be stored" in caplog.text)
         assert {got.json["job_id"] for got in receiver.received} == {"job-0", "job-1", "job-3", "job-4"}
