@@ -426,8 +426,8 @@ class Dispatcher:
             logger.exception("%s: an unexpected error; trying again.", name)
             return False
         except BaseException as exc:
-            # A function of the host's called sys.exit(), or let asyncio's CancelledError through. It would end
-            # this thread alone; the others would go on as if nothing were missing.
+            # A function of the host's called sys.exit(), or let asyncio's CancelledError through. That would
+            # end this thread alone; the others would go on as if nothing were missing.
             logger.exception("%s: something %s; the dispatcher stops.", name, _what_ended(exc))
             self._ended_by = self._ended_by or (name, exc)
             self.stop()
