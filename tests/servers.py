@@ -375,7 +375,7 @@ class PostgresHandle:
         yield url
         execute(
             url,
-            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()",
             "SET client_min_messages = error",  # it names each table it drops
             "DROP SCHEMA public CASCADE",

@@ -1,7 +1,7 @@
-"""What may be said over HTTP, in both directions, as marshmallow schemas.
+"""The webhook fields a request may carry, and the field types that the API's inputs share, as schemas.
 
-Owns the meaning of a request's webhook fields (:func:`load_webhook`) and of the API's inputs. Knows nothing
-of where the values came from, and nothing of storage.
+Owns the meaning of these fields (:func:`load_webhook`). Knows nothing of where the values came from, and
+nothing of storage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Open and reserved watches: jobs whose endings are not reported, and ids whose jobs are yet to come.
 
 Owns how a page of them is compared with RQ: cheaply first, closely where something is not simply waiting; and
-``job.started`` and ``job.stalled``, which are published once per run to endpoints that subscribe to them.
+what is published of a run under way to endpoints that subscribe to it: ``job.started`` and ``job.stalled``
+once, ``job.progress`` whenever it changed.
 :mod:`~flask_rq_webhooks.observe.outcomes` decides what the facts mean. Updates of a watch are written after
 its events are stored, so that a pass may die anywhere.
 """
