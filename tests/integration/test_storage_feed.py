@@ -6,12 +6,15 @@ import base64
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.storage import models
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.feed import events_after
@@ -143,6 +146,37 @@ def test_the_feed_stops_before_a_transaction_that_is_still_open_and_nobody_waits
     held.let_go()
     assert sorted(client.poll_to_the_end()) == ["before", "held", "later-0", "later-1", "later-2"]
     opened.dispose()
+
+
+def test_a_transaction_held_open_on_sqlite_loses_nothing(
+    sqlite_url: str, skewed: Callable[[float], None]
+) -> None:
+    """SQLite has one writer: the others wait, or try again as a dispatcher does."""
+    database = Database(sqlite_url)
+    database.create_tables()
+    client = Client(database)
+    publish(database, occurrence("before"))
+    skewed(-60)
+    held, began = Held(database, "held"), time.monotonic()
+    skewed(60)
+
+    def write() -> None:
+        while True:
+            with suppress(StorageUnavailableError):
+                publish(database, occurrence("later"))
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(write)
+        while time.monotonic() - began < 10:
+            client.poll()
+            time.sleep(0.5)
+        assert client.seen == ["before"]
+        assert not written.done()
+        held.let_go()
+        written.result(timeout=20)
+    assert client.poll_to_the_end() == ["before", "held", "later"]
+    database.dispose()
 
 
 def test_a_long_transaction_of_the_host_does_not_hold_up_the_feed(opened: Database) -> None:
