@@ -130,7 +130,7 @@ def insert_new(
             new.update(ids if inserted == len(ids) else connection.execute(there, {"ids": ids}).scalars())
     elif rows:
         statement = _insert_from_json(model, tuple(rows[0]))
-        for document in _documents(rows):
+        for document in documents_of(rows):
             new.update(connection.execute(statement, {"rows": document}).scalars())
     return new
 
@@ -156,8 +156,8 @@ def _insert_from_json(model: type[Base], names: tuple[str, ...]) -> ReturningIns
     return statement.on_conflict_do_nothing().returning(_id_of(model))
 
 
-def _documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Give *rows* as JSON arrays that one statement can take."""
+def documents_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Give *rows* as JSON arrays that one statement can take; bytes in base64."""
     part: list[str] = []
     characters = 0
     for row in rows:

@@ -23,6 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -33,6 +34,7 @@ from sqlalchemy import (
     LargeBinary,
     Row,
     String,
+    TextualSelect,
     bindparam,
     select,
     text,
@@ -40,6 +42,7 @@ from sqlalchemy import (
 )
 
 from ..protocol.payloads import JSON
+from .bulk_insert import documents_of, insert_new
 from .database import Database
 from .models import CANCELED, PENDING, SENDING, SHARED, Delivery, Dispatcher, UTCDateTime, new_id
 
@@ -137,20 +140,26 @@ def claim_due(
     return _claimed(rows, lease_id)
 
 
-def load_claimed(
-    database: Database, connection: Connection, ids: Sequence[str], lease_id: str
+def store_claimed(
+    database: Database, connection: Connection, rows: Sequence[Mapping[str, Any]], lease_id: str
 ) -> list[ClaimedDelivery]:
-    """Return the deliveries that were stored as claimed, in the transaction that stores them."""
-    return _claimed(_loaded(database, connection, ids, lease_id), lease_id)
+    """Insert deliveries that one sender holds from the start; return those that were not there yet.
+
+    :param rows: at least one, all with the same keys.
+    """
+    if database.is_sqlite:
+        new = sorted(insert_new(database, connection, Delivery, rows))
+        return _claimed(_loaded(database, connection, new, lease_id), lease_id)
+    parts = [{"rows": document} for document in documents_of(rows)]
+    statement = _store_postgresql(tuple(rows[0]))
+    return _claimed([row for part in parts for row in connection.execute(statement, part)], lease_id)
 
 
 def _loaded(
     database: Database, connection: Connection, ids: Sequence[str], lease_id: str
 ) -> Sequence[Row[Any]]:
-    parameters: dict[str, Any] = {"lease_id": lease_id, "ids": json.dumps(ids) if database.is_sqlite else ids}
-    if not database.is_sqlite:
-        return connection.execute(_LOAD_POSTGRESQL, parameters).all()
-    return connection.execute(_LOAD_SQLITE, parameters | {"now": database.now(connection)}).all()
+    these = {"lease_id": lease_id, "ids": json.dumps(ids), "now": database.now(connection)}
+    return connection.execute(_LOAD_SQLITE, these).all()
 
 
 def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: float) -> int:
@@ -313,16 +322,19 @@ LEFT JOIN LATERAL (
 ORDER BY c.next_attempt_at, c.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
 """
 
-_LOAD_POSTGRESQL = (
-    text(f"""
-WITH claimed AS MATERIALIZED (
-    SELECT d.*, 0 AS turn FROM rq_webhooks_delivery d
-    WHERE d.id = ANY(CAST(:ids AS text[])) AND d.status = 'sending' AND d.lease_id = :lease_id
+
+@cache
+def _store_postgresql(names: tuple[str, ...]) -> TextualSelect:
+    values = ["decode(convert_from(body, 'UTF8'), 'base64')" if name == "body" else name for name in names]
+    return text(f"""
+WITH claimed AS (
+    INSERT INTO rq_webhooks_delivery ({", ".join(names)})
+    SELECT {", ".join(values)}
+    FROM json_populate_recordset(CAST(NULL AS rq_webhooks_delivery), CAST(:rows AS json))
+    ON CONFLICT DO NOTHING RETURNING *, 0 AS turn
 )
-{_SELECT_CLAIMED}""")  # noqa: S608  (no value in it)
-    .columns(**_LOADED)
-    .bindparams(bindparam("lease_id", type_=String))
-)
+{_SELECT_CLAIMED}""").columns(**_LOADED)  # noqa: S608  (names of columns)
+
 
 _CLAIM_POSTGRESQL = (
     text(f"""

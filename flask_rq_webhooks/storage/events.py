@@ -28,7 +28,7 @@ from ..protocol.events import (
 from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_json
 from ..tracing import is_same
 from .bulk_insert import chunks_of, insert_new, one_of
-from .claims import load_claimed
+from .claims import store_claimed
 from .database import LIMIT_IDLE, Database
 from .models import PENDING, SENDING, Delivery, Event, new_id
 from .reported_runs import settle_watches
@@ -37,6 +37,7 @@ from .subscriptions import (
     EndpointRow,
     canceled_now,
     delivery_values,
+    in_order,
     look_around,
     owner_of,
     receivers_of,
@@ -210,13 +211,15 @@ def ingest_within(
             rows.append(row if claim is None or there.paused else claim.applied(row, now))
     if claim is not None and there.paused:
         claim.complete = False
-    made = store_deliveries(database, connection, rows)
+    made = store_deliveries(database, connection, [row for row in rows if row["lease_id"] is None])
+    if claim is not None and claim.hosts:
+        held = sorted((row for row in rows if row["lease_id"] is not None), key=in_order)
+        claim.claimed = store_claimed(database, connection, held, claim.lease_id)
+        made.update(one.event_id for one in claim.claimed)
     _cancel_outdated(database, connection, stored)
     for event in stored:
-        event.deliveries = made.get(event.id, 0)
+        event.deliveries = made[event.id]
     settle_watches(database, connection, stored, there.watches, endpoints, now)
-    if claim is not None and claim.hosts:
-        claim.claimed = load_claimed(database, connection, list(claim.hosts), claim.lease_id)
     seen: set[str] = set()
     by_believed = dict(zip(map(id, believed), by_item, strict=True))
     ingested = []
