@@ -266,7 +266,7 @@ def _job_facts(job_id: str) -> dict[str, Any]:
     with jobs.connect() as connection:
         try:
             job = Job.fetch(job_id, connection=connection)
-        except NoSuchJobError:
+        except (NoSuchJobError, ValueError):  # RQ refuses ids that can be none
             abort(404)
         status = cast(str, job.get_status(refresh=False))
         return {

@@ -37,8 +37,10 @@ def run_dir(runid: str) -> Path:
 
     :raises InputError: when *runid* is not one plain name.
     """
-    if not runid.replace("-", "").replace("_", "").isalnum():
-        raise model.InputError(f"run id {runid!r} may hold letters, digits, hyphens and underscores only")
+    if len(runid) > 64 or not runid.replace("-", "").replace("_", "").isalnum():
+        raise model.InputError(
+            f"run id {runid[:70]!r} may hold letters, digits, hyphens and underscores only, 64 at most"
+        )
     directory = runs_dir() / runid
     directory.mkdir(parents=True, exist_ok=True)
     return directory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from urllib.parse import quote
 
 import pytest
 from flask import Flask
@@ -142,3 +143,14 @@ def test_the_analysis_service_speaks_as_its_clients_expect(analysis: Flask, work
     }
     assert webhook.header("X-Analysis-Event") == "job.success"
     assert webhook.header("X-Webhook-Event") is None
+
+
+@pytest.mark.parametrize("job_id", ["a b", "a\0b", "\U0001f600", "nobody"])
+def test_a_job_id_that_can_be_none_is_unknown(client: FlaskClient, job_id: str) -> None:
+    assert client.get(f"/rq/api/jobstatus/{quote(job_id)}").status_code == 404
+    assert client.get(f"/runs/basin/plain/jobs/{quote(job_id)}").status_code == 404
+
+
+def test_a_run_id_that_is_no_directory_is_unknown(client: FlaskClient) -> None:
+    for runid in ("x" * 300, "a.b", "%00"):
+        assert client.post(f"/runs/{runid}/plain/rq/api/build_landuse", json={}).status_code == 404, runid

@@ -203,7 +203,7 @@ class Dispatcher:
         self._alive_at: dict[str, float] = {}
         self._outbox_empty_since: float | None = None
         self._prune_at = 0.0
-        self._ended_by: tuple[str, SystemExit] | None = None
+        self._ended_by: tuple[str, BaseException] | None = None
         self._warned_of_silence = False
         self._poke_read, self._poke_write = os.pipe()
         os.set_blocking(self._poke_write, False)
@@ -255,7 +255,7 @@ class Dispatcher:
         if self._ended_by is not None:
             name, cause = self._ended_by
             raise RQWebhooksError(
-                f"The dispatcher stopped because something called sys.exit({cause.code!r}) during {name!r}: "
+                f"The dispatcher stopped because something {_what_ended(cause)} during {name!r}: "
                 "look at your scrub, payload_format and signal functions; the log has the traceback."
             ) from cause
 
@@ -425,9 +425,10 @@ class Dispatcher:
             # Not counted as progress: a thread that never gets through must not look healthy.
             logger.exception("%s: an unexpected error; trying again.", name)
             return False
-        except SystemExit as exc:
-            # A function of the host's called sys.exit(): it would end one thread without a log line.
-            logger.exception("%s: something called sys.exit(); the dispatcher stops.", name)
+        except BaseException as exc:
+            # A function of the host's called sys.exit(), or let asyncio's CancelledError through. That would
+            # end this thread alone; the others would go on as if nothing were missing.
+            logger.exception("%s: something %s; the dispatcher stops.", name, _what_ended(exc))
             self._ended_by = self._ended_by or (name, exc)
             self.stop()
             return False
@@ -458,3 +459,9 @@ class Dispatcher:
         if free_expired_leases(self._state.database):
             self._sender.wake()
         self._sleep(HEARTBEAT_S)
+
+
+def _what_ended(cause: BaseException) -> str:
+    if isinstance(cause, SystemExit):
+        return f"called sys.exit({cause.code!r})"
+    return f"raised {type(cause).__name__}"

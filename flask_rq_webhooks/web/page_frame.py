@@ -225,7 +225,7 @@ def _in_layout(state: State, base: str, parts: Sequence[str], context: Mapping[s
     html = render_template(_filling(state), **{**context, **filled})
     if CONTENT_MARK not in html:
         raise LookupError("the layout has no block 'content'")
-    return html if HEAD_MARK in html else html.replace(CONTENT_MARK, head + CONTENT_MARK, 1)
+    return html if HEAD_MARK in html else html.replace(CONTENT_MARK, parts[1] + CONTENT_MARK, 1)
 
 
 def _filling(state: State) -> Template:

@@ -82,7 +82,8 @@ def test_style_and_script_are_there_once_in_any_layout(in_layout: OpenLayout, la
         html = app.test_client().get(f"/webhooks{path}").text
     section = path.split("/")[1] or ""
     assert f'href="/webhooks/{section}" aria-current="page"' in html
-    assert html.count("dashboard.css") == html.count("dashboard.js") == 1
+    assert html.count("dashboard.css") == html.count("dashboard.js") == html.count('<div class="rqw">') == 1
+    assert "&lt;div" not in html
     assert "Webhooks</title>" in html
 
 
