@@ -578,6 +578,17 @@ def test_job_of_which_only_the_identity_is_known_is_reported() -> None:
     assert (success.func, success.queue, success.runid) == (None, None, None)
 
 
+def test_tracing_that_fails_is_logged_and_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("of an instrumentation")
+
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", SimpleNamespace(get_current_span=broken))
+    assert callbacks._trace() is None
+    assert "of an instrumentation" in caplog.text
+
+
 def test_logging_that_fails_is_no_reason_to_fail(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
