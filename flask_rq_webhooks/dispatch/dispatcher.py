@@ -55,7 +55,7 @@ PRUNE_S, PRUNE_AGAIN_S = 3600.0, 5.0
 #: Seconds of a part: deliveries are sent meanwhile, and the main thread has other things to do.
 PRUNE_PART_S = 0.4
 #: Rows of a transaction that prunes: SQLite lets nobody else write meanwhile.
-PRUNE_BATCH = 100
+PRUNE_BATCH = 50
 #: Seconds after a missed pass in which another dispatcher takes over. Two passes at once do no harm.
 LEASE_SPARE_S = 5.0
 #: First and longest pause after an error, seconds.
