@@ -294,7 +294,7 @@ def publish_for_operators(
     if not exhausted and not result.disabled:
         return []
     tenants = {record.delivery.tenant for record in records if record.delivery.tenant is not None}
-    wanted = wanted_by_standing(publisher.database, connection, OPERATOR_TYPES, tenants)
+    wanted = wanted_by_standing(connection, OPERATOR_TYPES, tenants)
 
     def is_wanted(event_type: str, tenant: str | None) -> bool:
         return event_type in wanted.get(None, ()) or event_type in wanted.get(tenant, ())

@@ -223,7 +223,7 @@ def erase(
     with database.write() as connection:
         _overwrite_freed_space(database, connection)
         left = len(_next(connection, [chosen, Event.erased_at.is_(None)], "", batch))
-        running = _forget_requests(database, connection, job_id, endpoints)
+        running = _forget_requests(connection, job_id, endpoints)
     if database.is_sqlite:
         _empty_log(database)
     return Erasure(events=erased, canceled=canceled, in_flight=left, running=running)
@@ -336,7 +336,7 @@ def _erase_deliveries(database: Database, connection: Connection, chosen: Column
     )
 
 
-def _forget_requests(database: Database, connection: Connection, job_id: str | None, endpoints: Any) -> int:
+def _forget_requests(connection: Connection, job_id: str | None, endpoints: Any) -> int:
     """Erase what came with the requests, where all their jobs have ended; return how many have not.
 
     Their watches are closed: a correction would bring the result back.

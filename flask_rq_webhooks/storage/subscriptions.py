@@ -232,10 +232,7 @@ _LOOK = {
 
 
 def wanted_by_standing(
-    database: Database,
-    connection: Connection,
-    event_types: Iterable[str],
-    tenants: Collection[str] | None = None,
+    connection: Connection, event_types: Iterable[str], tenants: Collection[str] | None = None
 ) -> dict[str | None, frozenset[str]]:
     """Return to which of *event_types* enabled standing endpoints subscribe by name or by ``"*"``.
 

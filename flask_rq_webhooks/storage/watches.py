@@ -186,7 +186,7 @@ def load_watches(database: Database, ids: Sequence[str]) -> list[WatchRow]:
 def optional_types_of_standing(database: Database) -> dict[str | None, frozenset[str]]:
     """Return the optional types that enabled standing endpoints subscribe to, by tenant."""
     with database.read() as connection:
-        return wanted_by_standing(database, connection, OPTIONAL_TYPES)
+        return wanted_by_standing(connection, OPTIONAL_TYPES)
 
 
 def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | None = None) -> None:
