@@ -419,8 +419,7 @@ def _prepare_sqlite(wal: bool, dbapi_connection: Any, record: ConnectionPoolEntr
     cursor.execute("PRAGMA foreign_keys=ON")
     # FULL: a registration we answered for survives a power failure too. One fsync of the log per commit,
     # measured 0.3 ms against 0.02 ms for NORMAL, which only survives the death of the process; ingest and
-    # record commit per batch and do not feel it. Claims say durable=False: a lease that is undone is free. So
-    # do registrations, which the confirmation before the answer takes to the disk with itself.
+    # record commit per batch and do not feel it. Claims say durable=False: a lease that is undone is free.
     cursor.execute("PRAGMA synchronous=FULL")
     record.info["rq_webhooks_busy_ms"] = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
     # Without WAL a power failure may damage a file that is written with less than FULL.

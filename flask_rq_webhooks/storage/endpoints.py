@@ -89,9 +89,7 @@ def register(
             "tenant": endpoint.tenant,
         }
     try:
-        # The confirmation follows before the request is answered, and waits for the disk. PostgreSQL waits
-        # here, too: it forgets the last commits when it is killed, SQLite only when the machine is.
-        database.execute(insertion(database, rows), durable=reserved_job_id is None)
+        database.execute(insertion(database, rows))
     except IntegrityError:
         # Its id is new, so it is there already only where the first of two tries was committed after all.
         if not endpoint_exists(database, endpoint_id):
