@@ -33,6 +33,7 @@ from ..queue.job_callbacks import (
     attached,
     current_attachment,
     is_instrumented,
+    is_unfit,
     look_at_jobs,
     make_token,
     was_handed_over,
@@ -279,9 +280,7 @@ def _watch_for_request(state: State, job: Job, asked: Asked | None) -> str | Non
     attachment = current_attachment.get() or (None if asked is None else asked.attachment)
     if attachment is None:
         return None
-    if why := why_unfit(job.id):  # the view may have enqueued it: its answer says that nothing is reported
-        attachment.refused = True
-        logger.error("A job is not watched. %s", why)
+    if is_unfit(job.id, attachment):  # if the view enqueued it, the answer says that nothing is reported
         return None
     attachment.watched.add(job.id)
     if all(known.id != job.id for known in attachment.jobs):

@@ -60,6 +60,7 @@ class Attachment:
     :param watched: ids of jobs that are reported although they do not carry our callbacks.
     :param passed_over: functions of the jobs that were not *chosen*.
     :param refused: whether a job could not be attached, for its id or its queue's database, which is logged.
+    :param unfit_id: the latest job id that our tables cannot hold.
     :param closed: whether the view is over, so that nobody will look at *jobs* any more.
     """
 
@@ -73,6 +74,7 @@ class Attachment:
     watched: set[str] = field(default_factory=set)
     passed_over: list[str] = field(default_factory=list)
     refused: bool = False
+    unfit_id: str | None = None
     closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _reserved_taken: bool = field(default=False, repr=False)
@@ -220,7 +222,7 @@ def _create_job(
     if (
         attachment is None
         or _is_attached(kwargs.get("on_success"), attachment)
-        or not _fits(job_id, attachment)
+        or is_unfit(job_id, attachment)
         or not _leads_to_database(attachment, queue.connection)
     ):
         return original(*args, **kwargs)
@@ -254,12 +256,13 @@ def why_unfit(job_id: Any) -> str | None:
     return f"Its id {job_id[:60]!r}… has {len(job_id)} characters. Use at most {MAX_JOB_ID}, and no NUL."
 
 
-def _fits(job_id: Any, attachment: Attachment) -> bool:
+def is_unfit(job_id: Any, attachment: Attachment) -> bool:
+    """Say whether our tables cannot hold *job_id*; log it once, for a job may come here several times."""
     why = why_unfit(job_id)
-    if why is not None:
-        attachment.refused = True
+    if why is not None and attachment.unfit_id != job_id:
+        attachment.refused, attachment.unfit_id = True, job_id
         logger.error("A job is enqueued without a webhook. %s", why)
-    return why is None
+    return why is not None
 
 
 def name_of(func: Any) -> str:
