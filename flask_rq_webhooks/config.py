@@ -400,6 +400,7 @@ class Settings:
         0,
         "Attempts per destination host and minute; 0: no limit.",
         env=("WEBHOOK_RATE_LIMIT_PER_MINUTE",),
+        shared_env=True,
     )
     rate_limit_policy: str = _scale(
         _choice("defer", "drop"),

@@ -261,6 +261,12 @@ def test_redis_variable_of_another_program_is_passed_over(
     assert load_settings({}, both).redis_url == "redis://second/0"
 
 
+def test_rate_limit_in_the_words_of_another_program_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    assert load_settings({}, {"WEBHOOK_RATE_LIMIT_PER_MINUTE": "10/minute"}).rate_limit_per_minute == 0
+    assert "'10/minute', which is not usable" in caplog.text
+    assert "passed over; set RQ_WEBHOOKS_RATE_LIMIT_PER_MINUTE" in caplog.text
+
+
 def test_no_redis_variable_is_read_where_the_app_gave_a_client_or_an_url(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
