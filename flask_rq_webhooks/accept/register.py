@@ -364,7 +364,7 @@ def confirm_later(
     try:
         state.outbox.append(confirm_entry(endpoint_id, job_ids, seal=seal))
     except RedisError as exc:
-        logger.error("Jobs %r cannot be confirmed, trying again: SQL and Redis are away: %s", job_ids, exc)
+        logger.error("Jobs %r cannot be confirmed, trying again: SQL and Redis are down: %s", job_ids, exc)
     else:
         return
 

@@ -102,7 +102,7 @@ cli.add_command(routes)
 def worker(burst: bool, concurrency: int | None, processes: int) -> None:
     """Deliver webhooks until stopped (a dispatcher).
 
-    Without --burst it waits for SQL and Redis where they are away.
+    Without --burst it waits for SQL and Redis where they cannot be reached.
     SIGTERM and Ctrl-C finish the requests in flight; a second one does not wait for them. Run as many
     workers as you like, on as many machines as you like.
     """

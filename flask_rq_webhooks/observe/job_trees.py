@@ -121,7 +121,7 @@ def blocked_jobs(jobs: Mapping[str, JobRecord], statuses: Mapping[str, str | Non
 
 
 class TreeReporter:
-    """Evaluate open trees and tell those that are over.
+    """Evaluate open trees and publish those that are over.
 
     :param publish: stores occurrences as events and deliveries, each once.
     :param clock: aware UTC now.

@@ -437,8 +437,8 @@ _EPOCH = datetime.fromtimestamp(0, UTC)
 def _take_locks(connection: Connection, jobs: Sequence[str]) -> int:
     """Return a position that no event of this transaction may be below.
 
-    Whoever stores events of these jobs waits here for others who do, in one order. The feed's lock is held
-    when the next statement reads the clock for the position.
+    A transaction that stores events of these jobs waits here for others that do, in one order. The feed's
+    lock is held when the next statement reads the clock for the position.
     """
     least: int = connection.execute(_LOCK, {"jobs": list(jobs)}).scalar_one()
     return least
