@@ -148,9 +148,7 @@ _header_name = _matching(
 )
 _header_value = _matching(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?", "printable ASCII")
 _url_prefix = _matching("/|/.*[^/]", "a path that starts with '/' and does not end with one")
-_redis_scheme = _matching(
-    "(?:redis|rediss|unix)://.*", "a URL that starts with redis://, rediss:// or unix://"
-)
+_redis_scheme = _matching("(?:rediss?|unix)://.*", "a URL that starts with redis://, rediss:// or unix://")
 _proxy_url = _matching("https?://.*", "a URL that starts with http:// or https://")
 
 

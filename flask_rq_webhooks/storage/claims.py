@@ -150,9 +150,9 @@ def store_claimed(
     if database.is_sqlite:
         new = sorted(insert_new(database, connection, Delivery, rows))
         return _claimed(_loaded(database, connection, new, lease_id), lease_id)
-    parts = [{"rows": document} for document in documents_of(rows)]
     statement = _store_postgresql(tuple(rows[0]))
-    return _claimed([row for part in parts for row in connection.execute(statement, part)], lease_id)
+    parts = (connection.execute(statement, {"rows": document}) for document in documents_of(rows))
+    return _claimed([row for part in parts for row in part], lease_id)
 
 
 def _loaded(

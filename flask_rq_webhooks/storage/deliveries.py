@@ -356,7 +356,7 @@ def _endpoint(
         query = query.where(Endpoint.host == where.host)
     with database.read() as connection:
         row = connection.execute(query.order_by(Endpoint.id).limit(1)).one_or_none()
-    return None if row is None else endpoint_row(row)
+    return None if row is None else endpoint_row(row._mapping)
 
 
 def _read(cursor: str | None) -> tuple[str | None, str | None, str]:

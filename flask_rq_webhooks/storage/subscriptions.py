@@ -89,9 +89,9 @@ def is_endpoint(endpoint_id: str | None) -> bool:
     return endpoint_id is not None and not endpoint_id.endswith(NO_ENDPOINT_SUFFIX)
 
 
-def endpoint_row(row: Any) -> EndpointRow:
-    """Return what rendering may know, from a row of :data:`ENDPOINT_COLUMNS`."""
-    return EndpointRow(**decoded(row._mapping))
+def endpoint_row(columns: Mapping[Any, Any]) -> EndpointRow:
+    """Return what rendering may know, from :data:`ENDPOINT_COLUMNS` by name."""
+    return EndpointRow(**decoded(columns))
 
 
 ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointRow))
@@ -154,7 +154,7 @@ def look_around(
             if row["now"] is not None:
                 there.now = parse_time(row["now"])
         else:
-            endpoint = EndpointRow(**decoded(row | {"created_at": parse_time(row["created_at"])}))
+            endpoint = endpoint_row(row | {"created_at": parse_time(row["created_at"])})
             if what == "endpoint":
                 there.endpoints[endpoint.id] = endpoint
             else:

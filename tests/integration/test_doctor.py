@@ -308,40 +308,27 @@ def silent_callbacks(setup: Setup) -> None:
     setup.after = lambda state: state.outbox.note_silent_callbacks(3)
 
 
-def queue_elsewhere(setup: Setup) -> None:
+def _as_attribute(app: Any, queue: rq.Queue) -> None:
+    app.task_queue = queue
+
+
+def queue_elsewhere(setup: Setup, keep: Callable[[Any, rq.Queue], None] = _as_attribute) -> None:
     elsewhere = setup.client(redis.Redis)
     elsewhere.connection_pool.connection_kwargs["db"] = 7
     setup.named["elsewhere"] = database_name(elsewhere)
 
-    def add(state: State) -> None:
-        state.app.task_queue = rq.Queue("tasks", connection=elsewhere)  # type: ignore[attr-defined]
-
-    setup.after = add
+    setup.after = lambda state: keep(state.app, rq.Queue("tasks", connection=elsewhere))
 
 
 def queues_in_an_extension(setup: Setup) -> None:
-    queue_elsewhere(setup)
-    put = setup.after
+    def keep(app: Any, queue: rq.Queue) -> None:
+        app.extensions["rq"] = SimpleNamespace(queues={"tasks": queue}, default=queue)
 
-    def add(state: State) -> None:
-        assert put is not None
-        put(state)
-        queue = vars(state.app).pop("task_queue")
-        state.app.extensions["rq"] = SimpleNamespace(queues={"tasks": queue}, default=queue)
-
-    setup.after = add
+    queue_elsewhere(setup, keep)
 
 
 def queues_in_a_dict(setup: Setup) -> None:
-    queue_elsewhere(setup)
-    put = setup.after
-
-    def add(state: State) -> None:
-        assert put is not None
-        put(state)
-        state.app.queues = {"tasks": vars(state.app).pop("task_queue")}  # type: ignore[attr-defined]
-
-    setup.after = add
+    queue_elsewhere(setup, lambda app, queue: setattr(app, "queues", {"tasks": queue}))
 
 
 def jobs_were_refused(setup: Setup) -> None:
