@@ -10,13 +10,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, literal_column, select
 
 from .claims import earliest_due
 from .database import Database
-from .dispatchers import ALIVE_S
+from .dispatchers import alive
+from .filters import count_up_to
 from .models import (
     CANCELED,
     EXHAUSTED,
@@ -153,15 +155,8 @@ def statistics(database: Database, *, hours: int = 24, tenant: str | None = None
             oldest_due_s=(now - due).total_seconds() if due is not None and due <= now else None,
             watches=watches,
             oldest_watch=oldest_watch,
-            endpoints_disabled=_count(
-                connection, select(Endpoint.id).where(Endpoint.kind == "standing", ~Endpoint.enabled)
-            ),
-            dispatchers=_count(
-                connection,
-                select(Dispatcher.id).where(
-                    Dispatcher.id != SHARED, Dispatcher.heartbeat_at >= database.clock(-ALIVE_S)
-                ),
-            ),
+            endpoints_disabled=_count(connection, *_DISABLED),
+            dispatchers=_count(connection, *alive(database)),
             paused_since=connection.execute(
                 select(Dispatcher.paused_at).where(Dispatcher.id == SHARED)
             ).scalar_one_or_none(),
@@ -174,13 +169,12 @@ def _of_tenant(database: Database, tenant: str, hours: int) -> Statistics:
     with database.read() as connection:
         recent = Delivery.id.in_(newest.limit(FINISHED_WINDOW))
         few = Attempt.delivery_id.in_(newest.limit(TENANT_WINDOW))
-        theirs = [Endpoint.tenant == tenant, Endpoint.kind == "standing", ~Endpoint.enabled]
         return Statistics(
             **_of_deliveries(database, connection, hours, counted=[mine], finished=[recent], attempted=[few]),
             oldest_due_s=None,
             watches={},
             oldest_watch=None,
-            endpoints_disabled=_count(connection, select(Endpoint.id).where(*theirs)),
+            endpoints_disabled=_count(connection, Endpoint.tenant == tenant, *_DISABLED),
             dispatchers=0,
             paused_since=None,
         )
@@ -203,7 +197,7 @@ def _of_deliveries(
     durations, hosts = _recent_attempts(connection, *attempted)
     return {
         "counts": {
-            status: _count(connection, select(Delivery.id).where(Delivery.status == status, *counted))
+            status: _count(connection, Delivery.status == status, *counted)
             for status in (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
         },
         "hours": by_hour,
@@ -215,10 +209,8 @@ def _of_deliveries(
     }
 
 
-def _count(connection: Connection, query: Any) -> int:
-    capped = query.limit(COUNT_CAP + 1).subquery()
-    number: int = connection.execute(select(func.count()).select_from(capped)).scalar_one()
-    return number
+_DISABLED = (Endpoint.kind == "standing", ~Endpoint.enabled)
+_count = partial(count_up_to, COUNT_CAP)
 
 
 def _finished_by_hour(
@@ -263,8 +255,8 @@ def _recent_attempts(
         .subquery()
     )
     durations: list[float] = []
-    attempts: dict[str, int] = defaultdict(int)
-    failed: dict[str, int] = defaultdict(int)
+    attempts: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
     query = select(Delivery.host, recent.c.duration_ms, recent.c.status).join(
         recent, recent.c.delivery_id == Delivery.id
     )

@@ -123,6 +123,15 @@ def own_tenant(state: State) -> str | None:
     return tenant if tenant is not None and is_allowed(state, "own", tenant=tenant) else None
 
 
+#: Characters of an id in a path; RQ's job ids are the longest.
+MAX_ID = 512
+
+
+def is_possible_id(text: str) -> bool:
+    """Say whether *text*, from a path, may be looked for: databases handle other text differently."""
+    return "\0" not in text and len(text) <= MAX_ID
+
+
 # -- forged requests --------------------------------------------------------------------------------------
 
 HEADERS = ("X-CSRFToken", "X-CSRF-Token")

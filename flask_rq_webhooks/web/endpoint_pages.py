@@ -17,7 +17,7 @@ from ..storage.standing_endpoints import ROTATION_GRACE_S
 from . import operations
 from .api_schemas import RotateInput
 from .forms import endpoint_values, read_filter
-from .page_frame import Pages, done, environment, possible_id, render
+from .page_frame import Pages, done, environment, render
 from .pages import PAGE_ITEMS, done_some, refresh_s
 
 #: Deliveries on the page of one endpoint.
@@ -59,7 +59,7 @@ def _add_lists(pages: Pages, state: State) -> None:
 
     @pages.get("/endpoints/<endpoint_id>", "endpoint")
     def endpoint(endpoint_id: str, tenant: str | None) -> Any:
-        found = queries.endpoint_detail(state.database, possible_id(endpoint_id), tenant=tenant)
+        found = queries.endpoint_detail(state.database, endpoint_id, tenant=tenant)
         if found is None:
             abort(404)
         where = DeliveryFilter(endpoint_id=endpoint_id)
@@ -101,11 +101,11 @@ def _add_forms(pages: Pages, state: State) -> None:
 
     @pages.get("/endpoints/<endpoint_id>/edit", "edit_endpoint", "manage")
     def edit_endpoint(endpoint_id: str, tenant: str | None) -> Any:
-        return _form(state, operations.standing(state, possible_id(endpoint_id), tenant=tenant), {}, tenant)
+        return _form(state, operations.standing(state, endpoint_id, tenant=tenant), {}, tenant)
 
     @pages.post("/endpoints/<endpoint_id>/edit", "change_endpoint")
     def change_endpoint(endpoint_id: str, tenant: str | None) -> Any:
-        found = operations.standing(state, possible_id(endpoint_id), tenant=tenant)
+        found = operations.standing(state, endpoint_id, tenant=tenant)
         try:
             values = endpoint_values(state, request.form, creating=False, tenant=tenant)
             operations.change(state, endpoint_id, values, tenant=tenant)
@@ -117,7 +117,7 @@ def _add_forms(pages: Pages, state: State) -> None:
 def _add_actions(pages: Pages, state: State) -> None:
     @pages.post("/endpoints/<endpoint_id>/rotate", "rotate")
     def rotate(endpoint_id: str, tenant: str | None) -> Any:
-        operations.standing(state, possible_id(endpoint_id), tenant=tenant)
+        operations.standing(state, endpoint_id, tenant=tenant)
         grace_h = request.form.get("grace_h", float("nan"), type=float)
         values = operations.checked(RotateInput(), {"grace_s": grace_h * 3600})
         secret = operations.rotate(state, endpoint_id, **values, tenant=tenant)
@@ -125,14 +125,14 @@ def _add_actions(pages: Pages, state: State) -> None:
 
     @pages.post("/endpoints/<endpoint_id>/test", "test")
     def test(endpoint_id: str, tenant: str | None) -> Any:
-        event = operations.ping(state, possible_id(endpoint_id), tenant=tenant)
+        event = operations.ping(state, endpoint_id, tenant=tenant)
         where = DeliveryFilter(event_id=event.event_id)
         (delivery,) = queries.list_deliveries(state.database, where, limit=1).items
         return done("pinged", ".page_delivery", delivery_id=delivery.id)
 
     @pages.post("/endpoints/<endpoint_id>/enable", "enable")
     def enable(endpoint_id: str, tenant: str | None) -> Any:
-        before = operations.enable(state, possible_id(endpoint_id), tenant=tenant)
+        before = operations.enable(state, endpoint_id, tenant=tenant)
         if "recover" not in request.form:
             return done("enabled", ".page_endpoint", endpoint_id=endpoint_id)
         since = operations.missed_since(state, before)
@@ -146,12 +146,12 @@ def _add_actions(pages: Pages, state: State) -> None:
 
     @pages.post("/endpoints/<endpoint_id>/disable", "disable")
     def disable(endpoint_id: str, tenant: str | None) -> Any:
-        operations.disable(state, possible_id(endpoint_id), tenant=tenant)
+        operations.disable(state, endpoint_id, tenant=tenant)
         return done("disabled", ".page_endpoint", endpoint_id=endpoint_id)
 
     @pages.post("/endpoints/<endpoint_id>/delete", "delete")
     def delete(endpoint_id: str, tenant: str | None) -> Any:
-        if operations.delete(state, possible_id(endpoint_id), tenant=tenant):
+        if operations.delete(state, endpoint_id, tenant=tenant):
             return done("deleted", ".page_endpoints")
         return done("deleted_some", ".page_endpoint", endpoint_id=endpoint_id)
 
@@ -203,9 +203,9 @@ def _snippets(state: State, endpoint: EndpointView) -> dict[str, str]:
         "rqw_event_header": f"{state.settings.header_prefix}-Event",
         "rqw_type_field": _TYPE_FIELDS.get(endpoint.format),
     }
-    find = environment().get_template
     return {
-        language: find(f"rq_webhooks/verify_{name}.txt").render(names) for language, name in _SNIPPETS.items()
+        language: environment().get_template(f"rq_webhooks/verify_{name}.txt").render(names)
+        for language, name in _SNIPPETS.items()
     }
 
 

@@ -112,8 +112,12 @@ OUTCOMES = ("succeeded", "exhausted", "canceled")
 #: Size of the drawing, in its own units; the page stretches it.
 WIDTH, HEIGHT = 1000.0, 200.0
 
-#: Hours looked back → hours per bar.
-RANGES = {24: 1, 168: 6, 720: 24}
+#: Hours looked back → name, hours per bar, and how a bar's time is written.
+RANGES = {
+    24: ("24 hours", 1, "%H:%M"),
+    168: ("7 days", 6, "%d %b %H:%M"),
+    720: ("30 days", 24, "%d %b"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +161,8 @@ def endings(hours: Sequence[Hour], *, now: datetime, back: int = 24) -> Chart:
     :param hours: hours in which any finished.
     :param back: one of :data:`RANGES`.
     """
-    size_s = RANGES[back] * 3600
-    count = back // RANGES[back]
+    _name, size_h, written = RANGES[back]
+    size_s, count = size_h * 3600, back // size_h
     last = int(now.timestamp()) // size_s
     starts = range(last - count + 1, last + 1)
     sums: dict[int, dict[str, int]] = {start: dict.fromkeys(OUTCOMES, 0) for start in starts}
@@ -172,7 +176,7 @@ def endings(hours: Sequence[Hour], *, now: datetime, back: int = 24) -> Chart:
     bars = []
     for index, start in enumerate(starts):
         began = datetime.fromtimestamp(start * size_s, UTC)
-        label = began.strftime("%H:%M" if back == 24 else "%d %b %H:%M" if back == 168 else "%d %b")
+        label = began.strftime(written)
         bars.append(Bar(began, label, sums[start], _stack(sums[start], index * slot, slot, top)))
     step = max(1, count // 6)
     ticks = tuple((100 * (i + 0.5) / count, bars[i].label) for i in range(step // 2, count, step))

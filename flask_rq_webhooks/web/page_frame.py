@@ -32,6 +32,7 @@ from .blueprint import (
     csrf_token,
     is_allowed,
     is_forgeable,
+    is_possible_id,
     own_tenant,
     replace_csrf_protect,
 )
@@ -99,6 +100,8 @@ class Pages:
             @functools.wraps(view)
             def served(**parts: Any) -> Response:
                 tenant = self._ask(permission)
+                if not all(map(is_possible_id, parts.values())):
+                    abort(404)
                 if method == "POST" and is_forgeable():
                     abort(403, "This form has expired. Go back, load the page again and repeat.")
                 return _safe(self.state, tenant, _answered(self.state, view, {**parts, "tenant": tenant}))
@@ -156,8 +159,6 @@ def _safe(state: State, tenant: str | None, response: Response) -> Response:
     _setting, base = layout_setting(state, portal=tenant is not None)
     response.headers["Content-Security-Policy"] = POLICY if base is None else POLICY_IN_HOST
     response.headers["Referrer-Policy"] = "same-origin"
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Content-Type-Options"] = "nosniff"
     return response
 
 
@@ -254,10 +255,3 @@ def done(what: str, view: str, count: int | None = None, **values: Any) -> Respo
     if count is not None:
         values["n"] = count
     return make_response(redirect(url_for(view, done=what, **values), code=303))
-
-
-def possible_id(item_id: str) -> str:
-    """Return an id from a path if it can be one of ours; databases differ in what they make of the rest."""
-    if not (item_id.isascii() and item_id.isprintable() and len(item_id) <= 40):
-        abort(404)
-    return item_id

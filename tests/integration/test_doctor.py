@@ -498,7 +498,7 @@ BROKEN: dict[Callable[[Setup], None], str] = {
     "ix_rq_webhooks_delivery_host; run `flask rq-webhooks init-db`, or your migrations.",
     no_key: "FAIL keys: …SECRET_KEY…RQ_WEBHOOKS_ENCRYPTION_KEYS…",
     other_key: "FAIL keys: A stored secret or header cannot be decrypted with any configured key. Nothing is "
-    "lost: put the key it was stored with back, behind the new one, in RQ_WEBHOOKS_ENCRYPTION_KEYS (or in "
+    "lost: put the key it was stored with back, after the new one, in RQ_WEBHOOKS_ENCRYPTION_KEYS (or in "
     "SECRET_KEY_FALLBACKS, where keys are derived from SECRET_KEY), then run `flask rq-webhooks rekey`.",
     no_dispatcher: "FAIL dispatcher: no heartbeat for 30 s, so nothing is delivered; start "
     "`flask rq-webhooks worker`.",
