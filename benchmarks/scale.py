@@ -86,7 +86,11 @@ def _prune(report: Report, database: str, installation: Installation, parts: int
     pruner.enough = True
     pruner.join()
     assert pruner.deleted
-    report.data[f"pruning, {database}"] = {"alone_s": alone, "beside_s": beside, "size_mb": before}
+    report.data[f"pruning, {database}"] = {
+        "claims": len(beside),
+        "deleted": pruner.deleted,
+        "size_mb": before,
+    }
     report.add(
         f"{database} ({before:,.0f} MB): {pruner.deleted:,} deliveries are pruned meanwhile; rate",
         statistics.mean(alone) / statistics.mean(beside),
