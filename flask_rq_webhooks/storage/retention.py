@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, exists, false, or_, select, text, update
 
 from ..protocol.payloads import occurrence_from_json, occurrence_to_json
 from .database import Database
@@ -184,8 +184,7 @@ def erase(
 
     Exactly one of *job_id*, *runid*, *reference* and *tenant* is given.
     """
-    endpoints = _endpoints(job_id, runid, reference, tenant)
-    chosen = _events(job_id, runid, tenant, endpoints)
+    endpoints, chosen = _meant(job_id, runid, reference, tenant)
     erased = canceled = 0
     after = ""
     while True:
@@ -240,24 +239,24 @@ def erase_finished(database: Database, older_than: datetime) -> int:
             return done
 
 
-def _endpoints(job_id: str | None, runid: str | None, reference: str | None, tenant: str | None) -> Any:
-    """Return the query for the endpoints that came with the requests meant."""
-    query = select(Endpoint.id).where(Endpoint.kind != "standing")
-    if reference is not None:
-        return query.where(Endpoint.reference == reference)
-    if tenant is not None:
-        return query.where(Endpoint.tenant == tenant)
-    watched = exists().where(Watch.endpoint_id == Endpoint.id, Watch.job_id == job_id)
-    return query.where(watched if job_id is not None else Endpoint.runid == runid)
-
-
-def _events(job_id: str | None, runid: str | None, tenant: str | None, endpoints: Any) -> ColumnElement[bool]:
+def _meant(
+    job_id: str | None, runid: str | None, reference: str | None, tenant: str | None
+) -> tuple[Select[Any], ColumnElement[bool]]:
+    """Return the query for the endpoints of the requests meant, and the condition on their events."""
+    requests = select(Endpoint.id).where(Endpoint.kind != "standing")
     if job_id is not None:
-        return Event.job_id == job_id
-    sent = exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id.in_(endpoints))
-    if tenant is not None:
-        return or_(Event.tenant == tenant, sent)
-    return sent if runid is None else or_(Event.runid == runid, sent)
+        watched = exists().where(Watch.endpoint_id == Endpoint.id, Watch.job_id == job_id)
+        return requests.where(watched), Event.job_id == job_id
+    for column, of_event, value in (
+        (Endpoint.runid, Event.runid == runid, runid),
+        (Endpoint.tenant, Event.tenant == tenant, tenant),
+        (Endpoint.reference, false(), reference),
+    ):
+        if value is not None:
+            requests, own = requests.where(column == value), of_event
+    return requests, or_(
+        own, exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id.in_(requests))
+    )
 
 
 def _next(connection: Connection, conditions: Sequence[ColumnElement[bool]], after: str = "") -> list[str]:

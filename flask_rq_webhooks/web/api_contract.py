@@ -39,6 +39,7 @@ RETRY_UNAVAILABLE_S = 5
 MAX_BODY_BYTES = 256 * 1024
 
 _KEY = re.compile("[!-~]{1,255}")
+_PART = re.compile(r"<(?:\w+:)?(\w+)>")
 
 #: Inputs that depend on the app's settings, by the name under which they are described.
 EndpointBody = Literal["EndpointInput", "EndpointChangeInput"]
@@ -71,16 +72,6 @@ class Route:
     query: type[Schema] | None = None
     body: type[Schema] | EndpointBody | None = None
     idempotent: bool = False
-
-    @property
-    def parameters(self) -> list[str]:
-        """Return the names of the parts of the path."""
-        return re.findall(r"<(?:\w+:)?(\w+)>", self.path)
-
-    @property
-    def openapi_path(self) -> str:
-        """Return the path as OpenAPI writes it."""
-        return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", self.path)
 
 
 class Api:
@@ -342,7 +333,7 @@ def openapi_document(state: State, routes: Iterable[Route], *, root: str) -> dic
     _add_endpoint_inputs(spec, state)
     spec.components.schema("Error", schema=schemas.ErrorSchema)
     for route in routes:
-        spec.path(route.openapi_path, operations={route.method.lower(): _described(route)})
+        spec.path(_PART.sub(r"{\1}", route.path), operations={route.method.lower(): _described(route)})
     document = spec.to_dict()
     _move_enums(document)
     sometimes = {
@@ -383,9 +374,10 @@ def _add_endpoint_inputs(spec: APISpec, state: State) -> None:
 
 
 def _described(route: Route) -> dict[str, Any]:
+    or_own = ", or own: then only what belongs to the caller's tenant exists" if route.own else ""
     found: dict[str, Any] = {
         "summary": route.summary,
-        "description": _needs(route),
+        "description": f"Needs the permission {route.permission}{or_own}." if route.permission else "Open.",
         "x-permission": route.permission,
         "x-own": route.own,
         "parameters": list(_parameters(route)),
@@ -402,15 +394,8 @@ def _described(route: Route) -> dict[str, Any]:
     return found
 
 
-def _needs(route: Route) -> str:
-    if route.permission is None:
-        return "Open."
-    or_own = ", or own: then only what belongs to the caller's tenant exists" if route.own else ""
-    return f"Needs the permission {route.permission}{or_own}."
-
-
 def _parameters(route: Route) -> Iterable[dict[str, Any]]:
-    for name in route.parameters:
+    for name in _PART.findall(route.path):
         yield {"in": "path", "name": name, "required": True, "schema": {"type": "string"}}
     if route.query is not None:
         yield {"in": "query", "schema": route.query}
@@ -419,7 +404,7 @@ def _parameters(route: Route) -> Iterable[dict[str, Any]]:
             "in": "header",
             "name": "Idempotency-Key",
             "description": "Sent again with the same key, the request creates nothing new.",
-            "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+            "schema": {"type": "string", "pattern": f"^{_KEY.pattern}$"},
         }
 
 

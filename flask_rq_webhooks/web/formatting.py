@@ -47,16 +47,12 @@ def moment(value: datetime | None) -> str:
 def span(seconds: float) -> str:
     """Return a span of time in its two largest units: ``3 h 12 min``."""
     left = max(0, round(seconds))
-    parts: list[str] = []
+    parts: list[tuple[int, str]] = []
     for size, name in _UNITS:
-        if left >= size or (size == 1 and not parts):
-            parts.append(f"{left // size} {name}")
-            left %= size
-        elif parts:
-            break
-        if len(parts) == 2:
-            break
-    return " ".join(parts)
+        count, left = divmod(left, size)
+        if count or parts or size == 1:
+            parts.append((count, name))
+    return " ".join(f"{count} {name}" for count, name in parts[:2] if count or len(parts) == 1)
 
 
 def distance(value: datetime, now: datetime) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from ..state import State
 from ..storage.queries import CursorError
 from ..storage.statistics import COUNT_CAP
 from . import formatting
+from .api_contract import RETRY_UNAVAILABLE_S
 from .blueprint import (
     FORM_FIELD,
     Permission,
@@ -65,12 +67,26 @@ HEAD_MARK = "dashboard.css"
 _CACHE = "rq_webhooks_templates"
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a view shows: a template of ours, and what it finds under ``rqw_`` and these names."""
+
+    template: str
+    values: Mapping[str, Any]
+    status: int = 200
+
+
+def page(template: str, status: int = 200, /, **values: Any) -> Shown:
+    """Return what a view shows; see :func:`render`."""
+    return Shown(template, values, status)
+
+
 class Pages:
     """Adds pages to a blueprint. Views run only for callers with the permission, and are served safely.
 
-    A view gets ``tenant``: the customer whose rows alone exist for it, or ``None``, which is an operator. A
-    change needs ``manage`` and a token of ours. Refusals are plain 403s, so that the host's own error pages
-    show them.
+    A view gets ``tenant``: the customer whose rows alone exist for it, or ``None`` for an operator. It
+    returns a :func:`page` or a response. A change needs ``manage`` and a token of ours. Refusals are plain
+    403s, so that the host's own error pages show them.
 
     :param portal: whether these are the customers' pages, which need ``own``.
     """
@@ -135,9 +151,8 @@ def dashboard_and_portal(blueprint: WebhookBlueprint, state: State) -> tuple[Pag
 
 
 def _answered(state: State, view: Callable[..., Any], parts: Mapping[str, str | None]) -> Response:
-    tenant = parts["tenant"]
     try:
-        return make_response(view(**parts))
+        found = view(**parts)
     except UnknownItemError:
         abort(404)
     except InvalidInputError as exc:
@@ -145,14 +160,19 @@ def _answered(state: State, view: Callable[..., Any], parts: Mapping[str, str | 
     except BusyHostError as exc:
         abort(429, str(exc))
     except ErasedError as exc:
-        return make_response(render(state, "erased.html", tenant=tenant, reason=str(exc)), 409)
+        found = page("erased.html", 409, reason=str(exc))
     except CursorError:
         abort(400 if request.method == "POST" else 404)
     except StorageUnavailableError as exc:
         logger.error("%s %r failed: %s", request.method, request.path, exc)
-        response = make_response(render(state, "unavailable.html", tenant=tenant), 503)
-        response.headers["Retry-After"] = "5"
-        return response
+        found = page("unavailable.html", 503)
+    if not isinstance(found, Shown):
+        return make_response(found)
+    html = render(state, found.template, tenant=parts["tenant"], **found.values)
+    response = make_response(html, found.status)
+    if found.status == 503:
+        response.headers["Retry-After"] = str(RETRY_UNAVAILABLE_S)
+    return response
 
 
 def _safe(state: State, tenant: str | None, response: Response) -> Response:

@@ -32,7 +32,7 @@ from .blueprint import is_possible_id
 from .formatting import OUTCOMES, RANGES, endings
 from .forms import FilterForm, read_filter
 from .monitoring import everywhere, of_numbers
-from .page_frame import Pages, done, render
+from .page_frame import Pages, done, page
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,8 @@ def _add_overview(pages: Pages, state: State) -> None:
         alarms = [*(everywhere(state) if tenant is None else ()), *of_numbers(numbers, now)]
         idle_s = REFRESH_ALARM_S if any(alarm.severe for alarm in alarms) else REFRESH_IDLE_S
         moving = numbers.counts[SENDING] or numbers.oldest_due_s is not None
-        return render(
-            state,
+        return page(
             "overview.html",
-            tenant=tenant,
             now=now,
             numbers=numbers,
             chart=endings(numbers.hours, now=now, back=back),
@@ -97,7 +95,7 @@ def _add_overview(pages: Pages, state: State) -> None:
 def _add_tenants(pages: Pages, state: State) -> None:
     @pages.get("/tenants", "tenants", own=False)
     def tenants(tenant: None) -> Any:
-        return render(state, "tenants.html", tenant=None, listed=tenant_numbers(state.database)[:PAGE_ITEMS])
+        return page("tenants.html", listed=tenant_numbers(state.database)[:PAGE_ITEMS])
 
     @pages.post("/tenants/disable", "disable_tenant", own=False)
     def disable_tenant(tenant: None) -> Any:
@@ -125,10 +123,8 @@ def _add_deliveries(pages: Pages, state: State) -> None:
             cursor=request.args.get("cursor") or None,
             limit=PAGE_ITEMS,
         )
-        return render(
-            state,
+        return page(
             "deliveries.html",
-            tenant=tenant,
             filter=wanted,
             listed=listed,
             page_items=PAGE_ITEMS,
@@ -156,10 +152,8 @@ def _add_deliveries(pages: Pages, state: State) -> None:
     def delivery(delivery_id: str, tenant: str | None) -> Any:
         found = operations.delivery(state, delivery_id, tenant=tenant)
         last = found.attempts[-1] if found.attempts else None
-        return render(
-            state,
+        return page(
             "delivery.html",
-            tenant=tenant,
             found=found,
             delivery=found.delivery,
             job_status=_job_status(state, found.delivery.job_id) if tenant is None else None,
@@ -185,10 +179,8 @@ def _add_deliveries(pages: Pages, state: State) -> None:
         where = DeliveryFilter(event_id=event_id)
         listed = operations.list_deliveries(state, where, tenant=tenant, limit=PAGE_ITEMS)
         stored = None if found.payload is None else json.loads(found.payload)
-        return render(
-            state,
+        return page(
             "event.html",
-            tenant=tenant,
             event=found,
             listed=listed,
             payload=_indented(stored if tenant is None else operations.event_payload(state, found)),
