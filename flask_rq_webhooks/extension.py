@@ -39,7 +39,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class RQWebhooks:
-    """Tell API clients by signed webhooks how their RQ jobs ended.
+    """Send signed webhooks to API clients when their RQ jobs end.
 
     ::
 

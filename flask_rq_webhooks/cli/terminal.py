@@ -1,4 +1,4 @@
-"""What the commands share: times on the command line, output, and errors as one sentence with what to do.
+"""What the commands share: times on the command line, output, and errors as one sentence with the fix.
 
 Commands use :func:`explain` for errors that end them, ``doctor`` for what its checks find.
 """

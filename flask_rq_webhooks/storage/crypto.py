@@ -94,10 +94,10 @@ class Cipher:
 def rekey(
     database: Database, cipher: Cipher, *, batch: int = 500, progress: Callable[[int], None] | None = None
 ) -> int:
-    """Encrypt every stored secret and header anew with the first key; then older keys may go.
+    """Encrypt every stored secret and header again with the first key, so that older keys can be removed.
 
-    Safe while the app and dispatchers run with the same keys: a value changed meanwhile is left alone. May
-    be stopped and started again.
+    Safe while the app and dispatchers run with the same keys: a value changed in the meantime is left alone.
+    May be stopped and started again.
 
     :param batch: rows per transaction.
     :param progress: called with the number of values done so far, after each transaction.

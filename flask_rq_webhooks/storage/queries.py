@@ -50,7 +50,7 @@ class CursorError(ValueError):
 class Page(Generic[Item]):
     """Some items, and where the next ones begin.
 
-    :param cursor: opaque; ``None`` on the last page. Of a feed: where to go on later, never ``None`` once
+    :param cursor: opaque; ``None`` on the last page. Of a feed: where to continue later, never ``None`` once
         anything was read.
     """
 
@@ -140,7 +140,7 @@ class AttemptView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryDetail:
-    """All there is to know of one delivery."""
+    """Everything about one delivery."""
 
     delivery: DeliveryView
     attempts: tuple[AttemptView, ...]
@@ -228,8 +228,8 @@ def list_deliveries(
 ) -> Page[DeliveryView]:
     """Return deliveries, newest first.
 
-    With several conditions that are each frequent a page may be short, even empty, and yet have a cursor: it
-    was searched for long enough. See :mod:`.filters`.
+    With several conditions that are each frequent a page may be short, even empty, and yet have a cursor: the
+    search has a time limit. See :mod:`.filters`.
 
     :param cursor: of the page before.
     :param limit: items on the page; at most :data:`MAX_PAGE`.

@@ -210,7 +210,7 @@ def delete_standing_part(
             connection.execute(delete(Delivery).where(Delivery.id.in_(ids)))
         if len(ids) == at_most:
             return False
-        # In the transaction that saw no further delivery; one made meanwhile goes by cascade.
+        # In the transaction that saw no further delivery; one created in the meantime is deleted by cascade.
         connection.execute(delete(Endpoint).where(Endpoint.id == endpoint_id))
     return True
 

@@ -252,7 +252,7 @@ def _add_endpoint_changes(api: Api, state: State) -> None:
 
     @api.route("POST", f"{one}/rotate", "manage", schemas.RotatedSchema, body=schemas.RotateInput, own=True)
     def rotate_endpoint(values: dict[str, Any], endpoint_id: str, tenant: str | None) -> Any:
-        """Give it a new secret; the old ones sign beside it for a while."""
+        """Give it a new secret; the old ones also sign for a while."""
         values.setdefault("grace_s", ROTATION_GRACE_S)
         secret = operations.rotate(state, endpoint_id, **values, tenant=tenant)
         return {"id": endpoint_id, **values, "secret": secret}

@@ -1,7 +1,7 @@
-"""Values as pages show them: times, spans, numbers, text that strangers wrote, and the bars of the chart.
+"""Values as pages show them: times, spans, numbers, text from untrusted sources, and the bars of the chart.
 
 Functions return plain text, which templates escape; or rectangles, which a template draws as inline SVG
-beside a table of the same numbers. Knows nothing of requests.
+next to a table of the same numbers. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def readable(value: object) -> str:
-    """Return text of a stranger with every deceptive character written as ``\\u202e``."""
+    """Return untrusted text with every deceptive character written as ``\\u202e``."""
     text = str(value).replace("\r\n", "\n")
     return _DECEPTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 

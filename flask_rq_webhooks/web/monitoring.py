@@ -2,7 +2,7 @@
 
 Alarms are conditions under which webhooks do not arrive although nothing fails, each with what to do. Those
 of :func:`everywhere` are cheap enough for every page. Owns the names of the metrics. Nothing is counted in
-memory, so nothing has to be summed and a restart loses nothing. No label holds a host or a job: clients
+memory, so numbers need no summing and a restart loses nothing. No label holds a host or a job: clients
 choose those.
 """
 
@@ -121,7 +121,7 @@ def of_numbers(numbers: Statistics, now: datetime) -> list[Alarm]:
         found.append(Alarm(text, "Dispatchers are too few, stuck, or held back by a limit per host."))
     if numbers.endpoints_disabled:
         text = f"{number(numbers.endpoints_disabled, COUNT_CAP)} standing endpoints are disabled."
-        found.append(Alarm(text, "Events missed meanwhile can be recovered when they are enabled."))
+        found.append(Alarm(text, "Events they missed can be recovered when they are enabled."))
     age = None if numbers.oldest_watch is None else now - numbers.oldest_watch
     if age is not None and age > WATCH_OLD:
         text = f"The oldest job with a webhook has been waiting for {span(age.total_seconds())}."

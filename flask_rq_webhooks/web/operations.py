@@ -132,7 +132,7 @@ def delivery(state: State, delivery_id: str, *, tenant: str | None = None) -> De
     if tenant is None:
         return found
     # The receiver is the tenant's own, and public unless the settings open private networks: then an answer
-    # could be that of a neighbour which the tenant cannot reach by itself.
+    # could be that of an internal host that the tenant cannot reach itself.
     answers = found.delivery.endpoint_kind == "standing" and not state.settings.allow_networks
     return replace(
         found,
