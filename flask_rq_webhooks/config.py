@@ -295,10 +295,10 @@ class Settings:
     signature_header: str | None = _destinations(
         _header_name,
         None,
-        "Whole name of the sha256= signature's header; default: <prefix>-Signature.",
+        "Full name of the sha256= signature's header; default: <prefix>-Signature.",
     )
     timestamp_header: str | None = _destinations(
-        _header_name, None, "Whole name of that signature's time; default: <prefix>-Timestamp."
+        _header_name, None, "Full name of that signature's time; default: <prefix>-Timestamp."
     )
     user_agent: str = _destinations(
         _header_value, f"flask-rq-webhooks/{__version__}", "User-Agent of every request sent."

@@ -121,7 +121,7 @@ def verify(
     :param header_prefix: first part of the sender's ``X-Webhook-*`` headers.
     :param schemes: signatures accepted; one that is not named is treated as absent. Add ``"sha256"`` to
         accept messages whose only signature covers no time.
-    :param signature_header: whole name of the ``sha256=`` header, where it does not begin with the prefix.
+    :param signature_header: full name of the ``sha256=`` header, where it does not begin with the prefix.
     :param timestamp_header: likewise, of the header with that signature's time.
     :raises SignatureError: whatever is wrong, arguments of a wrong type included. Nothing else is raised.
     """

@@ -139,7 +139,7 @@ class State:
 
     @property
     def redis_is_given(self) -> bool:
-        """Say whether the host passed a client, so that ``RQ_WEBHOOKS_REDIS_URL`` is not read."""
+        """Return whether the host passed a client, so that ``RQ_WEBHOOKS_REDIS_URL`` is not read."""
         return self._redis_source is not None
 
     @property

@@ -221,7 +221,7 @@ def _network(state: State) -> str:
 
 
 def _has_ipv4() -> bool:
-    """Say whether this machine has a route to public IPv4 addresses; no packet is sent."""
+    """Return whether this machine has a route to public IPv4 addresses; no packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.0.170", 443))
@@ -401,7 +401,7 @@ def _rendered(state: State, setting: str, base: str, *, portal: bool) -> str:
         allowed = False
         try:
             if state.app.preprocess_request() is not None:
-                return f"{text}; not rendered here, as the app wants a login first"
+                return f"{text}; not rendered here, as the app requires a login first"
             allowed = own_tenant(state) is not None if portal else is_allowed(state, "read")
             render(state, "unavailable.html", tenant="any" if portal else None, strict=True)
         except Exception as exc:  # the host's layout and what it calls may raise anything

@@ -51,7 +51,7 @@ _APPLICATION_TYPE = re.compile(r"[a-z0-9_]+(?:\.[a-z0-9_]+)+")
 
 
 def is_application_type(event_type: str) -> bool:
-    """Say whether *event_type* may be sent by an application: dotted lower-case words, not one of ours.
+    """Return whether *event_type* may be sent by an application: dotted lower-case words, not one of ours.
 
     Source: Standard Webhooks, "Event types".
     """
@@ -89,7 +89,7 @@ def run_of(enqueued_at: datetime | None, created_at: datetime) -> str:
 
 
 def is_wanted(event_type: str, names: Collection[str] | None) -> bool:
-    """Say whether an endpoint with the event list *names* gets events of *event_type*.
+    """Return whether an endpoint with the event list *names* gets events of *event_type*.
 
     Without a list: of every terminal type. With one: of what it names; :data:`EVERY_TYPE` names everything
     but ``job.progress``, of which a long job has very many.

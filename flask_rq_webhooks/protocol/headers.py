@@ -131,7 +131,7 @@ def mask_headers(mapping: Mapping[str, str], *, header_prefix: str = "X-Webhook"
 
 
 def _refusal(name: Any, value: Any, header_prefix: str) -> str | None:
-    """Say why this header is refused, or ``None``."""
+    """Return why this header is refused, or ``None``."""
     if not isinstance(name, str) or not isinstance(value, str):
         return f"{_shown(name)}: name and value must be strings."
     if not _NAME.fullmatch(name):

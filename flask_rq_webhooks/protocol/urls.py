@@ -442,12 +442,12 @@ _ISATAP = (0x00005EFE, 0x02005EFE)
 
 
 def inside(address: IPAddress, networks: tuple[IPNetwork, ...]) -> bool:
-    """Say whether *address* is in one of *networks*."""
+    """Return whether *address* is in one of *networks*."""
     return any(address in network for network in networks)
 
 
 def is_public(address: IPAddress) -> bool:
-    """Say whether an untrusted client's webhook may be sent to *address*."""
+    """Return whether an untrusted client's webhook may be sent to *address*."""
     if isinstance(address, ipaddress.IPv4Address):
         return not inside(address, _IPV4_DENIED)
     is_isatap = (int(address) >> 32) & 0xFFFFFFFF in _ISATAP

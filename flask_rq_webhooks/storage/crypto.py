@@ -70,7 +70,7 @@ class Cipher:
         return self._opened(self._fernet.decrypt, text)
 
     def renew(self, text: str) -> str:
-        """Return *text*, encrypted with any of the keys, encrypted anew with the first one.
+        """Return *text*, encrypted with any of the keys, encrypted again with the first one.
 
         :raises DecryptionError: when no key opens *text*.
         """
@@ -101,7 +101,7 @@ def rekey(
 
     :param batch: rows per transaction.
     :param progress: called with the number of values done so far, after each transaction.
-    :returns: how many values were encrypted anew.
+    :returns: how many values were encrypted again.
     :raises DecryptionError: when no key opens a value; what was done before stays done.
     """
     done = 0

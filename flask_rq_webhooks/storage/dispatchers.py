@@ -43,7 +43,7 @@ def shared_namespace(database: Database) -> str:
 
 
 def heartbeat(database: Database, dispatcher_id: str, *, started: bool) -> None:
-    """Say that a dispatcher is alive.
+    """Record the heartbeat of a dispatcher.
 
     :param started: ``True`` with the first heartbeat of a process.
     """
@@ -83,7 +83,7 @@ def alive(database: Database) -> tuple[ColumnElement[bool], ...]:
 
 
 def dispatcher_alive(database: Database) -> bool:
-    """Say whether any dispatcher is alive."""
+    """Return whether any dispatcher is alive."""
     with database.read() as connection:
         return bool(connection.execute(select(exists().where(*alive(database)))).scalar_one())
 

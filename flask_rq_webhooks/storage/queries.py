@@ -188,7 +188,7 @@ def job_webhook(
             .order_by(Endpoint.id.desc())
             .limit(MAX_PAGE)
         ).all()
-        # What a job says of its run counts for an endpoint whose request named none.
+        # The job's own run id counts for an endpoint whose request named none.
         of_job = connection.execute(
             select(Event.runid)
             .where(Event.job_id == job_id, Event.runid.is_not(None))

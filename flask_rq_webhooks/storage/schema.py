@@ -209,7 +209,7 @@ def _compare(connection: Connection, schema: str | None) -> SchemaChanges:
 
 
 def _shape(index: Index) -> tuple[tuple[str, ...], bool]:
-    """Return what distinguishes *index* from the others of its table: its columns, and whether it is partial."""
+    """Return what distinguishes the indexes of a table: columns, and whether it is partial."""
     return tuple(index.columns.keys()), index.dialect_options["postgresql"]["where"] is not None
 
 

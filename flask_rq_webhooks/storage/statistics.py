@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ COUNT_CAP = 10_000
 FINISHED_WINDOW = 50_000
 #: Attempts looked at for latency and hosts, the newest.
 ATTEMPT_WINDOW = 2_000
-#: Deliveries of a tenant whose attempts are looked at, the newest: they lie apart, each is a read of its own.
+#: Deliveries of a tenant whose attempts are looked at, the newest: not adjacent, so each costs a read.
 TENANT_WINDOW = 500
 #: Hosts shown at most.
 WORST_HOSTS = 10
@@ -85,18 +85,18 @@ class Statistics:
     """
 
     counts: Mapping[str, int]
-    oldest_due_s: float | None
+    oldest_due_s: float | None = None
     hours: Sequence[Hour]
     hours_complete: bool
     success_rate: float | None
     p50_ms: float | None
     p95_ms: float | None
     worst_hosts: Sequence[HostNumbers]
-    watches: Mapping[str, int]
-    oldest_watch: datetime | None
+    watches: Mapping[str, int] = field(default_factory=dict)
+    oldest_watch: datetime | None = None
     endpoints_disabled: int
-    dispatchers: int
-    paused_since: datetime | None
+    dispatchers: int = 0
+    paused_since: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +171,7 @@ def _of_tenant(database: Database, tenant: str, hours: int) -> Statistics:
         few = Attempt.delivery_id.in_(newest.limit(TENANT_WINDOW))
         return Statistics(
             **_of_deliveries(database, connection, hours, counted=[mine], finished=[recent], attempted=[few]),
-            oldest_due_s=None,
-            watches={},
-            oldest_watch=None,
             endpoints_disabled=_count(connection, Endpoint.tenant == tenant, *_DISABLED),
-            dispatchers=0,
-            paused_since=None,
         )
 
 

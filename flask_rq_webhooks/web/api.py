@@ -64,7 +64,7 @@ def _add_open_routes(api: Api, state: State) -> None:
         also={503: (schemas.HealthSchema, "Nothing is delivered.")},
     )  # fmt: skip
     def health() -> Any:
-        """Say whether a dispatcher is alive and keeps up with what callbacks report."""
+        """Return whether a dispatcher is alive and keeps up with what callbacks report."""
         try:
             ok = dispatcher_alive(state.database) and not reports_are_stuck(state)
         except (StorageUnavailableError, RedisError):

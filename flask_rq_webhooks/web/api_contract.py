@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from flask import Blueprint, Flask, Response, jsonify, request
 from marshmallow import Schema
 
+from ..accept.decorator import RETRY_UNAVAILABLE_S
 from ..accept.request_schema import HeaderObject, SecretText, TargetURL
 from ..errors import ErasedError, RQWebhooksError, StorageUnavailableError
 from ..state import State
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 View = TypeVar("View", bound=Callable[..., Any])
-
-RETRY_UNAVAILABLE_S = 5
 
 #: Bytes of a request to the API; the largest honest one, an endpoint with all its headers, is a tenth of it.
 MAX_BODY_BYTES = 256 * 1024

@@ -395,7 +395,7 @@ def _endpoint_input(settings: Settings, url_policy: UrlPolicy, formats: frozense
             "headers": HeaderObject(settings.header_prefix),
             "events": TextList(allow_none=True, validate=[validate.Length(min=1, max=100), _event_types]),
             "format": Text(validate=one_of(formats, "format")),
-            "sign_payload": fields.Boolean(validate=_signable(settings)),
+            "sign_payload": fields.Boolean(validate=None if settings.signing_secret else _UNSIGNED),
             "description": Text(allow_none=True, validate=validate.Length(max=1000)),
             "reference": Text(allow_none=True, validate=validate.Length(max=256)),
             "timeout_s": fields.Float(allow_none=True, validate=timeout_range(settings)),
@@ -436,14 +436,7 @@ def _delays(most: int) -> Callable[[list[float]], None]:
     return check
 
 
-def _signable(settings: Settings) -> Callable[[bool], None]:
-    def check(wanted: bool) -> None:
-        if wanted and settings.signing_secret is None:
-            raise ValidationError("This server has no server-wide secret to sign with.")
-
-    return check
-
-
+_UNSIGNED = validate.Equal(False, error="This server has no server-wide secret to sign with.")
 _KNOWN_TYPES = JOB_TYPES | OPERATOR_TYPES | {EVERY_TYPE}
 
 

@@ -105,7 +105,7 @@ def everywhere(state: State) -> list[Alarm]:
 
 
 def reports_are_stuck(state: State) -> bool:
-    """Say whether a callback report has waited so long that no live dispatcher can be processing it.
+    """Return whether a callback report has waited so long that no live dispatcher can be processing it.
 
     :raises redis.RedisError: when Redis cannot be asked.
     """

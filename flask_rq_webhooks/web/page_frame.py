@@ -20,13 +20,13 @@ from flask import Response, abort, make_response, redirect, render_template, req
 from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 from markupsafe import Markup
 
+from ..accept.decorator import RETRY_UNAVAILABLE_S
 from ..errors import ErasedError, StorageUnavailableError
 from ..protocol.urls import redact_url
 from ..state import State
 from ..storage.queries import CursorError
 from ..storage.statistics import COUNT_CAP
 from . import formatting
-from .api_contract import RETRY_UNAVAILABLE_S
 from .blueprint import (
     FORM_FIELD,
     Permission,

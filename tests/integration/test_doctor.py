@@ -703,7 +703,7 @@ def login_first(app: Flask) -> None:
     [
         (of_the_user, "{{ g.user.name.upper() }}", True, "pages appear in 'layout.html'"),
         (of_the_user, "{{ g.user.team.name }}", False, "except for visitors who are not logged in"),
-        (login_first, "{{ g.user.team.name }}", True, "the app wants a login first"),
+        (login_first, "{{ g.user.team.name }}", True, "the app requires a login first"),
     ],
     ids=["set by the app", "needs a login", "redirects"],
 )
