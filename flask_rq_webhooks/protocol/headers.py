@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from ..errors import InvalidWebhookError
@@ -121,13 +122,19 @@ def mask_headers(mapping: Mapping[str, str], *, header_prefix: str = "X-Webhook"
     :param mapping: headers that were or will be sent.
     :param header_prefix: our own family of headers.
     """
-    family = f"{header_prefix.lower()}-"
-    shown = _SHOWN | {family + name for name in _SHOWN_OF_FAMILY}
+    shown = _shown_names(header_prefix)
+    return {
+        name: value
+        if name in shown or name.lower() in shown or (name == TRACEPARENT and checked(value) is not None)
+        else MASK
+        for name, value in mapping.items()
+    }
 
-    def is_shown(name: str, value: str) -> bool:
-        return name.lower() in shown or (name == TRACEPARENT and checked(value) is not None)
 
-    return {name: value if is_shown(name, value) else MASK for name, value in mapping.items()}
+@lru_cache(maxsize=4)
+def _shown_names(header_prefix: str) -> frozenset[str]:
+    ours = {f"{header_prefix}-{name}".lower() for name in _SHOWN_OF_FAMILY}
+    return _SHOWN | ours
 
 
 def _refusal(name: Any, value: Any, header_prefix: str) -> str | None:

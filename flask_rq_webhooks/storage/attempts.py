@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, String, bindparam, select, text, update
 
-from .bulk_insert import insert_or_ignore
+from .bulk_insert import insert_new
 from .claims import ClaimedDelivery
 from .database import Database
 from .models import SUCCEEDED, Attempt, Delivery, Endpoint, UTCDateTime, new_id
@@ -124,7 +124,7 @@ def record_attempts(
                 stale.append(delivery_id)
         if kept:
             attempts = [_attempt_values(record, dispatcher_id) for record in kept]
-            connection.execute(insert_or_ignore(database, Attempt), attempts)
+            insert_new(database, connection, Attempt, attempts)
         disabled = _judge_standing(database, connection, kept, disable_after)
         recorded = {record.delivery.id: statuses[record.delivery.id] for record in kept}
         result = RecordResult(recorded, tuple(stale), disabled)

@@ -18,11 +18,12 @@ metadata of the host's ``db`` so that ``create_all`` and Flask-Migrate see them
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
@@ -51,7 +52,8 @@ from ..protocol.payloads import MAX_CONTENT_TYPE_CHARS
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
-_PAIRS = [first + second for first in ALPHABET for second in ALPHABET]
+#: What any byte becomes in the random part of an id; each letter has the same share of them.
+_RANDOM = ALPHABET.encode() * 8
 
 
 def new_id(prefix: str) -> str:
@@ -59,17 +61,17 @@ def new_id(prefix: str) -> str:
 
     Source: the ULID layout (48-bit milliseconds, 80-bit random, Crockford base 32), lower case.
     """
-    return _id(prefix, time.time_ns() // 1_000_000, secrets.randbits(80))
+    return f"{prefix}_{_time(time.time_ns() // 1_000_000)}{os.urandom(16).translate(_RANDOM).decode()}"
 
 
 def first_id_at(prefix: str, moment: datetime) -> str:
     """Return what every id made at *moment* or later is not smaller than: a time as a bound for ids."""
-    return _id(prefix, max(0, int(moment.timestamp() * 1000)), 0)
+    return f"{prefix}_{_time(max(0, int(moment.timestamp() * 1000)))}{ALPHABET[0] * 16}"
 
 
-def _id(prefix: str, milliseconds: int, tail: int) -> str:
-    number = milliseconds << 80 | tail
-    return f"{prefix}_" + "".join([_PAIRS[(number >> shift) & 1023] for shift in range(120, -1, -10)])
+@lru_cache(maxsize=16)
+def _time(milliseconds: int) -> str:
+    return "".join(ALPHABET[(milliseconds >> shift) & 31] for shift in range(45, -1, -5))
 
 
 class UTCDateTime(TypeDecorator[datetime]):

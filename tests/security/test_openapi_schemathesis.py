@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -44,6 +45,10 @@ def _routes() -> list[Route]:
 
 
 ROUTES = _routes()
+
+
+def openapi_path(route: Route) -> str:
+    return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", route.path)
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +121,10 @@ def test_what_real_rows_are_answered_with_is_as_described(host: Host, api: Any) 
     for route in ROUTES:
         if route.method != "GET" or not isinstance(route.answers[200][0], type):
             continue
-        path = route.openapi_path.format(**ids)
+        path = openapi_path(route).format(**ids)
         response = client.get(f"/webhooks{path}")
         assert response.status_code == 200, path
-        api[route.openapi_path]["GET"].validate_response(schemathesis.Response.from_any(response))
+        api[openapi_path(route)]["GET"].validate_response(schemathesis.Response.from_any(response))
         checked += 1
 
     assert checked >= 10
@@ -129,12 +134,12 @@ def test_what_real_rows_are_answered_with_is_as_described(host: Host, api: Any) 
     "mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value
 )
 @pytest.mark.parametrize(
-    "route", ROUTES, ids=lambda route: f"{route.method.lower()} {route.openapi_path}".replace("/", ".")
+    "route", ROUTES, ids=lambda route: f"{route.method.lower()} {openapi_path(route)}".replace("/", ".")
 )
 def test_no_answer_is_a_server_error_and_each_is_as_described(
     api: Any, route: Route, mode: GenerationMode
 ) -> None:
-    cases = api[route.openapi_path][route.method].as_strategy(generation_mode=mode)
+    cases = api[openapi_path(route)][route.method].as_strategy(generation_mode=mode)
 
     @given(case=cases)
     @settings(
