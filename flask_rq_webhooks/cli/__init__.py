@@ -9,8 +9,8 @@ command line, safe output, errors as one sentence.
 from __future__ import annotations
 
 import gc
-import sys
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
