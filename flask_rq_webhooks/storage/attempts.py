@@ -161,7 +161,8 @@ def _as_sqlite_stores(moment: datetime) -> str:
 
 # One statement for a batch: a statement per row costs more than all the rest. Every batch locks in the order
 # of ids, so that none wait in a circle; and the clock is read after the locks, for which it may have waited.
-# "+" keeps SQLite from looking through all rows of that status.
+# "+" and "||" keep the databases from looking through all rows of that status; PostgreSQL would meet all those
+# that had it since the last vacuum.
 
 _UPDATE_POSTGRESQL = text("""
 WITH made AS MATERIALIZED (
@@ -170,7 +171,8 @@ WITH made AS MATERIALIZED (
 ),
 held AS MATERIALIZED (
     SELECT id FROM rq_webhooks_delivery
-    WHERE id IN (SELECT id FROM made) AND status IN ('sending', 'canceled') ORDER BY id FOR UPDATE
+    WHERE id = ANY (ARRAY(SELECT id FROM made)) AND status || '' IN ('sending', 'canceled')
+    ORDER BY id FOR UPDATE
 )
 UPDATE rq_webhooks_delivery AS d
 SET status = CASE WHEN d.status = 'canceled' AND m.status <> 'succeeded' THEN 'canceled' ELSE m.status END,
@@ -181,7 +183,7 @@ SET status = CASE WHEN d.status = 'canceled' AND m.status <> 'succeeded' THEN 'c
     status_code = m.code, error_code = m.error, trigger = 'scheduled', lease_id = NULL, lease_until = NULL
 FROM made m JOIN held h ON h.id = m.id
 WHERE d.id = m.id AND d.lease_id = m.lease AND d.attempts + 1 = m.number
-  AND d.status IN ('sending', 'canceled')
+  AND d.status || '' IN ('sending', 'canceled')
 RETURNING d.id, d.status
 """).bindparams(bindparam("made", type_=String))
 
