@@ -351,7 +351,10 @@ class SameDatabase:
         if connection.connection_pool is self._configured.connection_pool:
             return True
         parameters = redis_parameters(connection)
-        if parameters in self._known or parameters == redis_parameters(self._configured):
+        if parameters in self._known:
+            return True
+        if parameters == redis_parameters(self._configured):
+            self._known.add(parameters)
             return True
         identity = redis_identity(connection)
         try:
