@@ -161,7 +161,7 @@ def _as_sqlite_stores(moment: datetime) -> str:
 
 # One statement for a batch: a statement per row costs more than all the rest. Every batch locks in the order
 # of ids, so that none wait in a circle; and the clock is read after the locks, for which it may have waited.
-# "+" and "||" keep the databases from looking through all rows of that status; PostgreSQL would meet all those
+# "+" and "||" keep the databases from looking through all rows of that status, PostgreSQL through all those
 # that had it since the last vacuum.
 
 _UPDATE_POSTGRESQL = text("""
