@@ -62,13 +62,13 @@ class RunningAttempt:
     __slots__ = (
         "_handle",
         "_lock",
-        "_repeated",
         "_reused",
         "aborted_by",
         "answered",
         "checked",
         "connect_deadline",
         "deadline",
+        "is_repeat",
     )
 
     def __init__(self, checked: CheckedURL, *, deadline: float, connect_deadline: float) -> None:
@@ -82,7 +82,8 @@ class RunningAttempt:
         self._lock = threading.Lock()
         self._handle: SocketHandle | None = None
         self._reused = False
-        self._repeated = False
+        #: Whether this is the second try.
+        self.is_repeat = False
 
     def attach(self, handle: SocketHandle, *, reused: bool) -> None:
         """Let the watchdog abort what happens on a connection from here on.
@@ -126,31 +127,15 @@ class RunningAttempt:
             raise failure from cause
 
     def may_repeat(self, failure: Failure) -> bool:
-        """Say, at most once with yes, whether the request may be sent again on a new connection."""
-        if not is_safe_to_retry(
-            failure, reused=self._reused, repeated=self._repeated, answered=self.answered
-        ):
+        """Say, at most once with yes, whether the request may be sent again, which takes a new connection.
+
+        A kept connection was closed before a byte of a response came: most likely the receiver ended an idle
+        connection while the request was being written. Receivers recognise a repeat by its ``webhook-id``.
+        """
+        if self.is_repeat or self.answered or not self._reused or failure.code not in ("reset", "tls"):
             return False
-        self._repeated = True
+        self.is_repeat = True
         return True
-
-    @property
-    def wants_new_connection(self) -> bool:
-        """Say whether this is the repeat, for which no kept connection will do."""
-        return self._repeated
-
-
-def is_safe_to_retry(failure: Failure, *, reused: bool, repeated: bool, answered: bool) -> bool:
-    """Say whether a request may be sent once more, on a new connection.
-
-    The receiver closed an idle connection while the request was being written: that says nothing about
-    this request. Receivers recognise a repeat by its ``webhook-id``.
-
-    :param reused: the connection was kept from an earlier request.
-    :param repeated: this is the repeat already.
-    :param answered: a byte of a response arrived.
-    """
-    return failure.code in ("reset", "tls") and reused and not repeated and not answered
 
 
 class Watchdog:

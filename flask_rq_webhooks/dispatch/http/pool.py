@@ -222,7 +222,7 @@ class ConnectionPool:
         """
         checked = attempt.checked
         key = (checked.scheme, checked.host, checked.port)
-        if not attempt.wants_new_connection and (kept := self._kept.take(key)) is not None:
+        if not attempt.is_repeat and (kept := self._kept.take(key)) is not None:
             return self._reuse(kept, attempt)
         own = self._host_contexts.get(checked.host) if checked.scheme == "https" else None
         pool = self._manager.connection_from_host(
