@@ -205,7 +205,7 @@ ResentSchema = _shape("ResentSchema", text="id status")
 
 #: What a change of many deliveries leaves for the next request. ``cursor`` is sent with it, and null when
 #: everything is done. ``remaining`` is counted up to 10,001, and null where it is not known, because the
-#: deliveries are still to be made.
+#: deliveries do not exist yet.
 _LeftSchema = _shape("_LeftSchema", text="cursor?", whole="remaining?")
 #: How many deliveries are due now.
 RecoveredSchema = _shape("RecoveredSchema", _LeftSchema, recovered=fields.Integer(attribute="done"))
