@@ -117,7 +117,8 @@ def register(
         url=wanted.url, host=wanted.host, headers=wanted.headers, secret=wanted.secret, format=wanted.format,
         events=wanted.events or (None if events is None else tuple(events)), scope=scope,
         sign_payload=wanted.sign_payload, reference=wanted.reference, runid=runid_text(runid),
-        timeout_s=wanted.timeout_s, max_attempts=wanted.max_attempts, tenant=current_tenant(state),
+        timeout_s=wanted.timeout_s, max_attempts=wanted.max_attempts,
+        tenant=None if state.hooks.tenant_function is None else current_tenant(state),
     )  # fmt: skip
     return _store(state, endpoint, ignores_argument, chosen, watched)
 
