@@ -43,8 +43,8 @@ settings.load_profile("busy")
 def compile_url_builders_once() -> None:
     """Let rules of the same text share the function that builds their URLs.
 
-    Werkzeug compiles two functions for each rule of each app; these are half the time it takes to make an app,
-    and the tests make thousands of the same routes. The function depends on the text alone, unless the rule
+    Werkzeug compiles two functions for each rule of each app; that is half the time it takes to make an app,
+    and the tests make the same routes a thousand times. A function depends on the text alone, unless the rule
     has defaults.
     """
     compile_builder = Rule._compile_builder

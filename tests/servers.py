@@ -63,8 +63,8 @@ def free_port() -> int:
 def wait_until(condition: Callable[[], Any], *, timeout: float = 30, what: str = "") -> Any:
     """Return the first true value of *condition*; fail after *timeout* seconds.
 
-    It is asked after 10 ms, and then at intervals of a tenth of the time waited, at most 0.1 s: many conditions
-    cost a query, and tests run beside others.
+    It is asked every 10 ms at first, then at intervals of a tenth of the time waited, at most 0.1 s: many
+    conditions are queries.
     """
     began = time.monotonic()
     while True:

@@ -14,7 +14,7 @@ from rq.job import Job
 
 from tests.hosts import jobs
 
-#: Whoever calls these views replaces it. Doctor asks it: it finds the queues of all modules; so try once only.
+#: Whoever calls these views replaces it. Doctor asks it, as it asks the queues of all modules: it tries once.
 connection = redis.Redis(port=1, retry=None)
 
 
