@@ -181,10 +181,7 @@ class Database:
         :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
             tables.
         """
-        return self._transaction(
-            busy_timeout_s=busy_timeout_s, single_statement=single_statement, durable=durable,
-            repeated=repeated, limits_idle=limits_idle,
-        )  # fmt: skip
+        return self._transaction(True, single_statement, busy_timeout_s, durable, repeated, limits_idle)
 
     def read(self) -> AbstractContextManager[Connection]:
         """Open a connection that only reads: one snapshot on SQLite, one per statement on PostgreSQL.
@@ -192,19 +189,13 @@ class Database:
         :raises StorageUnavailableError: when the database cannot be reached or lacks our tables.
         """
         # READ COMMITTED takes a new snapshot per statement anyway; so BEGIN and ROLLBACK are saved.
-        return self._transaction(writes=False, single_statement=True)
+        return self._transaction(False, True)
 
     @contextmanager
     def _transaction(
-        self,
-        *,
-        writes: bool = True,
-        busy_timeout_s: float | None = None,
-        single_statement: bool = False,
-        durable: bool = True,
-        repeated: bool = False,
-        limits_idle: bool = False,
-    ) -> Iterator[Connection]:
+        self, writes: bool, single_statement: bool, busy_timeout_s: float | None = None, durable: bool = True,
+        repeated: bool = False, limits_idle: bool = False,
+    ) -> Iterator[Connection]:  # fmt: skip
         if self._pid != os.getpid():
             self._forget_parent()
         turn = self._turn if self.in_memory or (self.is_sqlite and writes) else None
@@ -376,7 +367,7 @@ def execute_by_driver(connection: Connection, sql: str, rows: Sequence[Any] = ((
             connection.dialect.do_execute(cursor, sql, rows[0])
         else:
             connection.dialect.do_executemany(cursor, sql, rows)
-    except Exception as exc:
+    except BaseException as exc:  # the end of a greenlet, too, leaves a connection that is good for nothing
         connection._handle_dbapi_exception(exc, sql, None, cursor, None)
     cursor.close()
 

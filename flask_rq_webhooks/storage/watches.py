@@ -1,7 +1,7 @@
 """Watches: what ingest and reconcile read of them, and write to them.
 
-Which jobs belong to a tree, and how they were when last seen, is remembered here, too. Knows nothing of
-Redis: callers hand in what RQ says. Events and deliveries are stored by
+Which jobs belong to a tree, and how they were when last seen, is stored here, too. Knows nothing of
+Redis: callers pass in what RQ says. Events and deliveries are stored by
 :mod:`~flask_rq_webhooks.storage.events` alone.
 """
 
@@ -55,7 +55,7 @@ class SettledProbe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchRow:
-    """A watch with what its endpoint says of it.
+    """A watch with what its endpoint says about it.
 
     :param counts_from: runs that began earlier were not promised.
     :param scope: ``"job"`` or ``"tree"``; ``"job"`` without an endpoint.
@@ -190,7 +190,7 @@ def optional_types_of_standing(database: Database) -> dict[str | None, frozenset
 
 
 def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | None = None) -> None:
-    """Write what a pass found out. A watch that others changed meanwhile stays as it is."""
+    """Write what a pass found out. A watch that others changed in the meantime stays as it is."""
     if not updates:
         return
     now = now or datetime.now(UTC)
@@ -260,19 +260,21 @@ def _each(
 class TreeRow:
     """One job of a tree as SQL remembers it.
 
-    :param root: whether a request enqueued it itself; the others were found below.
-    :param last_status: of a member, when it was last seen.
+    :param evidence: of a member, its status when it was last seen.
     """
 
     watch_id: str
-    endpoint_id: str
     job_id: str
     status: str
     run: str | None
-    root: bool
-    last_status: str | None
+    evidence: str | None
     missing_passes: int
     created_at: datetime
+
+    @property
+    def root(self) -> bool:
+        """Return whether a request enqueued it itself; the others were found below."""
+        return self.status != MEMBER
 
 
 def open_trees(database: Database, *, after: str = "", limit: int = 200) -> list[str]:
@@ -310,21 +312,16 @@ def load_trees(database: Database, endpoint_ids: Sequence[str]) -> dict[str, lis
     for chunk in chunks_of(sorted(trees)):
         query = (
             select(
-                Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run, Watch.evidence,
-                Watch.missing_passes, Watch.created_at, Watch.confirmed_at,
+                Watch.id.label("watch_id"), Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run,
+                Watch.evidence, Watch.missing_passes, Watch.created_at,
             )
             .where(Watch.endpoint_id.in_(chunk), Watch.status != CLOSED)
             .order_by(Watch.id)
         )  # fmt: skip
         with database.read() as connection:
             for row in connection.execute(query):
-                root = row.status != MEMBER
-                trees[row.endpoint_id].append(
-                    TreeRow(
-                        row.id, row.endpoint_id, row.job_id, row.status, row.run, root,
-                        None if root else row.evidence, row.missing_passes, row.created_at,
-                    )
-                )  # fmt: skip
+                values: dict[str, Any] = dict(row._mapping)
+                trees[values.pop("endpoint_id")].append(TreeRow(**values))
     return trees
 
 
@@ -373,9 +370,9 @@ def remember_members(
 def settle_tree(
     database: Database, endpoint_id: str, *, run: str, runs: Mapping[str, str], now: datetime | None = None
 ) -> None:
-    """Note that a tree was reported: its roots are settled, its members need no look any more.
+    """Note that a tree was reported: its roots are settled, its members are no longer read.
 
-    :param run: the run the tree was reported under, of roots that nothing else is known of.
+    :param run: the run the tree was reported under, for roots of which no run is known.
     :param runs: job id → the run a root was in.
     """
     now = now or datetime.now(UTC)

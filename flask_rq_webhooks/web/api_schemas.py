@@ -334,9 +334,9 @@ class EraseInput(_Input):
 class FeedInput(_Input):
     """Which part of the feed of events."""
 
-    after = fields.String()
+    after = fields.String(attribute="cursor")
     runid = Text()
-    type = Text()
+    type = Text(attribute="event_type")
     tenant = Text(validate=_TENANT)
     limit = WholeNumber(validate=validate.Range(min=1))
 
