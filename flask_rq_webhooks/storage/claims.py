@@ -412,9 +412,8 @@ claimed AS (
     UPDATE rq_webhooks_delivery AS delivery
     SET status = 'sending', lease_id = :lease_id,
         lease_until = clock_timestamp() + make_interval(secs => :lease_s)
-    FROM picked
-    WHERE delivery.id = ANY (ARRAY(SELECT id FROM picked)) AND delivery.id = picked.id
-      AND delivery.status = 'pending'
+    FROM picked WHERE delivery.id = picked.id AND delivery.status = 'pending'
+      AND delivery.id = ANY (ARRAY(SELECT id FROM picked))
     RETURNING delivery.*, picked.turn
 )
 {_SELECT_CLAIMED}""")  # noqa: S608  (no value in it)
