@@ -8,7 +8,8 @@ occurrences come from; a function it is given renders the bodies.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -35,6 +36,7 @@ from .reported_runs import settle_watches
 from .subscriptions import (
     AdvanceClaim,
     EndpointRow,
+    Surroundings,
     canceled_now,
     delivery_values,
     in_order,
@@ -112,6 +114,55 @@ class IngestedEvent:
     deliveries: int
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A transaction that has locked some jobs and looked around them; to store is what is left to do.
+
+    :param transaction: ends with it: committed, or rolled back on an exception.
+    """
+
+    connection: Connection
+    there: Surroundings
+    transaction: ExitStack
+
+
+def hold(
+    database: Database,
+    jobs: Collection[str],
+    named: Collection[str],
+    tenants: Collection[str] = (),
+    *,
+    repeated: bool = False,
+) -> Held:
+    """Begin the transaction of :func:`ingest`, before it is known what will be stored.
+
+    :param jobs: whose events may be stored.
+    :param named: ids of endpoints that the events may name.
+    :param tenants: that the events may name.
+    :param repeated: see :meth:`.Database.write`.
+    """
+    with ExitStack() as stack:
+        connection = stack.enter_context(database.write(repeated=repeated, limits_idle=True))
+        there = _locked(database, connection, jobs, named, tenants)
+        return Held(connection, there, stack.pop_all())
+
+
+def _locked(
+    database: Database,
+    connection: Connection,
+    jobs: Collection[str],
+    named: Collection[str],
+    tenants: Collection[str],
+) -> Surroundings:
+    jobs = sorted(jobs)
+    least_position = 0 if database.is_sqlite else _take_locks(connection, jobs)
+    there = look_around(database, connection, jobs, named, tenants)
+    # The clock may be set back, as by a failover.
+    clock = (there.now - _EPOCH) // timedelta(microseconds=1)
+    there.next_position = max(least_position, there.next_position, clock)
+    return there
+
+
 def ingest(
     database: Database,
     items: Sequence[IngestItem],
@@ -122,6 +173,7 @@ def ingest(
     begin: Begin | None = None,
     claim: AdvanceClaim | None = None,
     repeated: bool = False,
+    held: Held | None = None,
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
@@ -142,21 +194,33 @@ def ingest(
     :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
         paused.
     :param repeated: see :meth:`.Database.write`.
+    :param held: for the jobs and endpoints of *items*; ended here.
     :returns: one for each item, in their order.
     """
     if not items:
         return []
-    with database.write(repeated=repeated, limits_idle=True) as connection:
-        return ingest_within(
+    held = held or hold(database, *_around(items), repeated=repeated)
+    with held.transaction:
+        return _ingest(
             database,
-            connection,
+            held.connection,
             items,
+            held.there,
             render=render,
             max_attempts=max_attempts,
             scrub=scrub,
             begin=begin,
             claim=claim,
         )
+
+
+def _around(items: Sequence[IngestItem]) -> tuple[set[str], set[str], set[str]]:
+    """Return the jobs, endpoints and tenants that *items* name."""
+    return (
+        {item.occurrence.job_id for item in items if item.occurrence.job_id is not None},
+        {endpoint_id for item in items for endpoint_id in item.endpoint_ids},
+        {item.tenant for item in items if item.tenant is not None},
+    )
 
 
 def ingest_within(
@@ -167,20 +231,29 @@ def ingest_within(
     render: Render,
     max_attempts: int,
     scrub: Scrub | None = None,
+) -> list[IngestedEvent]:
+    """Do what :func:`ingest` does as a part of the caller's transaction."""
+    there = _locked(database, connection, *_around(items))
+    return _ingest(database, connection, items, there, render=render, max_attempts=max_attempts, scrub=scrub)
+
+
+def _ingest(
+    database: Database,
+    connection: Connection,
+    items: Sequence[IngestItem],
+    there: Surroundings,
+    *,
+    render: Render,
+    max_attempts: int,
+    scrub: Scrub | None = None,
     begin: Begin | None = None,
     claim: AdvanceClaim | None = None,
 ) -> list[IngestedEvent]:
-    """Do what :func:`ingest` does as a part of the caller's transaction."""
     prepared = [
         item if scrub is None else replace(item, occurrence=_scrubbed(item.occurrence, scrub))
         for item in items
     ]
-    jobs = sorted({item.occurrence.job_id for item in prepared if item.occurrence.job_id is not None})
-    least_position = 0 if database.is_sqlite else _take_locks(connection, jobs)
-    there = look_around(database, connection, jobs, prepared)
     now, endpoints = there.now, there.endpoints
-    # The clock may be set back, as by a failover.
-    position = max(least_position, there.last_position + 1, (now - _EPOCH) // timedelta(microseconds=1))
     believed = [item for item in prepared if not item.needs_watch or _is_watched(item, there.watches)]
     over = _ended_runs(connection, believed)
     believed = [item for item in believed if _end_key(item.occurrence) not in over]
@@ -199,7 +272,7 @@ def ingest_within(
         event.trace = parent if begin is None else begin(event.id, what.type, what.job_id, parent, link)
 
     by_item, stored = _store_events(
-        database, connection, believed, now, position, counts=there.counts, complete=complete
+        database, connection, believed, now, there.next_position, counts=there.counts, complete=complete
     )
     rows: list[dict[str, Any]] = []
     for event in stored:

@@ -113,7 +113,7 @@ class Surroundings:
     """What is stored already around events that are about to be stored.
 
     :ivar now: the database's clock.
-    :ivar last_position: of the feed's last event.
+    :ivar next_position: in the feed.
     :ivar paused: whether sending is paused.
     :ivar counts: how many events each job has.
     :ivar watches: on each job.
@@ -122,7 +122,7 @@ class Surroundings:
     """
 
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
-    last_position: int = 0
+    next_position: int = 0
     paused: bool = False
     counts: dict[str, int] = field(default_factory=dict)
     watches: dict[str, list[JobWatch]] = field(default_factory=dict)
@@ -131,16 +131,21 @@ class Surroundings:
 
 
 def look_around(
-    database: Database, connection: Connection, jobs: Sequence[str], items: Sequence[IngestItem]
+    database: Database,
+    connection: Connection,
+    jobs: Collection[str],
+    named: Collection[str],
+    tenants: Collection[str],
 ) -> Surroundings:
-    """Return what is stored around *items*, in one statement; the endpoints are locked against pruning.
+    """Return what is stored around events, in one statement; the endpoints are locked against pruning.
 
-    :param jobs: of the items.
+    :param jobs: of the events.
+    :param named: ids of endpoints.
     """
     texts: dict[str, list[str]] = {
         "jobs": list(jobs),
-        "named": sorted({one for item in items for one in item.endpoint_ids if is_endpoint(one)}),
-        "tenants": sorted({item.tenant for item in items if item.tenant is not None}),
+        "named": sorted(filter(is_endpoint, named)),
+        "tenants": sorted(tenants),
     }
     there = Surroundings()
     for what, found in connection.execute(_LOOK[database.is_sqlite], texts):
@@ -150,7 +155,7 @@ def look_around(
         elif what == "count":
             there.counts[row["job_id"]] = row["count"]
         elif what == "feed":
-            there.last_position, there.paused = row["last"] or 0, bool(row["paused"])
+            there.next_position, there.paused = (row["last"] or 0) + 1, bool(row["paused"])
             if row["now"] is not None:
                 there.now = parse_time(row["now"])
         else:
