@@ -22,7 +22,7 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "slow": Benchmark(
         designs.slow,
-        full={"rounds": 3, "count": 3000, "others": 60},
+        full={"rounds": 3, "count": 3000, "others": 40},
         quick={"rounds": 1, "count": 800, "others": 16},
         promises=("naive",),
     ),
@@ -31,7 +31,7 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "two-dispatchers": Benchmark(
         deliveries.two_dispatchers,
-        full={"rounds": 3, "count": 2400},
+        full={"rounds": 2, "count": 1200},
         quick={"rounds": 1, "count": 600},
         promises=("two-dispatchers",),
     ),
@@ -63,43 +63,37 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "hanging": Benchmark(
         hanging.hanging,
-        full={"rounds": 3, "each": 1000},
+        full={"rounds": 3, "each": 700},
         quick={"rounds": 1, "each": 100},
         promises=("hanging",),
     ),
     "strangers": Benchmark(
         hanging.strangers,
-        full={"hosts": 4000, "count": 800},
+        full={"hosts": 4000, "count": 500},
         quick={"hosts": 1000, "count": 200},
         promises=("strangers",),
     ),
     "growth": Benchmark(
         scale.growth,
-        full={"rounds": 5, "claims": 100, "rows": 1_000_000},
-        quick={"rounds": 2, "claims": 10, "rows": 30_000},
-        promises=("growth",),
-    ),
-    "pruning": Benchmark(
-        scale.pruning,
-        full={"due": 200_000, "rows": 1_000_000, "parts": 3},
-        quick={"due": 100_000, "rows": 30_000, "parts": 2},
-        promises=("pruning",),
+        full={"rounds": 5, "claims": 100, "rows": 1_000_000, "history_due": 200_000, "parts": 3},
+        quick={"rounds": 2, "claims": 10, "rows": 30_000, "history_due": 100_000, "parts": 2},
+        promises=("growth", "pruning"),
     ),
     "memory": Benchmark(
         scale.memory,
-        full={"due": 1_000_000, "sent": 200_000},
+        full={"due": 1_000_000, "sent": 100_000},
         quick={"due": 20_000, "sent": 2_000},
         promises=("memory",),
     ),
     "look": Benchmark(
         tenants.look,
-        full={"rate": 50, "seconds": 20, "others": 20_000, "rounds": 5, "count": 300},
+        full={"rate": 50, "seconds": 12, "others": 20_000, "rounds": 5, "count": 200},
         quick={"rate": 50, "seconds": 3, "others": 2_000, "rounds": 2, "count": 30},
         promises=("look",),
     ),
     "fan-out": Benchmark(
         tenants.fan_out,
-        full={"others": 20_000, "count": 300, "rounds": 5},
+        full={"others": 20_000, "count": 200, "rounds": 5},
         quick={"others": 2_000, "count": 30, "rounds": 2},
         promises=("fan-out",),
     ),
@@ -110,9 +104,6 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
         promises=("lists", "upgrade"),
     ),
     "upgrade": Benchmark(
-        tenants.upgrade,
-        full={"tenants": 1000, "each": 1000},
-        quick={"tenants": 100, "each": 100},
-        promises=("upgrade",),
+        tenants.upgrade, full={"rows": 1_000_000}, quick={"rows": 10_000}, promises=("upgrade",)
     ),
 }

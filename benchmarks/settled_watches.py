@@ -1,22 +1,19 @@
 """What settled watches cost a pass of reconcile, and how much memory, over a restart of the dispatcher.
 
-Starts its own Valkey and uses SQLite in a temporary directory, or the database named by
-``RQ_WEBHOOKS_BENCH_DATABASE_URL``. Three cases: RQ keeps every job (a ``result_ttl`` of a day), RQ has
-forgotten them all, and one of the kept ones runs again.
+First the memory of two dispatcher processes, one after the other, while RQ keeps every job (a ``result_ttl``
+of a day). Then passes of reconcile in this process: RQ keeps every job, one of them runs again, RQ has
+forgotten them all. Starts its own servers.
 
-Usage: ``python -m benchmarks.settled_watches [WATCHES]``
+Usage: ``python -m benchmarks.settled_watches [WATCHES] [sqlite|postgresql]``
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,8 +25,11 @@ from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.protocol.events import format_time
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.models import SETTLED, Watch, new_id
-from tests.servers import valkey_server
 
+from .installation import Installation, servers
+
+#: Seconds for which a dispatcher is watched, and between two of its passes.
+WATCHED_S, EVERY_S = 60, 5
 #: When the jobs were enqueued, and when their runs were reported.
 BEGAN = datetime.now(UTC) - timedelta(hours=2)
 
@@ -68,14 +68,30 @@ def measured(name: str) -> Iterator[dict[str, float]]:
     print(f"{name}: " + ", ".join(f"{what} {value:.2f}" for what, value in figures.items()), flush=True)
 
 
+def watch_process(installation: Installation, name: str) -> None:
+    """Print the memory of a dispatcher process: after its start, at most, and at the end."""
+    with installation.dispatcher(reconcile_interval=EVERY_S) as dispatcher:
+        dispatcher.wait_for_output("started")
+        process = psutil.Process(dispatcher.pid)
+        samples = []
+        for _ in range(2 * WATCHED_S):
+            samples.append(process.memory_info().rss / 2**20)
+            time.sleep(0.5)
+        cpu = sum(process.cpu_times()[:2])
+        assert dispatcher.stop() == 0, dispatcher.output
+    print(f"{name}: {samples[0]:.0f} MB at the start, at most {max(samples):.0f}, {samples[-1]:.0f} after "
+          f"{WATCHED_S} s; {cpu:.0f} s of CPU", flush=True)  # fmt: skip
+
+
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
-    with valkey_server() as server, tempfile.TemporaryDirectory() as folder:
-        client = redis.Redis.from_url(server.url)
-        url = os.environ.get("RQ_WEBHOOKS_BENCH_DATABASE_URL", f"sqlite:///{Path(folder) / 'bench.db'}")
-        database = Database(url)
-        database.create_tables()
+    kind = sys.argv[2] if len(sys.argv) > 2 else "sqlite"
+    with servers() as some:
+        installation = some.installation(kind)
+        database, client = installation.state.database, installation.redis
         fill(database, client, count)
+        for name in ("a dispatcher", "after a restart"):
+            watch_process(installation, name)
         published: list[Any] = []
 
         def dispatcher() -> Reconciler:
@@ -105,8 +121,6 @@ def main() -> None:
             reconciler.run_once()
         with measured("a later pass"):
             reconciler.run_once()
-        database.dispose()
-        client.close()
 
 
 if __name__ == "__main__":

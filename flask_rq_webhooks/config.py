@@ -78,13 +78,6 @@ def _items(value: Any) -> list[Any]:
     raise ValueError("expected a list")
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    items = _items(value)
-    if not all(isinstance(item, str) and item for item in items):
-        raise ValueError("expected a list of non-empty strings")
-    return tuple(items)
-
-
 def _all(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda value: tuple(parse(item) for item in _items(value))
 
@@ -116,8 +109,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _optional(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else parse(value)
+_texts = _all(_text)
 
 
 def _signing_secret(value: Any) -> str:
@@ -148,18 +140,19 @@ _header_name = _matching(
 )
 _header_value = _matching(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?", "printable ASCII")
 _url_prefix = _matching("/|/.*[^/]", "a path that starts with '/' and does not end with one")
-_redis_scheme = _matching("(?:rediss?|unix)://.*", "a URL that starts with redis://, rediss:// or unix://")
 _proxy_url = _matching("https?://.*", "a URL that starts with http:// or https://")
 
 
 def _redis_url(value: Any) -> str:
-    url = _redis_scheme(value)
+    url = _text(value)
     try:
-        Redis.from_url(url).connection_pool.make_connection()  # which is not opened
+        Redis.from_url(url).connection_pool.make_connection()  # does not connect
     except TypeError as exc:  # such as an option of Celery's; the text names it
-        raise ValueError(f"expected options that redis-py knows behind the '?': {exc}") from exc
+        raise ValueError(f"expected options that redis-py knows after the '?': {exc}") from exc
     except (ValueError, RedisError) as exc:
-        raise ValueError("expected the URL of one server, as redis-py reads it") from exc
+        raise ValueError(
+            "expected a URL that starts with redis://, rediss:// or unix://, of one server"
+        ) from exc
     return url
 
 
@@ -187,12 +180,12 @@ class Setting:
     :param group: section of the configuration page.
     :param parse: turns a value from ``app.config`` or the environment into the typed value, or raises
         :exc:`ValueError` with what was expected.
-    :param default: typed value.
+    :param default: typed value. Where it is ``None``, ``None`` can be set too and is not parsed.
     :param about: one sentence for the documentation.
     :param config_key: key of ``app.config`` that is asked next; other extensions may use it too.
     :param env: environment variables asked after that, in this order.
     :param shared_env: those of them that other programs use for purposes of their own. A value that is not
-        usable is passed over with a warning.
+        usable is ignored with a warning.
     :param parse_env: where the environment speaks another language than the setting.
     :param secret: whether the value never appears in an error message.
     """
@@ -244,11 +237,9 @@ class Settings:
         secret=True,
     )
     database_uri: str | None = _start(
-        _optional(_text), None, "SQLAlchemy URL of our tables; default: the host's database.", secret=True
+        _text, None, "SQLAlchemy URL of our tables; default: the host's database.", secret=True
     )
-    bind_key: str | None = _start(
-        _optional(_text), None, "Flask-SQLAlchemy bind whose database holds our tables."
-    )
+    bind_key: str | None = _start(_text, None, "Flask-SQLAlchemy bind whose database holds our tables.")
     encryption_keys: tuple[str, ...] = _start(
         _texts,
         (),
@@ -286,10 +277,10 @@ class Settings:
         _boolean, False, "Judge 64:ff9b::/96 by its embedded IPv4 address instead of refusing it."
     )
     proxy_url: str | None = _destinations(
-        _optional(_proxy_url), None, "Egress proxy; it, not we, then pins addresses.", secret=True
+        _proxy_url, None, "Egress proxy; it, not we, then pins addresses.", secret=True
     )
     ca_file: str | None = _destinations(
-        _optional(_text),
+        _text,
         None,
         "PEM file of certificate authorities that receivers may use beside the public ones.",
     )
@@ -302,18 +293,18 @@ class Settings:
         _header_prefix, "X-Webhook", "First part of the X-Webhook-* header names."
     )
     signature_header: str | None = _destinations(
-        _optional(_header_name),
+        _header_name,
         None,
         "Whole name of the sha256= signature's header; default: <prefix>-Signature.",
     )
     timestamp_header: str | None = _destinations(
-        _optional(_header_name), None, "Whole name of that signature's time; default: <prefix>-Timestamp."
+        _header_name, None, "Whole name of that signature's time; default: <prefix>-Timestamp."
     )
     user_agent: str = _destinations(
         _header_value, f"flask-rq-webhooks/{__version__}", "User-Agent of every request sent."
     )
     signing_secret: str | None = _destinations(
-        _optional(_signing_secret),
+        _signing_secret,
         None,
         "Server-wide secret, used where a request says sign_payload and brings no secret.",
         env=("WEBHOOK_SIGNING_SECRET",),
@@ -355,7 +346,7 @@ class Settings:
     )
     child_meta_prefix: str = _retries(_text, "jobs:", "Keys of job.meta that name child jobs.")
     progress_interval: float | None = _retries(
-        _optional(_seconds),
+        _seconds,
         None,
         "Least seconds between two job.progress of a job; default: RECONCILE_INTERVAL.",
     )
@@ -369,7 +360,7 @@ class Settings:
         _integer(4096, 2**20), 262_144, "Larger results are left out and marked."
     )
     payload_retention_hours: int | None = _privacy(
-        _optional(_integer(1)),
+        _integer(1),
         None,
         "Hours after which bodies and answers of finished deliveries are erased; default: kept with the log.",
     )
@@ -378,14 +369,12 @@ class Settings:
     )
 
     dashboard: bool = _dashboard(_boolean, True, "Whether the HTML pages are served.")
-    base_template: str | None = _dashboard(
-        _optional(_text), None, "Template the pages extend; default: our own."
-    )
+    base_template: str | None = _dashboard(_text, None, "Template the pages extend; default: our own.")
     portal_base_template: str | None = _dashboard(
-        _optional(_text), None, "Template the customers' pages extend; default: our own."
+        _text, None, "Template the customers' pages extend; default: our own."
     )
     pubsub_url: str | None = _dashboard(
-        _optional(_redis_url), None, "Redis for status notices; default: none are published.", secret=True
+        _redis_url, None, "Redis for status notices; default: none are published.", secret=True
     )
     pubsub_channel: str = _dashboard(_text, "{runid}:webhook", "Channel of the status notices.")
 
@@ -451,8 +440,9 @@ def load_settings(
             raise ConfigurationError(f"{key} is not a setting of flask_rq_webhooks. {why}")
     values: dict[str, Any] = {}
     for setting in SETTINGS:
-        own_only = has_redis and setting.name == "REDIS_URL"
-        values[setting.name.lower()] = _read(setting, config, {} if own_only else environ, own_only=own_only)
+        if has_redis and setting.name == "REDIS_URL":
+            setting = replace(setting, config_key=None, env=())
+        values[setting.name.lower()] = _read(setting, config, environ)
     settings = Settings(**values)
     if settings.database_uri is not None and settings.bind_key is not None:
         raise ConfigurationError(
@@ -476,27 +466,26 @@ SECRET_FROM_ENVIRONMENT = (
 )
 
 
-def _read(setting: Setting, config: Mapping[str, Any], environ: Mapping[str, str], *, own_only: bool) -> Any:
+def _read(setting: Setting, config: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
     key = PREFIX + setting.name
     if key in config:
         return _parse(setting, setting.parse, key, config[key])
-    parse = setting.parse_env or setting.parse
-    found = [(f"environment variable {name}", environ[name]) for name in setting.env if environ.get(name)]
-    if setting.config_key is not None and config.get(setting.config_key) and not own_only:
-        found.insert(0, (f"app.config[{setting.config_key!r}]", config[setting.config_key]))
-    for source, value in found:
+    sources = [(f"app.config[{setting.config_key!r}]", config.get(setting.config_key or ""))]
+    sources += [(f"environment variable {name}", environ.get(name)) for name in setting.env]
+    for source, value in sources:
         try:
-            return _parse(setting, parse, source, value)
+            if value:
+                return _parse(setting, setting.parse_env or setting.parse, source, value)
         except ConfigurationError as exc:
             if not setting.shared_env:
                 raise
-            logger.warning("%s It is passed over; set %s.", exc, key)
+            logger.warning("%s It is ignored; set %s.", exc, key)
     return setting.default
 
 
 def _parse(setting: Setting, parse: Callable[[Any], Any], source: str, value: Any) -> Any:
     try:
-        return parse(value)
+        return None if value is None is setting.default else parse(value)
     except (ValueError, TypeError) as exc:
         shown = "the value (not shown)" if setting.secret else repr(value)
         reason = "it was refused" if setting.secret and "expected" not in str(exc) else str(exc)
