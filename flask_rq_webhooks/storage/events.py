@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -85,6 +85,7 @@ class StoredEvent:
     :param sent_to: the tenant the item names.
     :param tenant: whose event it is.
     :param trace: in which it occurred; once stored, what its deliveries continue.
+    :param requests: the endpoints of the requests that asked for it, by id.
     """
 
     id: str
@@ -95,6 +96,7 @@ class StoredEvent:
     sent_to: str | None = None
     tenant: str | None = None
     trace: str | None = None
+    requests: Mapping[str, EndpointRow] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +261,13 @@ def _ingest(
     believed = [item for item in believed if _end_key(item.occurrence) not in over]
     warn_of_missing(believed, endpoints)
 
-    def requests(event: StoredEvent) -> dict[str, EndpointRow]:
-        return requests_of(event, there.watches.get(event.occurrence.job_id or "", []), endpoints)
+    def ask(event: StoredEvent) -> dict[str, EndpointRow]:
+        watches = there.watches.get(event.occurrence.job_id or "", [])
+        event.requests = requests_of(event, watches, endpoints)
+        return event.requests
 
     def complete(event: StoredEvent) -> None:
-        asking = requests(event)
+        asking = ask(event)
         event.tenant = event.sent_to or owner_of(event, asking)
         trace, own = trace_of(event, asking), event.trace
         # A worker may have begun a trace of its own.
@@ -276,7 +280,8 @@ def _ingest(
     )
     rows: list[dict[str, Any]] = []
     for event in stored:
-        for endpoint in receivers_of(event, requests(event), there.standing):
+        requests = event.requests if event.created else ask(event)
+        for endpoint in receivers_of(event, requests, there.standing):
             rendered = render(endpoint, event.id, event.occurrence)
             row = delivery_values(
                 event.id, event.occurrence.type, endpoint, rendered, max_attempts=max_attempts, now=now
@@ -465,7 +470,7 @@ def _number(events: Sequence[StoredEvent], counts: dict[str, int]) -> None:
         job_id = event.occurrence.job_id
         if job_id is not None:
             counts[job_id] = counts.get(job_id, 0) + 1
-            event.occurrence = replace(event.occurrence, sequence=counts[job_id])
+            event.occurrence.sequence = counts[job_id]
 
 
 def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:

@@ -255,10 +255,10 @@ class Refusing(Publisher):
         self.refused = refused
         self.error = error
 
-    def publish(self, items: Any) -> Any:
+    def publish(self, items: Any, **options: Any) -> Any:
         if any(item.occurrence.job_id == self.refused for item in items):
             raise self.error
-        return super().publish(items)
+        return super().publish(items, **options)
 
 
 def test_entry_that_cannot_be_stored_is_set_aside_alone(state: State) -> None:

@@ -299,7 +299,7 @@ class World:
         self.then()
         return {JOB: endings} if endings else {}
 
-    def publish(self, items: Sequence[Any]) -> list[IngestedEvent]:
+    def publish(self, items: Sequence[Any], **_options: Any) -> list[IngestedEvent]:
         answers = []
         for item in items:
             what = item.occurrence
@@ -405,9 +405,15 @@ class Game:
         """Be killed, and started again: what was read and not stored is read once more."""
         self.world.taken.clear()
         state: Any = SimpleNamespace(
-            redis=None, database=None, outbox=self.outbox, settings=self.settings, cipher=None
+            redis=None,
+            database=SimpleNamespace(is_sqlite=False),
+            outbox=self.outbox,
+            settings=self.settings,
+            cipher=None,
         )
-        publisher: Any = SimpleNamespace(publish=self.world.publish)
+        publisher: Any = SimpleNamespace(
+            publish=self.world.publish, hold=lambda *_around: SimpleNamespace(transaction=ExitStack())
+        )
         self.ingest = Ingest(state, consumer="c", publisher=publisher, clock=self.monotonic)
         self.reconciler = Reconciler(
             state.database, state.redis, publish=self.world.publish, settings=self.settings, outbox_key="k",
@@ -448,6 +454,8 @@ def instead_of_redis_and_sql(world: World) -> Iterator[None]:
     reported = "flask_rq_webhooks.storage.reported_runs"
     with ExitStack() as stack:
         for target, replacement in {
+            f"{observe}.ingest.FIRST_LOOK_S": 0.0,
+            f"{observe}.ingest.HELD_LOOKS": 2,
             f"{observe}.ingest.read_endings": world.read_jobs,
             f"{observe}.ingest.read_jobs": world.read_jobs,
             f"{observe}.ingest.reported_endings": world.reported_endings,
