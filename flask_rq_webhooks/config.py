@@ -32,7 +32,7 @@ DEFAULT_RETRY_SCHEDULE: tuple[float, ...] = (
     1, 2, 4, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400,
 )  # fmt: skip
 
-#: HTTP statuses worth another attempt, beside network errors and timeouts.
+#: HTTP statuses worth another attempt, in addition to network errors and timeouts.
 DEFAULT_RETRY_STATUSES: tuple[int, ...] = (408, 409, 425, 429, *range(500, 600))
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -174,7 +174,7 @@ def _client_certs(value: Any) -> tuple[tuple[str, str, str], ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is known of one setting beside its name and its type.
+    """What is known of one setting besides its name and type.
 
     :param name: key without ``RQ_WEBHOOKS_``.
     :param group: section of the configuration page.
@@ -186,7 +186,7 @@ class Setting:
     :param env: environment variables asked after that, in this order.
     :param shared_env: those of them that other programs use for purposes of their own. A value that is not
         usable is ignored with a warning.
-    :param parse_env: where the environment speaks another language than the setting.
+    :param parse_env: for the environment, where its values mean something else.
     :param secret: whether the value never appears in an error message.
     """
 
@@ -282,7 +282,7 @@ class Settings:
     ca_file: str | None = _destinations(
         _text,
         None,
-        "PEM file of certificate authorities that receivers may use beside the public ones.",
+        "PEM file of certificate authorities that receivers may use, in addition to the public ones.",
     )
     client_certs: tuple[tuple[str, str, str], ...] = _destinations(
         _client_certs,
@@ -295,10 +295,10 @@ class Settings:
     signature_header: str | None = _destinations(
         _header_name,
         None,
-        "Whole name of the sha256= signature's header; default: <prefix>-Signature.",
+        "Full name of the sha256= signature's header; default: <prefix>-Signature.",
     )
     timestamp_header: str | None = _destinations(
-        _header_name, None, "Whole name of that signature's time; default: <prefix>-Timestamp."
+        _header_name, None, "Full name of that signature's time; default: <prefix>-Timestamp."
     )
     user_agent: str = _destinations(
         _header_value, f"flask-rq-webhooks/{__version__}", "User-Agent of every request sent."

@@ -39,7 +39,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class RQWebhooks:
-    """Tell API clients by signed webhooks how their RQ jobs ended.
+    """Send signed webhooks to API clients when their RQ jobs end.
 
     ::
 
@@ -234,7 +234,7 @@ class RQWebhooks:
 
         Without *url*, the webhook of the current request is meant: of the decorated view that runs, or has
         run. Where that request asks for none, and outside of such requests, nothing happens. A job that
-        carries the webhook already is reported once all the same.
+        carries the webhook already is still reported once.
 
         Such a job carries no callback of ours, so reconcile reports it, within ``RECONCILE_INTERVAL`` and a
         little. The run that waits or runs now counts, and every later one.

@@ -1,4 +1,4 @@
-"""Verify received webhooks: sent by who shares my secret, and fresh?
+"""Verify received webhooks: the sender knows the secret, and the message is recent.
 
 Standard library only; the decorator imports Flask where it is used, and a public key (``whpk_…``) needs
 ``cryptography``. ``docs/receivers`` has the same in one file each for Python, Node and the shell.
@@ -18,10 +18,9 @@ Accepted:
   entries, malformed ones included, are skipped, because a sender that rotates its secret sends several.
   ``webhook-id`` and ``webhook-timestamp`` are required.
 * ``X-Webhook-Signature: sha256=<lower-case hex>``, only where ``webhook-signature`` is absent **and**
-  ``schemes`` names ``"sha256"``. It covers the body alone, so who has seen one such request can send it
-  again at any later time, and a text a client chose may have been signed with a shared secret. Nothing but
-  the body is taken from the request (``id`` and ``timestamp`` are ``None``); a timestamp header is checked
-  where there is one.
+  ``schemes`` names ``"sha256"``. It covers the body alone, so anybody who has seen one such request can send
+  it again later, and a text a client chose may have been signed with a shared secret. Nothing but the body is
+  taken from the request (``id`` and ``timestamp`` are ``None``); a timestamp header is checked if present.
 
 Refused: a deciding header that comes twice, characters other than printable ASCII, timestamps other than
 plain digits without leading zeros, base64 and hex other than the one canonical spelling. Signatures are
@@ -122,7 +121,7 @@ def verify(
     :param header_prefix: first part of the sender's ``X-Webhook-*`` headers.
     :param schemes: signatures accepted; one that is not named is treated as absent. Add ``"sha256"`` to
         accept messages whose only signature covers no time.
-    :param signature_header: whole name of the ``sha256=`` header, where it does not begin with the prefix.
+    :param signature_header: full name of the ``sha256=`` header, where it does not begin with the prefix.
     :param timestamp_header: likewise, of the header with that signature's time.
     :raises SignatureError: whatever is wrong, arguments of a wrong type included. Nothing else is raised.
     """

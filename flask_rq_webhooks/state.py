@@ -56,7 +56,7 @@ class Hooks(Protocol):
 
 
 class State:
-    """Everything of one app. Read-only for its users; built lazily and only once, by whichever thread.
+    """Everything of one app. Read-only for its users; built lazily, once, in any thread.
 
     :param app: the app; its config was read into *settings*.
     :param hooks: the extension object.
@@ -99,7 +99,7 @@ class State:
         self._built: dict[str, Any] = {}
 
     def once(self, name: str, build: Callable[[], Built]) -> Built:
-        """Return what *build* returned when this app asked for *name* first, whichever thread that was."""
+        """Return what *build* returned when this app first asked for *name*, in any thread."""
         try:
             built: Built = self._built[name]
         except KeyError:
@@ -139,7 +139,7 @@ class State:
 
     @property
     def redis_is_given(self) -> bool:
-        """Say whether the host handed the client over, so that ``RQ_WEBHOOKS_REDIS_URL`` is not read."""
+        """Return whether the host passed a client, so that ``RQ_WEBHOOKS_REDIS_URL`` is not read."""
         return self._redis_source is not None
 
     @property
@@ -172,7 +172,7 @@ class State:
     def render_context(
         self, event_id: str, runid: str | None = None, reference: str | None = None
     ) -> RenderContext:
-        """Return what a payload says beside the occurrence, and how much of it this app lets it say."""
+        """Return what a payload contains besides the occurrence, and how much this app's settings allow."""
         settings = self.settings
         return RenderContext(
             event_id=event_id,

@@ -6,7 +6,7 @@ clients get: same payloads, headers and signatures, same rows. Knows nothing of 
 
 ::
 
-    def test_client_is_told(app, client):
+    def test_client_gets_a_webhook(app, client):
         client.post("/build", json={"webhook_url": "https://client.example/hook", "webhook_secret": "s3cret"})
         (webhook,) = deliver_all(app)
         assert webhook.verify("s3cret").json["event"] == "job.success"
@@ -57,7 +57,7 @@ __all__ = [
     "observe_routes",
 ]
 
-#: Error codes a receiver may answer with instead of a status: what a network does.
+#: Error codes a receiver may answer with instead of a status: network failures.
 NETWORK_ERRORS = frozenset({"blocked", "connect", "dns", "reset", "timeout", "tls"})
 
 
@@ -96,7 +96,7 @@ Answer = int | str | tuple[int, Mapping[str, str], bytes] | Callable[[ReceivedWe
 
 
 class InMemoryReceiver:
-    """Stand for every URL there is: keep what is sent and answer as configured.
+    """Stand in for every URL: keep what is sent and answer as configured.
 
     ``InMemoryReceiver(500, "timeout", 204)`` answers the first request with 500, lets the second time out,
     and accepts the third and all others; without arguments it accepts everything. A function is given the
@@ -140,7 +140,7 @@ def deliver_all(
 
     :param app: an app with :class:`~flask_rq_webhooks.RQWebhooks` initialised.
     :param receiver: where everything is sent; one that accepts everything by default.
-    :param retries: make the attempts that are due later, too, at once; otherwise their deliveries stay
+    :param retries: also make the attempts that are due later, at once; otherwise their deliveries stay
         ``pending``.
     :raises StorageUnavailableError: when SQL cannot be used.
     :raises redis.RedisError: when Redis cannot be used.

@@ -78,7 +78,7 @@ def of_request(headers: Headers) -> str | None:
 
 
 def is_same(one: str | None, other: str | None) -> bool:
-    """Say whether both belong to one trace."""
+    """Return whether both belong to one trace."""
     return one is not None and other is not None and one[:35] == other[:35]
 
 

@@ -29,6 +29,7 @@ from ..storage.crypto import stored_samples
 from ..storage.dispatchers import ALIVE_S, dispatcher_alive, paused_since
 from ..storage.schema import missing_schema
 from ..web.blueprint import HOST_PART, is_allowed, own_tenant
+from ..web.monitoring import STUCK_S
 from ..web.page_frame import layout_setting, render
 from .terminal import EXPLAINED, explain, redis_source
 
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 CLOCKS_S = 5.0
 #: The oldest Redis with what the outbox needs (``XAUTOCLAIM``).
 MINIMUM_REDIS = (6, 2)
-#: Seconds an entry of the outbox may wait; a living dispatcher takes it within one.
-UNREAD_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +67,10 @@ def examine(state: State) -> Iterator[Finding]:
             continue
         try:
             yield Finding(name, "ok", check(state))
-            continue
-        except WrongError as exc:
-            text = str(exc)
-        except EXPLAINED as exc:
-            text = explain(exc, state)
-        failed[name] = name
-        yield Finding(name, "FAIL", " ".join(text.split()))
+        except (WrongError, *EXPLAINED) as exc:
+            failed[name] = name
+            text = str(exc) if isinstance(exc, WrongError) else explain(exc, state)
+            yield Finding(name, "FAIL", " ".join(text.split()))
 
 
 def _settings(state: State) -> str:
@@ -199,7 +195,7 @@ def _outbox(state: State) -> str:
             "reconcile; start `flask rq-webhooks worker` with this Redis and database, or see its log."
         )
     waited_s = age_of_oldest(state.redis, state.outbox.key) or 0.0
-    if waited_s > UNREAD_S:
+    if waited_s > STUCK_S:
         raise WrongError(
             f"{waiting} entries wait, the oldest for {waited_s:.0f} s, so no dispatcher reads them, or too "
             "few do; start `flask rq-webhooks worker` with this Redis and database, or see its log."
@@ -225,7 +221,7 @@ def _network(state: State) -> str:
 
 
 def _has_ipv4() -> bool:
-    """Say whether this machine has a route to public IPv4 addresses; no packet is sent."""
+    """Return whether this machine has a route to public IPv4 addresses; no packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.0.170", 443))
@@ -337,10 +333,8 @@ def _answering(url_map: Map, rule: Rule) -> Iterator[str]:
     for method in sorted((rule.methods or {"GET"}) - {"HEAD", "OPTIONS"}):
         try:
             yield adapter.match(path, method=method)[0]
-        except RequestRedirect:
-            continue
-        except HTTPException:
-            continue  # a converter of the app's own that takes no sample
+        except (RequestRedirect, HTTPException):
+            continue  # such as a converter of the app's own that takes no sample
 
 
 def _sample(converter: str | None, arguments: str | None) -> str:
@@ -407,7 +401,7 @@ def _rendered(state: State, setting: str, base: str, *, portal: bool) -> str:
         allowed = False
         try:
             if state.app.preprocess_request() is not None:
-                return f"{text}; not rendered here, as the app wants a login first"
+                return f"{text}; not rendered here, as the app requires a login first"
             allowed = own_tenant(state) is not None if portal else is_allowed(state, "read")
             render(state, "unavailable.html", tenant="any" if portal else None, strict=True)
         except Exception as exc:  # the host's layout and what it calls may raise anything

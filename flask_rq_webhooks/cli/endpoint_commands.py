@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import click
@@ -10,7 +9,7 @@ from flask.cli import AppGroup
 
 from ..protocol.urls import redact_url
 from ..state import get_state
-from ..storage.queries import EndpointView, list_endpoints
+from ..storage.queries import EndpointView, list_endpoints, shallow
 from ..storage.standing_endpoints import ROTATION_GRACE_S
 from ..web import operations
 from ..web.api_schemas import RotateInput
@@ -128,8 +127,7 @@ def delete(endpoint_id: str) -> None:
 
 
 def _as_json(endpoint: EndpointView) -> dict[str, Any]:
-    listed = {field.name: getattr(endpoint, field.name) for field in fields(endpoint)}
-    listed["url"] = redact_url(endpoint.url)
+    listed = shallow(endpoint) | {"url": redact_url(endpoint.url)}
     return {name: value for name, value in listed.items() if name not in _NOT_LISTED}
 
 

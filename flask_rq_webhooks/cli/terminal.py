@@ -1,4 +1,4 @@
-"""What the commands share: times on the command line, output, and errors as one sentence with what to do.
+"""What the commands share: times on the command line, output, and errors as one sentence with the fix.
 
 Commands use :func:`explain` for errors that end them, ``doctor`` for what its checks find.
 """
@@ -120,11 +120,11 @@ def explain(exc: Exception, state: State | None) -> str:
 
 
 def of_redis(exc: Exception, state: State) -> str:
-    """Return what *exc* says of Redis, and what to do."""
+    """Return what *exc* says about Redis, and what to do."""
     name = database_name(state.redis)
     if isinstance(exc, AuthenticationError | RecursionError):
-        # redis-py 5 calls itself without end where a password is wanted and none was given.
-        why = exc if isinstance(exc, AuthenticationError) else "a password is wanted"
+        # redis-py 5 calls itself without end where a password is required and none was given.
+        why = exc if isinstance(exc, AuthenticationError) else "a password is required"
         return f"{name} refuses us ({why}); correct user name and password in {redis_source(state)}."
     if "CERTIFICATE_VERIFY_FAILED" in str(exc):
         return (
@@ -141,7 +141,7 @@ def of_redis(exc: Exception, state: State) -> str:
 
 
 def of_sql(exc: Exception, state: State) -> str:
-    """Return what *exc* says of the database, and what to do. Never repeats a URL, which has a password."""
+    """Return what *exc* says about the database, and what to do; never a URL, which has a password."""
     where = sql_source(state)
     if isinstance(exc, ModuleNotFoundError):
         return (
@@ -170,7 +170,7 @@ def sql_source(state: State) -> str:
 
 
 def redis_source(state: State) -> str:
-    """Return what says where Redis is: an argument or a setting."""
+    """Return the name of what locates Redis: an argument or a setting."""
     return "what RQWebhooks(redis=...) gets" if state.redis_is_given else "RQ_WEBHOOKS_REDIS_URL"
 
 

@@ -1,4 +1,4 @@
-"""What is said on the wire and how, as pure functions and values.
+"""What is sent over the wire and in which form, as pure functions and values.
 
 :mod:`events` has the vocabulary: event types, the ``Occurrence``, and the key that makes the end of a run
 unique. :mod:`payloads` renders an occurrence in the four formats and makes it fit the size limit;

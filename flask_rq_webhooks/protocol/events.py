@@ -26,7 +26,7 @@ WEBHOOK_PING = "webhook.ping"
 ENDPOINT_DISABLED = "webhook.endpoint_disabled"
 DELIVERY_EXHAUSTED = "webhook.delivery_exhausted"
 
-#: One of these ends every run.
+#: Every run ends with one of these.
 TERMINAL_TYPES = frozenset({JOB_SUCCESS, JOB_FAILURE, JOB_STOPPED, JOB_CANCELED, JOB_LOST})
 #: Sent only to those who ask for them by name.
 OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED, JOB_STARTED, JOB_PROGRESS, JOB_STALLED})
@@ -43,7 +43,7 @@ OPERATOR_TYPES = frozenset({ENDPOINT_DISABLED, DELIVERY_EXHAUSTED})
 #: carry our callbacks, a run that began just after registration may be taken for one before it.
 CLOCK_SKEW = timedelta(seconds=1)
 
-#: Who says so.
+#: How we learned of it.
 SOURCE_CALLBACK = "callback"
 SOURCE_RECONCILED = "reconciled"
 SOURCE_APPLICATION = "application"
@@ -52,7 +52,7 @@ _APPLICATION_TYPE = re.compile(r"[a-z0-9_]+(?:\.[a-z0-9_]+)+")
 
 
 def is_application_type(event_type: str) -> bool:
-    """Say whether *event_type* may be sent by an application: dotted lower-case words, not one of ours.
+    """Return whether *event_type* may be sent by an application: dotted lower-case words, not one of ours.
 
     Source: Standard Webhooks, "Event types".
     """
@@ -71,7 +71,7 @@ _few = lru_cache(maxsize=4096)
 def format_time(moment: datetime) -> str:
     """Return *moment* as RQ writes it into a job's hash: ``2024-01-01T00:00:00.000000Z``.
 
-    :param moment: aware; a naive one is taken as UTC, as RQ before 2.0 hands it out.
+    :param moment: aware; a naive one is taken as UTC, as RQ before 2.0 returns it.
     """
     if moment.tzinfo is not None and moment.tzinfo is not UTC:
         moment = moment.astimezone(UTC)
@@ -96,7 +96,7 @@ def run_of(enqueued_at: datetime | None, created_at: datetime) -> str:
 
 
 def is_wanted(event_type: str, names: Collection[str] | None) -> bool:
-    """Say whether an endpoint with the event list *names* gets events of *event_type*.
+    """Return whether an endpoint with the event list *names* gets events of *event_type*.
 
     Without a list: of every terminal type. With one: of what it names; :data:`EVERY_TYPE` names everything
     but ``job.progress``, of which a long job has very many.

@@ -101,19 +101,15 @@ def validate_secret(text: object) -> str:
     :param text: untrusted; 1 to 512 bytes in UTF-8. Never trimmed.
     :raises InvalidWebhookError: with the reason under ``details["webhook_secret"]``; the secret is not shown.
     """
-    reason = None
-    if not isinstance(text, str):
-        reason = "Expected a string."
-    else:
+    reason = "Expected a string."
+    if isinstance(text, str):
         try:
             length = len(text.encode())
+            if 1 <= length <= MAX_SECRET_BYTES:
+                return text
+            reason = f"Expected 1 to {MAX_SECRET_BYTES} bytes, not {length}."
         except UnicodeEncodeError:
             reason = "Expected text that can be written in UTF-8."
-        else:
-            if not 1 <= length <= MAX_SECRET_BYTES:
-                reason = f"Expected 1 to {MAX_SECRET_BYTES} bytes, not {length}."
-            else:
-                return str(text)
     raise InvalidWebhookError(
         f"The webhook secret is not acceptable: {reason}", details={"webhook_secret": [reason]}
     )
@@ -135,7 +131,7 @@ def mask_headers(mapping: Mapping[str, str], *, header_prefix: str = "X-Webhook"
 
 
 def _refusal(name: Any, value: Any, header_prefix: str) -> str | None:
-    """Say why this header is refused, or ``None``."""
+    """Return why this header is refused, or ``None``."""
     if not isinstance(name, str) or not isinstance(value, str):
         return f"{_shown(name)}: name and value must be strings."
     if not _NAME.fullmatch(name):

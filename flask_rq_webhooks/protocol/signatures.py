@@ -127,7 +127,7 @@ def public_key(text: str) -> Ed25519PublicKey:
 
 
 def is_signed_by(key: Ed25519PublicKey, entry: str, event_id: str, timestamp: int, body: bytes) -> bool:
-    """Say whether *entry* of ``webhook-signature`` is a ``v1a`` signature made by the owner of *key*."""
+    """Return whether *entry* of ``webhook-signature`` is a ``v1a`` signature made by the owner of *key*."""
     from cryptography.exceptions import InvalidSignature
 
     version, _, given = entry.partition(",")
@@ -148,7 +148,7 @@ def _signed_content(event_id: str, timestamp: int, body: bytes) -> bytes:
 def standard_signature(secret: str | bytes, event_id: str, timestamp: int, body: bytes) -> str:
     """Return the ``v1,<base64>`` entry of one secret.
 
-    :param timestamp: unix seconds, as ``webhook-timestamp`` says them.
+    :param timestamp: unix seconds, as in ``webhook-timestamp``.
     :raises ValueError: when the secret cannot sign, see :func:`standard_key`.
     """
     content = _signed_content(event_id, timestamp, body)
@@ -185,8 +185,8 @@ def signature_headers(
     :param secrets: live secrets, newest first.
     :param timestamp: unix seconds of this attempt; the same as ``webhook-timestamp``.
     :param iso_timestamp: write the plain signature's time as ISO 8601 instead of unix seconds.
-    :param signature_header: whole name of the plain signature's header; ``<prefix>-Signature`` otherwise.
-    :param timestamp_header: whole name of its time's header; ``<prefix>-Timestamp`` otherwise.
+    :param signature_header: full name of the plain signature's header; ``<prefix>-Signature`` otherwise.
+    :param timestamp_header: full name of its time's header; ``<prefix>-Timestamp`` otherwise.
     :param signing_keys: the server's keys, newest first.
     :raises ValueError: when a secret cannot sign. There is no unsigned fallback.
     """

@@ -39,7 +39,7 @@ _FORBIDDEN = re.compile(
 )
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-#: Names of containers and Windows machines; no public host name has underscores (RFC 1123, 2.1).
+#: Host names of containers and Windows machines; no public host name has underscores (RFC 1123, 2.1).
 _INSIDE_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _DOTS = re.compile("[.\u3002\uff0e\uff61]")
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
@@ -189,7 +189,7 @@ class UrlPolicy:
         :param ip: the address as text, without zone.
         :param port: the port to be connected to.
         :param scheme: plain ``http`` may only go to loopback and to the allowed networks.
-        :param nat64: NAT64 prefixes of this network beside the well-known ``64:ff9b::/96``.
+        :param nat64: NAT64 prefixes of this network, in addition to the well-known ``64:ff9b::/96``.
         :raises BlockedURLError: with one of the codes ``address``, ``port_blocked``, ``denied_network``,
             ``private_address``, ``http``.
         """
@@ -366,7 +366,7 @@ def _check_agreement(url: str, host: str, port: str | None) -> None:
     try:
         by_stdlib = urlsplit(url)
         seen = [(by_stdlib.hostname, by_stdlib.port, by_stdlib.username)]
-        if host.isascii():  # urllib3 encodes other hosts by itself, so the normalised form is compared
+        if host.isascii():  # urllib3 encodes other hosts itself, so the normalised form is compared
             by_urllib3 = parse_url(url)
             seen.append(((by_urllib3.host or "").strip("[]").lower(), by_urllib3.port, by_urllib3.auth))
     except (ValueError, LocationParseError) as exc:
@@ -442,12 +442,12 @@ _ISATAP = (0x00005EFE, 0x02005EFE)
 
 
 def inside(address: IPAddress, networks: tuple[IPNetwork, ...]) -> bool:
-    """Say whether *address* is in one of *networks*."""
+    """Return whether *address* is in one of *networks*."""
     return any(address in network for network in networks)
 
 
 def is_public(address: IPAddress) -> bool:
-    """Say whether a webhook of a stranger may be sent to *address*."""
+    """Return whether an untrusted client's webhook may be sent to *address*."""
     if isinstance(address, ipaddress.IPv4Address):
         return not inside(address, _IPV4_DENIED)
     is_isatap = (int(address) >> 32) & 0xFFFFFFFF in _ISATAP
@@ -459,7 +459,7 @@ def nat64_ipv4(
 ) -> ipaddress.IPv4Address | None:
     """Return the IPv4 address to which a NAT64 gateway translates *address*; ``None`` for any other.
 
-    :param prefixes: of this network, beside the well-known one.
+    :param prefixes: of this network, in addition to the well-known one.
     """
     if isinstance(address, ipaddress.IPv6Address):
         for prefix in (_NAT64, *prefixes):

@@ -240,7 +240,6 @@ _VALUES = frozenset(
 )  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _PUTS, _GETS = frozenset(("PUT", "BINPUT", "LONG_BINPUT")), frozenset(("GET", "BINGET", "LONG_BINGET"))
 
 
@@ -281,11 +280,8 @@ class _Machine:
             elif name == "STOP":
                 return self._value(stack.pop())
             elif name not in ("PROTO", "FRAME"):
-                if name in _TUPLES:
-                    stack.append(tuple(self._pop(_TUPLES[name])))
-                else:
-                    # What has no method here (DUP, extension codes, buffers) is in no pickle of plain data.
-                    getattr(self, f"op_{name.lower()}")(argument)
+                # What is not in the table (DUP, extension codes, buffers) is in no pickle of plain data.
+                _OPCODES[name](self, argument)
         raise _UnsafeError
 
     def _spend(self, steps: int) -> None:
@@ -323,38 +319,16 @@ class _Machine:
         items.reverse()
         return items
 
-    def op_pop(self, _argument: Any) -> None:
-        self._stack.pop()
-
-    def op_pop_mark(self, _argument: Any) -> None:
-        self._pop_to_mark()
-
     # -- containers -----------------------------------------------------------------------------------
 
-    def op_tuple(self, _argument: Any) -> None:
-        self._stack.append(tuple(self._pop_to_mark()))
+    def _new_dict(self) -> None:
+        items = self._pop_to_mark()
+        self._stack.append({})
+        self._set_items(items)
 
-    def op_list(self, _argument: Any) -> None:
-        self._stack.append(self._pop_to_mark())
-
-    def op_dict(self, _argument: Any) -> None:
-        target: dict[Any, Any] = {}
-        self._set_items(target, self._pop_to_mark())
-        self._stack.append(target)
-
-    def op_empty_set(self, _argument: Any) -> None:
+    def _new_set(self, kind: Any, items: list[Any]) -> None:
         self._spend(_SET_STEPS)
-        self._stack.append(set())
-
-    def op_frozenset(self, _argument: Any) -> None:
-        self._spend(_SET_STEPS)
-        self._stack.append(frozenset(self._key(item) for item in self._pop_to_mark()))
-
-    def op_append(self, _argument: Any) -> None:
-        self._extend(self._pop(1))
-
-    def op_appends(self, _argument: Any) -> None:
-        self._extend(self._pop_to_mark())
+        self._stack.append(kind(self._key(item) for item in items))
 
     def _extend(self, items: list[Any]) -> None:
         target = self._top()
@@ -363,21 +337,14 @@ class _Machine:
         elif target is not UNKNOWN:
             raise _UnsafeError
 
-    def op_additems(self, _argument: Any) -> None:
+    def _add_items(self) -> None:
         items, target = self._pop_to_mark(), self._top()
         if type(target) is not set:
             raise _UnsafeError
         target.update(self._key(item) for item in items)
 
-    def op_setitem(self, _argument: Any) -> None:
-        items = self._pop(2)
-        self._set_items(self._top(), items)
-
-    def op_setitems(self, _argument: Any) -> None:
-        items = self._pop_to_mark()
-        self._set_items(self._top(), items)
-
-    def _set_items(self, target: Any, items: list[Any]) -> None:
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._top()
         if target is UNKNOWN:
             return
         if type(target) is not dict or len(items) % 2:
@@ -410,22 +377,6 @@ class _Machine:
         return key
 
     # -- names, calls and objects ---------------------------------------------------------------------
-
-    def op_global(self, argument: Any) -> None:
-        module, _, name = argument.partition(" ")
-        self._stack.append(_Global(module, name))
-
-    def op_stack_global(self, _argument: Any) -> None:
-        module, name = self._pop(2)
-        self._stack.append(_Global(module, name))
-
-    def op_reduce(self, _argument: Any) -> None:
-        self._call(2)
-
-    op_newobj = op_reduce
-
-    def op_newobj_ex(self, _argument: Any) -> None:
-        self._call(3)
 
     def _call(self, count: int) -> None:
         """Replace a name and its arguments by what our constructor of that name makes of them."""
@@ -461,7 +412,7 @@ class _Machine:
         self._spend(_SET_STEPS + len(items))
         return [self._key(item) for item in items]
 
-    def op_build(self, _argument: Any) -> None:
+    def _build(self) -> None:
         (state,) = self._pop(1)
         target = self._top()
         if type(target) is UUID and type(state) is dict:
@@ -473,15 +424,39 @@ class _Machine:
         elif target is not UNKNOWN and not isinstance(target, _Global):
             raise _UnsafeError
 
-    def op_inst(self, _argument: Any) -> None:
-        self._pop_to_mark()
+    def _name(self, module: Any, name: Any) -> None:
+        self._stack.append(_Global(module, name))
+
+    def _unknown(self, _dropped: Any = None) -> None:
         self._stack.append(self._value(UNKNOWN))
 
-    op_obj = op_inst
 
-    def op_persid(self, _argument: Any) -> None:
-        self._stack.append(self._value(UNKNOWN))
-
-    def op_binpersid(self, _argument: Any) -> None:
-        self._pop(1)
-        self._stack.append(self._value(UNKNOWN))
+#: What is done for each opcode, given the machine and the opcode's argument.
+_OPCODES: dict[str, Callable[[_Machine, Any], Any]] = {
+    "POP": lambda machine, _: machine._stack.pop(),
+    "POP_MARK": lambda machine, _: machine._pop_to_mark(),
+    "EMPTY_TUPLE": lambda machine, _: machine._stack.append(()),
+    "TUPLE1": lambda machine, _: machine._stack.append(tuple(machine._pop(1))),
+    "TUPLE2": lambda machine, _: machine._stack.append(tuple(machine._pop(2))),
+    "TUPLE3": lambda machine, _: machine._stack.append(tuple(machine._pop(3))),
+    "TUPLE": lambda machine, _: machine._stack.append(tuple(machine._pop_to_mark())),
+    "LIST": lambda machine, _: machine._stack.append(machine._pop_to_mark()),
+    "DICT": lambda machine, _: machine._new_dict(),
+    "EMPTY_SET": lambda machine, _: machine._new_set(set, []),
+    "FROZENSET": lambda machine, _: machine._new_set(frozenset, machine._pop_to_mark()),
+    "APPEND": lambda machine, _: machine._extend(machine._pop(1)),
+    "APPENDS": lambda machine, _: machine._extend(machine._pop_to_mark()),
+    "ADDITEMS": lambda machine, _: machine._add_items(),
+    "SETITEM": lambda machine, _: machine._set_items(machine._pop(2)),
+    "SETITEMS": lambda machine, _: machine._set_items(machine._pop_to_mark()),
+    "GLOBAL": lambda machine, argument: machine._name(*argument.partition(" ")[::2]),
+    "STACK_GLOBAL": lambda machine, _: machine._name(*machine._pop(2)),
+    "REDUCE": lambda machine, _: machine._call(2),
+    "NEWOBJ": lambda machine, _: machine._call(2),
+    "NEWOBJ_EX": lambda machine, _: machine._call(3),
+    "BUILD": lambda machine, _: machine._build(),
+    "INST": lambda machine, _: machine._unknown(machine._pop_to_mark()),
+    "OBJ": lambda machine, _: machine._unknown(machine._pop_to_mark()),
+    "PERSID": lambda machine, _: machine._unknown(),
+    "BINPERSID": lambda machine, _: machine._unknown(machine._pop(1)),
+}

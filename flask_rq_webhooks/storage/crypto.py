@@ -48,7 +48,7 @@ class Cipher:
     ) -> Cipher:
         """Return the cipher of an app.
 
-        Keys derived from ``SECRET_KEY`` go on decrypting after ``ENCRYPTION_KEYS`` was introduced, so that
+        Keys derived from ``SECRET_KEY`` still decrypt after ``ENCRYPTION_KEYS`` was introduced, so that
         introducing it loses nothing.
 
         :param encryption_keys: ``RQ_WEBHOOKS_ENCRYPTION_KEYS``.
@@ -56,8 +56,7 @@ class Cipher:
         :param fallbacks: the app's ``SECRET_KEY_FALLBACKS``.
         :raises ConfigurationError: when nothing is set.
         """
-        derived = [key for key in (secret_key, *fallbacks) if key]
-        return cls([*encryption_keys, *derived])
+        return cls([*encryption_keys, *(key for key in (secret_key, *fallbacks) if key)])
 
     def encrypt(self, text: str) -> str:
         """Return *text* encrypted with the first key."""
@@ -68,20 +67,25 @@ class Cipher:
 
         :raises DecryptionError: when no key opens *text*.
         """
-        try:
-            return self._fernet.decrypt(text).decode()
-        except InvalidToken as exc:
-            raise _cannot_decrypt() from exc
+        return self._opened(self._fernet.decrypt, text)
 
     def renew(self, text: str) -> str:
-        """Return *text*, encrypted with any of the keys, encrypted anew with the first one.
+        """Return *text*, encrypted with any of the keys, encrypted again with the first one.
 
         :raises DecryptionError: when no key opens *text*.
         """
+        return self._opened(self._fernet.rotate, text)
+
+    def _opened(self, read: Callable[[str], bytes], text: str) -> str:
         try:
-            return self._fernet.rotate(text).decode("ascii")
+            return read(text).decode()
         except InvalidToken as exc:
-            raise _cannot_decrypt() from exc
+            raise DecryptionError(
+                "A stored secret or header cannot be decrypted with any configured key. Nothing is lost: put "
+                "the key it was stored with back, after the new one, in RQ_WEBHOOKS_ENCRYPTION_KEYS (or in "
+                "SECRET_KEY_FALLBACKS, where keys are derived from SECRET_KEY), then run "
+                "`flask rq-webhooks rekey`."
+            ) from exc
 
     def __repr__(self) -> str:
         return "<Cipher>"
@@ -90,14 +94,14 @@ class Cipher:
 def rekey(
     database: Database, cipher: Cipher, *, batch: int = 500, progress: Callable[[int], None] | None = None
 ) -> int:
-    """Encrypt every stored secret and header anew with the first key; then older keys may go.
+    """Encrypt every stored secret and header again with the first key, so that older keys can be removed.
 
-    Safe while the app and dispatchers run with the same keys: a value changed meanwhile is left alone. May
-    be stopped and started again.
+    Safe while the app and dispatchers run with the same keys: a value changed in the meantime is left alone.
+    May be stopped and started again.
 
     :param batch: rows per transaction.
     :param progress: called with the number of values done so far, after each transaction.
-    :returns: how many values were encrypted anew.
+    :returns: how many values were encrypted again.
     :raises DecryptionError: when no key opens a value; what was done before stays done.
     """
     done = 0
@@ -153,11 +157,3 @@ def _fernet_key(key: str | bytes) -> bytes:
         pass  # 44 characters of something else: a passphrase like any other
     derived = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=_HKDF_INFO).derive(raw)
     return base64.urlsafe_b64encode(derived)
-
-
-def _cannot_decrypt() -> DecryptionError:
-    return DecryptionError(
-        "A stored secret or header cannot be decrypted with any configured key. Nothing is lost: put the "
-        "key it was stored with back, behind the new one, in RQ_WEBHOOKS_ENCRYPTION_KEYS (or in "
-        "SECRET_KEY_FALLBACKS, where keys are derived from SECRET_KEY), then run `flask rq-webhooks rekey`."
-    )

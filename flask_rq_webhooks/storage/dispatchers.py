@@ -1,4 +1,4 @@
-"""Who delivers, and the one row of state all dispatchers share.
+"""Dispatchers: which of them are alive, and the one row of state they share.
 
 Owns heartbeats, the pause switch, the reconcile lease and the namespace of our keys in Redis. Knows
 nothing of deliveries.
@@ -12,7 +12,7 @@ import socket
 from datetime import datetime
 from typing import cast
 
-from sqlalchemy import delete, exists, or_, select, update
+from sqlalchemy import ColumnElement, delete, exists, or_, select, update
 
 from ..version import __version__
 from .bulk_insert import insert_into, insert_or_ignore
@@ -37,16 +37,13 @@ def shared_namespace(database: Database) -> str:
     with database.write() as connection:
         made_up = "".join(secrets.choice(ALPHABET) for _ in range(8))
         connection.execute(insert_or_ignore(database, Dispatcher).values(id=SHARED, namespace=made_up))
-        connection.execute(
-            update(Dispatcher)
-            .where(Dispatcher.id == SHARED, Dispatcher.namespace.is_(None))
-            .values(namespace=made_up)
-        )
+        unnamed = update(Dispatcher).where(Dispatcher.id == SHARED, Dispatcher.namespace.is_(None))
+        connection.execute(unnamed.values(namespace=made_up))
         return cast(str, connection.execute(query).scalar_one())
 
 
 def heartbeat(database: Database, dispatcher_id: str, *, started: bool) -> None:
-    """Say that a dispatcher is alive.
+    """Record the heartbeat of a dispatcher.
 
     :param started: ``True`` with the first heartbeat of a process.
     """
@@ -64,14 +61,10 @@ def heartbeat(database: Database, dispatcher_id: str, *, started: bool) -> None:
 
 
 def sign_off(database: Database, dispatcher_id: str) -> None:
-    """Forget a dispatcher that ended in good order, and give back its reconcile lease."""
-    with database.write() as connection:
+    """Forget a dispatcher that ended gracefully, and give back its reconcile lease."""
+    drop_reconcile_lease(database, dispatcher_id)
+    with database.write(single_statement=True) as connection:
         connection.execute(delete(Dispatcher).where(Dispatcher.id == dispatcher_id, Dispatcher.id != SHARED))
-        connection.execute(
-            update(Dispatcher)
-            .where(Dispatcher.id == SHARED, Dispatcher.lease_owner == dispatcher_id)
-            .values(lease_owner=None, lease_until=None)
-        )
 
 
 def forget_dead(database: Database) -> int:
@@ -84,18 +77,15 @@ def forget_dead(database: Database) -> int:
         ).rowcount
 
 
-def dispatcher_alive(database: Database, max_age_s: float = ALIVE_S) -> bool:
-    """Say whether any dispatcher had a heartbeat within *max_age_s* seconds."""
+def alive(database: Database) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions on a :class:`~.models.Dispatcher` that is alive: a heartbeat within 30 s."""
+    return Dispatcher.id != SHARED, Dispatcher.heartbeat_at >= database.clock(-ALIVE_S)
+
+
+def dispatcher_alive(database: Database) -> bool:
+    """Return whether any dispatcher is alive."""
     with database.read() as connection:
-        return bool(
-            connection.execute(
-                select(
-                    exists().where(
-                        Dispatcher.id != SHARED, Dispatcher.heartbeat_at >= database.clock(-max_age_s)
-                    )
-                )
-            ).scalar_one()
-        )
+        return bool(connection.execute(select(exists().where(*alive(database)))).scalar_one())
 
 
 def pause(database: Database) -> None:
@@ -110,7 +100,7 @@ def pause(database: Database) -> None:
 
 
 def resume(database: Database) -> None:
-    """Go on sending."""
+    """Resume sending."""
     with database.write(single_statement=True) as connection:
         connection.execute(update(Dispatcher).where(Dispatcher.id == SHARED).values(paused_at=None))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, literal, select
 
 from .models import Delivery, Event, first_id_at
 
@@ -23,7 +23,7 @@ FIRST_WINDOW, WINDOW = 1000, 5000
 ENOUGH_S = 0.06
 
 #: Conditions on columns of the delivery itself, each with an index of its own; the selective ones first.
-_COLUMNS = {
+_COLUMNS: dict[str, Any] = {
     "tenant": Delivery.tenant,
     "endpoint_id": Delivery.endpoint_id,
     "host": Delivery.host,
@@ -66,20 +66,15 @@ class DeliveryFilter:
             found.append(Delivery.id >= first_id_at("dlv", self.since))
         if self.until is not None:
             found.append(Delivery.id < first_id_at("dlv", self.until))
-        if self.statuses is not None:
-            (first, *others) = self.statuses
-            found.append(Delivery.status.in_(self.statuses) if others else Delivery.status == first)
-        for column, value in (
-            (Delivery.tenant, self.tenant), (Delivery.endpoint_id, self.endpoint_id),
-            (Delivery.host, self.host), (Delivery.event_type, self.event_type),
-            (Delivery.event_id, self.event_id),
-        ):  # fmt: skip
+        for name, column in {**_COLUMNS, "event_id": Delivery.event_id}.items():
+            value = getattr(self, name)
+            if name == "statuses" and value is not None and len(value) > 1:
+                found.append(column.in_(value))
+            elif value is not None:
+                found.append(column == (value[0] if name == "statuses" else value))
+        for column, value in ((Event.job_id, self.job_id), (Event.runid, self.runid)):
             if value is not None:
-                found.append(column == value)
-        if self.job_id is not None:
-            found.append(Delivery.event_id.in_(select(Event.id).where(Event.job_id == self.job_id)))
-        if self.runid is not None:
-            found.append(Delivery.event_id.in_(select(Event.id).where(Event.runid == self.runid)))
+                found.append(Delivery.event_id.in_(select(Event.id).where(column == value)))
         return found
 
 
@@ -134,8 +129,12 @@ def _walk(connection: Connection, where: DeliveryFilter, before: str | None, lim
         ids = tuple(connection.execute(query.order_by(Delivery.id.desc()).limit(limit)).scalars())
         return Walked(ids, ids[-1] if len(ids) == limit else None)
     bounds = DeliveryFilter(since=where.since, until=where.until).conditions()
-    leader = min(wanted, key=lambda name: _count(connection, _is(name, wanted[name]), bounds, before))
-    return _windows(connection, leader, wanted, bounds, before, limit)
+    if before is not None:
+        bounds.append(Delivery.id < before)
+    leader = min(
+        wanted, key=lambda name: count_up_to(WINDOW, connection, _COLUMNS[name] == wanted[name], *bounds)
+    )
+    return _windows(connection, leader, wanted, bounds, limit)
 
 
 def _windows(
@@ -143,16 +142,13 @@ def _windows(
     leader: str,
     wanted: dict[str, Any],
     bounds: list[ColumnElement[bool]],
-    before: str | None,
     limit: int,
 ) -> Walked:
     ids: list[str] = []
     size = FIRST_WINDOW
     began = time.monotonic()
     while True:
-        rows = select(Delivery.id, *_COLUMNS.values()).where(_is(leader, wanted[leader]), *bounds)
-        if before is not None:
-            rows = rows.where(Delivery.id < before)
+        rows = select(Delivery.id, *_COLUMNS.values()).where(_COLUMNS[leader] == wanted[leader], *bounds)
         # Its own limit keeps the database from looking further for what the others refuse.
         window = rows.order_by(Delivery.id.desc()).limit(size).subquery()
         others = [window.c[_COLUMNS[name].key] == value for name, value in wanted.items() if name != leader]
@@ -160,28 +156,16 @@ def _windows(
         ids += connection.execute(query).scalars()
         if len(ids) == limit:
             return Walked(tuple(ids), ids[-1])
-        count, before = connection.execute(select(func.count(), func.min(window.c.id))).one()
+        count, reached = connection.execute(select(func.count(), func.min(window.c.id))).one()
         if count < size:
             return Walked(tuple(ids), None)
         if time.monotonic() - began > ENOUGH_S:
-            return Walked(tuple(ids), before)
+            return Walked(tuple(ids), reached)
         size = WINDOW
+        bounds = [*bounds, Delivery.id < reached]
 
 
-def _is(name: str, value: Any) -> ColumnElement[bool]:
-    condition: ColumnElement[bool] = _COLUMNS[name] == value
-    return condition
-
-
-def _count(
-    connection: Connection,
-    condition: ColumnElement[bool],
-    bounds: list[ColumnElement[bool]],
-    before: str | None,
-) -> int:
-    query = select(Delivery.id).where(condition, *bounds)
-    if before is not None:
-        query = query.where(Delivery.id < before)
-    capped = query.limit(WINDOW + 1).subquery()
-    number: int = connection.execute(select(func.count()).select_from(capped)).scalar_one()
-    return number
+def count_up_to(cap: int, connection: Connection, *conditions: ColumnElement[bool]) -> int:
+    """Return how many rows meet the conditions, all on one table; ``cap + 1`` means more than *cap*."""
+    capped = select(literal(1)).where(*conditions).limit(cap + 1).subquery()
+    return connection.execute(select(func.count()).select_from(capped)).scalar_one()

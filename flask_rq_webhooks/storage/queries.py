@@ -13,18 +13,11 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Select,
-    func,
-    or_,
-    select,
-)
+from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
 
 from .database import Database
 from .filters import DeliveryFilter, walk
@@ -57,7 +50,7 @@ class CursorError(ValueError):
 class Page(Generic[Item]):
     """Some items, and where the next ones begin.
 
-    :param cursor: opaque; ``None`` on the last page. Of a feed: where to go on later, never ``None`` once
+    :param cursor: opaque; ``None`` on the last page. Of a feed: where to continue later, never ``None`` once
         anything was read.
     """
 
@@ -147,7 +140,7 @@ class AttemptView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryDetail:
-    """All there is to know of one delivery."""
+    """Everything about one delivery."""
 
     delivery: DeliveryView
     attempts: tuple[AttemptView, ...]
@@ -195,7 +188,7 @@ def job_webhook(
             .order_by(Endpoint.id.desc())
             .limit(MAX_PAGE)
         ).all()
-        # What a job says of its run counts for an endpoint whose request named none.
+        # The job's own run id counts for an endpoint whose request named none.
         of_job = connection.execute(
             select(Event.runid)
             .where(Event.job_id == job_id, Event.runid.is_not(None))
@@ -235,8 +228,8 @@ def list_deliveries(
 ) -> Page[DeliveryView]:
     """Return deliveries, newest first.
 
-    With several conditions that are each frequent a page may be short, even empty, and yet have a cursor: it
-    was searched for long enough. See :mod:`.filters`.
+    With several conditions that are each frequent a page may be short, even empty, and yet have a cursor: the
+    search has a time limit. See :mod:`.filters`.
 
     :param cursor: of the page before.
     :param limit: items on the page; at most :data:`MAX_PAGE`.
@@ -310,21 +303,15 @@ def delivery_detail(
         if not deliveries:
             return None
         (delivery,) = deliveries
-        body = connection.execute(select(Delivery.body).where(Delivery.id == delivery_id)).scalar_one()
-        event = connection.execute(
-            select(*EVENT_COLUMNS, Event.payload).where(Event.id == delivery.event_id)
-        ).one()
-        endpoint = _endpoints(
-            database, connection, select(Endpoint).where(Endpoint.id == delivery.endpoint_id)
+        its_event = select(*EVENT_COLUMNS, Event.payload).where(Event.id == delivery.event_id)
+        its_endpoint = select(Endpoint).where(Endpoint.id == delivery.endpoint_id)
+        return DeliveryDetail(
+            delivery=delivery,
+            attempts=tuple(_attempts(connection, [delivery_id])[delivery_id]),
+            event=_event(connection.execute(its_event).one()),
+            endpoint=_endpoints(database, connection, its_endpoint)[0],
+            body=connection.execute(select(Delivery.body).where(Delivery.id == delivery_id)).scalar_one(),
         )
-        attempts = _attempts(connection, [delivery_id])
-    return DeliveryDetail(
-        delivery=delivery,
-        attempts=tuple(attempts[delivery_id]),
-        event=_event(event),
-        endpoint=endpoint[0],
-        body=body,
-    )
 
 
 def _owned(model: type[Endpoint | Event | Delivery], tenant: str | None) -> list[ColumnElement[bool]]:
@@ -333,14 +320,16 @@ def _owned(model: type[Endpoint | Event | Delivery], tenant: str | None) -> list
 
 
 #: What lists show of an event.
-EVENT_COLUMNS = (
-    Event.id, Event.type, Event.job_id, Event.runid, Event.source, Event.supersedes, Event.occurred_at,
-    Event.created_at, Event.erased_at, Event.tenant,
-)  # fmt: skip
+EVENT_COLUMNS = tuple(getattr(Event, one.name) for one in fields(EventView) if one.name != "payload")
 
 
 def _event(row: Any) -> EventView:
     return EventView(**row._mapping)
+
+
+def shallow(view: Any) -> dict[str, Any]:
+    """Return the fields of one of the classes above by name; those of its parts stay as they are."""
+    return {one.name: getattr(view, one.name) for one in fields(view)}
 
 
 def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[DeliveryView]:
@@ -364,15 +353,8 @@ def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[
 
 def _attempts(connection: Connection, delivery_ids: Sequence[str]) -> dict[str, list[AttemptView]]:
     found: dict[str, list[AttemptView]] = defaultdict(list)
-    if not delivery_ids:
-        return found
-    table = Attempt.__table__
-    query = (
-        select(table)
-        .where(Attempt.delivery_id.in_(delivery_ids))
-        .order_by(Attempt.delivery_id, Attempt.number)
-    )
-    for row in connection.execute(query):
+    query = select(Attempt.__table__).where(Attempt.delivery_id.in_(delivery_ids))
+    for row in connection.execute(query.order_by(Attempt.delivery_id, Attempt.number)):
         values = dict(row._mapping)
         for name in ("request_headers", "response_headers"):
             values[name] = json.loads(values[name]) if values[name] else {}
@@ -392,10 +374,7 @@ def _endpoints(database: Database, connection: Connection, query: Select[Any]) -
         .group_by(Secret.endpoint_id)
     )
     secrets = {endpoint_id: count for endpoint_id, count in connection.execute(live)}
-    found = []
-    for row in rows:
-        found.append(EndpointView(**decoded(row._mapping), secrets=secrets.get(row.id, 0)))
-    return found
+    return [EndpointView(**decoded(row._mapping), secrets=secrets.get(row.id, 0)) for row in rows]
 
 
 def _page(items: Sequence[Any], limit: int) -> Page[Any]:

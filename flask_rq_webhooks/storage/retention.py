@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, exists, false, or_, select, text, update
 
 from ..protocol.payloads import occurrence_from_json, occurrence_to_json
 from .database import Database
@@ -70,7 +70,7 @@ def prune(
 
     :param older_than: aware.
     :param progress: called with the number of rows deleted so far, after each transaction.
-    :param should_stop: asked after each transaction; another call goes on where this one stopped.
+    :param should_stop: asked after each transaction; another call continues where this one stopped.
     """
     deleted: dict[str, int] = {}
 
@@ -84,30 +84,6 @@ def prune(
         Delivery.status.in_([SUCCEEDED, EXHAUSTED, CANCELED]),
         ~in_flight(database),
     ]
-    for connection, ids in _batches(
-        database, Delivery.finished_at, finished, batch, key=Delivery.id, should_stop=should_stop
-    ):
-        connection.execute(delete(Attempt).where(Attempt.delivery_id.in_(ids)))
-        gone = connection.execute(delete(Delivery).where(Delivery.id.in_(ids), *finished))
-        counted("deliveries", gone.rowcount)
-    has_delivery = exists().where(Delivery.event_id == Event.id)
-    for connection, ids in _batches(
-        database,
-        Event.created_at,
-        [Event.created_at < older_than, ~has_delivery],
-        batch,
-        key=Event.id,
-        should_stop=should_stop,
-    ):
-        # Asked again now that the rows are locked: a delivery may have been made while we waited.
-        gone = connection.execute(delete(Event).where(Event.id.in_(ids), ~has_delivery))
-        counted("events", gone.rowcount)
-    ended = [Watch.settled_at < older_than, Watch.status.in_([SETTLED, CLOSED])]
-    for connection, ids in _batches(
-        database, Watch.settled_at, ended, batch, key=Watch.id, should_stop=should_stop
-    ):
-        gone = connection.execute(delete(Watch).where(Watch.id.in_(ids), *ended))
-        counted("watches", gone.rowcount)
     with database.read() as connection:
         namespace = connection.execute(
             select(Dispatcher.namespace).where(Dispatcher.id == SHARED)
@@ -120,9 +96,22 @@ def prune(
     ]
     if namespace is not None:
         unused.append(Endpoint.id < first_id_at("ep" + namespace, older_than))
-    for connection, ids in _batches(database, Endpoint.id, unused, batch, should_stop=should_stop):
-        gone = connection.execute(delete(Endpoint).where(Endpoint.id.in_(ids), *unused))
-        counted("endpoints", gone.rowcount)
+    undelivered = [Event.created_at < older_than, ~exists().where(Delivery.event_id == Event.id)]
+    ended = [Watch.settled_at < older_than, Watch.status.in_([SETTLED, CLOSED])]
+    order: Any
+    model: Any
+    for what, model, order, conditions in (
+        ("deliveries", Delivery, Delivery.finished_at, finished),
+        ("events", Event, Event.created_at, undelivered),
+        ("watches", Watch, Watch.settled_at, ended),
+        ("endpoints", Endpoint, Endpoint.id, unused),
+    ):
+        for connection, ids in _batches(database, order, model.id, conditions, batch, should_stop):
+            if model is Delivery:
+                connection.execute(delete(Attempt).where(Attempt.delivery_id.in_(ids)))
+            # Asked again now that the rows are locked: a delivery may have been made while we waited.
+            gone = connection.execute(delete(model).where(model.id.in_(ids), *conditions))
+            counted(what, gone.rowcount)
     counted("dispatchers", forget_dead(database))
     return Pruned(**deleted)
 
@@ -130,26 +119,22 @@ def prune(
 def _batches(
     database: Database,
     order: Any,
+    key: Any,
     conditions: list[ColumnElement[bool]],
     batch: int,
-    *,
-    key: Any = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool],
 ) -> Iterator[tuple[Connection, list[str]]]:
     """Walk rows in the order of an index, each batch locked in a transaction of its own.
 
     Rows that another transaction has locked are left out.
 
     :param order: the indexed column to walk.
-    :param key: the id, where *order* is not the id itself.
+    :param key: the id; it may be the same column.
     """
-    columns = (order,) if key is None else (order, key)
     last: Any = None
     while not should_stop():
-        query = select(*columns).where(*conditions).order_by(*columns).limit(batch)
-        if last is not None and key is None:
-            query = query.where(order > last[0])
-        elif last is not None:
+        query = select(order, key).where(*conditions).order_by(order, key).limit(batch)
+        if last is not None:
             query = query.where(order >= last[0], or_(order > last[0], key > last[1]))
         with database.write() as connection:
             rows = connection.execute(query.with_for_update(skip_locked=True)).all()
@@ -187,8 +172,6 @@ def erase(
     runid: str | None = None,
     reference: str | None = None,
     tenant: str | None = None,
-    batch: int = BATCH,
-    progress: Progress | None = None,
 ) -> Erasure:
     """Erase the content of every event of a job, a run, a reference or a tenant.
 
@@ -199,30 +182,25 @@ def erase(
     On SQLite the freed space is overwritten and the log of a database in WAL mode is emptied as soon as no
     reader needs it. PostgreSQL overwrites it when it reuses the space after a vacuum.
 
-    :raises ValueError: unless exactly one of *job_id*, *runid*, *reference* and *tenant* is given.
+    Exactly one of *job_id*, *runid*, *reference* and *tenant* is given.
     """
-    if [job_id, runid, reference, tenant].count(None) != 3:
-        raise ValueError("name exactly one of job_id, runid, reference and tenant")
-    endpoints = _endpoints(job_id, runid, reference, tenant)
-    chosen = _events(job_id, runid, tenant, endpoints)
+    endpoints, chosen = _meant(job_id, runid, reference, tenant)
     erased = canceled = 0
     after = ""
     while True:
         with database.write() as connection:
             _overwrite_freed_space(database, connection)
-            ids = _next(connection, [chosen, Event.erased_at.is_(None)], after, batch)
+            ids = _next(connection, [chosen, Event.erased_at.is_(None)], after)
             canceled += _cancel(database, connection, ids)
             free = _not_in_flight(database, connection, ids)
             _erase_events(database, connection, free)
         erased += len(free)
-        if progress is not None and free:
-            progress(erased)
-        if len(ids) < batch:
+        if len(ids) < BATCH:
             break
         after = ids[-1]
     with database.write() as connection:
         _overwrite_freed_space(database, connection)
-        left = len(_next(connection, [chosen, Event.erased_at.is_(None)], "", batch))
+        left = len(_next(connection, [chosen, Event.erased_at.is_(None)]))
         running = _forget_requests(connection, job_id, endpoints)
     if database.is_sqlite:
         _empty_log(database)
@@ -255,36 +233,34 @@ def erase_finished(database: Database, older_than: datetime) -> int:
     while True:
         with database.write() as connection:
             conditions = [Event.erased_at.is_(None), Event.created_at < older_than, ~readable]
-            ids = _next(connection, conditions, "", BATCH)
+            ids = _next(connection, conditions)
             _erase_events(database, connection, ids)
         if len(ids) < BATCH:
             return done
 
 
-def _endpoints(job_id: str | None, runid: str | None, reference: str | None, tenant: str | None) -> Any:
-    """Return the query for the endpoints that came with the requests meant."""
-    query = select(Endpoint.id).where(Endpoint.kind != "standing")
-    if reference is not None:
-        return query.where(Endpoint.reference == reference)
-    if tenant is not None:
-        return query.where(Endpoint.tenant == tenant)
-    watched = exists().where(Watch.endpoint_id == Endpoint.id, Watch.job_id == job_id)
-    return query.where(watched if job_id is not None else Endpoint.runid == runid)
-
-
-def _events(job_id: str | None, runid: str | None, tenant: str | None, endpoints: Any) -> ColumnElement[bool]:
+def _meant(
+    job_id: str | None, runid: str | None, reference: str | None, tenant: str | None
+) -> tuple[Select[Any], ColumnElement[bool]]:
+    """Return the query for the endpoints of the requests meant, and the condition on their events."""
+    requests = select(Endpoint.id).where(Endpoint.kind != "standing")
     if job_id is not None:
-        return Event.job_id == job_id
-    sent = exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id.in_(endpoints))
-    if tenant is not None:
-        return or_(Event.tenant == tenant, sent)
-    return sent if runid is None else or_(Event.runid == runid, sent)
+        watched = exists().where(Watch.endpoint_id == Endpoint.id, Watch.job_id == job_id)
+        return requests.where(watched), Event.job_id == job_id
+    for column, of_event, value in (
+        (Endpoint.runid, Event.runid == runid, runid),
+        (Endpoint.tenant, Event.tenant == tenant, tenant),
+        (Endpoint.reference, false(), reference),
+    ):
+        if value is not None:
+            requests, own = requests.where(column == value), of_event
+    return requests, or_(
+        own, exists().where(Delivery.event_id == Event.id, Delivery.endpoint_id.in_(requests))
+    )
 
 
-def _next(
-    connection: Connection, conditions: Sequence[ColumnElement[bool]], after: str, batch: int
-) -> list[str]:
-    query = select(Event.id).where(Event.id > after, *conditions).order_by(Event.id).limit(batch)
+def _next(connection: Connection, conditions: Sequence[ColumnElement[bool]], after: str = "") -> list[str]:
+    query = select(Event.id).where(Event.id > after, *conditions).order_by(Event.id).limit(BATCH)
     return list(connection.execute(query.with_for_update()).scalars())
 
 

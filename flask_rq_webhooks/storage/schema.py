@@ -25,7 +25,7 @@ from .sql_errors import DBAPIError, sqlstate, why_unavailable
 
 _INDEXES = {str(index.name): index for table in Base.metadata.sorted_tables for index in table.indexes}
 
-#: Seconds a change of a table waits for those who use it, and they behind it; seconds until it gives up. More
+#: Seconds a change of a table waits for its users, and new users behind it; seconds until it gives up. More
 #: than the server's ``deadlock_timeout``, after which it sends an autovacuum away.
 LOCK_TIMEOUT_S, LOCKED_S = 1.5, 60
 #: SQLSTATE of a statement that waited for ``lock_timeout``.
@@ -66,8 +66,8 @@ def missing_schema(database: Database) -> SchemaChanges:
 def upgrade_schema(database: Database) -> SchemaChanges:
     """Make the tables, columns and indexes that are missing; return what was made.
 
-    May be repeated, also after an interruption and by several processes at once, while the app goes on. Each
-    step is a transaction of its own. PostgreSQL builds indexes beside all reads and writes
+    May be repeated, also after an interruption and by several processes at once, while the app keeps running.
+    Each step is a transaction of its own. PostgreSQL builds indexes without blocking reads or writes
     (``CONCURRENTLY``), and a query on a table that gets columns waits for :data:`LOCK_TIMEOUT_S` at most.
     SQLite has one writer at a time: the others wait while one index is built. A column added to a table with
     rows gets its default there.
@@ -97,7 +97,7 @@ def _alone(database: Database) -> Iterator[None]:
             # the process with the lock waits for.
             lock = text("SELECT pg_try_advisory_xact_lock(:key)")
             if connection.execute(lock, {"key": _ADVISORY_LOCK}).scalar_one():
-                # It rests while indexes are built. A lock of the session would stay behind in a pooler.
+                # It is idle while indexes are built. A session's lock would stay behind in a pooler.
                 connection.execute(
                     text("SELECT set_config('idle_in_transaction_session_timeout', '0', true)")
                 )
@@ -122,7 +122,7 @@ def _next_step(database: Database) -> SchemaChanges:
         except StorageUnavailableError as exc:
             if sqlstate(exc.__cause__ or exc) != _LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
                 raise
-            time.sleep(LOCK_TIMEOUT_S)  # those who queued behind us go first
+            time.sleep(LOCK_TIMEOUT_S)  # let those waiting behind us go first
     return _build_index(database, missing.indexes[0]) if missing.indexes else missing
 
 
@@ -209,7 +209,7 @@ def _compare(connection: Connection, schema: str | None) -> SchemaChanges:
 
 
 def _shape(index: Index) -> tuple[tuple[str, ...], bool]:
-    """Return what tells *index* from the others of its table: its columns, and whether it is partial."""
+    """Return what distinguishes the indexes of a table: columns, and whether it is partial."""
     return tuple(index.columns.keys()), index.dialect_options["postgresql"]["where"] is not None
 
 

@@ -20,7 +20,7 @@ from .database import Database
 from .endpoints import NewEndpoint, encrypted_headers, insertion, rows_of, secret_row
 from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, encoded, new_id
 
-#: Seconds that a replaced secret keeps signing beside its successor.
+#: Seconds that a replaced secret also signs after its replacement.
 ROTATION_GRACE_S = 86400.0
 
 
@@ -67,7 +67,9 @@ def create_standing(
     if idempotency_key is not None:
         # A key contains no NUL. Two tenants may use the same key.
         owner = "" if endpoint.tenant is None else f"{endpoint.tenant}\0"
-        endpoint_id = _id_of_key(namespace, owner + idempotency_key)
+        number = int.from_bytes(blake2b((owner + idempotency_key).encode(), digest_size=17).digest())
+        letters = (ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
+        endpoint_id = f"ep{namespace}_{''.join(letters)}"
     with database.write() as connection:
         if not database.is_sqlite:  # which has one writer at a time
             one_at_a_time = text("SELECT pg_advisory_xact_lock(:class, hashtext(:owner))")
@@ -84,19 +86,8 @@ def create_standing(
     return endpoint_id
 
 
-def _id_of_key(namespace: str, idempotency_key: str) -> str:
-    number = int.from_bytes(blake2b(idempotency_key.encode(), digest_size=17).digest())
-    return f"ep{namespace}_" + "".join(ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
-
-
 #: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
-CHANGEABLE = frozenset(one.name for one in fields(NewEndpoint)) - {
-    "secret",
-    "kind",
-    "scope",
-    "tenant",
-    "trace",
-}
+CHANGEABLE = {one.name for one in fields(NewEndpoint)} - {"secret", "kind", "scope", "tenant", "trace"}
 
 
 def update_standing(
@@ -129,15 +120,12 @@ def update_standing(
             .values(**values, updated_at=database.clock())
         ).rowcount
         if changed and "host" in changes:
-            connection.execute(
-                update(Delivery)
-                .where(
-                    Delivery.endpoint_id == endpoint_id,
-                    Delivery.status == "pending",
-                    Delivery.host != changes["host"],
-                )
-                .values(host=changes["host"])
+            waiting = update(Delivery).where(
+                Delivery.endpoint_id == endpoint_id,
+                Delivery.status == "pending",
+                Delivery.host != changes["host"],
             )
+            connection.execute(waiting.values(host=changes["host"]))
     return changed == 1
 
 
@@ -150,7 +138,7 @@ def rotate_secret(
     grace_s: float = ROTATION_GRACE_S,
     tenant: str | None = None,
 ) -> bool:
-    """Give a standing endpoint a new secret; the old ones go on signing beside it for *grace_s* seconds.
+    """Give a standing endpoint a new secret; the old ones also sign for *grace_s* seconds.
 
     :returns: whether there is such an endpoint.
     """
@@ -177,21 +165,21 @@ def rotate_secret(
 def enable_standing(database: Database, endpoint_id: str, *, tenant: str | None = None) -> bool:
     """Let a standing endpoint get deliveries again, with a clean record.
 
-    What happened meanwhile is delivered by :func:`~.deliveries.recover_part`.
+    What it missed is delivered by :func:`~.deliveries.recover_part`.
 
     :returns: whether there is such an endpoint.
     """
-    return _set_enabled(database, _this_standing(endpoint_id, tenant), enabled=True, reason=None) == 1
+    return _set_enabled(database, _this_standing(endpoint_id, tenant), reason=None) == 1
 
 
 def disable_standing(
     database: Database, endpoint_id: str, *, reason: str = "operator", tenant: str | None = None
 ) -> bool:
-    """Stop a standing endpoint from getting new deliveries. Those that wait go on; cancel them apart.
+    """Stop a standing endpoint from getting new deliveries. Those that wait are still sent.
 
     :returns: whether there is such an endpoint.
     """
-    return _set_enabled(database, _this_standing(endpoint_id, tenant), enabled=False, reason=reason) == 1
+    return _set_enabled(database, _this_standing(endpoint_id, tenant), reason=reason) == 1
 
 
 def disable_tenant(database: Database, tenant: str) -> int:
@@ -201,7 +189,7 @@ def disable_tenant(database: Database, tenant: str) -> int:
         Endpoint.kind == "standing",
         Endpoint.enabled.is_(True),
     ]
-    return _set_enabled(database, theirs, enabled=False, reason="operator")
+    return _set_enabled(database, theirs, reason="operator")
 
 
 def delete_standing_part(
@@ -222,7 +210,7 @@ def delete_standing_part(
             connection.execute(delete(Delivery).where(Delivery.id.in_(ids)))
         if len(ids) == at_most:
             return False
-        # In the transaction that saw no further delivery; one made meanwhile goes by cascade.
+        # In the transaction that saw no further delivery; one created in the meantime is deleted by cascade.
         connection.execute(delete(Endpoint).where(Endpoint.id == endpoint_id))
     return True
 
@@ -232,9 +220,9 @@ def _this_standing(endpoint_id: str, tenant: str | None) -> list[ColumnElement[b
     return this if tenant is None else [*this, Endpoint.tenant == tenant]
 
 
-def _set_enabled(
-    database: Database, which: Sequence[ColumnElement[bool]], *, enabled: bool, reason: str | None
-) -> int:
+def _set_enabled(database: Database, which: Sequence[ColumnElement[bool]], *, reason: str | None) -> int:
+    """Enable endpoints, or disable them for a *reason*; return how many there are."""
+    enabled = reason is None
     with database.write(single_statement=True) as connection:
         changed = connection.execute(
             update(Endpoint)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, literal_column, select
 
 from .claims import earliest_due
 from .database import Database
-from .dispatchers import ALIVE_S
+from .dispatchers import alive
+from .filters import count_up_to
 from .models import (
     CANCELED,
     EXHAUSTED,
@@ -40,7 +42,7 @@ COUNT_CAP = 10_000
 FINISHED_WINDOW = 50_000
 #: Attempts looked at for latency and hosts, the newest.
 ATTEMPT_WINDOW = 2_000
-#: Deliveries of a tenant whose attempts are looked at, the newest: they lie apart, each is a read of its own.
+#: Deliveries of a tenant whose attempts are looked at, the newest: not adjacent, so each costs a read.
 TENANT_WINDOW = 500
 #: Hosts shown at most.
 WORST_HOSTS = 10
@@ -83,18 +85,18 @@ class Statistics:
     """
 
     counts: Mapping[str, int]
-    oldest_due_s: float | None
+    oldest_due_s: float | None = None
     hours: Sequence[Hour]
     hours_complete: bool
     success_rate: float | None
     p50_ms: float | None
     p95_ms: float | None
     worst_hosts: Sequence[HostNumbers]
-    watches: Mapping[str, int]
-    oldest_watch: datetime | None
+    watches: Mapping[str, int] = field(default_factory=dict)
+    oldest_watch: datetime | None = None
     endpoints_disabled: int
-    dispatchers: int
-    paused_since: datetime | None
+    dispatchers: int = 0
+    paused_since: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +155,8 @@ def statistics(database: Database, *, hours: int = 24, tenant: str | None = None
             oldest_due_s=(now - due).total_seconds() if due is not None and due <= now else None,
             watches=watches,
             oldest_watch=oldest_watch,
-            endpoints_disabled=_count(
-                connection, select(Endpoint.id).where(Endpoint.kind == "standing", ~Endpoint.enabled)
-            ),
-            dispatchers=_count(
-                connection,
-                select(Dispatcher.id).where(
-                    Dispatcher.id != SHARED, Dispatcher.heartbeat_at >= database.clock(-ALIVE_S)
-                ),
-            ),
+            endpoints_disabled=_count(connection, *_DISABLED),
+            dispatchers=_count(connection, *alive(database)),
             paused_since=connection.execute(
                 select(Dispatcher.paused_at).where(Dispatcher.id == SHARED)
             ).scalar_one_or_none(),
@@ -174,15 +169,9 @@ def _of_tenant(database: Database, tenant: str, hours: int) -> Statistics:
     with database.read() as connection:
         recent = Delivery.id.in_(newest.limit(FINISHED_WINDOW))
         few = Attempt.delivery_id.in_(newest.limit(TENANT_WINDOW))
-        theirs = [Endpoint.tenant == tenant, Endpoint.kind == "standing", ~Endpoint.enabled]
         return Statistics(
             **_of_deliveries(database, connection, hours, counted=[mine], finished=[recent], attempted=[few]),
-            oldest_due_s=None,
-            watches={},
-            oldest_watch=None,
-            endpoints_disabled=_count(connection, select(Endpoint.id).where(*theirs)),
-            dispatchers=0,
-            paused_since=None,
+            endpoints_disabled=_count(connection, Endpoint.tenant == tenant, *_DISABLED),
         )
 
 
@@ -203,7 +192,7 @@ def _of_deliveries(
     durations, hosts = _recent_attempts(connection, *attempted)
     return {
         "counts": {
-            status: _count(connection, select(Delivery.id).where(Delivery.status == status, *counted))
+            status: _count(connection, Delivery.status == status, *counted)
             for status in (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
         },
         "hours": by_hour,
@@ -215,10 +204,8 @@ def _of_deliveries(
     }
 
 
-def _count(connection: Connection, query: Any) -> int:
-    capped = query.limit(COUNT_CAP + 1).subquery()
-    number: int = connection.execute(select(func.count()).select_from(capped)).scalar_one()
-    return number
+_DISABLED = (Endpoint.kind == "standing", ~Endpoint.enabled)
+_count = partial(count_up_to, COUNT_CAP)
 
 
 def _finished_by_hour(
@@ -263,8 +250,8 @@ def _recent_attempts(
         .subquery()
     )
     durations: list[float] = []
-    attempts: dict[str, int] = defaultdict(int)
-    failed: dict[str, int] = defaultdict(int)
+    attempts: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
     query = select(Delivery.host, recent.c.duration_ms, recent.c.status).join(
         recent, recent.c.delivery_id == Delivery.id
     )

@@ -1,4 +1,4 @@
-"""What people and API clients see: the only Flask views of the package, beside the decorator's.
+"""What people and API clients see: the only Flask views of the package, apart from the decorator's.
 
 :mod:`operations` has one function per action of an operator or a customer; everything else translates.
 :mod:`blueprint` mounts the routes and decides who is admitted. For programs: :mod:`api` has the routes,

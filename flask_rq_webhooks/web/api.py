@@ -7,27 +7,26 @@ Each route states its permission, input and answer, see :mod:`.api_contract`. Wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from flask import Response, current_app, request
 from redis.exceptions import RedisError
 
-from ..errors import ConfigurationError, StorageUnavailableError
+from ..errors import StorageUnavailableError
 from ..protocol.headers import mask_headers
 from ..state import State
 from ..storage import queries
 from ..storage.dispatchers import dispatcher_alive
 from ..storage.feed import events_after
-from ..storage.queries import EndpointView, EventView, Page
+from ..storage.queries import EndpointView, EventView, Page, shallow
 from ..storage.standing_endpoints import ROTATION_GRACE_S
 from ..storage.statistics import statistics, tenant_numbers
 from . import api_schemas as schemas
 from . import operations
-from .api_contract import Api, ApiError, not_found, routes_of
+from .api_contract import Api, ApiError, not_found, openapi_document, routes_of
 from .blueprint import WebhookBlueprint, csrf_token, is_allowed, own_tenant, replace_csrf_protect
 from .job_status import job_status
-from .monitoring import CONTENT_TYPE, metrics_text, nothing_comes_of_reports
+from .monitoring import CONTENT_TYPE, metrics_text, reports_are_stuck
 
 
 def create_blueprint(state: State) -> WebhookBlueprint:
@@ -65,9 +64,9 @@ def _add_open_routes(api: Api, state: State) -> None:
         also={503: (schemas.HealthSchema, "Nothing is delivered.")},
     )  # fmt: skip
     def health() -> Any:
-        """Say whether a dispatcher is alive and gets through with what callbacks report."""
+        """Return whether a dispatcher is alive and keeps up with what callbacks report."""
         try:
-            ok = dispatcher_alive(state.database) and not nothing_comes_of_reports(state)
+            ok = dispatcher_alive(state.database) and not reports_are_stuck(state)
         except (StorageUnavailableError, RedisError):
             ok = False
         return {"ok": ok}, 200 if ok else 503, {}
@@ -84,20 +83,12 @@ def _add_open_routes(api: Api, state: State) -> None:
     @api.route("GET", "/metrics", "read", "text/plain")
     def metrics() -> Any:
         """Return numbers for Prometheus."""
-        try:
-            return Response(metrics_text(state), content_type=CONTENT_TYPE)
-        except ConfigurationError as exc:
-            raise ApiError(501, "not_installed", str(exc)) from exc
+        return Response(metrics_text(state), content_type=CONTENT_TYPE)
 
     @api.route("GET", "/openapi.json", "read", "application/json")
     def openapi() -> Any:
         """Return this description."""
-        from .api_contract import openapi_document
-
-        try:
-            return openapi_document(state, routes_of(current_app), root=request.script_root)
-        except ConfigurationError as exc:
-            raise ApiError(501, "not_installed", str(exc)) from exc
+        return openapi_document(state, routes_of(current_app), root=request.script_root)
 
     @api.route("GET", "/api/csrf", "read", schemas.CSRFSchema, own=True)
     def csrf(tenant: str | None) -> Any:
@@ -149,11 +140,7 @@ def _add_reads(api: Api, state: State) -> None:
     def delivery(delivery_id: str, tenant: str | None) -> Any:
         """Return one delivery with its attempts."""
         found = operations.delivery(state, delivery_id, tenant=tenant)
-        endpoint = _with_headers(state, found.endpoint)
-        return {
-            "delivery": found.delivery, "attempts": found.attempts, "event": found.event,
-            "endpoint": endpoint, "body": found.body,
-        }  # fmt: skip
+        return shallow(found) | {"endpoint": _with_headers(state, found.endpoint)}
 
     @api.route(
         "GET", "/api/endpoints", "read", schemas.EndpointsSchema, query=schemas.EndpointsInput, own=True
@@ -265,13 +252,10 @@ def _add_endpoint_changes(api: Api, state: State) -> None:
 
     @api.route("POST", f"{one}/rotate", "manage", schemas.RotatedSchema, body=schemas.RotateInput, own=True)
     def rotate_endpoint(values: dict[str, Any], endpoint_id: str, tenant: str | None) -> Any:
-        """Give it a new secret; the old ones sign beside it for a while."""
+        """Give it a new secret; the old ones also sign for a while."""
         values.setdefault("grace_s", ROTATION_GRACE_S)
-        return {
-            "id": endpoint_id,
-            **values,
-            "secret": operations.rotate(state, endpoint_id, **values, tenant=tenant),
-        }
+        secret = operations.rotate(state, endpoint_id, **values, tenant=tenant)
+        return {"id": endpoint_id, **values, "secret": secret}
 
     @api.route(
         "POST", f"{one}/test", "manage", schemas.PingedSchema, status=202, body=schemas.NoInput, own=True
@@ -304,10 +288,9 @@ def _with_headers(state: State, endpoint: EndpointView) -> dict[str, Any]:
     """Return an endpoint with its headers opened and masked."""
     headers = operations.own_headers(state, endpoint)
     masked = headers and mask_headers(headers, header_prefix=state.settings.header_prefix)
-    return {field.name: getattr(endpoint, field.name) for field in fields(endpoint)} | {"headers": masked}
+    return shallow(endpoint) | {"headers": masked}
 
 
 def _with_payload(state: State, event: EventView) -> dict[str, Any]:
     """Return an event with its payload, as the format ``job`` renders it."""
-    shown = {field.name: getattr(event, field.name) for field in fields(event)}
-    return shown | {"payload": operations.event_payload(state, event)}
+    return shallow(event) | {"payload": operations.event_payload(state, event)}

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from flask import Blueprint, Flask, Response, jsonify, request
 from marshmallow import Schema
 
+from ..accept.decorator import RETRY_UNAVAILABLE_S
 from ..accept.request_schema import HeaderObject, SecretText, TargetURL
-from ..errors import ConfigurationError, ErasedError, RQWebhooksError, StorageUnavailableError
+from ..errors import ErasedError, RQWebhooksError, StorageUnavailableError
 from ..state import State
 from ..storage.queries import CursorError
 from ..version import __version__
 from . import api_schemas as schemas
 from . import operations
-from .blueprint import Permission, is_allowed, is_forgeable, own_tenant
-from .operations import endpoint_schema
+from .blueprint import Permission, is_allowed, is_forgeable, is_possible_id, own_tenant
 
 if TYPE_CHECKING:
     from apispec import APISpec
@@ -34,14 +34,11 @@ logger = logging.getLogger(__name__)
 
 View = TypeVar("View", bound=Callable[..., Any])
 
-RETRY_UNAVAILABLE_S = 5
-
 #: Bytes of a request to the API; the largest honest one, an endpoint with all its headers, is a tenth of it.
 MAX_BODY_BYTES = 256 * 1024
-#: Characters of an id in a path; RQ's job ids are the longest.
-MAX_ID = 512
 
 _KEY = re.compile("[!-~]{1,255}")
+_PART = re.compile(r"<(?:\w+:)?(\w+)>")
 
 #: Inputs that depend on the app's settings, by the name under which they are described.
 EndpointBody = Literal["EndpointInput", "EndpointChangeInput"]
@@ -74,16 +71,6 @@ class Route:
     query: type[Schema] | None = None
     body: type[Schema] | EndpointBody | None = None
     idempotent: bool = False
-
-    @property
-    def parameters(self) -> list[str]:
-        """Return the names of the parts of the path."""
-        return re.findall(r"<(?:\w+:)?(\w+)>", self.path)
-
-    @property
-    def openapi_path(self) -> str:
-        """Return the path as OpenAPI writes it."""
-        return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", self.path)
 
 
 class Api:
@@ -177,11 +164,8 @@ def _input(state: State, route: Route, tenant: str | None) -> list[Any]:
         return [_query_input(route.query())]
     if route.body is None:
         return []
-    if isinstance(route.body, str):
-        partial = route.body == "EndpointChangeInput"
-        return [_json_input(operations.endpoint_schema(state, tenant), partial=partial)]
-    schema = route.body()
-    values = _json_input(schema)
+    schema = operations.endpoint_schema(state, tenant) if isinstance(route.body, str) else route.body()
+    values = _json_input(schema, partial=route.body == "EndpointChangeInput")
     return [values] if schema.fields else []
 
 
@@ -193,7 +177,7 @@ def _query_input(schema: Schema) -> dict[str, Any]:
     return operations.checked(schema, values)
 
 
-def _json_input(schema: Schema, *, partial: bool | None = None) -> dict[str, Any]:
+def _json_input(schema: Schema, *, partial: bool) -> dict[str, Any]:
     """Return the JSON object in the body, checked; no body is an empty object."""
     values: Any = {}
     if (request.content_length or 0) > MAX_BODY_BYTES:
@@ -253,9 +237,10 @@ def not_found(what: str) -> ApiError:
     return ApiError(404, "not_found", f"There is no such {what}.")
 
 
-def is_possible_id(text: str) -> bool:
-    """Say whether *text*, from a path, may be looked for: databases differ in what they make of the rest."""
-    return "\0" not in text and len(text) <= MAX_ID
+def not_installed(need: str, package: str, extra: str) -> ApiError:
+    """Return the refusal of a route that needs a package of the *extra*."""
+    how = f"install it with pip install 'flask-rq-webhooks[{extra}]'"
+    return ApiError(501, "not_installed", f"{need} the package {package}; {how}.")
 
 
 def _refusal(status: int, code: str, message: str, details: Mapping[str, Any] | None = None) -> Response:
@@ -264,8 +249,7 @@ def _refusal(status: int, code: str, message: str, details: Mapping[str, Any] | 
     return response
 
 
-def _invalid(details: Mapping[str, Any]) -> Response:
-    return _refusal(400, "invalid", "The request is not acceptable.", details)
+_invalid = functools.partial(_refusal, 400, "invalid", "The request is not acceptable.")
 
 
 def _install(blueprint: Blueprint) -> None:
@@ -322,16 +306,13 @@ def openapi_document(state: State, routes: Iterable[Route], *, root: str) -> dic
     """Return the description of one app's API.
 
     :param root: path under which the app is mounted; empty for the usual place.
-    :raises ConfigurationError: without the package ``apispec``.
+    :raises ApiError: without the package ``apispec``.
     """
     try:
         from apispec import APISpec
         from apispec.ext.marshmallow import MarshmallowPlugin
     except ImportError as exc:
-        raise ConfigurationError(
-            "The API's description needs the package apispec; install it with "
-            "pip install 'flask-rq-webhooks[openapi]'."
-        ) from exc
+        raise not_installed("The API's description needs", "apispec", "openapi") from exc
     plugin: Any = MarshmallowPlugin(schema_name_resolver=_schema_name)  # its methods have no types
     spec = APISpec(
         title="Webhooks",
@@ -351,9 +332,9 @@ def openapi_document(state: State, routes: Iterable[Route], *, root: str) -> dic
     _add_endpoint_inputs(spec, state)
     spec.components.schema("Error", schema=schemas.ErrorSchema)
     for route in routes:
-        spec.path(route.openapi_path, operations={route.method.lower(): _described(route)})
+        spec.path(_PART.sub(r"{\1}", route.path), operations={route.method.lower(): _described(route)})
     document = spec.to_dict()
-    _mend_lists(document)
+    _move_enums(document)
     sometimes = {
         _schema_name(kind): kind.sometimes
         for kind in vars(schemas).values()
@@ -370,32 +351,32 @@ def _schema_name(schema: Any) -> str:
     return kind.__name__.lstrip("_").removesuffix("Schema")
 
 
-def _mend_lists(part: Any) -> None:
-    """Say of items, not of their list, which values are allowed; apispec says it of the list."""
+def _move_enums(part: Any) -> None:
+    """Put the allowed values on the items of a list; apispec puts them on the list."""
     if isinstance(part, dict):
         if "items" in part and "enum" in part:
             part["items"] = {**part["items"], "enum": part.pop("enum")}
         part = list(part.values())
     if isinstance(part, list):
         for item in part:
-            _mend_lists(item)
+            _move_enums(item)
 
 
 def _add_endpoint_inputs(spec: APISpec, state: State) -> None:
-    spec.components.schema("EndpointInput", schema=endpoint_schema(state))
-    component = dict(spec.components.schemas["EndpointInput"])
-    changeable = {
-        name: value for name, value in component["properties"].items() if name not in ("secret", "scope")
+    spec.components.schema("EndpointInput", schema=operations.endpoint_schema(state))
+    component = {**spec.components.schemas["EndpointInput"]}
+    component["properties"] = {
+        name: value for name, value in component["properties"].items() if name not in operations.FIXED
     }
-    component = {**component, "properties": changeable}
     component.pop("required", None)
     spec.components.schema("EndpointChangeInput", component)
 
 
 def _described(route: Route) -> dict[str, Any]:
+    or_own = ", or own: then only what belongs to the caller's tenant exists" if route.own else ""
     found: dict[str, Any] = {
         "summary": route.summary,
-        "description": _needs(route),
+        "description": f"Needs the permission {route.permission}{or_own}." if route.permission else "Open.",
         "x-permission": route.permission,
         "x-own": route.own,
         "parameters": list(_parameters(route)),
@@ -412,15 +393,8 @@ def _described(route: Route) -> dict[str, Any]:
     return found
 
 
-def _needs(route: Route) -> str:
-    if route.permission is None:
-        return "Open."
-    or_own = ", or own: then only what belongs to the caller's tenant exists" if route.own else ""
-    return f"Needs the permission {route.permission}{or_own}."
-
-
 def _parameters(route: Route) -> Iterable[dict[str, Any]]:
-    for name in route.parameters:
+    for name in _PART.findall(route.path):
         yield {"in": "path", "name": name, "required": True, "schema": {"type": "string"}}
     if route.query is not None:
         yield {"in": "query", "schema": route.query}
@@ -429,7 +403,7 @@ def _parameters(route: Route) -> Iterable[dict[str, Any]]:
             "in": "header",
             "name": "Idempotency-Key",
             "description": "Sent again with the same key, the request creates nothing new.",
-            "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+            "schema": {"type": "string", "pattern": f"^{_KEY.pattern}$"},
         }
 
 

@@ -28,6 +28,7 @@ from ..accept.request_schema import (
 from ..config import Settings
 from ..protocol.events import EVERY_TYPE, JOB_TYPES, OPERATOR_TYPES, is_application_type
 from ..protocol.urls import UrlPolicy, redact_url
+from ..state import State
 from ..storage.attempts import coarse_code
 from ..storage.models import CANCELED, EXHAUSTED, MAX_TENANT, PENDING, SENDING, SUCCEEDED
 
@@ -124,10 +125,6 @@ def _object(values: type[fields.Field[Any]] | None = None, *, allow_none: bool =
     return fields.Dict(keys=fields.String(), values=values and values(), allow_none=allow_none)
 
 
-def _event_type() -> fields.Field[Any]:
-    return fields.String(attribute="event_type")
-
-
 #: An event without its payload.
 EventSchema = _shape(
     "EventSchema",
@@ -147,7 +144,7 @@ StatusAttemptSchema = _shape(
 #: A delivery, as the client who asked for the webhook may see it.
 StatusDeliverySchema = _shape(
     "StatusDeliverySchema", text="id event_id status", whole="max_attempts status_code?",
-    time="next_attempt_at? created_at finished_at?", url="url", event=_event_type(),
+    time="next_attempt_at? created_at finished_at?", url="url", event=fields.String(attribute="event_type"),
     error_code=CoarseCode(allow_none=True),
 )  # fmt: skip
 #: The same with its attempts.
@@ -166,7 +163,7 @@ DeliverySchema = _shape(
     "DeliverySchema",
     text="id event_id job_id? runid? endpoint_id endpoint_kind host status trigger error_code? tenant?",
     whole="attempts max_attempts status_code?", time="next_attempt_at? created_at finished_at? erased_at?",
-    url="url", event=_event_type(),
+    url="url", event=fields.String(attribute="event_type"),
 )  # fmt: skip
 #: A page of deliveries.
 DeliveriesSchema = _shape("DeliveriesSchema", text="cursor?", items=_items(DeliverySchema))
@@ -257,7 +254,7 @@ STATUSES = (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
 
 #: Characters of a text that a filter compares with; no stored one is longer.
 MAX_FILTER_TEXT = 512
-#: Seconds for which a rotated secret may sign beside its successor.
+#: Seconds for which a rotated secret may still sign.
 MAX_GRACE_S = 30 * 86400
 
 
@@ -364,7 +361,7 @@ class StatsInput(_Input):
 
 
 class RotateInput(_Input):
-    """The new secret, generated if omitted, and how long the old one signs beside it."""
+    """The new secret, generated if omitted, and how long the old one also signs."""
 
     secret = SecretText()
     grace_s = fields.Float(
@@ -374,14 +371,16 @@ class RotateInput(_Input):
     )
 
 
-@lru_cache(maxsize=32)
-def endpoint_input(
-    settings: Settings, url_policy: UrlPolicy, formats: frozenset[str], *, own: bool = False
-) -> Schema:
-    """Return the schema of a standing endpoint, as it is created.
+def endpoint_schema(state: State, tenant: str | None = None) -> Schema:
+    """Return the schema of a standing endpoint's input, with this app's bounds.
 
-    :param own: without what only operators choose: a request has no field for it either.
+    :param tenant: one that creates it for itself may choose what a request can choose, and nothing else.
     """
+    return _endpoint_input(state.settings, state.url_policy, frozenset(state.formats), tenant is not None)
+
+
+@lru_cache(maxsize=32)
+def _endpoint_input(settings: Settings, url_policy: UrlPolicy, formats: frozenset[str], own: bool) -> Schema:
     most = min(MAX_RETRY_COUNT, settings.max_attempts) if own else settings.max_attempts
     for_operators: dict[str, fields.Field[Any]] = {
         "scope": fields.String(validate=validate.OneOf(("job", "tree"))),
@@ -396,14 +395,11 @@ def endpoint_input(
             "headers": HeaderObject(settings.header_prefix),
             "events": TextList(allow_none=True, validate=[validate.Length(min=1, max=100), _event_types]),
             "format": Text(validate=one_of(formats, "format")),
-            "sign_payload": fields.Boolean(validate=_signable(settings)),
+            "sign_payload": fields.Boolean(validate=None if settings.signing_secret else _UNSIGNED),
             "description": Text(allow_none=True, validate=validate.Length(max=1000)),
             "reference": Text(allow_none=True, validate=validate.Length(max=256)),
             "timeout_s": fields.Float(allow_none=True, validate=timeout_range(settings)),
-            "max_attempts": WholeNumber(
-                allow_none=True,
-                validate=validate.Range(min=1, max=most),
-            ),
+            "max_attempts": WholeNumber(allow_none=True, validate=validate.Range(min=1, max=most)),
             "retry_schedule": ItemList(
                 fields.Float(), allow_none=True, validate=_delays(most if own else MAX_OWN_ATTEMPTS)
             ),
@@ -440,14 +436,7 @@ def _delays(most: int) -> Callable[[list[float]], None]:
     return check
 
 
-def _signable(settings: Settings) -> Callable[[bool], None]:
-    def check(wanted: bool) -> None:
-        if wanted and settings.signing_secret is None:
-            raise ValidationError("This server has no server-wide secret to sign with.")
-
-    return check
-
-
+_UNSIGNED = validate.Equal(False, error="This server has no server-wide secret to sign with.")
 _KNOWN_TYPES = JOB_TYPES | OPERATOR_TYPES | {EVERY_TYPE}
 
 

@@ -50,8 +50,8 @@ class WebhookBlueprint(Blueprint):
     def register(self, app: App, options: dict[str, Any]) -> None:
         """Add everything to *app*."""
         if app.url_map.host_matching:
-            self.url_value_preprocessor(_forget_host)
-            self.url_defaults(_add_host)
+            self.url_value_preprocessor(lambda _endpoint, parts: (parts or {}).pop(HOST_PART, None))
+            self.url_defaults(lambda _endpoint, parts: parts.setdefault(HOST_PART, request.host))
         super().register(app, options)
 
     def make_setup_state(
@@ -71,15 +71,6 @@ class _AnyHostSetup(BlueprintSetupState):
         **options: Any,
     ) -> None:
         super().add_url_rule(rule, endpoint, view_func, host=f"<{HOST_PART}>", **options)
-
-
-def _forget_host(_endpoint: str | None, values: dict[str, Any] | None) -> None:
-    if values is not None:
-        values.pop(HOST_PART, None)
-
-
-def _add_host(_endpoint: str, values: dict[str, Any]) -> None:
-    values.setdefault(HOST_PART, request.host)
 
 
 # -- permissions ------------------------------------------------------------------------------------------
@@ -123,6 +114,15 @@ def own_tenant(state: State) -> str | None:
     return tenant if tenant is not None and is_allowed(state, "own", tenant=tenant) else None
 
 
+#: Characters of an id in a path; RQ's job ids are the longest.
+MAX_ID = 512
+
+
+def is_possible_id(text: str) -> bool:
+    """Return whether *text*, from a path, may be looked for: databases handle other text differently."""
+    return "\0" not in text and len(text) <= MAX_ID
+
+
 # -- forged requests --------------------------------------------------------------------------------------
 
 HEADERS = ("X-CSRFToken", "X-CSRF-Token")
@@ -142,7 +142,7 @@ def csrf_token() -> str:
 
 
 def is_forgeable() -> bool:
-    """Say whether another site may have made this request; it carries no valid token then."""
+    """Return whether another site may have made this request; it carries no valid token then."""
     return (bool(request.cookies) or _is_from_another_site()) and not _is_token_valid()
 
 

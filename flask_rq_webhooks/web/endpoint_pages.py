@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flask import abort, request
@@ -17,7 +18,7 @@ from ..storage.standing_endpoints import ROTATION_GRACE_S
 from . import operations
 from .api_schemas import RotateInput
 from .forms import endpoint_values, read_filter
-from .page_frame import Pages, done, environment, possible_id, render
+from .page_frame import Pages, Shown, done, environment, page
 from .pages import PAGE_ITEMS, done_some, refresh_s
 
 #: Deliveries on the page of one endpoint.
@@ -47,10 +48,8 @@ def _add_lists(pages: Pages, state: State) -> None:
             cursor=request.args.get("cursor") or None,
             limit=PAGE_ITEMS,
         )
-        return render(
-            state,
+        return page(
             "endpoints.html",
-            tenant=tenant,
             kind=kind,
             chosen={} if tenant is not None or chosen is None else {"tenant": chosen},
             listed=listed,
@@ -59,16 +58,14 @@ def _add_lists(pages: Pages, state: State) -> None:
 
     @pages.get("/endpoints/<endpoint_id>", "endpoint")
     def endpoint(endpoint_id: str, tenant: str | None) -> Any:
-        found = queries.endpoint_detail(state.database, possible_id(endpoint_id), tenant=tenant)
+        found = queries.endpoint_detail(state.database, endpoint_id, tenant=tenant)
         if found is None:
             abort(404)
         where = DeliveryFilter(endpoint_id=endpoint_id)
         listed = operations.list_deliveries(state, where, tenant=tenant, limit=FEW_ITEMS)
         signed = found.kind == "standing" and (found.secrets > 0 or found.sign_payload)
-        return render(
-            state,
+        return page(
             "endpoint.html",
-            tenant=tenant,
             endpoint=found,
             header_names=_header_names(state, found),
             listed=listed,
@@ -83,7 +80,7 @@ def _add_lists(pages: Pages, state: State) -> None:
 def _add_forms(pages: Pages, state: State) -> None:
     @pages.get("/endpoints/new", "new_endpoint", "manage")
     def new_endpoint(tenant: str | None) -> Any:
-        return _form(state, None, {}, tenant)
+        return _form(state, None)
 
     @pages.post("/endpoints/new", "create_endpoint")
     def create_endpoint(tenant: str | None) -> Any:
@@ -91,48 +88,49 @@ def _add_forms(pages: Pages, state: State) -> None:
             values = endpoint_values(state, request.form, creating=True, tenant=tenant)
             created = operations.create(state, values, tenant=tenant)
         except operations.InvalidInputError as exc:
-            return _form(state, None, exc.details, tenant), 400
+            return _form(state, None, 400, exc.details)
         except operations.TenantLimitError as exc:
-            return _form(state, None, {"url": [str(exc)]}, tenant), 409
+            return _form(state, None, 409, {"url": [str(exc)]})
         if not created.generated:
             return done("created", ".page_endpoint", endpoint_id=created.endpoint_id)
         # In the answer itself: the only way for a secret to be nowhere afterwards.
-        return _secret_page(state, created.endpoint_id, created.secret, tenant), 201
+        endpoint = operations.standing(state, created.endpoint_id, tenant=tenant)
+        return page("secret.html", 201, endpoint=endpoint, secret=created.secret, grace_h=None)
 
     @pages.get("/endpoints/<endpoint_id>/edit", "edit_endpoint", "manage")
     def edit_endpoint(endpoint_id: str, tenant: str | None) -> Any:
-        return _form(state, operations.standing(state, possible_id(endpoint_id), tenant=tenant), {}, tenant)
+        return _form(state, operations.standing(state, endpoint_id, tenant=tenant))
 
     @pages.post("/endpoints/<endpoint_id>/edit", "change_endpoint")
     def change_endpoint(endpoint_id: str, tenant: str | None) -> Any:
-        found = operations.standing(state, possible_id(endpoint_id), tenant=tenant)
+        found = operations.standing(state, endpoint_id, tenant=tenant)
         try:
             values = endpoint_values(state, request.form, creating=False, tenant=tenant)
             operations.change(state, endpoint_id, values, tenant=tenant)
         except operations.InvalidInputError as exc:
-            return _form(state, found, exc.details, tenant), 400
+            return _form(state, found, 400, exc.details)
         return done("changed", ".page_endpoint", endpoint_id=endpoint_id)
 
 
 def _add_actions(pages: Pages, state: State) -> None:
     @pages.post("/endpoints/<endpoint_id>/rotate", "rotate")
     def rotate(endpoint_id: str, tenant: str | None) -> Any:
-        operations.standing(state, possible_id(endpoint_id), tenant=tenant)
+        endpoint = operations.standing(state, endpoint_id, tenant=tenant)
         grace_h = request.form.get("grace_h", float("nan"), type=float)
         values = operations.checked(RotateInput(), {"grace_s": grace_h * 3600})
         secret = operations.rotate(state, endpoint_id, **values, tenant=tenant)
-        return _secret_page(state, endpoint_id, secret, tenant, grace_h=grace_h)
+        return page("secret.html", endpoint=endpoint, secret=secret, grace_h=grace_h)
 
     @pages.post("/endpoints/<endpoint_id>/test", "test")
     def test(endpoint_id: str, tenant: str | None) -> Any:
-        event = operations.ping(state, possible_id(endpoint_id), tenant=tenant)
+        event = operations.ping(state, endpoint_id, tenant=tenant)
         where = DeliveryFilter(event_id=event.event_id)
         (delivery,) = queries.list_deliveries(state.database, where, limit=1).items
         return done("pinged", ".page_delivery", delivery_id=delivery.id)
 
     @pages.post("/endpoints/<endpoint_id>/enable", "enable")
     def enable(endpoint_id: str, tenant: str | None) -> Any:
-        before = operations.enable(state, possible_id(endpoint_id), tenant=tenant)
+        before = operations.enable(state, endpoint_id, tenant=tenant)
         if "recover" not in request.form:
             return done("enabled", ".page_endpoint", endpoint_id=endpoint_id)
         since = operations.missed_since(state, before)
@@ -146,23 +144,24 @@ def _add_actions(pages: Pages, state: State) -> None:
 
     @pages.post("/endpoints/<endpoint_id>/disable", "disable")
     def disable(endpoint_id: str, tenant: str | None) -> Any:
-        operations.disable(state, possible_id(endpoint_id), tenant=tenant)
+        operations.disable(state, endpoint_id, tenant=tenant)
         return done("disabled", ".page_endpoint", endpoint_id=endpoint_id)
 
     @pages.post("/endpoints/<endpoint_id>/delete", "delete")
     def delete(endpoint_id: str, tenant: str | None) -> Any:
-        if operations.delete(state, possible_id(endpoint_id), tenant=tenant):
+        if operations.delete(state, endpoint_id, tenant=tenant):
             return done("deleted", ".page_endpoints")
         return done("deleted_some", ".page_endpoint", endpoint_id=endpoint_id)
 
 
-def _form(state: State, endpoint: EndpointView | None, errors: Any, tenant: str | None) -> str:
-    return render(
-        state,
+def _form(
+    state: State, endpoint: EndpointView | None, status: int = 200, errors: Mapping[str, Any] | None = None
+) -> Shown:
+    return page(
         "endpoint_form.html",
-        tenant=tenant,
+        status,
         endpoint=endpoint,
-        errors=errors,
+        errors=errors or {},
         sent=request.form if request.method == "POST" else None,
         header_names=[] if endpoint is None else _header_names(state, endpoint),
         terminal_types=sorted(TERMINAL_TYPES),
@@ -170,23 +169,6 @@ def _form(state: State, endpoint: EndpointView | None, errors: Any, tenant: str 
         every_type=EVERY_TYPE,
         formats=sorted(state.formats),
         settings=state.settings,
-    )
-
-
-def _secret_page(
-    state: State, endpoint_id: str, secret: str | None, tenant: str | None, *, grace_h: float | None = None
-) -> str:
-    """Return the page that shows a secret once.
-
-    :param grace_h: hours for which the old one still signs; ``None``: there is no old one.
-    """
-    return render(
-        state,
-        "secret.html",
-        tenant=tenant,
-        endpoint=operations.standing(state, endpoint_id, tenant=tenant),
-        secret=secret,
-        grace_h=grace_h,
     )
 
 
@@ -203,9 +185,9 @@ def _snippets(state: State, endpoint: EndpointView) -> dict[str, str]:
         "rqw_event_header": f"{state.settings.header_prefix}-Event",
         "rqw_type_field": _TYPE_FIELDS.get(endpoint.format),
     }
-    find = environment().get_template
     return {
-        language: find(f"rq_webhooks/verify_{name}.txt").render(names) for language, name in _SNIPPETS.items()
+        language: environment().get_template(f"rq_webhooks/verify_{name}.txt").render(names)
+        for language, name in _SNIPPETS.items()
     }
 
 

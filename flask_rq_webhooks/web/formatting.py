@@ -1,7 +1,7 @@
-"""Values as pages show them: times, spans, numbers, text that strangers wrote, and the bars of the chart.
+"""Values as pages show them: times, spans, numbers, text from untrusted sources, and the bars of the chart.
 
 Functions return plain text, which templates escape; or rectangles, which a template draws as inline SVG
-beside a table of the same numbers. Knows nothing of requests.
+next to a table of the same numbers. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def readable(value: object) -> str:
-    """Return text of a stranger with every deceptive character written as ``\\u202e``."""
+    """Return untrusted text with every deceptive character written as ``\\u202e``."""
     text = str(value).replace("\r\n", "\n")
     return _DECEPTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -47,16 +47,12 @@ def moment(value: datetime | None) -> str:
 def span(seconds: float) -> str:
     """Return a span of time in its two largest units: ``3 h 12 min``."""
     left = max(0, round(seconds))
-    parts: list[str] = []
+    parts: list[tuple[int, str]] = []
     for size, name in _UNITS:
-        if left >= size or (size == 1 and not parts):
-            parts.append(f"{left // size} {name}")
-            left %= size
-        elif parts:
-            break
-        if len(parts) == 2:
-            break
-    return " ".join(parts)
+        count, left = divmod(left, size)
+        if count or parts or size == 1:
+            parts.append((count, name))
+    return " ".join(f"{count} {name}" for count, name in parts[:2] if count or len(parts) == 1)
 
 
 def distance(value: datetime, now: datetime) -> str:
@@ -112,8 +108,12 @@ OUTCOMES = ("succeeded", "exhausted", "canceled")
 #: Size of the drawing, in its own units; the page stretches it.
 WIDTH, HEIGHT = 1000.0, 200.0
 
-#: Hours looked back → hours per bar.
-RANGES = {24: 1, 168: 6, 720: 24}
+#: Hours looked back → name, hours per bar, and how a bar's time is written.
+RANGES = {
+    24: ("24 hours", 1, "%H:%M"),
+    168: ("7 days", 6, "%d %b %H:%M"),
+    720: ("30 days", 24, "%d %b"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +157,8 @@ def endings(hours: Sequence[Hour], *, now: datetime, back: int = 24) -> Chart:
     :param hours: hours in which any finished.
     :param back: one of :data:`RANGES`.
     """
-    size_s = RANGES[back] * 3600
-    count = back // RANGES[back]
+    _name, size_h, written = RANGES[back]
+    size_s, count = size_h * 3600, back // size_h
     last = int(now.timestamp()) // size_s
     starts = range(last - count + 1, last + 1)
     sums: dict[int, dict[str, int]] = {start: dict.fromkeys(OUTCOMES, 0) for start in starts}
@@ -172,7 +172,7 @@ def endings(hours: Sequence[Hour], *, now: datetime, back: int = 24) -> Chart:
     bars = []
     for index, start in enumerate(starts):
         began = datetime.fromtimestamp(start * size_s, UTC)
-        label = began.strftime("%H:%M" if back == 24 else "%d %b %H:%M" if back == 168 else "%d %b")
+        label = began.strftime(written)
         bars.append(Bar(began, label, sums[start], _stack(sums[start], index * slot, slot, top)))
     step = max(1, count // 6)
     ticks = tuple((100 * (i + 0.5) / count, bars[i].label) for i in range(step // 2, count, step))

@@ -46,7 +46,7 @@ class FilterForm:
 
     @property
     def is_empty(self) -> bool:
-        """Say whether every delivery matches."""
+        """Return whether every delivery matches."""
         return not self.fields
 
     @property
@@ -107,7 +107,7 @@ def _in_utc(text: str) -> str:
 def endpoint_values(
     state: State, form: MultiDict[str, str], *, creating: bool, tenant: str | None
 ) -> dict[str, Any]:
-    """Return what a form says of an endpoint, checked.
+    """Return what a form says about an endpoint, checked.
 
     :param creating: a new endpoint; otherwise blank URL and headers mean that they stay as they are.
     :raises InvalidInputError: with every reason.

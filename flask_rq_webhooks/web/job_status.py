@@ -21,9 +21,9 @@ from ..queue.job_reader import read_statuses
 from ..state import State, get_state
 from ..storage.models import PENDING, SENDING
 from ..storage.queries import JobWebhook, job_webhook
-from .api_contract import ApiError, is_possible_id
+from .api_contract import ApiError
 from .api_schemas import EventSchema, StatusAttemptSchema, StatusDeliverySchema
-from .blueprint import is_allowed
+from .blueprint import is_allowed, is_possible_id
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,6 @@ def rq_webhooks_job(job_id: str) -> dict[str, Any] | None:
     del shown["job_status"]  # the host's page knows better
     linked = bool(shown["deliveries"]) and state.settings.dashboard and is_allowed(state, "read")
     for delivery in shown["deliveries"]:
-        delivery["page"] = (
-            url_for("rq_webhooks.page_delivery", delivery_id=delivery["id"]) if linked else None
-        )
+        page = url_for("rq_webhooks.page_delivery", delivery_id=delivery["id"]) if linked else None
+        delivery["page"] = page
     return shown

@@ -2,36 +2,32 @@
 
 Alarms are conditions under which webhooks do not arrive although nothing fails, each with what to do. Those
 of :func:`everywhere` are cheap enough for every page. Owns the names of the metrics. Nothing is counted in
-memory, so nothing has to be summed and a restart loses nothing. No label holds a host or a job: clients
+memory, so numbers need no summing and a restart loses nothing. No label holds a host or a job: clients
 choose those.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
 
-from ..errors import ConfigurationError
 from ..queue.outbox import age_of_oldest, missing_reports
 from ..state import State
 from ..storage.dispatchers import dispatcher_alive, paused_since
 from ..storage.statistics import COUNT_CAP, Statistics, statistics
 from ..version import __version__
-from .formatting import moment, number, span
-
-if TYPE_CHECKING:
-    from prometheus_client.metrics_core import Metric
+from .api_contract import not_installed
+from .formatting import OUTCOMES, moment, number, span
 
 logger = logging.getLogger(__name__)
 
 #: Entries in the outbox that a live dispatcher never lets accumulate.
 OUTBOX_LONG = 500
-#: Seconds a report may wait in the outbox. A dispatcher that gets through hands it on within 5.
+#: Seconds a report may wait in the outbox. A dispatcher that keeps up stores it within 5.
 STUCK_S = 60.0
 #: A watch older than this is a job that runs for days, or one that is stuck.
 WATCH_OLD = timedelta(days=1)
@@ -78,7 +74,7 @@ def everywhere(state: State) -> list[Alarm]:
         waiting = state.outbox.length()
         rejected = state.outbox.rejected()
         silent = state.outbox.silent_callbacks()
-        stuck = nothing_comes_of_reports(state)
+        stuck = reports_are_stuck(state)
     except RedisError:
         alarm(
             "Redis cannot be reached: outcomes of jobs are not seen.",
@@ -94,7 +90,7 @@ def everywhere(state: State) -> list[Alarm]:
         )
     if stuck:
         alarm(
-            "Callback reports are read from the outbox and nothing comes of them.",
+            "Callback reports are read from the outbox, but nothing comes of them.",
             "See the dispatcher's log; its last error repeats there.",
             severe=True,
         )
@@ -108,8 +104,8 @@ def everywhere(state: State) -> list[Alarm]:
     return found
 
 
-def nothing_comes_of_reports(state: State) -> bool:
-    """Say whether a callback report has waited so long that no living dispatcher gets through with it.
+def reports_are_stuck(state: State) -> bool:
+    """Return whether a callback report has waited so long that no live dispatcher can be processing it.
 
     :raises redis.RedisError: when Redis cannot be asked.
     """
@@ -125,7 +121,7 @@ def of_numbers(numbers: Statistics, now: datetime) -> list[Alarm]:
         found.append(Alarm(text, "Dispatchers are too few, stuck, or held back by a limit per host."))
     if numbers.endpoints_disabled:
         text = f"{number(numbers.endpoints_disabled, COUNT_CAP)} standing endpoints are disabled."
-        found.append(Alarm(text, "Events missed meanwhile can be recovered when they are enabled."))
+        found.append(Alarm(text, "Events they missed can be recovered when they are enabled."))
     age = None if numbers.oldest_watch is None else now - numbers.oldest_watch
     if age is not None and age > WATCH_OLD:
         text = f"The oldest job with a webhook has been waiting for {span(age.total_seconds())}."
@@ -142,110 +138,56 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 def metrics_text(state: State) -> bytes:
     """Return every metric in Prometheus' text format.
 
-    :raises ConfigurationError: without the package ``prometheus-client``.
+    :raises ApiError: without the package ``prometheus-client``.
     :raises StorageUnavailableError: when SQL cannot be reached.
     """
     try:
-        from prometheus_client import CollectorRegistry, generate_latest
+        from prometheus_client import CollectorRegistry, Gauge, generate_latest
     except ImportError as exc:
-        raise ConfigurationError(
-            "Metrics need the package prometheus-client; install it with "
-            "pip install 'flask-rq-webhooks[metrics]'."
-        ) from exc
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(state))
+        raise not_installed("Metrics need", "prometheus-client", "metrics") from exc
+    registry = CollectorRegistry()
+    for name, about, value in _measured(state):
+        label, values = value if isinstance(value, tuple) else (None, {None: value})
+        gauge = Gauge(f"rq_webhooks_{name}", about, [label] if label else [], registry=registry)
+        for label_value, one in values.items():
+            (gauge.labels(label_value) if label else gauge).set(one)
     return generate_latest(registry)
 
 
-class _Collector:
-    """Read everything for one answer.
-
-    :param state: the app's state.
-    """
-
-    def __init__(self, state: State) -> None:
-        self._state = state
-
-    def describe(self) -> Iterable[Metric]:
-        """Return nothing, so that registering this reads no names from SQL."""
-        return ()
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the metrics of this moment."""
-        numbers = statistics(self._state.database, hours=1)
-        yield _gauge("info", "Always 1; the version that answers.", {(__version__,): 1}, ["version"])
-        yield from _of_sql(numbers, datetime.now(UTC))
-        yield from self._of_redis()
-
-    def _of_redis(self) -> Iterable[Metric]:
-        outbox = self._state.outbox
-        try:
-            waiting: int | None = outbox.length()
-            rejected: int | None = outbox.rejected()
-        except RedisError as exc:
-            logger.warning("The outbox cannot be measured: %s: %s", type(exc).__name__, exc)
-            waiting = rejected = None
-        yield _gauge("redis_up", "Whether Redis answered.", {(): float(waiting is not None)})
-        if waiting is None or rejected is None:
-            return  # absent, not 0: it is unknown
-        yield _gauge("outbox_entries", "Callbacks that no dispatcher has stored yet.", {(): waiting})
-        yield _gauge("outbox_rejected_entries", "Outbox entries set aside as malformed.", {(): rejected})
+#: A number; or the name of a label, and a number for each of its values.
+Measured = float | tuple[str, Mapping[str, float]]
 
 
-def _of_sql(numbers: Statistics, now: datetime) -> Iterable[Metric]:
-    yield _gauge(
-        "deliveries",
-        "Deliveries kept, by status; counted up to 10000, and 10001 means more.",
-        {(status,): count for status, count in numbers.counts.items()},
-        ["status"],
-    )
-    finished = {
-        status: sum(getattr(hour, status) for hour in numbers.hours)
-        for status in ("succeeded", "exhausted", "canceled")
-    }
-    yield _gauge(
-        "deliveries_finished_last_hour",
-        "Deliveries that ended within the last 60 minutes, by status; of the newest 50000.",
-        {(status,): count for status, count in finished.items()},
-        ["status"],
-    )
-    yield _gauge(
-        "oldest_due_seconds",
-        "For how long the longest due delivery has been due; 0 when none is.",
-        {(): numbers.oldest_due_s or 0.0},
-    )
+def _measured(state: State) -> Iterator[tuple[str, str, Measured]]:
+    """Give name, description and value of each metric. One that cannot be known is absent, not 0."""
+    numbers = statistics(state.database, hours=1)
+    yield "info", "Always 1; the version that answers.", ("version", {__version__: 1})
+    about = "Deliveries kept, by status; counted up to 10000, and 10001 means more."
+    yield "deliveries", about, ("status", numbers.counts)
+    ended = {name: sum(getattr(hour, name) for hour in numbers.hours) for name in OUTCOMES}
+    about = "Deliveries that ended within the last 60 minutes, by status; of the newest 50000."
+    yield "deliveries_finished_last_hour", about, ("status", ended)
+    about = "For how long the longest due delivery has been due; 0 when none is."
+    yield "oldest_due_seconds", about, numbers.oldest_due_s or 0.0
     if numbers.p50_ms is not None and numbers.p95_ms is not None:
-        yield _gauge(
-            "attempt_duration_seconds",
-            "Quantiles of the duration of the newest 2000 attempts.",
-            {("0.5",): numbers.p50_ms / 1000, ("0.95",): numbers.p95_ms / 1000},
-            ["quantile"],
-        )
-    yield _gauge(
-        "watches",
-        "Jobs whose ending is awaited, by status; counted up to 10000, and 10001 means more.",
-        {(status,): count for status, count in numbers.watches.items()},
-        ["status"],
-    )
-    oldest_s = 0.0 if numbers.oldest_watch is None else (now - numbers.oldest_watch).total_seconds()
-    yield _gauge(
-        "oldest_watch_seconds",
-        "For how long the oldest of them has been awaited; 0 when none is.",
-        {(): max(0.0, oldest_s)},
-    )
-    yield _gauge(
-        "endpoints_disabled", "Standing endpoints that are disabled.", {(): numbers.endpoints_disabled}
-    )
-    yield _gauge("dispatchers", "Dispatchers with a heartbeat within 30 s.", {(): numbers.dispatchers})
-    yield _gauge("paused", "Whether all sending is paused.", {(): float(numbers.paused_since is not None)})
-
-
-def _gauge(
-    name: str, about: str, values: dict[tuple[str, ...], float], labels: list[str] | None = None
-) -> Metric:
-    from prometheus_client.metrics_core import GaugeMetricFamily
-
-    family = GaugeMetricFamily(f"rq_webhooks_{name}", about, labels=labels or [])
-    for label_values, value in values.items():
-        family.add_metric(list(label_values), value)
-    return family
+        quantiles = {"0.5": numbers.p50_ms / 1000, "0.95": numbers.p95_ms / 1000}
+        about = "Quantiles of the duration of the newest 2000 attempts."
+        yield "attempt_duration_seconds", about, ("quantile", quantiles)
+    about = "Jobs whose ending is awaited, by status; counted up to 10000, and 10001 means more."
+    yield "watches", about, ("status", numbers.watches)
+    since = numbers.oldest_watch
+    oldest_s = 0.0 if since is None else (datetime.now(UTC) - since).total_seconds()
+    about = "For how long the oldest of them has been awaited; 0 when none is."
+    yield "oldest_watch_seconds", about, max(0.0, oldest_s)
+    yield "endpoints_disabled", "Standing endpoints that are disabled.", numbers.endpoints_disabled
+    yield "dispatchers", "Dispatchers with a heartbeat within 30 s.", numbers.dispatchers
+    yield "paused", "Whether all sending is paused.", numbers.paused_since is not None
+    try:
+        waiting, rejected = state.outbox.length(), state.outbox.rejected()
+    except RedisError as exc:
+        logger.warning("The outbox cannot be measured: %s: %s", type(exc).__name__, exc)
+        yield "redis_up", "Whether Redis answered.", 0
+        return
+    yield "redis_up", "Whether Redis answered.", 1
+    yield "outbox_entries", "Callbacks that no dispatcher has stored yet.", waiting
+    yield "outbox_rejected_entries", "Outbox entries set aside as malformed.", rejected

@@ -33,7 +33,7 @@ from ..storage.queries import DeliveryDetail, DeliveryView, EndpointView, EventV
 from ..storage.retention import Erasure
 from ..storage.standing_endpoints import ROTATION_GRACE_S
 from ..storage.standing_endpoints import TenantLimitError as TenantLimitError
-from .api_schemas import endpoint_input
+from .api_schemas import endpoint_schema as endpoint_schema
 
 #: Deliveries that one call changes at most, and how many in one transaction.
 AT_MOST, PER_PART = 1000, 500
@@ -132,7 +132,7 @@ def delivery(state: State, delivery_id: str, *, tenant: str | None = None) -> De
     if tenant is None:
         return found
     # The receiver is the tenant's own, and public unless the settings open private networks: then an answer
-    # could be that of a neighbour which the tenant cannot reach by itself.
+    # could be that of an internal host that the tenant cannot reach itself.
     answers = found.delivery.endpoint_kind == "standing" and not state.settings.allow_networks
     return replace(
         found,
@@ -161,10 +161,9 @@ def list_deliveries(
 
     :raises CursorError: when *cursor* is not one of ours.
     """
-    if tenant is None:
-        return queries.list_deliveries(state.database, where, cursor=cursor, limit=limit)
-    page = queries.list_deliveries(state.database, replace(where, tenant=tenant), cursor=cursor, limit=limit)
-    return replace(page, items=tuple(map(_for_tenant, page.items)))
+    where = replace(where, tenant=tenant or where.tenant)
+    page = queries.list_deliveries(state.database, where, cursor=cursor, limit=limit)
+    return page if tenant is None else replace(page, items=tuple(map(_for_tenant, page.items)))
 
 
 def _for_tenant(delivery: DeliveryView) -> DeliveryView:
@@ -269,15 +268,6 @@ def resume(state: State) -> None:
 # -- standing endpoints -----------------------------------------------------------------------------------
 
 
-def endpoint_schema(state: State, tenant: str | None = None) -> Schema:
-    """Return the schema of a standing endpoint's input, with this app's bounds.
-
-    :param tenant: one that makes it for itself may choose what a request can choose, and nothing else.
-    """
-    formats = frozenset(state.formats)
-    return endpoint_input(state.settings, state.url_policy, formats, own=tenant is not None)
-
-
 def standing(state: State, endpoint_id: str, *, tenant: str | None = None) -> EndpointView:
     """Return a standing endpoint.
 
@@ -287,6 +277,10 @@ def standing(state: State, endpoint_id: str, *, tenant: str | None = None) -> En
     if found is None or found.kind != "standing":
         raise UnknownItemError("standing endpoint", endpoint_id)
     return found
+
+
+#: Fields that :func:`change` refuses, and why.
+FIXED = {"secret": "Use rotate for a new secret.", "scope": "Cannot be changed."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,8 +336,7 @@ def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant:
     :raises InvalidInputError: for what cannot be changed.
     :raises UnknownItemError: when there is no such endpoint.
     """
-    fixed = {"secret": "Use rotate for a new secret.", "scope": "Cannot be changed."}
-    refused = {name: [why] for name, why in fixed.items() if name in values}
+    refused = {name: [why] for name, why in FIXED.items() if name in values}
     if refused:
         raise InvalidInputError(refused)
     stored = _stored(values)
@@ -370,7 +363,7 @@ def rotate(
     grace_s: float = ROTATION_GRACE_S,
     tenant: str | None = None,
 ) -> str:
-    """Give a standing endpoint a new secret; the old ones sign beside it for *grace_s* seconds.
+    """Give a standing endpoint a new secret; the old ones also sign for *grace_s* seconds.
 
     Arguments are checked by :class:`~.api_schemas.RotateInput`.
 

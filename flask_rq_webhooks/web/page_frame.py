@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from flask import Response, abort, make_response, redirect, render_template, req
 from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 from markupsafe import Markup
 
+from ..accept.decorator import RETRY_UNAVAILABLE_S
 from ..errors import ErasedError, StorageUnavailableError
 from ..protocol.urls import redact_url
 from ..state import State
@@ -32,6 +34,7 @@ from .blueprint import (
     csrf_token,
     is_allowed,
     is_forgeable,
+    is_possible_id,
     own_tenant,
     replace_csrf_protect,
 )
@@ -64,12 +67,26 @@ HEAD_MARK = "dashboard.css"
 _CACHE = "rq_webhooks_templates"
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a view shows: a template of ours, and what it finds under ``rqw_`` and these names."""
+
+    template: str
+    values: Mapping[str, Any]
+    status: int = 200
+
+
+def page(template: str, status: int = 200, /, **values: Any) -> Shown:
+    """Return what a view shows; see :func:`render`."""
+    return Shown(template, values, status)
+
+
 class Pages:
     """Adds pages to a blueprint. Views run only for callers with the permission, and are served safely.
 
-    A view gets ``tenant``: the customer whose rows alone exist for it, or ``None``, which is an operator. A
-    change needs ``manage`` and a token of ours. Refusals are plain 403s, so that the host's own error pages
-    show them.
+    A view gets ``tenant``: the customer whose rows alone exist for it, or ``None`` for an operator. It
+    returns a :func:`page` or a response. A change needs ``manage`` and a token of ours. Refusals are plain
+    403s, so that the host's own error pages show them.
 
     :param portal: whether these are the customers' pages, which need ``own``.
     """
@@ -99,6 +116,8 @@ class Pages:
             @functools.wraps(view)
             def served(**parts: Any) -> Response:
                 tenant = self._ask(permission)
+                if not all(map(is_possible_id, parts.values())):
+                    abort(404)
                 if method == "POST" and is_forgeable():
                     abort(403, "This form has expired. Go back, load the page again and repeat.")
                 return _safe(self.state, tenant, _answered(self.state, view, {**parts, "tenant": tenant}))
@@ -132,9 +151,8 @@ def dashboard_and_portal(blueprint: WebhookBlueprint, state: State) -> tuple[Pag
 
 
 def _answered(state: State, view: Callable[..., Any], parts: Mapping[str, str | None]) -> Response:
-    tenant = parts["tenant"]
     try:
-        return make_response(view(**parts))
+        found = view(**parts)
     except UnknownItemError:
         abort(404)
     except InvalidInputError as exc:
@@ -142,22 +160,25 @@ def _answered(state: State, view: Callable[..., Any], parts: Mapping[str, str | 
     except BusyHostError as exc:
         abort(429, str(exc))
     except ErasedError as exc:
-        return make_response(render(state, "erased.html", tenant=tenant, reason=str(exc)), 409)
+        found = page("erased.html", 409, reason=str(exc))
     except CursorError:
         abort(400 if request.method == "POST" else 404)
     except StorageUnavailableError as exc:
         logger.error("%s %r failed: %s", request.method, request.path, exc)
-        response = make_response(render(state, "unavailable.html", tenant=tenant), 503)
-        response.headers["Retry-After"] = "5"
-        return response
+        found = page("unavailable.html", 503)
+    if not isinstance(found, Shown):
+        return make_response(found)
+    html = render(state, found.template, tenant=parts["tenant"], **found.values)
+    response = make_response(html, found.status)
+    if found.status == 503:
+        response.headers["Retry-After"] = str(RETRY_UNAVAILABLE_S)
+    return response
 
 
 def _safe(state: State, tenant: str | None, response: Response) -> Response:
     _setting, base = layout_setting(state, portal=tenant is not None)
     response.headers["Content-Security-Policy"] = POLICY if base is None else POLICY_IN_HOST
     response.headers["Referrer-Policy"] = "same-origin"
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Content-Type-Options"] = "nosniff"
     return response
 
 
@@ -254,10 +275,3 @@ def done(what: str, view: str, count: int | None = None, **values: Any) -> Respo
     if count is not None:
         values["n"] = count
     return make_response(redirect(url_for(view, done=what, **values), code=303))
-
-
-def possible_id(item_id: str) -> str:
-    """Return an id from a path if it can be one of ours; databases differ in what they make of the rest."""
-    if not (item_id.isascii() and item_id.isprintable() and len(item_id) <= 40):
-        abort(404)
-    return item_id

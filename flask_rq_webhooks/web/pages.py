@@ -28,10 +28,11 @@ from ..storage.queries import DeliveryView
 from ..storage.statistics import FINISHED_WINDOW, statistics, tenant_numbers
 from . import formatting, operations
 from .api_schemas import STATUSES, ManyInput, TenantInput
+from .blueprint import is_possible_id
 from .formatting import OUTCOMES, RANGES, endings
 from .forms import FilterForm, read_filter
 from .monitoring import everywhere, of_numbers
-from .page_frame import Pages, done, possible_id, render
+from .page_frame import Pages, done, page
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +65,14 @@ def _add_overview(pages: Pages, state: State) -> None:
         alarms = [*(everywhere(state) if tenant is None else ()), *of_numbers(numbers, now)]
         idle_s = REFRESH_ALARM_S if any(alarm.severe for alarm in alarms) else REFRESH_IDLE_S
         moving = numbers.counts[SENDING] or numbers.oldest_due_s is not None
-        return render(
-            state,
+        return page(
             "overview.html",
-            tenant=tenant,
             now=now,
             numbers=numbers,
             chart=endings(numbers.hours, now=now, back=back),
             outcomes=OUTCOMES,
             back=back,
-            ranges={24: "24 hours", 168: "7 days", 720: "30 days"},
+            ranges={hours: name for hours, (name, *_bars) in RANGES.items()},
             window=FINISHED_WINDOW,
             alarms=alarms,
             refresh_s=REFRESH_S if moving else idle_s,
@@ -96,7 +95,7 @@ def _add_overview(pages: Pages, state: State) -> None:
 def _add_tenants(pages: Pages, state: State) -> None:
     @pages.get("/tenants", "tenants", own=False)
     def tenants(tenant: None) -> Any:
-        return render(state, "tenants.html", tenant=None, listed=tenant_numbers(state.database)[:PAGE_ITEMS])
+        return page("tenants.html", listed=tenant_numbers(state.database)[:PAGE_ITEMS])
 
     @pages.post("/tenants/disable", "disable_tenant", own=False)
     def disable_tenant(tenant: None) -> Any:
@@ -124,10 +123,8 @@ def _add_deliveries(pages: Pages, state: State) -> None:
             cursor=request.args.get("cursor") or None,
             limit=PAGE_ITEMS,
         )
-        return render(
-            state,
+        return page(
             "deliveries.html",
-            tenant=tenant,
             filter=wanted,
             listed=listed,
             page_items=PAGE_ITEMS,
@@ -153,12 +150,10 @@ def _add_deliveries(pages: Pages, state: State) -> None:
 
     @pages.get("/deliveries/<delivery_id>", "delivery")
     def delivery(delivery_id: str, tenant: str | None) -> Any:
-        found = operations.delivery(state, possible_id(delivery_id), tenant=tenant)
+        found = operations.delivery(state, delivery_id, tenant=tenant)
         last = found.attempts[-1] if found.attempts else None
-        return render(
-            state,
+        return page(
             "delivery.html",
-            tenant=tenant,
             found=found,
             delivery=found.delivery,
             job_status=_job_status(state, found.delivery.job_id) if tenant is None else None,
@@ -167,27 +162,25 @@ def _add_deliveries(pages: Pages, state: State) -> None:
                 last.request_headers if last else {"Content-Type": "application/json"},
                 found.body,
             ),
-            target=_target(found.delivery.url),
+            target=urlsplit(redact_url(found.delivery.url)).path or "/",
             refresh_s=refresh_s([found.delivery]),
         )
 
     @pages.post("/deliveries/<delivery_id>/resend", "resend")
     def resend_one(delivery_id: str, tenant: str | None) -> Any:
-        status = operations.resend(state, possible_id(delivery_id), tenant=tenant)
+        status = operations.resend(state, delivery_id, tenant=tenant)
         return done("resent" if status == PENDING else "in_flight", ".page_delivery", delivery_id=delivery_id)
 
     @pages.get("/events/<event_id>", "event")
     def event(event_id: str, tenant: str | None) -> Any:
-        found = queries.event_detail(state.database, possible_id(event_id), tenant=tenant)
+        found = queries.event_detail(state.database, event_id, tenant=tenant)
         if found is None:
             abort(404)
         where = DeliveryFilter(event_id=event_id)
         listed = operations.list_deliveries(state, where, tenant=tenant, limit=PAGE_ITEMS)
         stored = None if found.payload is None else json.loads(found.payload)
-        return render(
-            state,
+        return page(
             "event.html",
-            tenant=tenant,
             event=found,
             listed=listed,
             payload=_indented(stored if tenant is None else operations.event_payload(state, found)),
@@ -236,18 +229,15 @@ def _many(tenant: str | None) -> tuple[FilterForm, str | None]:
 def _search(state: State, text: str, tenant: str | None) -> Response | None:
     """Return a redirect to what *text* names: an id, a job, a run, a host or a URL; ``None`` if nothing."""
     views = {"dlv_": "delivery", "evt_": "event", "ep": "endpoint"}
-    if text.isascii() and text.isprintable() and len(text) <= 40:
-        for prefix, name in views.items():
-            find = getattr(queries, f"{name}_detail")
-            if text.startswith(prefix) and find(state.database, text, tenant=tenant):
-                values: dict[str, Any] = {f"{name}_id": text}
-                return make_response(redirect(url_for(f".page_{name}", **values)))
+    for prefix, name in views.items():
+        find = getattr(queries, f"{name}_detail")
+        if text.startswith(prefix) and is_possible_id(text) and find(state.database, text, tenant=tenant):
+            values: dict[str, Any] = {f"{name}_id": text}
+            return make_response(redirect(url_for(f".page_{name}", **values)))
     fields = {"job_id": text, "runid": text, "host": _host(text), "event": text}
     for name, value in fields.items():
         wanted = read_filter(MultiDict([(name, value)]), tenant)
-        if wanted.is_empty:
-            continue
-        if queries.list_deliveries(state.database, wanted.where, limit=1).items:
+        if not wanted.is_empty and queries.list_deliveries(state.database, wanted.where, limit=1).items:
             return make_response(redirect(url_for(".page_deliveries", **wanted.fields)))
     return None
 
@@ -270,12 +260,6 @@ def _job_status(state: State, job_id: str | None) -> str:
     if found is None:
         return "no longer in Redis"
     return f"{found.status or 'unknown'} in queue {found.queue}" if found.queue else found.status or "unknown"
-
-
-def _target(url: str) -> str:
-    """Return the request line's target, as far as it may be shown."""
-    path = urlsplit(redact_url(url)).path
-    return path or "/"
 
 
 def _indented(payload: object) -> str:

@@ -498,7 +498,7 @@ BROKEN: dict[Callable[[Setup], None], str] = {
     "ix_rq_webhooks_delivery_host; run `flask rq-webhooks init-db`, or your migrations.",
     no_key: "FAIL keys: …SECRET_KEY…RQ_WEBHOOKS_ENCRYPTION_KEYS…",
     other_key: "FAIL keys: A stored secret or header cannot be decrypted with any configured key. Nothing is "
-    "lost: put the key it was stored with back, behind the new one, in RQ_WEBHOOKS_ENCRYPTION_KEYS (or in "
+    "lost: put the key it was stored with back, after the new one, in RQ_WEBHOOKS_ENCRYPTION_KEYS (or in "
     "SECRET_KEY_FALLBACKS, where keys are derived from SECRET_KEY), then run `flask rq-webhooks rekey`.",
     no_dispatcher: "FAIL dispatcher: no heartbeat for 30 s, so nothing is delivered; start "
     "`flask rq-webhooks worker`.",
@@ -703,7 +703,7 @@ def login_first(app: Flask) -> None:
     [
         (of_the_user, "{{ g.user.name.upper() }}", True, "pages appear in 'layout.html'"),
         (of_the_user, "{{ g.user.team.name }}", False, "except for visitors who are not logged in"),
-        (login_first, "{{ g.user.team.name }}", True, "the app wants a login first"),
+        (login_first, "{{ g.user.team.name }}", True, "the app requires a login first"),
     ],
     ids=["set by the app", "needs a login", "redirects"],
 )

@@ -25,7 +25,7 @@ from flask_rq_webhooks.errors import RQWebhooksError
 from flask_rq_webhooks.queue.redis_database import connect
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import confirm
-from flask_rq_webhooks.web.monitoring import everywhere, nothing_comes_of_reports
+from flask_rq_webhooks.web.monitoring import everywhere, reports_are_stuck
 from tests.pipeline import add_endpoint, callbacks, enqueue, open_state, running_dispatcher
 from tests.security.test_rule_pickles import ATTACKS
 from tests.servers import Forwarder, Receiver, valkey_server, wait_until
@@ -260,10 +260,10 @@ def test_a_hook_that_would_end_its_thread_ends_the_dispatcher_with_the_reason(
 
 def test_health_is_not_ok_while_nothing_comes_of_what_is_read(sqlite_url: str, redis_url: str) -> None:
     with open_state(sqlite_url, redis_url) as state:
-        assert not nothing_comes_of_reports(state)
+        assert not reports_are_stuck(state)
         long_ago = int((time.time() - 90) * 1000)
         state.redis.xadd(state.outbox.key, {"entry": "{}"}, id=f"{long_ago}-0")
-        assert nothing_comes_of_reports(state)
+        assert reports_are_stuck(state)
         assert any(alarm.severe and "nothing comes" in alarm.text for alarm in everywhere(state))
 
 

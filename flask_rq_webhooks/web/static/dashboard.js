@@ -30,7 +30,7 @@
     return parts.join(" ");
   }
 
-  // A reader's own time beside UTC, while the pointer or the focus is on a time.
+  // A reader's own time next to UTC, while the pointer or the focus is on a time.
   function showLocal(event) {
     const time = event.target.closest?.("time[datetime]") ?? event.target.querySelector?.(":scope > time[datetime]");
     if (!time || time.dataset.rqwTitle !== undefined || !page.contains(time)) return;
