@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from .._steps import reached
-from ..errors import DecryptionError
+from ..errors import DecryptionError, StorageUnavailableError
 from ..protocol.events import JOB_LOST, TERMINAL_TYPES, Occurrence
 from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
 from ..storage.endpoints import confirm, watch_for_standing
@@ -40,11 +40,10 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 #: The first and the longest pause between two looks at an uncommitted job, seconds, and the share of the
 #: time it has waited.
-FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0007, 0.1, 0.25
+FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0004, 0.1, 0.25
 #: Pauses shorter than this need not end when a new entry comes.
 SHORT_PAUSE_MS = 5.0
 #: So few new reports are waited for within the transaction that is to store them, and so many looks.
-#: PostgreSQL only: SQLite has one writer at a time, and Redis may keep us waiting.
 HELD_REPORTS, HELD_LOOKS = 4, 5
 #: Entries held in memory at most; the rest stays in the stream.
 MAX_WAITING = 5000
@@ -210,7 +209,7 @@ class Ingest:
 
     def _hold(self, reports: Sequence[_Waiting]) -> Held | None:
         """Begin the transaction that stores a few new reports, while RQ commits what they say."""
-        may_wait = not self._state.database.is_sqlite and 0 < len(reports) <= HELD_REPORTS
+        may_wait = 0 < len(reports) <= HELD_REPORTS and self._state.database.reads_freely
         if not may_wait or any(waiting.look_at > waiting.since for waiting in reports):
             return None
         entries = [waiting.entry for waiting in reports]
@@ -401,6 +400,11 @@ class Ingest:
             ]
             if corrections:
                 self._publisher.publish([item for _waiting, item in corrections])
+        except StorageUnavailableError:
+            if held is None:
+                raise
+            self._store_items(items)  # somebody else has written since the transaction began
+            return
         except Exception as exc:  # a bad entry must never block the stream
             if not is_about_a_row(exc):
                 raise  # everything stays in the stream

@@ -37,10 +37,8 @@ _CHUNK = 500
 _TRANSACTION = 100
 #: RQ keeps the last ten results of a job.
 _RESULTS = 10
-#: Bytes of a traceback text that are looked at.
-_MAX_EXC_BYTES = 2**20
-#: Characters of a function's, a queue's and a run's name.
-MAX_NAME = 512
+#: Bytes of a traceback text that are looked at; characters of a function's, a queue's and a run's name.
+_MAX_EXC_BYTES, MAX_NAME = 2**20, 512
 #: Unreadable jobs that are remembered, so that each is logged once.
 _MAX_LOGGED = 10_000
 

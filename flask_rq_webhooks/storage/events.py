@@ -135,16 +135,20 @@ def hold(
     tenants: Collection[str] = (),
     *,
     repeated: bool = False,
+    optimistic: bool = True,
 ) -> Held:
     """Begin the transaction of :func:`ingest`, before it is known what will be stored.
+
+    On SQLite it keeps nobody waiting until then, and storing fails where somebody else has written meanwhile.
 
     :param jobs: whose events may be stored.
     :param named: ids of endpoints that the events may name.
     :param tenants: that the events may name.
-    :param repeated: see :meth:`.Database.write`.
+    :param repeated: see :meth:`.Database.write`, as for *optimistic*.
     """
     with ExitStack() as stack:
-        connection = stack.enter_context(database.write(repeated=repeated, limits_idle=True))
+        write = database.write(repeated=repeated, limits_idle=True, optimistic=optimistic)
+        connection = stack.enter_context(write)
         there = _locked(database, connection, jobs, named, tenants)
         return Held(connection, there, stack.pop_all())
 
@@ -201,7 +205,7 @@ def ingest(
     """
     if not items:
         return []
-    held = held or hold(database, *_around(items), repeated=repeated)
+    held = held or hold(database, *_around(items), repeated=repeated, optimistic=False)
     with held.transaction:
         return _ingest(
             database,

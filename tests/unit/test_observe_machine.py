@@ -406,7 +406,7 @@ class Game:
         self.world.taken.clear()
         state: Any = SimpleNamespace(
             redis=None,
-            database=SimpleNamespace(is_sqlite=False),
+            database=SimpleNamespace(reads_freely=True),
             outbox=self.outbox,
             settings=self.settings,
             cipher=None,
