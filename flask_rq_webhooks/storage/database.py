@@ -114,10 +114,9 @@ class Database:
                 f"SQLite {sqlite3.sqlite_version} is too old for flask_rq_webhooks, which needs 3.35; use a "
                 "Python built with a newer one, or PostgreSQL."
             )
-        self._wal = own_file and host is None
+        self._wal, self._prepares = own_file and host is None, True
         #: Whether a transaction that has only read keeps no writer waiting.
         self.reads_freely = not self.is_sqlite
-        self._prepares = True
         # SQLite has one writer at a time, and those who wait ask again after growing pauses; threads of one
         # process take turns instead. In memory one connection is shared by all, so readers do as well.
         self._turn = threading.RLock()
@@ -291,7 +290,7 @@ class Database:
         cursor = dbapi_connection.cursor()
         if self._wal:
             cursor.execute("PRAGMA journal_mode=WAL")
-        # Of this connection, and where the file is in WAL mode: pages written again and again travel to the file
+        # Of this connection, where the file is in WAL mode: pages written again and again travel to the file
         # once per 16 MB of log instead of once per 4, a fifth of what claiming and recording cost.
         cursor.execute("PRAGMA wal_autocheckpoint=4000")
         cursor.execute("PRAGMA foreign_keys=ON")
