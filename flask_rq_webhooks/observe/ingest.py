@@ -45,6 +45,8 @@ FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0004, 0.1, 0.25
 SHORT_PAUSE_MS = 5.0
 #: So few new reports are waited for within the transaction that is to store them, and so many looks.
 HELD_REPORTS, HELD_LOOKS = 4, 5
+#: Seconds after which it is too old to store in: Redis kept us waiting, and the leases have begun.
+HELD_S = 1.0
 #: Entries held in memory at most; the rest stays in the stream.
 MAX_WAITING = 5000
 
@@ -192,14 +194,14 @@ class Ingest:
                 self._confirm(waiting)
         reports = [waiting for waiting in due if waiting.entry.kind != "confirm"]
         following = self._following_reports(reports)
-        held = self._hold(reports)
+        held, began = self._hold(reports), self._clock()
         with nullcontext() if held is None else held.transaction:
             judged = self._judge(reports, following)
             for _ in range(0 if held is None else HELD_LOOKS):
                 if judged.undecided:
                     time.sleep(FIRST_LOOK_S)
                     judged = self._judge(reports, following)
-            if held is not None and judged.decided:
+            if held is not None and judged.decided and self._clock() - began < HELD_S:
                 self._store(judged, held)
         if judged.close:
             self._look_closely(judged, following)

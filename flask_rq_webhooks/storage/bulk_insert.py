@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     Boolean,
     ColumnElement,
     Connection,
@@ -111,7 +112,13 @@ _INSERT_OR_IGNORE: dict[bool, Callable[[type[Base]], Insert]] = {
 
 
 def insert_new(
-    database: Database, connection: Connection, model: type[Base], rows: Sequence[Mapping[str, Any]]
+    database: Database,
+    connection: Connection,
+    model: type[Base],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    before: CTE | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> set[str]:
     """Insert those of *rows* that violate no unique constraint; return their ids.
 
@@ -120,6 +127,8 @@ def insert_new(
     (``benchmarks/stages.py``), and SQLite's driver keeps a hundred of them, some dozens of megabytes.
 
     :param rows: all with the same keys.
+    :param before: PostgreSQL: done in the same round trip, as often as there are parts of *rows*.
+    :param values: its parameters.
     """
     if not rows:
         return set()
@@ -127,8 +136,8 @@ def insert_new(
     if database.is_sqlite:
         statement, parts = insert_or_ignore(database, model), chunks_of(rows)
     else:
-        statement = _insert_from_json(model, tuple(rows[0]))
-        parts = ({"rows": document} for document in documents_of(rows))
+        statement = _insert_from_json(model, tuple(rows[0]), before)
+        parts = ({"rows": document} | dict(values or {}) for document in documents_of(rows))
     ids = [row["id"] for row in rows]
     if sum(connection.execute(statement, part).rowcount for part in parts) == len(ids):
         return set(ids)
@@ -146,7 +155,7 @@ def _select_ids(model: type[Base]) -> Select[Any]:
 
 
 @lru_cache
-def _insert_from_json(model: type[Base], names: tuple[str, ...]) -> Insert:
+def _insert_from_json(model: type[Base], names: tuple[str, ...], before: CTE | None) -> Insert:
     table = model.__table__
     binary = {name for name in names if isinstance(table.c[name].type, LargeBinary)}
     columns = [column(name, Text() if name in binary else table.c[name].type) for name in names]
@@ -154,7 +163,8 @@ def _insert_from_json(model: type[Base], names: tuple[str, ...]) -> Insert:
     made = func.json_to_recordset(document).table_valued(*columns).render_derived(with_types=True)
     values = [func.decode(made.c[name], "base64") if name in binary else made.c[name] for name in names]
     statement = postgresql.insert(model).from_select(names, select(*values))
-    return statement.on_conflict_do_nothing()
+    statement = statement.on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+    return statement if before is None else statement.add_cte(before)
 
 
 def documents_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

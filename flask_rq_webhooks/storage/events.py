@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, bindparam, select, text, update
+from sqlalchemy import Connection, Text, select, text, update
 
 from .._steps import reached
 from ..protocol.events import (
@@ -30,9 +30,10 @@ from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_js
 from ..tracing import is_same
 from .bulk_insert import chunks_of, insert_new, one_of
 from .claims import store_claimed
-from .database import LIMIT_IDLE, Database
+from .database import Database
+from .feed import take_locks
 from .models import PENDING, SENDING, Delivery, Event, new_id
-from .reported_runs import settle_watches
+from .reported_runs import SETTLE_POSTGRESQL, settle_watches, settlement
 from .subscriptions import (
     AdvanceClaim,
     EndpointRow,
@@ -161,10 +162,10 @@ def _locked(
     tenants: Collection[str],
 ) -> Surroundings:
     jobs = sorted(jobs)
-    least_position = 0 if database.is_sqlite else _take_locks(connection, jobs)
+    least_position = 0 if database.is_sqlite else take_locks(connection, jobs)
     there = look_around(database, connection, jobs, named, tenants)
     # The clock may be set back, as by a failover.
-    clock = (there.now - _EPOCH) // timedelta(microseconds=1)
+    clock = (there.now - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
     there.next_position = max(least_position, there.next_position, clock)
     return there
 
@@ -173,13 +174,9 @@ def ingest(
     database: Database,
     items: Sequence[IngestItem],
     *,
-    render: Render,
-    max_attempts: int,
-    scrub: Scrub | None = None,
-    begin: Begin | None = None,
-    claim: AdvanceClaim | None = None,
     repeated: bool = False,
     held: Held | None = None,
+    **options: Any,
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
@@ -191,33 +188,16 @@ def ingest(
     All or nothing: where *render* or *scrub* raises, nothing of the batch is stored. The caller then
     brings the items one by one, so that one that cannot be stored never holds up the others.
 
-    :param render: the bytes to deliver, from endpoint, event id and occurrence.
-    :param max_attempts: where the endpoint itself sets none.
-    :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
-        ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
-        in place). What it does to ``runid`` and to these is stored, sent and shown.
-    :param begin: called for each event that may be new.
-    :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
-        paused.
     :param repeated: see :meth:`.Database.write`.
     :param held: for the jobs and endpoints of *items*; ended here.
+    :param options: of :func:`ingest_within`.
     :returns: one for each item, in their order.
     """
     if not items:
         return []
     held = held or hold(database, *_around(items), repeated=repeated, optimistic=False)
     with held.transaction:
-        return _ingest(
-            database,
-            held.connection,
-            items,
-            held.there,
-            render=render,
-            max_attempts=max_attempts,
-            scrub=scrub,
-            begin=begin,
-            claim=claim,
-        )
+        return ingest_within(database, held.connection, items, there=held.there, **options)
 
 
 def _around(items: Sequence[IngestItem]) -> tuple[set[str], set[str], set[str]]:
@@ -237,24 +217,23 @@ def ingest_within(
     render: Render,
     max_attempts: int,
     scrub: Scrub | None = None,
-) -> list[IngestedEvent]:
-    """Do what :func:`ingest` does as a part of the caller's transaction."""
-    there = _locked(database, connection, *_around(items))
-    return _ingest(database, connection, items, there, render=render, max_attempts=max_attempts, scrub=scrub)
-
-
-def _ingest(
-    database: Database,
-    connection: Connection,
-    items: Sequence[IngestItem],
-    there: Surroundings,
-    *,
-    render: Render,
-    max_attempts: int,
-    scrub: Scrub | None = None,
     begin: Begin | None = None,
     claim: AdvanceClaim | None = None,
+    there: Surroundings | None = None,
 ) -> list[IngestedEvent]:
+    """Do what :func:`ingest` does as a part of the caller's transaction.
+
+    :param render: the bytes to deliver, from endpoint, event id and occurrence.
+    :param max_attempts: where the endpoint itself sets none.
+    :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
+        ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
+        in place). What it does to ``runid`` and to these is stored, sent and shown.
+    :param begin: called for each event that may be new.
+    :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
+        paused.
+    :param there: what is stored around *items*, where this transaction knows it already.
+    """
+    there = there or _locked(database, connection, *_around(items))
     prepared = [
         item if scrub is None else replace(item, occurrence=_scrubbed(item.occurrence, scrub))
         for item in items
@@ -279,9 +258,7 @@ def _ingest(
         what = event.occurrence
         event.trace = parent if begin is None else begin(event.id, what.type, what.job_id, parent, link)
 
-    by_item, stored = _store_events(
-        database, connection, believed, now, there.next_position, counts=there.counts, complete=complete
-    )
+    by_item, stored, settles = _store_events(database, connection, believed, there, complete=complete)
     rows: list[dict[str, Any]] = []
     for event in stored:
         requests = event.requests if event.created else ask(event)
@@ -301,7 +278,8 @@ def _ingest(
     _cancel_outdated(database, connection, stored)
     for event in stored:
         event.deliveries = made[event.id]
-    settle_watches(database, connection, stored, there.watches, endpoints, now)
+    settled, missing = settlement(stored, there.watches, endpoints, now)
+    settle_watches(database, connection, "" if settles else settled, missing, now)
     seen: set[str] = set()
     by_believed = dict(zip(map(id, believed), by_item, strict=True))
     ingested = []
@@ -362,16 +340,14 @@ def _store_events(
     database: Database,
     connection: Connection,
     items: Sequence[IngestItem],
-    now: datetime,
-    position: int,
+    there: Surroundings,
     *,
-    counts: Mapping[str, int],
     complete: Callable[[StoredEvent], None],
-) -> tuple[list[StoredEvent], list[StoredEvent]]:
-    """Insert what is new and load what is not; return the event of each item, and each event once.
+) -> tuple[list[StoredEvent], list[StoredEvent], bool]:
+    """Insert what is new and load what is not.
 
-    :param counts: how many events each job has.
     :param complete: sets tenant and trace.
+    :returns: the event of each item, each event once, and whether the watches are settled.
     """
     by_key: dict[str, StoredEvent] = {}
     by_item: list[StoredEvent] = []
@@ -390,13 +366,19 @@ def _store_events(
     place = {event.id: number for number, event in enumerate(stored)}
     for event in stored:
         complete(event)
-    _number(stored, dict(counts))
+    _number(stored, dict(there.counts))
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
-    rows = [_event_values(event, now, position + place[event.id]) for event in stored]
-    inserted = insert_new(database, connection, Event, rows)
-    there = sorted(key for key, event in by_key.items() if event.id not in inserted)
-    for keys in chunks_of(there):
+    rows = [_event_values(event, there.now, there.next_position + place[event.id]) for event in stored]
+    # Where no job has an event, these are all new: its endings are known before they are stored.
+    settled = ""
+    if not database.is_sqlite and not there.counts:
+        settled, _missing = settlement(stored, there.watches, there.endpoints, there.now)
+    values = {"settled": settled, "now": there.now} if settled else {}
+    before = _SETTLE if settled else None
+    inserted = insert_new(database, connection, Event, rows, before=before, values=values)
+    known = sorted(key for key, event in by_key.items() if event.id not in inserted)
+    for keys in chunks_of(known):
         query = (
             select(Event.id, Event.run_key, Event.payload, Event.tenant)
             .where(Event.run_key.in_(keys))
@@ -409,7 +391,11 @@ def _store_events(
                 # Stored before the request that the job belongs to was known.
                 connection.execute(update(Event).where(Event.id == event_id).values(tenant=event.tenant))
             event.tenant = tenant or event.tenant
-    return by_item, stored
+    return by_item, stored, bool(settled) and not known
+
+
+#: One round trip less: together with the events.
+_SETTLE = text(f"{SETTLE_POSTGRESQL.text} RETURNING w.id").columns(id=Text).cte("settling")
 
 
 def _end_key(occurrence: Occurrence) -> str | None:
@@ -501,43 +487,3 @@ def _storable(text: str | None) -> str | None:
     if text is None:
         return None
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
-# -- positions in the feed --------------------------------------------------------------------------------
-
-#: First key of the advisory locks; any number that nobody else uses.
-LOCK_CLASS = 0x7271_7769
-#: The second key is a 32-bit number: seconds since this one of the Unix time.
-LOCK_EPOCH_S = 1_500_000_000
-#: The same for the advisory locks of jobs.
-JOB_LOCK_CLASS = 0x7271_7770
-
-
-_EPOCH = datetime.fromtimestamp(0, UTC)
-
-
-def _take_locks(connection: Connection, jobs: Sequence[str]) -> int:
-    """Return a position that no event of this transaction may be below.
-
-    A transaction that stores events of these jobs waits here for others that do, in one order. The feed's
-    lock is held when the next statement reads the clock for the position.
-    """
-    least: int = connection.execute(_LOCK, {"jobs": list(jobs)}).scalar_one()
-    return least
-
-
-_LOCK = text(f"""
-SELECT (:epoch + s.second) * 1000000 AS least, {LIMIT_IDLE},
-       (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
-           SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
-       ) AS keys) AS locked
-FROM (
-    SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
-        SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
-    ) began OFFSET 0
-) s
-""").bindparams(  # noqa: S608  (no value in it)
-    bindparam("epoch", LOCK_EPOCH_S, BigInteger),
-    bindparam("class", LOCK_CLASS),
-    bindparam("job_class", JOB_LOCK_CLASS),
-)
