@@ -23,7 +23,7 @@ from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
 from ..storage.endpoints import confirm, watch_for_standing
 from ..storage.events import Held, IngestItem
 from ..storage.reported_runs import ParkedReport, Reported, park_reports, reported_endings
-from ..storage.sql_errors import is_about_a_row
+from ..storage.sql_errors import is_about_a_row, is_overtaken
 from ..storage.subscriptions import is_endpoint
 from .outcomes import Outcome, Undecided, news, outcome_of
 from .publisher import Publisher, occurrence_of_report
@@ -402,10 +402,10 @@ class Ingest:
             ]
             if corrections:
                 self._publisher.publish([item for _waiting, item in corrections])
-        except StorageUnavailableError:
-            if held is None:
+        except StorageUnavailableError as exc:
+            if held is None or not is_overtaken(exc):
                 raise
-            self._store_items(items)  # somebody else has written since the transaction began
+            self._store_items(items)
             return
         except Exception as exc:  # a bad entry must never block the stream
             if not is_about_a_row(exc):
