@@ -267,7 +267,7 @@ class RQWebhooks:
         :param data: a JSON object.
         :param tenant: the customer whose event it is: its endpoints get it, too. Without it, only operators'.
         :returns: the event's id, which receivers see as ``webhook-id``.
-        :raises ValueError: for another *event_type*, and for a *tenant* that cannot be one.
+        :raises ValueError: for another *event_type*, and for a *tenant* that cannot be a name.
         :raises StorageUnavailableError: when the event cannot be stored.
         """
         if not is_application_type(event_type):
@@ -276,7 +276,9 @@ class RQWebhooks:
                 "begin with 'job.' or 'webhook.', such as 'model.published'."
             )
         if tenant is not None and not tenants.is_tenant(tenant):
-            raise ValueError(f"{tenant!r} is no tenant; use a text of 1 to 128 printable characters.")
+            raise ValueError(
+                f"{tenant!r} is not a tenant's name; use a text of 1 to 128 printable characters."
+            )
         occurrence = Occurrence(
             type=event_type,
             occurred_at=datetime.now(UTC),

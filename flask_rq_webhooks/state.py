@@ -91,7 +91,7 @@ class State:
             self.signing_keys = tuple(SigningKey(text) for text in settings.signing_keys)
         except ValueError as exc:
             raise ConfigurationError(
-                f"RQ_WEBHOOKS_SIGNING_KEYS has an entry that is no key: {exc}."
+                f"RQ_WEBHOOKS_SIGNING_KEYS has an entry that is not a key: {exc}."
             ) from None
         self._db = db
         self._redis_source = redis

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
-from sqlalchemy import event, select, update
+import pytest
+from sqlalchemy import select, update
 
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
 from flask_rq_webhooks.storage.attempts import AttemptRecord, Decision
@@ -124,12 +126,13 @@ def set_values(database: Database, model: type[Base], row_id: str, **values: Any
 def statements_of(database: Database) -> Iterator[list[str]]:
     """Note every statement that is executed meanwhile."""
     statements: list[str] = []
-
-    def note(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
-        statements.append(statement)
-
-    event.listen(database.engine, "before_cursor_execute", note)
-    try:
+    dialect = database.engine.dialect
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):  # the ways to the driver
+            patch.setattr(dialect, name, partial(_note_and_execute, statements, getattr(dialect, name)))
         yield statements
-    finally:
-        event.remove(database.engine, "before_cursor_execute", note)
+
+
+def _note_and_execute(statements: list[str], execute: Any, cursor: Any, statement: str, *rest: Any) -> None:
+    statements.append(statement)
+    execute(cursor, statement, *rest)

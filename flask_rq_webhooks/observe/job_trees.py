@@ -238,8 +238,8 @@ class TreeReporter:
         for row in rows:
             if row.job_id in jobs:
                 continue
-            if row.last_status in TYPE_OF_STATUS:
-                known[row.job_id] = str(row.last_status)
+            if row.evidence in TYPE_OF_STATUS:
+                known[row.job_id] = row.evidence
                 continue
             endings = reported_endings(self._database, [row.job_id]).get(row.job_id, [])
             if endings and (status := _STATUS_OF_TYPE.get(endings[-1].type)) is not None:
@@ -257,7 +257,7 @@ class TreeReporter:
             changed={
                 row.watch_id: statuses[id_]
                 for id_, row in by_job.items()
-                if not row.root and id_ in statuses and statuses[id_] != row.last_status
+                if not row.root and id_ in statuses and statuses[id_] != row.evidence
             },
         )
 

@@ -69,7 +69,7 @@ class SigningKey:
     """An Ed25519 key of the server: ``whsk_`` and base64 of its seed (32 bytes), or seed and public key (64).
 
     :param text: the key as it is configured.
-    :raises ValueError: when *text* is no such key, or its public half belongs to another seed.
+    :raises ValueError: when *text* is not such a key, or its public half belongs to another seed.
     """
 
     text: str = field(repr=False)
@@ -115,7 +115,7 @@ class SigningKey:
 def public_key(text: str) -> Ed25519PublicKey:
     """Return the Ed25519 key that ``whpk_…`` stands for.
 
-    :raises ValueError: when *text* is no such key.
+    :raises ValueError: when *text* is not such a key.
     :raises ImportError: when ``cryptography`` is not installed.
     """
     raw = _decoded(text.removeprefix(PUBLIC_KEY).encode()) if text.isascii() else None

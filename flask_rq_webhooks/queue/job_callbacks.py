@@ -1,7 +1,8 @@
 """Our callbacks on the jobs that are enqueued while a webhook is asked for.
 
 Owns the seam ``Queue.create_job``, through which RQ makes every job that a queue enqueues, and what is
-known of the jobs made there. Knows nothing of requests, SQL, or what an endpoint is.
+known of the jobs made there: most of them ``Queue.enqueue_job`` has written. Knows nothing of requests, SQL,
+or what an endpoint is.
 
 The user's own callbacks stay in charge: ours run after them and carry their dotted path in our own name
 (:mod:`flask_rq_webhooks.callbacks`). Nothing else of a job is changed but the id of the first one that has
@@ -57,6 +58,7 @@ class Attachment:
     :param chosen: says by the dotted name of its function whether a job is to be reported; ``None``: all.
     :param on_created: called with each job where no request asks for them; must not raise.
     :param jobs: the jobs attached, in the order they were made. A job made is not yet a job enqueued.
+    :param written: for each job with an id that no one else can use yet, whether RQ has written it.
     :param watched: ids of jobs that are reported although they do not carry our callbacks.
     :param passed_over: functions of the jobs that were not *chosen*.
     :param refused: whether a job could not be attached, for its id or its queue's database, which is logged.
@@ -71,6 +73,7 @@ class Attachment:
     chosen: Callable[[str], bool] | None = None
     on_created: Callable[[Job], None] = lambda job: None
     jobs: list[Job] = field(default_factory=list)
+    written: dict[str, bool] = field(default_factory=dict)
     watched: set[str] = field(default_factory=set)
     passed_over: list[str] = field(default_factory=list)
     refused: bool = False
@@ -131,6 +134,10 @@ class Queue(rq.Queue):
         """Create a job as RQ does, with our callbacks where a webhook is asked for."""
         return _create_job(super().create_job, self, args, kwargs)
 
+    def enqueue_job(self, *args: Any, **kwargs: Any) -> Job:
+        """Enqueue a job as RQ does."""
+        return _enqueue_job(super().enqueue_job, self, args, kwargs)
+
 
 def attached(queue: rq.Queue) -> rq.Queue:
     """Return a copy of any queue that does what :class:`Queue` does; *queue* itself stays as it is."""
@@ -157,13 +164,15 @@ def instrument() -> None:
     """Let every :class:`rq.Queue` of this process do what :class:`Queue` does.
 
     Safe to call again, from any thread, and beside other wrappers, around or inside this one: it replaces
-    ``create_job`` only, in which ``enqueue``, ``enqueue_call`` and all the others end.
+    ``create_job``, in which ``enqueue``, ``enqueue_call`` and all the others end, and ``enqueue_job``.
     """
     global _instrumented
     with _instrument_lock:
         _instrumented = True
-        if not any(isinstance(layer, _Instrumented) for layer in _layers(rq.Queue.create_job)):
-            rq.Queue.create_job = _Instrumented(rq.Queue.create_job)  # type: ignore[method-assign,assignment]
+        for name, function in (("create_job", _create_job), ("enqueue_job", _enqueue_job)):
+            current = getattr(rq.Queue, name)
+            if not any(isinstance(layer, _Instrumented) for layer in _layers(current)):
+                setattr(rq.Queue, name, _Instrumented(current, function))
 
 
 def uninstrument() -> None:
@@ -174,9 +183,10 @@ def uninstrument() -> None:
     global _instrumented
     with _instrument_lock:
         _instrumented = False
-        current: Any = rq.Queue.create_job
-        if isinstance(current, _Instrumented):
-            rq.Queue.create_job = current.__wrapped__  # type: ignore[method-assign]
+        for name in ("create_job", "enqueue_job"):
+            current: Any = getattr(rq.Queue, name)
+            if isinstance(current, _Instrumented):
+                setattr(rq.Queue, name, current.__wrapped__)
 
 
 def is_instrumented() -> bool:
@@ -185,18 +195,19 @@ def is_instrumented() -> bool:
 
 
 class _Instrumented:
-    """``rq.Queue.create_job`` with our callbacks; a descriptor, as functions are."""
+    """A method of ``rq.Queue`` with ours around it; a descriptor, as functions are."""
 
-    def __init__(self, original: Callable[..., Job]) -> None:
+    def __init__(self, original: Callable[..., Job], function: Callable[..., Job]) -> None:
         functools.update_wrapper(self, original)
         self.__wrapped__ = original
+        self._function = function
 
     def __get__(self, queue: rq.Queue | None, owner: type | None = None) -> Callable[..., Job]:
         return self if queue is None else functools.partial(self, queue)
 
     def __call__(self, queue: rq.Queue, *args: Any, **kwargs: Any) -> Job:
         original = functools.partial(self.__wrapped__, queue)
-        return _create_job(original, queue, args, kwargs) if _instrumented else original(*args, **kwargs)
+        return self._function(original, queue, args, kwargs) if _instrumented else original(*args, **kwargs)
 
 
 def _layers(function: Any) -> Iterable[Any]:
@@ -244,8 +255,21 @@ def _create_job(
             attachment._give_reserved_id_back()
     if requested is not None:
         requested.jobs.append(job)
+        if job_id is None:
+            requested.written[job.id] = False
     else:
         attachment.on_created(job)
+    return job
+
+
+def _enqueue_job(
+    original: Callable[..., Job], _queue: rq.Queue, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Job:
+    job = original(*args, **kwargs)
+    attachment = current_attachment.get()
+    if attachment is not None and job.id in attachment.written:
+        # Without a pipeline of the caller's, RQ has executed its own.
+        attachment.written[job.id] = (args[1] if len(args) > 1 else kwargs.get("pipeline")) is None
     return job
 
 
@@ -351,7 +375,10 @@ class SameDatabase:
         if connection.connection_pool is self._configured.connection_pool:
             return True
         parameters = redis_parameters(connection)
-        if parameters in self._known or parameters == redis_parameters(self._configured):
+        if parameters in self._known:
+            return True
+        if parameters == redis_parameters(self._configured):
+            self._known.add(parameters)
             return True
         identity = redis_identity(connection)
         try:
@@ -419,19 +446,23 @@ _HANDED_OVER = ("deferred", "scheduled", "ready_to_enqueue", "rate_limited")
 
 
 def look_at_jobs(redis: Redis, attachment: Attachment, jobs: Iterable[Job]) -> tuple[list[str], list[str]]:
-    """Say which of the jobs made under an attachment are really there, in one round trip.
+    """Say which of the jobs made under an attachment are really there, in one round trip at most.
 
     A job that was made may never have been enqueued: RQ refuses a duplicate (``unique=True``) only
     afterwards, and a pipeline may not have been executed yet. A hash without our endpoint belongs to an
-    earlier job of the same id and counts for nothing, unless that job is watched.
+    earlier job of the same id and counts for nothing, unless that job is watched. A job under an id of its
+    own, which RQ has written and handed over, is there without a look.
 
     :param jobs: some of :attr:`Attachment.jobs`.
     :returns: ids of the jobs that are there and will be reported, and ids of those without a hash.
     :raises redis.RedisError: when Redis cannot be asked.
     """
     unique = {job.id: job for job in jobs}
+    existing = [id_ for id_, job in unique.items() if attachment.written.get(id_) and was_handed_over(job)]
+    for job_id in existing:
+        del unique[job_id]
     names = read_callback_names(redis, [_text(job.key) for job in unique.values()])
-    existing, unseen = [], []
+    unseen = []
     for job_id, endpoints in zip(unique, names, strict=True):
         if endpoints is None:
             unseen.append(job_id)

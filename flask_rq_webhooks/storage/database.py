@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from inspect import getclosurevars, isfunction
@@ -25,7 +25,6 @@ from sqlalchemy import (
     Connection,
     Dialect,
     Engine,
-    Executable,
     create_engine,
     event,
     func,
@@ -41,7 +40,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePoo
 
 from ..errors import ConfigurationError, StorageUnavailableError
 from .models import Base, UTCDateTime
-from .sql_errors import may_try_again, sqlstate, why_unavailable
+from .sql_errors import sqlstate, why_unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +67,6 @@ LIBPQ_TIMEOUTS = {
 #: Seconds of rest after which a pooled connection to PostgreSQL is checked even where the caller would try
 #: again: one that was used a moment ago is hardly ever dead, and a check costs a round trip.
 PING_AFTER_S = 1.0
-
-#: How often :meth:`Database.execute` tries, and its first pause in seconds, which doubles.
-TRIES, RETRY_PAUSE_S = 4, 0.02
 
 #: What the thread that takes a connection from the pool says about itself.
 _checkout = threading.local()
@@ -114,7 +110,8 @@ class Database:
                 f"SQLite {sqlite3.sqlite_version} is too old for flask_rq_webhooks, which needs 3.35; use a "
                 "Python built with a newer one, or PostgreSQL."
             )
-        self._wal, self._prepares = own_file and host is None, True
+        self._wal = own_file and host is None
+        self._prepares = True
         #: Whether a transaction that has only read keeps no writer waiting.
         self.reads_freely = not self.is_sqlite
         # SQLite has one writer at a time, and those who wait ask again after growing pauses; threads of one
@@ -153,11 +150,10 @@ class Database:
             if host is not None:
                 event.listen(engine, "connect", partial(_listeners_of, host))
         if self.is_sqlite:
-            event.listen(engine, "connect", self._prepare_sqlite)
-            event.listen(engine, "begin", _begin_sqlite)
+            event.listen(engine, "connect", partial(_prepare_sqlite, self._wal))
+            event.listen(engine, "connect", self._note_journal)
         else:
             event.listen(engine, "connect", self._prepare_postgresql)
-            event.listen(engine, "begin", _begin_postgresql)
             event.listen(engine, "checkin", _note_use)
             event.listen(engine, "checkout", partial(_ping_after_rest, engine.dialect))
             event.listen(engine, "handle_error", self._judge_connection)
@@ -165,7 +161,6 @@ class Database:
             event.listen(engine, "before_cursor_execute", self._name_schema, retval=True)
         return engine
 
-    @contextmanager
     def write(
         self,
         *,
@@ -175,7 +170,7 @@ class Database:
         repeated: bool = False,
         limits_idle: bool = False,
         optimistic: bool = False,
-    ) -> Iterator[Connection]:
+    ) -> AbstractContextManager[Connection]:
         """Open one transaction that writes; commit at the end, roll back on an exception.
 
         :param busy_timeout_s: SQLite: wait no longer than this for another writer.
@@ -192,116 +187,66 @@ class Database:
         :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
             tables.
         """
-        options: dict[str, Any] = {
-            "rq_webhooks_write": not (optimistic and self.is_sqlite),
-            "rq_webhooks_durable": durable,
-            "rq_webhooks_repeated": repeated,
-            "rq_webhooks_limits_idle": limits_idle,
-        }
-        if self.is_sqlite:
-            options["rq_webhooks_busy_timeout_s"] = busy_timeout_s
-        elif single_statement:
-            options["isolation_level"] = "AUTOCOMMIT"
-        with self._transaction(options) as connection:
-            yield connection
+        writes = not (optimistic and self.is_sqlite)
+        return self._transaction(writes, single_statement, busy_timeout_s, durable, repeated, limits_idle)
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self) -> AbstractContextManager[Connection]:
         """Open a connection that only reads: one snapshot on SQLite, one per statement on PostgreSQL.
 
         :raises StorageUnavailableError: when the database cannot be reached or lacks our tables.
         """
-        options: dict[str, Any] = {"rq_webhooks_write": False}
-        if not self.is_sqlite:
-            # READ COMMITTED takes a new snapshot per statement anyway; so BEGIN and ROLLBACK are saved.
-            options["isolation_level"] = "AUTOCOMMIT"
-        with self._transaction(options) as connection:
-            yield connection
-
-    def execute(self, statements: Sequence[tuple[Executable, Any]], **options: Any) -> None:
-        """Execute statements in one transaction, and again when that may help.
-
-        It helps after a lost connection, or when PostgreSQL ended the transaction in favour of another one.
-
-        :param statements: with their parameters; executing all of them twice must be as good as once.
-        :param options: of :meth:`write`.
-        :raises StorageUnavailableError: as :meth:`write`.
-        """
-        if not statements:
-            return
-        single = len(statements) == 1 and not isinstance(statements[0][1], list)
-        for left in reversed(range(TRIES)):
-            try:
-                with self.write(single_statement=single, repeated=True, **options) as connection:
-                    for statement, parameters in statements:
-                        connection.execute(statement, parameters)
-                return
-            except StorageUnavailableError as exc:
-                if not left or not may_try_again(exc):
-                    raise
-                time.sleep(RETRY_PAUSE_S * 2 ** (TRIES - 2 - left) if left < TRIES - 1 else 0)
+        # READ COMMITTED takes a new snapshot per statement anyway; so BEGIN and ROLLBACK are saved.
+        return self._transaction(False, True)
 
     @contextmanager
-    def _transaction(self, options: dict[str, Any]) -> Iterator[Connection]:
+    def _transaction(
+        self, writes: bool, single_statement: bool, busy_timeout_s: float | None = None, durable: bool = True,
+        repeated: bool = False, limits_idle: bool = False,
+    ) -> Iterator[Connection]:  # fmt: skip
         if self._pid != os.getpid():
             self._forget_parent()
-        try:
-            with self._my_turn(options), self._connect(options) as connection:
-                if connection.info.get("rq_webhooks_isolated"):
-                    options.pop("isolation_level", None)
-                connection = connection.execution_options(**options)
-                try:
-                    with connection.begin():
-                        yield connection
-                finally:
-                    if self.is_sqlite:
-                        _restore_sqlite(connection)
-        except (DBAPIError, PoolTimeoutError) as exc:
-            why = why_unavailable(exc, self.url, self.schema)
-            if why is None:
-                raise
-            raise StorageUnavailableError(why) from exc
-
-    def _connect(self, options: Mapping[str, Any]) -> Connection:
-        _checkout.repeated = options.get("rq_webhooks_repeated", False)
-        try:
-            return self.engine.connect()
-        finally:
-            _checkout.repeated = False
-
-    @contextmanager
-    def _my_turn(self, options: Mapping[str, Any]) -> Iterator[None]:
-        if not self.in_memory and not (self.is_sqlite and options["rq_webhooks_write"]):
-            yield
-            return
-        timeout_s = options.get("rq_webhooks_busy_timeout_s")
-        if not self._turn.acquire(timeout=BUSY_TIMEOUT if timeout_s is None else timeout_s):
+        turn = self._turn if self.in_memory or (self.is_sqlite and writes) else None
+        if turn and not turn.acquire(timeout=BUSY_TIMEOUT if busy_timeout_s is None else busy_timeout_s):
             raise StorageUnavailableError(
                 f"The database of flask_rq_webhooks ({self.url!r}) cannot be used now: another thread of "
                 "this process has been writing to it all the time."
             )
         try:
-            yield
+            with self._connect(repeated) as connection:
+                restore: list[str] = []
+                if self.is_sqlite:
+                    begin, restore = _sqlite_transaction(connection.info, writes, busy_timeout_s, durable)
+                elif single_statement and not connection.info.get("rq_webhooks_isolated"):
+                    begin = []
+                    connection.execution_options(isolation_level="AUTOCOMMIT")
+                else:
+                    begin = _begin_postgresql(durable, limits_idle)
+                try:
+                    with connection.begin():
+                        for sql in begin:
+                            execute_by_driver(connection, sql)
+                        yield connection
+                finally:
+                    for sql in restore:
+                        execute_by_driver(connection, sql)
+        except (DBAPIError, PoolTimeoutError) as exc:
+            why = why_unavailable(exc, self.url, self.schema)
+            if why is None:
+                raise
+            raise StorageUnavailableError(why) from exc
         finally:
-            self._turn.release()
+            if turn:
+                turn.release()
 
-    def _prepare_sqlite(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-        dbapi_connection.isolation_level = None  # we say BEGIN ourselves, see _begin_sqlite
-        cursor = dbapi_connection.cursor()
-        if self._wal:
-            cursor.execute("PRAGMA journal_mode=WAL")
-        # Of this connection, where the file is in WAL mode: pages written again and again travel to the file
-        # once per 16 MB of log instead of once per 4, a fifth of what claiming and recording cost.
-        cursor.execute("PRAGMA wal_autocheckpoint=4000")
-        cursor.execute("PRAGMA foreign_keys=ON")
-        # FULL: a registration we answered for survives a power failure too. One fsync of the log per commit,
-        # 0.3 ms. NORMAL, 0.02 ms, survives the death of the process; a claim needs no more (durable=False).
-        cursor.execute("PRAGMA synchronous=FULL")
-        record.info["rq_webhooks_busy_ms"] = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
-        # Without WAL a power failure may damage a file that is written with less than FULL.
-        record.info["rq_webhooks_wal"] = cursor.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    def _connect(self, repeated: bool) -> Connection:
+        _checkout.repeated = repeated
+        try:
+            return self.engine.connect()
+        finally:
+            _checkout.repeated = False
+
+    def _note_journal(self, _connection: Any, record: ConnectionPoolEntry) -> None:
         self.reads_freely = record.info["rq_webhooks_wal"]
-        cursor.close()
 
     def _prepare_postgresql(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
         cursor = dbapi_connection.cursor()
@@ -343,8 +288,7 @@ class Database:
     def _name_schema(
         self, _connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any
     ) -> tuple[str, Any]:
-        schema = self.engine.dialect.identifier_preparer.quote(self.schema or "")
-        return _in_schema(statement, schema), parameters
+        return in_schema(statement, self.engine.dialect, self.schema), parameters
 
     def _forget_parent(self) -> None:
         """After a fork, leave the parent its connections, and the turn that one of its threads may have.
@@ -414,9 +358,28 @@ def _listeners_of(host: Engine, dbapi_connection: Any, record: ConnectionPoolEnt
 
 
 @lru_cache(maxsize=1000)
-def _in_schema(statement: str, schema: str) -> str:
+def in_schema(statement: str, dialect: Dialect, schema: str | None) -> str:
     """Return *statement* with the schema before each of our tables, in those written as text, too."""
-    return _OUR_TABLES.sub(lambda match: f"{schema}.{match[0]}", statement)
+    if schema is None:
+        return statement
+    quoted = dialect.identifier_preparer.quote(schema)
+    return _OUR_TABLES.sub(lambda match: f"{quoted}.{match[0]}", statement)
+
+
+def execute_by_driver(connection: Connection, sql: str, rows: Sequence[Any] = ((),)) -> None:
+    """Execute *sql* without SQLAlchemy, whose part of a short statement is the longer one, but for errors.
+
+    :param rows: parameters of each execution, as the driver takes them.
+    """
+    cursor = connection.connection.cursor()
+    try:
+        if len(rows) == 1:
+            connection.dialect.do_execute(cursor, sql, rows[0])
+        else:
+            connection.dialect.do_executemany(cursor, sql, rows)
+    except Exception as exc:
+        connection._handle_dbapi_exception(exc, sql, None, cursor, None)
+    cursor.close()
 
 
 #: The names of our tables where no schema stands before them; not the indexes, whose names end with them.
@@ -430,30 +393,39 @@ def _timeouts(url: URL) -> dict[str, Any]:
 # -- SQLite -------------------------------------------------------------------------------------------------
 
 
-def _begin_sqlite(connection: Connection) -> None:
-    options = connection.get_execution_options()
-    if options.get("rq_webhooks_busy_timeout_s") is not None:
-        _set_pragma(connection, f"busy_timeout={int(options['rq_webhooks_busy_timeout_s'] * 1000)}")
-    if not options.get("rq_webhooks_durable", True) and connection.info["rq_webhooks_wal"]:
-        _set_pragma(connection, "synchronous=NORMAL")
+def _prepare_sqlite(wal: bool, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+    dbapi_connection.isolation_level = None  # we say BEGIN ourselves, see _sqlite_transaction
+    cursor = dbapi_connection.cursor()
+    if wal:
+        cursor.execute("PRAGMA journal_mode=WAL")
+    # Of this connection, and where the file is in WAL mode: pages written again and again travel to the file
+    # once per 16 MB of log instead of once per 4, a fifth of what claiming and recording cost.
+    cursor.execute("PRAGMA wal_autocheckpoint=4000")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    # FULL: a registration we answered for survives a power failure too. One fsync of the log per commit,
+    # measured 0.3 ms against 0.02 ms for NORMAL, which only survives the death of the process; ingest and
+    # record commit per batch and do not feel it. Claims say durable=False: a lease that is undone is free.
+    cursor.execute("PRAGMA synchronous=FULL")
+    record.info["rq_webhooks_busy_ms"] = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
+    # Without WAL a power failure may damage a file that is written with less than FULL.
+    record.info["rq_webhooks_wal"] = cursor.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    cursor.close()
+
+
+def _sqlite_transaction(
+    info: Mapping[Any, Any], writes: bool, busy_timeout_s: float | None, durable: bool
+) -> tuple[list[str], list[str]]:
+    """Return what begins a transaction, and what leaves its connection as it was."""
     # A transaction that reads first and writes later cannot wait for another writer (SQLITE_BUSY at
     # once); one that says IMMEDIATE waits its turn.
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("rq_webhooks_write", True) else "BEGIN")
-
-
-def _restore_sqlite(connection: Connection) -> None:
-    options = connection.get_execution_options()
-    if options.get("rq_webhooks_busy_timeout_s") is not None:
-        _set_pragma(connection, f"busy_timeout={connection.info['rq_webhooks_busy_ms']}")
-    if not options.get("rq_webhooks_durable", True):
-        _set_pragma(connection, "synchronous=FULL")
-
-
-def _set_pragma(connection: Connection, pragma: str) -> None:
-    # On the driver's connection: through SQLAlchemy it would come after BEGIN, where it has no effect.
-    raw: Any = connection.connection.driver_connection
-    if raw is not None:
-        raw.execute(f"PRAGMA {pragma}").close()
+    begin, restore = ["BEGIN IMMEDIATE" if writes else "BEGIN"], []
+    if busy_timeout_s is not None:
+        begin.insert(0, f"PRAGMA busy_timeout={int(busy_timeout_s * 1000)}")
+        restore.append(f"PRAGMA busy_timeout={info['rq_webhooks_busy_ms']}")
+    if not durable and info["rq_webhooks_wal"]:
+        begin.insert(0, "PRAGMA synchronous=NORMAL")
+        restore.append("PRAGMA synchronous=FULL")
+    return begin, restore
 
 
 # -- PostgreSQL ---------------------------------------------------------------------------------------------
@@ -463,15 +435,11 @@ def _set_pragma(connection: Connection, pragma: str) -> None:
 _CONNECTION_IS_USELESS = frozenset({"25006", "57P01", "57P02", "57P03", "57P05"})
 
 
-def _begin_postgresql(connection: Connection) -> None:
-    options = connection.get_execution_options()
-    if options.get("isolation_level") == "AUTOCOMMIT":
-        return
-    settings = [] if options.get("rq_webhooks_limits_idle") else [LIMIT_IDLE]
-    if not options.get("rq_webhooks_durable", True):
+def _begin_postgresql(durable: bool, limits_idle: bool) -> list[str]:
+    settings = [] if limits_idle else [LIMIT_IDLE]
+    if not durable:
         settings.append("set_config('synchronous_commit', 'off', true)")
-    if settings:
-        connection.exec_driver_sql(f"SELECT {', '.join(settings)}").close()
+    return [f"SELECT {', '.join(settings)}"] if settings else []
 
 
 def _note_use(_dbapi_connection: Any, record: ConnectionPoolEntry) -> None:

@@ -24,7 +24,7 @@ ALIVE_S = 30.0
 
 
 def shared_namespace(database: Database) -> str:
-    """Return the namespace of our keys in Redis, made up once per SQL database.
+    """Return the namespace of our keys in Redis, generated once per SQL database.
 
     Two apps with two SQL databases on one Redis so never touch each other's entries. Safe when several
     processes ask for the first time at once.

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
-from sqlalchemy import Executable, bindparam, func, insert, select, update
+from sqlalchemy import Dialect, Executable, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
+from ..errors import StorageUnavailableError
 from ..protocol.events import parse_time
 from .bulk_insert import insert_into
 from .crypto import Cipher
-from .database import Database
+from .database import Database, execute_by_driver, in_schema
 from .models import (
     CLOSED,
     OPEN,
@@ -37,8 +39,15 @@ from .models import (
     new_id,
 )
 from .reported_runs import unbound_watch_id
+from .sql_errors import may_try_again
 
 logger = logging.getLogger(__name__)
+
+#: How often a transaction is tried, and the first pause in seconds, which doubles.
+TRIES, RETRY_PAUSE_S = 4, 0.02
+
+#: A statement, and the parameters of each of its executions.
+Statement = tuple[Executable, Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +60,9 @@ class NewEndpoint(EndpointFields):
 
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     secret: str | None = field(default=None, repr=False)
+
+
+_COLUMNS = tuple(one.name for one in fields(NewEndpoint) if one.name != "secret")
 
 
 def register(
@@ -89,7 +101,7 @@ def register(
             "tenant": endpoint.tenant,
         }
     try:
-        database.execute(insertion(database, rows))
+        _execute(database, insertion(database, rows))
     except IntegrityError:
         # Its id is new, so it is there already only where the first of two tries was committed after all.
         if not endpoint_exists(database, endpoint_id):
@@ -125,7 +137,7 @@ def confirm(
     since = {job_id: min(now, _began(run)) for job_id, run in (runs or {}).items()}
     existing = list(dict.fromkeys(existing))
     unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
-    statements: list[tuple[Executable, Any]] = []
+    statements: list[Statement] = []
     for status, job_ids in ((OPEN, existing), (RESERVED, unseen)):
         rows = [
             {"id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": job_id, "status": status,
@@ -134,20 +146,13 @@ def confirm(
             for job_id in job_ids
         ]  # fmt: skip
         if rows:
-            statement = _INSERT_WATCH[status, database.is_sqlite]
-            statements.append((statement, rows[0] if len(rows) == 1 else rows))
+            statements.append((_INSERT_WATCH[status, database.is_sqlite], rows))
     if reserved_job_id is not None and reserved_job_id not in existing and reserved_job_id not in unseen:
-        close = (
-            update(Watch)
-            .where(
-                Watch.endpoint_id == endpoint_id, Watch.job_id == reserved_job_id, Watch.status == "reserved"
-            )
-            .values(status="closed", settled_at=now)
-        )
-        statements.append((close, None))
+        unused = {"of_endpoint": endpoint_id, "reserved": reserved_job_id, "now": now}
+        statements.append((_CLOSE_UNUSED, [unused]))
     try:
         # Durable: of all jobs but the one whose id was reserved, this is the only record there is.
-        database.execute(statements, busy_timeout_s=busy_timeout_s)
+        _execute(database, statements, busy_timeout_s)
     except IntegrityError:
         # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.
         if endpoint_exists(database, endpoint_id):
@@ -204,7 +209,7 @@ def waiting_for_host(database: Database, host: str, *, at_most: int | None = Non
 
 def rows_of(cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: datetime) -> dict[str, Any]:
     """Return the rows of an endpoint that has no jobs yet, by table."""
-    given = {one.name: getattr(endpoint, one.name) for one in fields(NewEndpoint) if one.name != "secret"}
+    given = {name: getattr(endpoint, name) for name in _COLUMNS}
     row = encoded(given) | {
         "id": endpoint_id,
         "headers": encrypted_headers(cipher, endpoint.headers),
@@ -229,13 +234,13 @@ def secret_row(cipher: Cipher, secret: str, endpoint_id: str, now: datetime) -> 
     }
 
 
-def insertion(database: Database, rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[Executable, Any]]:
+def insertion(database: Database, rows: Mapping[str, Mapping[str, Any]]) -> list[Statement]:
     """Return the statements, with their parameters, that insert one row into each of some tables."""
     if database.is_sqlite:
-        return [(_insert(table), row) for table, row in rows.items()]
+        return [(_insert(table), [row]) for table, row in rows.items()]
     columns = tuple((table, tuple(row)) for table, row in rows.items())
     values = {f"{table}_{name}": value for table, row in rows.items() for name, value in row.items()}
-    return [(_insert_at_once(columns), values)]
+    return [(_insert_at_once(columns), [values])]
 
 
 def encrypted_headers(cipher: Cipher, headers: Mapping[str, str]) -> str | None:
@@ -247,7 +252,57 @@ def _began(run: str) -> datetime:
     return parse_time(run.removeprefix("created:"))
 
 
-# The statements of every request are built once: building them takes longer than running them.
+# The statements of every request are built and compiled once, and executed by the driver: SQLAlchemy would
+# take longer than the database.
+
+
+def _execute(
+    database: Database, statements: Sequence[Statement], busy_timeout_s: float | None = None
+) -> None:
+    """Execute statements in one transaction, and again when that may help.
+
+    It helps after a lost connection, or when PostgreSQL ended the transaction in favour of another one.
+
+    :param statements: executing all of them twice must be as good as once. Defaults of columns are not
+        filled in.
+    :raises StorageUnavailableError: as :meth:`~.database.Database.write`.
+    """
+    single = len(statements) == 1 and len(statements[0][1]) == 1
+    for left in reversed(range(TRIES if statements else 0)):
+        try:
+            with database.write(
+                single_statement=single, repeated=True, busy_timeout_s=busy_timeout_s
+            ) as connection:
+                for statement, rows in statements:
+                    sql, bind = _for_driver(statement, tuple(rows[0]), connection.dialect, database.schema)
+                    execute_by_driver(connection, sql, [bind(row) for row in rows])
+            return
+        except StorageUnavailableError as exc:
+            if not left or not may_try_again(exc):
+                raise
+            time.sleep(RETRY_PAUSE_S * 2 ** (TRIES - 2 - left) if left < TRIES - 1 else 0)
+
+
+@lru_cache(maxsize=100)
+def _for_driver(
+    statement: Any, names: tuple[str, ...], dialect: Dialect, schema: str | None
+) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
+    """Return *statement* with parameters *names* as the driver takes it, and what converts a row of them."""
+    compiled = statement.compile(dialect=dialect, column_keys=list(names))
+    fixed = {name: bind.value for name, bind in compiled.binds.items()}
+    converters = [
+        (name, convert)
+        for name, bind in compiled.binds.items()
+        if (convert := bind.type.dialect_impl(dialect).bind_processor(dialect))
+    ]
+
+    def bind(row: Mapping[str, Any]) -> Any:
+        values = {**fixed, **row}
+        for name, convert in converters:
+            values[name] = convert(values[name])
+        return [values[name] for name in compiled.positiontup] if compiled.positional else values
+
+    return in_schema(compiled.string, dialect, schema), bind
 
 
 @cache
@@ -293,3 +348,13 @@ _INSERT_WATCH = {
     for status, changed in ((OPEN, ("status", "confirmed_at", "run")), (RESERVED, ("run",)))
     for dialect in (sqlite, postgresql)
 }
+
+_CLOSE_UNUSED = (
+    update(Watch)
+    .where(
+        Watch.endpoint_id == bindparam("of_endpoint"),
+        Watch.job_id == bindparam("reserved"),
+        Watch.status == RESERVED,
+    )
+    .values(status=CLOSED, settled_at=bindparam("now"))
+)

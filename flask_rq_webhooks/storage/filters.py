@@ -1,9 +1,9 @@
 """Which deliveries: the filter that lists, recover and cancel share, and how a filtered list is read.
 
 One condition is one index read backwards. With several, a database reads the index of one and discards what
-the others refuse: for two frequent values that never meet, the whole index. Here the rarest condition leads,
-in windows of bounded size, and after :data:`ENOUGH_S` the walk stops where it is: a page may be short, and
-its cursor continues from there.
+the others do not match: for two frequent values that never meet, the whole index. Here the rarest condition
+leads, in windows of bounded size, and after :data:`ENOUGH_S` the walk stops where it is: a page may be short,
+and its cursor continues from there.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _windows(
     began = time.monotonic()
     while True:
         rows = select(Delivery.id, *_COLUMNS.values()).where(_COLUMNS[leader] == wanted[leader], *bounds)
-        # Its own limit keeps the database from looking further for what the others refuse.
+        # Its own limit keeps the database from looking further for what the others do not match.
         window = rows.order_by(Delivery.id.desc()).limit(size).subquery()
         others = [window.c[_COLUMNS[name].key] == value for name, value in wanted.items() if name != leader]
         query = select(window.c.id).where(*others).order_by(window.c.id.desc()).limit(limit - len(ids))

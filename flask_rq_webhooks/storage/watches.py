@@ -260,19 +260,21 @@ def _each(
 class TreeRow:
     """One job of a tree as SQL remembers it.
 
-    :param root: whether a request enqueued it itself; the others were found below.
-    :param last_status: of a member, when it was last seen.
+    :param evidence: of a member, its status when it was last seen.
     """
 
     watch_id: str
-    endpoint_id: str
     job_id: str
     status: str
     run: str | None
-    root: bool
-    last_status: str | None
+    evidence: str | None
     missing_passes: int
     created_at: datetime
+
+    @property
+    def root(self) -> bool:
+        """Return whether a request enqueued it itself; the others were found below."""
+        return self.status != MEMBER
 
 
 def open_trees(database: Database, *, after: str = "", limit: int = 200) -> list[str]:
@@ -310,21 +312,16 @@ def load_trees(database: Database, endpoint_ids: Sequence[str]) -> dict[str, lis
     for chunk in chunks_of(sorted(trees)):
         query = (
             select(
-                Watch.id, Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run, Watch.evidence,
-                Watch.missing_passes, Watch.created_at, Watch.confirmed_at,
+                Watch.id.label("watch_id"), Watch.endpoint_id, Watch.job_id, Watch.status, Watch.run,
+                Watch.evidence, Watch.missing_passes, Watch.created_at,
             )
             .where(Watch.endpoint_id.in_(chunk), Watch.status != CLOSED)
             .order_by(Watch.id)
         )  # fmt: skip
         with database.read() as connection:
             for row in connection.execute(query):
-                root = row.status != MEMBER
-                trees[row.endpoint_id].append(
-                    TreeRow(
-                        row.id, row.endpoint_id, row.job_id, row.status, row.run, root,
-                        None if root else row.evidence, row.missing_passes, row.created_at,
-                    )
-                )  # fmt: skip
+                values: dict[str, Any] = dict(row._mapping)
+                trees[values.pop("endpoint_id")].append(TreeRow(**values))
     return trees
 
 

@@ -108,14 +108,12 @@ def _add_reads(api: Api, state: State) -> None:
         tenant = None if may else own_tenant(state)
         if not may and tenant is None:
             raise ApiError(403, "forbidden", "This needs the permission 'read', or 'status' for one runid.")
-        page = events_after(
-            state.database,
-            cursor=wanted.get("after") or None,
-            runid=runid,
-            event_type=wanted.get("type"),
-            tenant=operations.scoped(wanted, tenant),
-            limit=wanted.get("limit", 50),
-        )
+        chosen = {
+            **wanted,
+            "cursor": wanted.get("cursor") or None,
+            "tenant": operations.scoped(wanted, tenant),
+        }
+        page = events_after(state.database, **chosen)
         return {"items": [_with_payload(state, event) for event in page.items], "cursor": page.cursor}
 
     @api.route("GET", "/api/events/<event_id>", "read", schemas.EventWithPayloadSchema, own=True)
@@ -147,13 +145,8 @@ def _add_reads(api: Api, state: State) -> None:
     )
     def endpoints(wanted: Mapping[str, Any], tenant: str | None) -> Any:
         """Return endpoints, newest first."""
-        page: Page[EndpointView] = queries.list_endpoints(
-            state.database,
-            kind=wanted.get("kind", "standing"),
-            tenant=operations.scoped(wanted, tenant),
-            cursor=wanted.get("cursor"),
-            limit=wanted.get("limit", 50),
-        )
+        chosen = {**wanted, "tenant": operations.scoped(wanted, tenant)}
+        page: Page[EndpointView] = queries.list_endpoints(state.database, **chosen)
         return {"items": [_with_headers(state, item) for item in page.items], "cursor": page.cursor}
 
     @api.route("GET", "/api/endpoints/<endpoint_id>", "read", schemas.EndpointSchema, own=True)

@@ -72,6 +72,11 @@ class Route:
     body: type[Schema] | EndpointBody | None = None
     idempotent: bool = False
 
+    @property
+    def openapi_path(self) -> str:
+        """Return the path as OpenAPI writes it."""
+        return _PART.sub(r"{\1}", self.path)
+
 
 class Api:
     """Adds the routes of the API to a blueprint.
@@ -332,7 +337,7 @@ def openapi_document(state: State, routes: Iterable[Route], *, root: str) -> dic
     _add_endpoint_inputs(spec, state)
     spec.components.schema("Error", schema=schemas.ErrorSchema)
     for route in routes:
-        spec.path(_PART.sub(r"{\1}", route.path), operations={route.method.lower(): _described(route)})
+        spec.path(route.openapi_path, operations={route.method.lower(): _described(route)})
     document = spec.to_dict()
     _move_enums(document)
     sometimes = {

@@ -205,7 +205,7 @@ ResentSchema = _shape("ResentSchema", text="id status")
 
 #: What a change of many deliveries leaves for the next request. ``cursor`` is sent with it, and null when
 #: everything is done. ``remaining`` is counted up to 10,001, and null where it is not known, because the
-#: deliveries are still to be made.
+#: deliveries do not exist yet.
 _LeftSchema = _shape("_LeftSchema", text="cursor?", whole="remaining?")
 #: How many deliveries are due now.
 RecoveredSchema = _shape("RecoveredSchema", _LeftSchema, recovered=fields.Integer(attribute="done"))
@@ -334,9 +334,9 @@ class EraseInput(_Input):
 class FeedInput(_Input):
     """Which part of the feed of events."""
 
-    after = fields.String()
+    after = fields.String(attribute="cursor")
     runid = Text()
-    type = Text()
+    type = Text(attribute="event_type")
     tenant = Text(validate=_TENANT)
     limit = WholeNumber(validate=validate.Range(min=1))
 

@@ -93,7 +93,7 @@ def _add_forms(pages: Pages, state: State) -> None:
             return _form(state, None, 409, {"url": [str(exc)]})
         if not created.generated:
             return done("created", ".page_endpoint", endpoint_id=created.endpoint_id)
-        # In the answer itself: the only way for a secret to be nowhere afterwards.
+        # In this response, not after a redirect: so it is stored nowhere.
         endpoint = operations.standing(state, created.endpoint_id, tenant=tenant)
         return page("secret.html", 201, endpoint=endpoint, secret=created.secret, grace_h=None)
 

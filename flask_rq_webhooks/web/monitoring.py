@@ -77,7 +77,7 @@ def everywhere(state: State) -> list[Alarm]:
         stuck = reports_are_stuck(state)
     except RedisError:
         alarm(
-            "Redis cannot be reached: outcomes of jobs are not seen.",
+            "Redis cannot be reached: outcomes of jobs are not noticed.",
             "Run flask rq-webhooks doctor for the cause.",
             severe=True,
         )

@@ -35,7 +35,7 @@ from ..storage.standing_endpoints import ROTATION_GRACE_S
 from ..storage.standing_endpoints import TenantLimitError as TenantLimitError
 from .api_schemas import endpoint_schema as endpoint_schema
 
-#: Deliveries that one call changes at most, and how many in one transaction.
+#: How many deliveries one call changes at most, and one transaction.
 AT_MOST, PER_PART = 1000, 500
 #: Seconds after which a call begins no further transaction.
 ENOUGH_S = 2.0
@@ -122,7 +122,7 @@ def delivery_filter(values: Mapping[str, Any], tenant: str | None = None) -> Del
 
 
 def delivery(state: State, delivery_id: str, *, tenant: str | None = None) -> DeliveryDetail:
-    """Return one delivery; for a tenant without what is not a client's to know.
+    """Return one delivery; for a tenant, without what clients may not see.
 
     :raises UnknownItemError: when there is no such delivery, or it is not *tenant*'s.
     """
@@ -157,7 +157,7 @@ def list_deliveries(
     cursor: str | None = None,
     limit: int = 50,
 ) -> Page[DeliveryView]:
-    """Return a page of deliveries, newest first; for a tenant without what is not a client's to know.
+    """Return a page of deliveries, newest first; for a tenant, without what clients may not see.
 
     :raises CursorError: when *cursor* is not one of ours.
     """
@@ -167,7 +167,7 @@ def list_deliveries(
 
 
 def _for_tenant(delivery: DeliveryView) -> DeliveryView:
-    """Return a delivery as its tenant may see it: why it failed only as the status route says it.
+    """Return a delivery as its tenant may see it: why it failed only as far as the status route says.
 
     Requests of two tenants may have chosen the same job id; the run is that of the event's tenant.
     """
@@ -204,7 +204,7 @@ class Progress:
     :param done: deliveries.
     :param cursor: where the next call continues; ``None`` when everything is done.
     :param remaining: deliveries that are left, counted up to ``COUNT_CAP`` and one more; ``None`` where it is
-        not known, because they are still to be made.
+        not known, because they do not exist yet.
     """
 
     done: int

@@ -53,8 +53,8 @@ POLICY = (
 #: Inside a host's layout the host's own policy says what may be loaded.
 POLICY_IN_HOST = "frame-ancestors 'self'"
 
-#: Our own layout; and one that holds title, head and content for the host's, with a mark between them that no
-#: text of others contains: it would be escaped.
+#: Our own layout; and one that holds title, head and content for the host's, with a mark between them that
+#: untrusted text cannot contain: it would be escaped.
 OWN_BASE, PARTS_BASE, PARTS_MARK = "rq_webhooks/base.html", "rq_webhooks/_blocks.html", "<!--rqw-part-->"
 TEMPLATES = Path(__file__).with_name("templates")
 

@@ -615,17 +615,18 @@ def test_tables_missing_is_503_that_the_log_explains(
     assert "init-db" in caplog.text
 
 
+@pytest.mark.parametrize("job_id", [None, "nightly"], ids=["id of its own", "chosen id"])
 def test_redis_gone_after_enqueuing_keeps_the_promise(
-    database_url: str, caplog: pytest.LogCaptureFixture
+    database_url: str, job_id: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """RQ took the job, so its ending is reported: as lost, where Redis comes back without it."""
     with valkey_server() as server:
         host = Host(database_url, server.url)
 
         def build() -> Any:
-            job_id = host.enqueue()
+            enqueued = host.enqueue(job_id=job_id)
             server.stop()
-            return {"job_id": job_id}
+            return {"job_id": enqueued}
 
         host.route(build)
         response = host.post()
@@ -636,12 +637,14 @@ def test_redis_gone_after_enqueuing_keeps_the_promise(
             delivered += deliver_all(host.app)
         host.close()
 
+    asked_redis = job_id is not None  # nobody else could write under the id that RQ made up
     job_id = response.get_json()["job_id"]
     assert response.status_code == 200
     assert response.headers["Webhook-Registered"] == "true"
     assert response.headers["Webhook-Job-Id"] == job_id
-    assert watches == [(job_id, "open")]
-    assert "cannot say whether" in caplog.text
+    assert (job_id, "open") in watches
+    assert len(watches) == 1 + asked_redis  # the reserved id was not needed: closed
+    assert ("cannot say whether" in caplog.text) == asked_redis
     assert [(webhook.json["event"], webhook.json["job_id"]) for webhook in delivered] == [
         ("job.lost", job_id)
     ]

@@ -145,14 +145,16 @@ def test_registration_that_was_committed_before_its_connection_died_is_stored_on
     opened: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost: list[str] = []
+    execute = opened.engine.dialect.do_execute
 
-    def lose(connection: Any, cursor: Any, statement: str, *_rest: Any) -> None:
+    def execute_and_lose(cursor: Any, statement: str, *rest: Any) -> None:
+        execute(cursor, statement, *rest)
         if "rq_webhooks_endpoint" in statement and statement.startswith("WITH") and not lost:
             lost.append(statement)
-            connection.connection.driver_connection.close()
-            connection.connection.driver_connection.execute("SELECT 1")  # raises as a lost one does
+            cursor.connection.close()
+            cursor.connection.execute("SELECT 1")  # raises as a lost one does
 
-    sa.event.listen(opened.engine, "after_cursor_execute", lose)
+    monkeypatch.setattr(opened.engine.dialect, "do_execute", execute_and_lose)
     endpoint_id = register(opened, Cipher(["key"]), ENDPOINT, namespace="nnnnnnnn", reserved_job_id="job-1")
 
     assert len(lost) == 1

@@ -24,7 +24,7 @@ from typing import Any, cast
 from requests import PreparedRequest, Response
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
-from urllib3 import HTTPResponse
+from urllib3 import HTTPResponse, Timeout
 
 from ...config import Settings
 from ...errors import ConfigurationError
@@ -38,6 +38,8 @@ from .wire_format import BODY_CAP, BoundedResponse, clean, head_of, request_byte
 
 logger = logging.getLogger(__name__)
 
+#: Timeout of a socket as :mod:`requests` has it: none, the watchdog ends what takes too long.
+_BY_WATCHDOG: Any = Timeout()
 #: Characters of an error that are kept.
 _MAX_DETAIL = 300
 
@@ -169,7 +171,7 @@ class RequestsTransport:
         self._watchdog.watch(attempt)
         try:
             attempt.raise_if_aborted()
-            response = self._adapter.send(_OutgoingRequest(attempt, request))
+            response = self._adapter.send(_OutgoingRequest(attempt, request), timeout=_BY_WATCHDOG)
         except NETWORK_ERRORS as exc:  # only from what stands in for the adapter in tests
             raise failure_of(exc) from exc
         finally:
@@ -188,7 +190,8 @@ class _OutgoingRequest(PreparedRequest):
         self.method = "POST"
         self.url = attempt.checked.url
         self.wire_headers = wire_headers(request)
-        self.headers = CaseInsensitiveDict(self.wire_headers)
+        self.headers = CaseInsensitiveDict()
+        vars(self.headers)["_store"] = self.wire_headers  # as it keeps them; filling it takes far longer
         self.body = request.body
         self.attempt = attempt
 
@@ -297,19 +300,22 @@ class _Exchange:
         """Write the request and read the response; return it, and whether the connection may be kept."""
         proxy_headers = self._connections.forwarding_headers if connection.proxy_is_forwarding else None
         data = request_bytes(
-            self._attempt.checked, self._request.wire_headers, cast(bytes, self._request.body), proxy_headers
+            self._attempt.checked,
+            self._request.wire_headers.values(),
+            cast(bytes, self._request.body),
+            proxy_headers,
         )
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before
             connection.sock.sendall(data)
-        with BoundedResponse(connection.sock, self._attempt) as response:
-            response.begin()
-            outcome = head_of(response.status, response.headers.items())
-            if "error_code" in outcome:
-                return outcome, False
-            # One byte more than is kept, so that a body of just that size is seen to have ended.
-            body = response.read_body(self._body_cap + 1)
-            outcome["response_body"] = body[: self._body_cap]
-            return outcome, response.may_be_followed
+        response = BoundedResponse(connection.sock, self._attempt)
+        response.read_head()
+        outcome = head_of(response.status, response.headers.items())
+        if "error_code" in outcome:
+            return outcome, False
+        # One byte more than is kept, so that a body of just that size is seen to have ended.
+        body = response.read_body(self._body_cap + 1)
+        outcome["response_body"] = body[: self._body_cap]
+        return outcome, response.may_be_followed
 
 
 class DaemonThreads:

@@ -178,8 +178,9 @@ class Watchdog:
             if self._aborted:
                 attempt.abort(transport_closed())
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="rq-webhooks-watchdog", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="rq-webhooks-watchdog", daemon=True)
+                thread.start()
+                self._thread = thread  # only now: the next attempt tries again where there was none to be had
             elif attempt.deadline < self._wakes_at:
                 self._condition.notify()
 

@@ -237,6 +237,9 @@ class ConnectionPool:
                 pool._prepare_proxy(cast(Any, connection))
             if connection.sock is None:
                 connection.connect()
+            # From here on the watchdog alone ends what takes too long: with a timeout of its own, a socket is
+            # polled before every read and write.
+            connection.sock.settimeout(None)
         except Exception as exc:
             by_proxy = connection.proxy is not None and not connection.has_connected_to_proxy
             self.give_back(connection, attempt, keep=False)
@@ -271,7 +274,6 @@ class ConnectionPool:
         connection.attempt = attempt
         try:
             attempt.attach(cast(SocketHandle, connection.handle), reused=True)
-            connection.sock.settimeout(attempt.left_s())
         except BaseException:
             self.give_back(connection, attempt, keep=False)
             raise

@@ -1,8 +1,8 @@
 """HTTP/1.1 on the wire: write a request, read a response, and keep a bounded part of it.
 
-Headers that belong to the connection are set here, whatever the request says. Response heads are read by
-:mod:`http.client`, within bounds and without its surprises. Bodies are read strictly by RFC 9112, never
-decoded, and only up to the cap (SECURITY 8).
+Headers that belong to the connection are set here, whatever the request says. Responses are read strictly by
+RFC 9112, within bounds; :mod:`http.client`, which takes four times the CPU, lends its exceptions. Bodies are
+never decoded, and read only up to the cap (SECURITY 8).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import ssl
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from urllib3.util.ssltransport import SSLTransport
 
@@ -50,7 +50,16 @@ KEPT_HEADERS = (
 )
 _KEPT = frozenset(KEPT_HEADERS)
 _MAX_KEPT_VALUE = 256
-_LENGTH = re.compile(r"[ \t]*[0-9]{1,18}[ \t]*")
+_LENGTH = re.compile(r"[0-9]{1,18}")
+#: Where a line ends, and where the headers do: with the first empty line.
+_LINE = re.compile(rb"\n")
+_HEAD = re.compile(rb"(?:\A|\n)\r?\n")
+_STATUS_LINE = re.compile(r"HTTP/(0\.9|1\.\S+)\s+([1-9][0-9]{2})\s")
+_FIELD = re.compile(r"^([!-9;-~]+):([^\r\n]*)\r?\n", re.MULTILINE)
+#: Lines of a response's headers, the empty one included.
+_MAX_LINES = 100
+_SWITCHING_PROTOCOLS = 101
+_WITHOUT_BODY = frozenset({204, 304})
 #: RFC 9112, 7.1. Python's own ``int`` would have ``-1`` as well, which http.client reads without end.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r\n")
 #: As much as a TLS record holds.
@@ -59,48 +68,48 @@ _READ_BYTES = 16 * 1024
 
 def request_bytes(
     checked: CheckedURL,
-    headers: Mapping[str, str],
+    headers: Iterable[tuple[str, str]],
     body: bytes,
     proxy_headers: Mapping[str, str] | None = None,
 ) -> bytes:
     """Return head and body of a request, for one write.
 
-    :param headers: all headers but ``Host``, as :func:`wire_headers` returns them.
+    :param headers: names and values of all headers but ``Host``.
     :param proxy_headers: for a request that a proxy has to forward: the request line then holds the whole
         URL, and these headers are for the proxy.
     """
     netloc = checked.url[len(checked.scheme) + 3 :].partition("/")[0]
     target = checked.target if proxy_headers is None else checked.url
     head = [f"POST {target} HTTP/1.1\r\nHost: {netloc}\r\n"]
-    head += [f"{name}: {value}\r\n" for name, value in headers.items()]
+    head += [f"{name}: {value}\r\n" for name, value in headers]
     if proxy_headers:
         head += [f"{name}: {value}\r\n" for name, value in proxy_headers.items()]
     head.append("\r\n")
     return "".join(head).encode("ascii") + body
 
 
-def wire_headers(request: AttemptRequest) -> dict[str, str]:
-    """Return all headers but ``Host``, in order; of names that differ in case only, the last one.
+def wire_headers(request: AttemptRequest) -> dict[str, tuple[str, str]]:
+    """Return name and value of all headers but ``Host``, in order, by name in lower case.
+
+    Of names that differ in case only, the last one counts.
 
     :raises Failure: ``internal``, for a name or value that must not be sent; both were validated long before.
     """
-    headers: dict[str, str] = {}
-    names: dict[str, str] = {}
+    headers: dict[str, tuple[str, str]] = {}
     for name, value in request.headers.items():
         lower = _lower(name)
         if lower in _TRANSPORT_HEADERS:
             continue
-        if lower in names:
-            del headers[names[lower]]
-        names[lower] = name
-        headers[name] = value
+        if lower in headers:
+            del headers[lower]
+        headers[lower] = name, value
     together = "".join(request.headers.values())
     if not (together.isascii() and together.isprintable()):
-        for name, value in headers.items():
+        for name, value in headers.values():
             if not _VALUE.fullmatch(value):
                 raise Failure("internal", f"the header {name!r} has characters that must not be sent")
-    headers["Accept-Encoding"] = "identity"
-    headers["Content-Length"] = str(len(request.body))
+    headers["accept-encoding"] = "Accept-Encoding", "identity"
+    headers["content-length"] = "Content-Length", str(len(request.body))
     return headers
 
 
@@ -129,25 +138,22 @@ class _Stream:
         #: Bytes of lines that may still be read.
         self.left = MAX_HEADER_BYTES
 
-    def makefile(self, _mode: str) -> _Stream:
-        """Return this stream, which http.client reads from."""
-        return self
-
-    def readline(self, _limit: int = -1) -> bytes:
-        """Return the next line; empty if the connection ended before its first byte."""
+    def read_to(self, end: re.Pattern[bytes]) -> bytes:
+        """Return what comes up to and with *end*; nothing if the connection ended before its first byte."""
         looked_at = 0
-        while not (end := self._data.find(b"\n", looked_at) + 1):
+        while not (match := end.search(self._data, max(0, looked_at - 2))):  # an end has three bytes at most
             looked_at = len(self._data)
             if looked_at > self.left:
                 break
             if not self._receive():
                 if self._attempt.answered:
-                    raise http.client.IncompleteRead(b"")  # http.client takes it for the end of the headers
+                    raise http.client.IncompleteRead(b"")
                 return b""
-        self.left -= end or looked_at
+        size = match.end() if match else looked_at
+        self.left -= size
         if self.left < 0:
             raise http.client.LineTooLong("headers")
-        return self._take(end)
+        return self._take(size)
 
     def read_up_to(self, size: int) -> bytes:
         """Return *size* bytes, or all there are until the connection ends."""
@@ -177,12 +183,6 @@ class _Stream:
             return bool(sock.incoming.pending or sock.sslobj.pending())
         return False
 
-    def flush(self) -> None:
-        """Nothing is written here."""
-
-    def close(self) -> None:
-        """Nothing to close: the socket is its connection's."""
-
     def _receive(self) -> bool:
         data = self._sock.recv(_READ_BYTES)
         if not data:
@@ -197,8 +197,8 @@ class _Stream:
         return data
 
 
-class BoundedResponse(http.client.HTTPResponse):
-    """A response with bounded headers that skips every interim response.
+class BoundedResponse:
+    """A response with bounded headers, after any interim ones.
 
     :param sock: the connection.
     :param attempt: marked as answered at the first byte.
@@ -206,19 +206,28 @@ class BoundedResponse(http.client.HTTPResponse):
 
     def __init__(self, sock: socket.socket, attempt: RunningAttempt) -> None:
         self._stream = _Stream(sock, attempt)
-        super().__init__(cast(socket.socket, self._stream), method="POST")
-        self._is_doubtful = False
-        self._was_read = False
+        self.status = 0
+        #: By name in lower case; values of one name are joined.
+        self.headers: dict[str, str] = {}
+        self._is_doubtful = self._is_chunked = self._was_read = self._will_close = False
+        self._length: int | None = None
 
-    def begin(self) -> None:
-        """Read status line and headers."""
-        super().begin()
-        while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
-            self.headers = cast(Any, None)  # http.client skips 100, but takes 103 for the final response
-            super().begin()
-        self._judge_framing()
-        if self.status < 200 or self.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED):
-            self.chunked, self.length = False, 0  # whatever the headers say
+    def read_head(self) -> None:
+        """Read status line and headers.
+
+        :raises http.client.HTTPException: when they are malformed, too long or incomplete.
+        """
+        version = head = ""
+        while self.status < 200 and self.status != _SWITCHING_PROTOCOLS:
+            if not (line := self._stream.read_to(_LINE).decode("latin-1")):
+                raise http.client.RemoteDisconnected("the connection was closed without a response")
+            if not (match := _STATUS_LINE.match(line)):
+                raise http.client.BadStatusLine(line)
+            version, self.status = match[1], int(match[2])
+            head = self._stream.read_to(_HEAD).decode("latin-1")
+            if head.count("\n") > _MAX_LINES:
+                raise http.client.HTTPException(f"more than {_MAX_LINES} lines of headers")
+        self._judge_framing(version in ("0.9", "1.0"), head)
 
     def read_body(self, limit: int) -> bytes:
         """Return the body undecoded, at most its first *limit* bytes; nothing if its end is in doubt.
@@ -228,43 +237,53 @@ class BoundedResponse(http.client.HTTPResponse):
         """
         if self._is_doubtful:
             return b""
-        if self.chunked:
+        if self._is_chunked:
             return self._read_chunks(limit)
-        if self.length is None:
+        if self._length is None:
             return self._stream.read_up_to(limit)
-        self._was_read = self.length <= limit
-        return self._stream.read_exactly(min(self.length, limit))
+        self._was_read = self._length <= limit
+        return self._stream.read_exactly(min(self._length, limit))
 
     @property
     def may_be_followed(self) -> bool:
         """Say whether it was read to its end, nothing came after it, and the connection stays open."""
-        return self._was_read and not self.will_close and not self._stream.has_more
+        return self._was_read and not self._will_close and not self._stream.has_more
 
-    def _judge_framing(self) -> None:
+    def _judge_framing(self, is_old: bool, head: str) -> None:
         """Keep only the status where other parsers may see the end of the body elsewhere (RFC 9112, 6.3)."""
-        lengths = self.headers.get_all("content-length", [])
-        codings = [coding.strip().lower() for coding in self.headers.get_all("transfer-encoding", [])]
-        self.chunked = codings == ["chunked"]
-        self._is_doubtful = bool(
-            self.msg.defects
-            or self.msg.get_payload()
-            or len(lengths) > 1
-            or (lengths and not _LENGTH.fullmatch(lengths[0]))
-            or (codings and not self.chunked)
+        headers, fields = self.headers, _FIELD.findall(head)
+        for name, value in fields:
+            name, value = name.lower(), value.strip(" \t")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+        self._is_chunked = coding is not None and coding.lower() == "chunked"
+        self._is_doubtful = (
+            len(fields) + 1 < head.count("\n")  # a line that is no header, or continues one
+            or not (length is None or _LENGTH.fullmatch(length))
+            or not (coding is None or self._is_chunked)
         )
-        if self._is_doubtful or (lengths and codings) or self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
-            self.will_close = True
+        connection = headers.get("connection", "").lower()
+        self._will_close = (
+            self._is_doubtful
+            or (length is not None and coding is not None)
+            or self.status == _SWITCHING_PROTOCOLS
+            or ("keep-alive" not in connection if is_old else "close" in connection)
+        )
+        if self.status < 200 or self.status in _WITHOUT_BODY:
+            self._is_chunked, self._length = False, 0  # whatever the headers say
+        elif length is not None and not self._is_doubtful:
+            self._length = int(length)
 
     def _read_chunks(self, limit: int) -> bytes:
         body = bytearray()
         while len(body) < limit:
             self._stream.left = MAX_HEADER_BYTES
-            line = self._stream.readline()
+            line = self._stream.read_to(_LINE)
             if not (match := _CHUNK_SIZE.fullmatch(line)):
                 raise http.client.HTTPException(f"{line[:40]!r} is not the size of a chunk")
             size = int(match[1], 16)
             if size == 0:
-                while self._stream.readline() not in (b"\r\n", b"\n"):
+                while self._stream.read_to(_LINE) not in (b"\r\n", b"\n"):
                     pass  # trailers
                 self._was_read = True
                 break
