@@ -21,7 +21,7 @@ from ..errors import DecryptionError, StorageUnavailableError
 from ..protocol.events import JOB_LOST, TERMINAL_TYPES, Occurrence
 from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
 from ..storage.endpoints import confirm, watch_for_standing
-from ..storage.events import Held, IngestItem
+from ..storage.events import Held, IngestItem, hold
 from ..storage.reported_runs import ParkedReport, Reported, park_reports, reported_endings
 from ..storage.sql_errors import is_about_a_row, is_overtaken
 from ..storage.subscriptions import is_endpoint
@@ -215,7 +215,8 @@ class Ingest:
         if not may_wait or any(waiting.look_at > waiting.since for waiting in reports):
             return None
         entries = [waiting.entry for waiting in reports]
-        return self._publisher.hold({one.job_id for one in entries}, {one.endpoint for one in entries})
+        jobs, named = {one.job_id for one in entries}, {one.endpoint for one in entries}
+        return hold(self._state.database, jobs, named, repeated=True)
 
     def _judge(self, reports: Sequence[_Waiting], following: Mapping[str, OutboxEntry]) -> _Judged:
         """Return what RQ's hashes say of the reported runs, and which reports they do not suffice for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,7 +38,7 @@ from ..queue.outbox_entry import OutboxEntry
 from ..queue.safe_pickle import UNKNOWN, progress_in
 from ..storage import reported_runs
 from ..storage.database import Database
-from ..storage.events import Held, IngestedEvent, IngestItem, hold, ingest, ingest_within
+from ..storage.events import Held, IngestedEvent, IngestItem, ingest, ingest_within
 from ..storage.sql_errors import is_about_a_row
 from ..storage.subscriptions import AdvanceClaim
 from ..storage.watches import WatchRow
@@ -108,21 +108,13 @@ class Publisher:
         """Return where events are stored."""
         return self._state.database
 
-    def hold(self, jobs: Collection[str], named: Collection[str]) -> Held:
-        """Begin the transaction in which what *jobs* come to may be stored.
-
-        :param named: ids of endpoints that will be named.
-        :raises StorageUnavailableError: when SQL cannot be reached.
-        """
-        return hold(self._state.database, jobs, named, repeated=self._sender is not None)
-
     def publish(
         self, items: Sequence[IngestItem], *, max_attempts: int | None = None, held: Held | None = None
     ) -> list[IngestedEvent]:
         """Store *items* in one transaction, then emit ``event_recorded`` for those that are new.
 
         :param max_attempts: of a delivery to an endpoint that sets none; ``MAX_ATTEMPTS`` by default.
-        :param held: the transaction, where it has begun: :meth:`hold`.
+        :param held: the transaction, where it has begun.
         :raises StorageUnavailableError: when SQL cannot be reached; nothing of *items* is stored.
         """
         state = self._state

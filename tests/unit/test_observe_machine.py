@@ -411,9 +411,7 @@ class Game:
             settings=self.settings,
             cipher=None,
         )
-        publisher: Any = SimpleNamespace(
-            publish=self.world.publish, hold=lambda *_around: SimpleNamespace(transaction=ExitStack())
-        )
+        publisher: Any = SimpleNamespace(publish=self.world.publish)
         self.ingest = Ingest(state, consumer="c", publisher=publisher, clock=self.monotonic)
         self.reconciler = Reconciler(
             state.database, state.redis, publish=self.world.publish, settings=self.settings, outbox_key="k",
@@ -454,6 +452,7 @@ def instead_of_redis_and_sql(world: World) -> Iterator[None]:
     reported = "flask_rq_webhooks.storage.reported_runs"
     with ExitStack() as stack:
         for target, replacement in {
+            f"{observe}.ingest.hold": lambda *_around, **_options: SimpleNamespace(transaction=ExitStack()),
             f"{observe}.ingest.FIRST_LOOK_S": 0.0,
             f"{observe}.ingest.HELD_LOOKS": 2,
             f"{observe}.ingest.read_endings": world.read_jobs,
