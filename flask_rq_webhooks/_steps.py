@@ -14,7 +14,7 @@ attempt made      the receiver has answered, nothing is recorded
 attempt recorded  the attempt is recorded
 newer stored      a transaction holds newer progress or an ending, and older deliveries are still to be sent
 older canceled    they are canceled in the same transaction, which is not committed
-reconcile found   endings nobody reported were found, nothing is stored
+reconcile found   endings without a report were found, nothing is stored
 reconcile stored  they are stored, their watches are not updated
 ================  =========================================================================
 """
@@ -27,12 +27,12 @@ _hook: Callable[[str], None] | None = None
 
 
 def install(hook: Callable[[str], None] | None) -> None:
-    """Let *hook* be called with the name of every step this process reaches; ``None`` removes it."""
+    """Call *hook* with the name of every step this process reaches; ``None`` removes it."""
     global _hook
     _hook = hook
 
 
 def reached(step: str) -> None:
-    """Say that this process has reached *step*."""
+    """Report that this process has reached *step*."""
     if _hook is not None:
         _hook(step)

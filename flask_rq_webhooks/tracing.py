@@ -1,9 +1,9 @@
-"""Traces: the W3C trace context of a request goes on to the webhooks about its jobs.
+"""Traces: the webhooks about a request's jobs continue its W3C trace context.
 
-A trace is stored and passed on as one text: a valid ``traceparent``, and after a blank the ``tracestate`` if
+A trace is stored and passed on as one text: a valid ``traceparent``, and after a space the ``tracestate`` if
 there is one. Where the process has loaded OpenTelemetry, registering, storing an event and every attempt are
-spans of that trace as well. Nothing is imported from here: without a host that has loaded the API there is
-nobody who exports spans. Knows nothing of what a trace belongs to.
+spans of that trace as well. Nothing is imported from here: if the host has not loaded the API, no spans are
+exported. Knows nothing of what a trace belongs to.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _api() -> Any:
 
 
 def _harmless(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let no error of OpenTelemetry, or of what a host plugged into it, reach the pipeline."""
+    """Keep errors of OpenTelemetry, and of what a host plugged into it, out of the pipeline."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +148,7 @@ def start(
 
 @_harmless
 def end(span: Any, error: str | None = None, **attributes: Any) -> None:
-    """End a span of :func:`start`; ``None`` is none.
+    """End a span of :func:`start`; do nothing for ``None``.
 
     :param error: what went wrong, a stable code.
     """

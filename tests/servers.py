@@ -61,15 +61,20 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], Any], *, timeout: float = 30, what: str = "") -> Any:
-    """Return the first true value of *condition*, asked every 10 ms; fail after *timeout* seconds."""
-    deadline = time.monotonic() + timeout
+    """Return the first true value of *condition*; fail after *timeout* seconds.
+
+    It is asked every 10 ms at first, then at intervals of a tenth of the time waited, at most 0.1 s: many
+    conditions are queries.
+    """
+    began = time.monotonic()
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout:
             raise AssertionError(f"not within {timeout} s: {what or condition}")
-        time.sleep(0.01)
+        time.sleep(min(max(0.01, waited / 10), 0.1))
 
 
 class Forked:
@@ -117,10 +122,12 @@ class Zygote:
     _socket: socket.socket | None = None
 
     @classmethod
-    def fork(cls, module: str, arguments: Sequence[str], *, env: dict[str, str], output: int,
+    def fork(cls, module: str, arguments: Sequence[str], *, env: dict[str, str], cwd: Path | str, output: int,
              own_group: bool) -> Forked:  # fmt: skip
         """Run ``python -m module *arguments*`` without the imports."""
-        wanted = {"module": module, "arguments": arguments, "env": env, "own_group": own_group}
+        wanted = {
+            "module": module, "arguments": arguments, "env": env, "cwd": str(cwd), "own_group": own_group,
+        }  # fmt: skip
         status, written = os.pipe()
         try:
             with cls._lock:
@@ -164,9 +171,10 @@ class Process:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})}
         self.popen: subprocess.Popen[bytes] | Forked
         self._guard: subprocess.Popen[bytes] | None = None
-        if arguments[:2] == ("python", "-m") and cwd == ROOT and env["PYTHONPATH"] == str(ROOT):
+        # A process that is not to find us has to import what it does find.
+        if arguments[:2] == ("python", "-m") and str(ROOT) in env["PYTHONPATH"].split(os.pathsep):
             self.popen = Zygote.fork(
-                arguments[2], arguments[3:], env=env, output=self.log.fileno(), own_group=own_group
+                arguments[2], arguments[3:], env=env, cwd=cwd, output=self.log.fileno(), own_group=own_group
             )
             return
         self.popen = subprocess.Popen(

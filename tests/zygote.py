@@ -27,6 +27,7 @@ MAX_MESSAGE_BYTES = 256 * 1024
 #: What nearly every process of the tests imports.
 MODULES = (
     "flask.cli",
+    "flask_migrate",
     "flask_rq_webhooks.cli",
     "flask_rq_webhooks.dispatch.dispatcher",
     "flask_rq_webhooks.web.blueprint",
@@ -42,7 +43,7 @@ MODULES = (
 def preload() -> None:
     """Import the libraries, and what they and Flask's commands look up among all that is installed."""
     for module in MODULES:
-        with suppress(ImportError):  # an older RQ has no rq.cron
+        with suppress(ImportError):  # an older RQ has no rq.cron, and not every environment Flask-Migrate
             importlib.import_module(module)
     for command in importlib.metadata.entry_points(group="flask.commands"):
         command.load()
@@ -120,9 +121,12 @@ def main() -> None:
         return
     if wanted["own_group"]:
         os.setsid()
+    os.chdir(wanted["cwd"])
     os.environ.clear()
     os.environ.update(wanted["env"])
     time.tzset()
+    # Instead of our folder and our PYTHONPATH, which is one folder.
+    sys.path[:2] = [wanted["cwd"], *wanted["env"]["PYTHONPATH"].split(os.pathsep)]
     sys.argv = ["-m", *wanted["arguments"]]
     sys.orig_argv = [sys.executable, "-m", wanted["module"], *wanted["arguments"]]
     runpy.run_module(wanted["module"], run_name="__main__", alter_sys=True)

@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -214,7 +214,8 @@ def take_fields_before_parsers() -> None:
     if options is not None:
         asked = asked_in_request()
         assert asked is not None  # noqa: S101  (in a request)
-        asked.take(body=options.body, hide=options.hide)
+        with suppress(InvalidWebhookError):  # raised again in the view's wrapper, which answers it
+            asked.fields(body=options.body, hide=options.hide)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -113,29 +113,14 @@ def register(
         raise DestinationBusyError(
             details={"webhook_url": ["Too many deliveries wait for this host already; try again later."]}
         )
-    reserved_job_id = str(uuid.uuid4()) if watched is None else None
-    endpoint_id = _store(
-        state,
-        endpoints.NewEndpoint(
-            url=wanted.url,
-            host=wanted.host,
-            headers=wanted.headers,
-            secret=wanted.secret,
-            events=wanted.events or (None if events is None else tuple(events)),
-            scope=scope,
-            format=wanted.format,
-            sign_payload=wanted.sign_payload,
-            reference=wanted.reference,
-            runid=runid_text(runid),
-            timeout_s=wanted.timeout_s,
-            max_attempts=wanted.max_attempts,
-            tenant=None if state.hooks.tenant_function is None else current_tenant(state),
-        ),
-        reserved_job_id=reserved_job_id,
-        watched_job_id=None if watched is None else watched.id,
-        counts_from=None if watched is None else _began(watched),
-    )
-    return _attachment(state, endpoint_id, reserved_job_id, ignores_argument, chosen)
+    endpoint = endpoints.NewEndpoint(
+        url=wanted.url, host=wanted.host, headers=wanted.headers, secret=wanted.secret, format=wanted.format,
+        events=wanted.events or (None if events is None else tuple(events)), scope=scope,
+        sign_payload=wanted.sign_payload, reference=wanted.reference, runid=runid_text(runid),
+        timeout_s=wanted.timeout_s, max_attempts=wanted.max_attempts,
+        tenant=None if state.hooks.tenant_function is None else current_tenant(state),
+    )  # fmt: skip
+    return _store(state, endpoint, ignores_argument, chosen, watched)
 
 
 def subscribe(
@@ -153,42 +138,36 @@ def subscribe(
     :param events: types that those want.
     :returns: ``None`` where it cannot be stored; nothing was asked for, so the request goes on without.
     """
-    reserved_job_id = str(uuid.uuid4())
     stands_for = endpoints.NewEndpoint(
         url="", host="", kind=SUBSCRIBED, events=tuple(sorted(events)), scope=scope, runid=runid_text(runid),
         tenant=tenant,
     )  # fmt: skip
     try:
-        endpoint_id = _store(state, stands_for, reserved_job_id=reserved_job_id)
+        return _store(state, stands_for, ignores_argument, chosen)
     except StorageUnavailableError as exc:
         logger.error("The jobs of a request will not be reported to the endpoints of its tenant: %s", exc)
         return None
-    return _attachment(state, endpoint_id, reserved_job_id, ignores_argument, chosen)
 
 
-def _store(state: State, endpoint: endpoints.NewEndpoint, **watch: Any) -> str:
-    with tracing.registering(request.headers if has_request_context() else None) as trace:
-        if trace is not None:
-            endpoint = replace(endpoint, trace=trace)
-        return endpoints.register(state.database, state.cipher, endpoint, namespace=state.namespace, **watch)
-
-
-def _attachment(
+def _store(
     state: State,
-    endpoint_id: str,
-    reserved_job_id: str | None,
+    endpoint: endpoints.NewEndpoint,
     ignores_argument: bool,
     chosen: Callable[[str], bool] | None,
+    watched: Job | None = None,
 ) -> Attachment:
+    reserved_job_id = str(uuid.uuid4()) if watched is None else None
+    with tracing.registering(request.headers if has_request_context() else None) as trace:
+        endpoint_id = endpoints.register(
+            state.database, state.cipher, endpoint if trace is None else replace(endpoint, trace=trace),
+            namespace=state.namespace, reserved_job_id=reserved_job_id,
+            watched_job_id=None if watched is None else watched.id,
+            counts_from=None if watched is None else _began(watched),
+        )  # fmt: skip
     reached("registered")
     _warn_if_nobody_delivers(state)
-    return Attachment(
-        endpoint_id=endpoint_id,
-        token=make_token(endpoint_id, state.settings.outbox_maxlen, ignores_argument=ignores_argument),
-        reserved_job_id=reserved_job_id,
-        same_database=same_database(state),
-        chosen=chosen,
-    )
+    token = make_token(endpoint_id, state.settings.outbox_maxlen, ignores_argument=ignores_argument)
+    return Attachment(endpoint_id, token, reserved_job_id, same_database(state), chosen)
 
 
 @contextmanager
@@ -332,14 +311,10 @@ def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[
     on_their_way = [job_id for job_id in unseen if job_id in handed_over]
     try:
         endpoints.confirm(
-            state.database,
-            attachment.endpoint_id,
-            existing=existing,
-            unseen=unseen,
+            state.database, attachment.endpoint_id, existing=existing, unseen=unseen, runs=runs,
             reserved_job_id=attachment.reserved_job_id if jobs is attachment.jobs else None,
-            runs=runs,
             busy_timeout_s=CONFIRM_BUSY_TIMEOUT_S,
-        )
+        )  # fmt: skip
     except (StorageUnavailableError, SQLAlchemyError) as exc:
         logger.info("Jobs %r are confirmed through the outbox: %s", job_ids, exc)
         confirm_later(state, attachment.endpoint_id, existing, on_their_way, runs)

@@ -176,6 +176,7 @@ def _put_back(request: Request, data: bytes) -> None:
 class Asked:
     """What one request asks for, and what its response says of it.
 
+    :ivar has_fields: whether the request asks for a webhook in so many words.
     :ivar decorated: whether a decorated function has run.
     :ivar attachment: of the request's own webhook, once it is registered.
     :ivar watched: ids of the jobs handed to ``watch``, whether or not a webhook was asked for.
@@ -189,7 +190,7 @@ class Asked:
         self._job_ids: dict[str, None] = {}
         self._registered = False
         self._why_not: str | None = None
-        self._is_marked = False
+        self.has_fields = False
         self.decorated = False
         self.attachment: Attachment | None = None
         self.watched: set[str] = set()
@@ -200,30 +201,21 @@ class Asked:
         :raises InvalidWebhookError: at every call, for fields that cannot be taken.
         """
         if not self._is_taken:
-            self.take(body=body, hide=hide)
+            self._is_taken = True
+            try:
+                self._taken = take_fields(self._request, body=body, hide=hide)
+            except InvalidWebhookError as exc:
+                self._taken = exc
+            if self._taken is not None:
+                self.mark_response()
         if isinstance(self._taken, InvalidWebhookError):
             raise self._taken
         return self._taken
 
-    def take(self, *, body: bool, hide: str) -> None:
-        """Take the fields from the request; see :func:`.request_fields.take_fields`."""
-        self._is_taken = True
-        try:
-            self._taken = take_fields(self._request, body=body, hide=hide)
-        except InvalidWebhookError as exc:
-            self._taken = exc
-        if self._taken is not None:
-            self.mark_response()
-
-    @property
-    def has_fields(self) -> bool:
-        """Say whether the request asks for a webhook in so many words."""
-        return self._is_marked
-
     def mark_response(self) -> None:
         """Let the response say whether a webhook was registered."""
-        if not self._is_marked:
-            self._is_marked = True
+        if not self.has_fields:
+            self.has_fields = True
             after_this_request(self._mark)
 
     def note(self, job_ids: Sequence[str], why_not: str | None = None) -> None:

@@ -80,17 +80,12 @@ def load_webhook(
     checked: CheckedURL = data["webhook_url"]
     events = data.get("webhook_events")
     return WebhookRequest(
-        url=checked.url,
-        host=checked.host_key,
-        format=data.get("webhook_format", settings.format),
-        headers=data.get("webhook_headers", {}),
-        secret=data.get("webhook_secret"),
-        events=None if events is None else tuple(events),
-        sign_payload=data.get("sign_payload", False),
-        reference=data.get("webhook_reference"),
-        timeout_s=data.get("webhook_timeout"),
+        url=checked.url, host=checked.host_key, format=data.get("webhook_format", settings.format),
+        headers=data.get("webhook_headers", {}), secret=data.get("webhook_secret"),
+        events=None if events is None else tuple(events), sign_payload=data.get("sign_payload", False),
+        reference=data.get("webhook_reference"), timeout_s=data.get("webhook_timeout"),
         max_attempts=data.get("webhook_retry_count"),
-    )
+    )  # fmt: skip
 
 
 def flat_details(exc: ValidationError) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import sys
 import threading
@@ -171,7 +172,7 @@ def instrument() -> None:
         _instrumented = True
         for name, function in (("create_job", _create_job), ("enqueue_job", _enqueue_job)):
             current = getattr(rq.Queue, name)
-            if not any(isinstance(layer, _Instrumented) for layer in _layers(current)):
+            if not _is_ours(inspect.unwrap(current, stop=_is_ours)):
                 setattr(rq.Queue, name, _Instrumented(current, function))
 
 
@@ -185,7 +186,7 @@ def uninstrument() -> None:
         _instrumented = False
         for name in ("create_job", "enqueue_job"):
             current: Any = getattr(rq.Queue, name)
-            if isinstance(current, _Instrumented):
+            if _is_ours(current):
                 setattr(rq.Queue, name, current.__wrapped__)
 
 
@@ -210,10 +211,8 @@ class _Instrumented:
         return self._function(original, queue, args, kwargs) if _instrumented else original(*args, **kwargs)
 
 
-def _layers(function: Any) -> Iterable[Any]:
-    while function is not None:
-        yield function
-        function = getattr(function, "__wrapped__", None)
+def _is_ours(method: Any) -> bool:
+    return isinstance(method, _Instrumented)
 
 
 # -- jobs ---------------------------------------------------------------------------------------------------

@@ -377,7 +377,7 @@ def execute_by_driver(connection: Connection, sql: str, rows: Sequence[Any] = ((
             connection.dialect.do_execute(cursor, sql, rows[0])
         else:
             connection.dialect.do_executemany(cursor, sql, rows)
-    except Exception as exc:
+    except BaseException as exc:  # the end of a greenlet, too, leaves a connection that is good for nothing
         connection._handle_dbapi_exception(exc, sql, None, cursor, None)
     cursor.close()
 

@@ -91,15 +91,11 @@ def register(
     rows = rows_of(cipher, endpoint, endpoint_id, now)
     if reserved_job_id is not None or watched_job_id is not None:
         rows[Watch.__tablename__] = {
-            "id": new_id("wat"),
-            "endpoint_id": endpoint_id,
-            "job_id": reserved_job_id or watched_job_id,
-            "status": RESERVED if reserved_job_id else OPEN,
-            "missing_passes": 0,
-            "created_at": min(now, counts_from or now),
-            "confirmed_at": None if reserved_job_id else now,
+            "id": new_id("wat"), "endpoint_id": endpoint_id, "job_id": reserved_job_id or watched_job_id,
+            "status": RESERVED if reserved_job_id else OPEN, "missing_passes": 0,
+            "created_at": min(now, counts_from or now), "confirmed_at": None if reserved_job_id else now,
             "tenant": endpoint.tenant,
-        }
+        }  # fmt: skip
     try:
         _execute(database, insertion(database, rows))
     except IntegrityError:
@@ -211,13 +207,9 @@ def rows_of(cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: dateti
     """Return the rows of an endpoint that has no jobs yet, by table."""
     given = {name: getattr(endpoint, name) for name in _COLUMNS}
     row = encoded(given) | {
-        "id": endpoint_id,
-        "headers": encrypted_headers(cipher, endpoint.headers),
-        "enabled": True,
-        "failures": 0,
-        "created_at": now,
-        "updated_at": now,
-    }
+        "id": endpoint_id, "headers": encrypted_headers(cipher, endpoint.headers), "enabled": True,
+        "failures": 0, "created_at": now, "updated_at": now,
+    }  # fmt: skip
     rows = {Endpoint.__tablename__: row}
     if endpoint.secret is not None:
         rows[Secret.__tablename__] = secret_row(cipher, endpoint.secret, endpoint_id, now)
@@ -226,12 +218,8 @@ def rows_of(cipher: Cipher, endpoint: NewEndpoint, endpoint_id: str, now: dateti
 
 def secret_row(cipher: Cipher, secret: str, endpoint_id: str, now: datetime) -> dict[str, Any]:
     """Return the row of a secret that signs from now on."""
-    return {
-        "id": new_id("sec"),
-        "endpoint_id": endpoint_id,
-        "secret": cipher.encrypt(secret),
-        "created_at": now,
-    }
+    encrypted = cipher.encrypt(secret)
+    return {"id": new_id("sec"), "endpoint_id": endpoint_id, "secret": encrypted, "created_at": now}
 
 
 def insertion(database: Database, rows: Mapping[str, Mapping[str, Any]]) -> list[Statement]:
@@ -351,10 +339,7 @@ _INSERT_WATCH = {
 
 _CLOSE_UNUSED = (
     update(Watch)
-    .where(
-        Watch.endpoint_id == bindparam("of_endpoint"),
-        Watch.job_id == bindparam("reserved"),
-        Watch.status == RESERVED,
-    )
+    .where(Watch.endpoint_id == bindparam("of_endpoint"), Watch.job_id == bindparam("reserved"))
+    .where(Watch.status == RESERVED)
     .values(status=CLOSED, settled_at=bindparam("now"))
 )

@@ -190,11 +190,11 @@ class Endpoint(Base):
 
     ``kind`` is ``"job"`` (came with a request), ``"standing"``, or ``"subscribed"``: a request without a URL,
     whose jobs are reported to the standing endpoints of its tenant; nothing is sent to its own row.
-    ``tenant`` is the customer whose it is, ``None`` for one of an operator; ``only_tenant`` narrows one of an
+    ``tenant`` is the customer it belongs to, ``None`` for an operator's; ``only_tenant`` narrows one of an
     operator to the events of one customer, who does not see it. ``headers`` is an encrypted JSON object,
-    ``events`` a JSON list of types, or ``None`` for all terminal ones; what else :data:`LISTS` names is one,
-    too. ``host`` is the normalised
-    destination host (with the port where it is not the default one), the unit of fairness and limits.
+    ``events`` a JSON list of types, or ``None`` for all terminal ones; the other columns in :data:`LISTS` are
+    JSON lists, too. ``host`` is the normalised destination host (with the port where it is not the default
+    one), the unit of fairness and limits.
     """
 
     __tablename__ = "rq_webhooks_endpoint"
@@ -328,10 +328,9 @@ class Delivery(Base):
 
     ``status``: ``pending``, ``sending``, ``succeeded``, ``exhausted``, ``canceled``. ``body`` is what is
     signed and sent, on every attempt; ``content_type`` is null for JSON. ``host`` and ``event_type`` are
-    copies that lists and claims are indexed by; ``tenant`` is one of the endpoint's. ``attempts`` counts
-    recorded attempts; ``lease_id`` names
-    the claim that holds a ``sending`` row until ``lease_until``. ``trigger`` says why the next
-    attempt is made.
+    copies that lists and claims are indexed by; ``tenant`` is a copy of the endpoint's. ``attempts`` counts
+    recorded attempts; ``lease_id`` names the claim that holds a ``sending`` row until ``lease_until``.
+    ``trigger`` says why the next attempt is made.
     """
 
     __tablename__ = "rq_webhooks_delivery"

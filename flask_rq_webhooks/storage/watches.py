@@ -1,7 +1,7 @@
 """Watches: what ingest and reconcile read of them, and write to them.
 
-Which jobs belong to a tree, and how they were when last seen, is remembered here, too. Knows nothing of
-Redis: callers hand in what RQ says. Events and deliveries are stored by
+Which jobs belong to a tree, and how they were when last seen, is stored here, too. Knows nothing of
+Redis: callers pass in what RQ says. Events and deliveries are stored by
 :mod:`~flask_rq_webhooks.storage.events` alone.
 """
 
@@ -55,7 +55,7 @@ class SettledProbe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchRow:
-    """A watch with what its endpoint says of it.
+    """A watch with what its endpoint says about it.
 
     :param counts_from: runs that began earlier were not promised.
     :param scope: ``"job"`` or ``"tree"``; ``"job"`` without an endpoint.
@@ -190,7 +190,7 @@ def optional_types_of_standing(database: Database) -> dict[str | None, frozenset
 
 
 def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | None = None) -> None:
-    """Write what a pass found out. A watch that others changed meanwhile stays as it is."""
+    """Write what a pass found out. A watch that others changed in the meantime stays as it is."""
     if not updates:
         return
     now = now or datetime.now(UTC)
@@ -370,9 +370,9 @@ def remember_members(
 def settle_tree(
     database: Database, endpoint_id: str, *, run: str, runs: Mapping[str, str], now: datetime | None = None
 ) -> None:
-    """Note that a tree was reported: its roots are settled, its members need no look any more.
+    """Note that a tree was reported: its roots are settled, its members are no longer read.
 
-    :param run: the run the tree was reported under, of roots that nothing else is known of.
+    :param run: the run the tree was reported under, for roots of which no run is known.
     :param runs: job id → the run a root was in.
     """
     now = now or datetime.now(UTC)

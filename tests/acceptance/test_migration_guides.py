@@ -18,7 +18,7 @@ import rq
 from rq.job import Job
 
 from flask_rq_webhooks.receiver import verify
-from tests.hosts.copies import HostCopy
+from tests.hosts.copies import HostCopy, Web
 from tests.servers import Process, Received, Receiver, free_port, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -32,6 +32,7 @@ class Printing:
     def __init__(self, host: HostCopy, port: int | None = None, **environment: str) -> None:
         self.port = port or free_port()
         self.process: Process = host.start("receiver.py", str(self.port), **environment)
+        Web(self.process, self.port).wait()  # rq.Webhook tries once
         self.url = f"http://127.0.0.1:{self.port}/told"
 
     @property

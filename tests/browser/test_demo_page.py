@@ -17,7 +17,7 @@ from tests.servers import Process, wait_until
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def link() -> Iterator[str]:
     """Run the demo; give the link it prints for the example app."""
     with Process("python", "-m", "example_app.demo", "--serve", env={}) as demo:

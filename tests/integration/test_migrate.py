@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +13,8 @@ import sqlalchemy as sa
 from flask_rq_webhooks.storage.database import Database
 from flask_rq_webhooks.storage.models import Base
 from flask_rq_webhooks.storage.schema import missing_schema
+from tests.servers import Process
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = {table.name for table in Base.metadata.sorted_tables}
 
 
@@ -25,20 +23,16 @@ class Migrated:
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        self.environment = environment
 
     def flask(self, *commands: str) -> str:
         """Run flask commands one after the other; return what they printed."""
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.hosts.migrated", *commands],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        output = done.stdout + done.stderr
-        assert done.returncode == 0, output
+        with Process(
+            "python", "-m", "tests.hosts.migrated", *commands, cwd=self.folder, env=self.environment
+        ) as process:
+            status = process.wait()
+            output = process.output
+        assert status == 0, output
         return output
 
     def revisions(self) -> list[str]:

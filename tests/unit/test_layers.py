@@ -70,6 +70,10 @@ SEAMS = {
 #: The one module outside of queue that sends commands to Redis: it asks the server about itself.
 ASKS_REDIS = {"cli.doctor"}
 
+#: At most so many modules, `__init__` not counted, of at most so many lines: smaller is easier to read.
+MODULES = 90
+LINES = 500
+
 
 def modules() -> list[str]:
     """Return every module of the package, dotted, without the package's own name."""
@@ -199,6 +203,13 @@ def foreign(module: str, source: str) -> list[str]:
     if room not in ROOMS["redis"] and module not in ASKS_REDIS:
         found += [f"{module}:{line} sends a command to Redis" for line in redis_commands_of(source)]
     return found
+
+
+def test_modules_are_few_and_short() -> None:
+    files = [path for path in (ROOT / PACKAGE).rglob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= MODULES
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {name: count for name, count in lines.items() if count > LINES} == {}
 
 
 def test_libraries_are_used_in_their_rooms() -> None:
