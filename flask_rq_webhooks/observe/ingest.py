@@ -11,18 +11,19 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from .._steps import reached
-from ..errors import DecryptionError
+from ..errors import DecryptionError, StorageUnavailableError
 from ..protocol.events import JOB_LOST, TERMINAL_TYPES, Occurrence
 from ..queue.job_reader import JobRecord, Jobs, read_endings, read_jobs
 from ..storage.endpoints import confirm, watch_for_standing
-from ..storage.events import IngestItem
+from ..storage.events import Held, IngestItem, hold
 from ..storage.reported_runs import ParkedReport, Reported, park_reports, reported_endings
-from ..storage.sql_errors import is_about_a_row
+from ..storage.sql_errors import is_about_a_row, is_overtaken
 from ..storage.subscriptions import is_endpoint
 from .outcomes import Outcome, Undecided, news, outcome_of
 from .publisher import Publisher, occurrence_of_report
@@ -39,9 +40,13 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 #: The first and the longest pause between two looks at an uncommitted job, seconds, and the share of the
 #: time it has waited.
-FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0007, 0.1, 0.25
+FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0004, 0.1, 0.25
 #: Pauses shorter than this need not end when a new entry comes.
 SHORT_PAUSE_MS = 5.0
+#: So few new reports are waited for within the transaction that is to store them, and so many looks.
+HELD_REPORTS, HELD_LOOKS = 4, 5
+#: Seconds after which it is too old to store in: Redis kept us waiting, and the leases have begun.
+HELD_S = 1.0
 #: Entries held in memory at most; the rest stays in the stream.
 MAX_WAITING = 5000
 
@@ -64,6 +69,20 @@ class _Waiting:
     def order(self) -> tuple[int, int]:
         milliseconds, _, number = self.id.partition("-")
         return int(milliseconds), int(number)
+
+
+@dataclass(slots=True)
+class _Judged:
+    """What RQ's hashes of some moment say of reports.
+
+    :param close: reports for which RQ's results have to be read.
+    :param undecided: reports of what RQ has not committed.
+    """
+
+    jobs: Jobs
+    decided: list[tuple[_Waiting, Outcome]] = field(default_factory=list)
+    close: list[_Waiting] = field(default_factory=list)
+    undecided: list[_Waiting] = field(default_factory=list)
 
 
 class Ingest:
@@ -174,41 +193,56 @@ class Ingest:
             if waiting.entry.kind == "confirm":
                 self._confirm(waiting)
         reports = [waiting for waiting in due if waiting.entry.kind != "confirm"]
-        jobs = read_endings(self._state.redis, list({waiting.entry.job_id for waiting in reports}))
         following = self._following_reports(reports)
-        decided: list[tuple[_Waiting, Outcome]] = []
-        undecided: list[_Waiting] = []
-        close: list[_Waiting] = []
+        held, began = self._hold(reports), self._clock()
+        with nullcontext() if held is None else held.transaction:
+            judged = self._judge(reports, following)
+            for _ in range(0 if held is None else HELD_LOOKS):
+                if judged.undecided:
+                    time.sleep(FIRST_LOOK_S)
+                    judged = self._judge(reports, following)
+            if held is not None and judged.decided and self._clock() - began < HELD_S:
+                self._store(judged, held)
+        if judged.close:
+            self._look_closely(judged, following)
+        if judged.decided:
+            self._store(judged)
+        self._look_again(judged.undecided)
+
+    def _hold(self, reports: Sequence[_Waiting]) -> Held | None:
+        """Begin the transaction that stores a few new reports, while RQ commits what they say."""
+        may_wait = 0 < len(reports) <= HELD_REPORTS and self._state.database.reads_freely
+        if not may_wait or any(waiting.look_at > waiting.since for waiting in reports):
+            return None
+        entries = [waiting.entry for waiting in reports]
+        jobs, named = {one.job_id for one in entries}, {one.endpoint for one in entries}
+        return hold(self._state.database, jobs, named, repeated=True)
+
+    def _judge(self, reports: Sequence[_Waiting], following: Mapping[str, OutboxEntry]) -> _Judged:
+        """Return what RQ's hashes say of the reported runs, and which reports they do not suffice for."""
+        judged = _Judged(read_endings(self._state.redis, list({one.entry.job_id for one in reports})))
         for waiting in reports:
-            job = _existing(jobs, waiting.entry.job_id)
+            job = _existing(judged.jobs, waiting.entry.job_id)
             outcome = self._outcome_of(waiting, job, following)
             if job is None or outcome is Undecided.NEEDS_RESULTS:
-                close.append(waiting)
+                judged.close.append(waiting)
             elif isinstance(outcome, Outcome):
-                decided.append((waiting, outcome))
+                judged.decided.append((waiting, outcome))
             else:
-                undecided.append(waiting)
-        if close:
-            more, left = self._look_closely(close, following)
-            decided += more
-            undecided += left
-        if decided:
-            self._store(decided, jobs)
-        self._look_again(undecided)
+                judged.undecided.append(waiting)
+        return judged
 
-    def _look_closely(
-        self, close: Sequence[_Waiting], following: Mapping[str, OutboxEntry]
-    ) -> tuple[list[tuple[_Waiting, Outcome]], list[_Waiting]]:
-        """Judge by RQ's results and by what was reported of the job; return what is decided, and what is not.
+    def _look_closely(self, judged: _Judged, following: Mapping[str, OutboxEntry]) -> None:
+        """Judge by RQ's results and by what was reported of the job.
 
         The job is read anew, together with its results: both have to be of one moment.
         """
-        job_ids = list({waiting.entry.job_id for waiting in close})
+        job_ids = list({waiting.entry.job_id for waiting in judged.close})
         jobs = read_endings(self._state.redis, job_ids, results=True)
         reported = reported_endings(self._state.database, job_ids)
-        decided, undecided = [], []
+        decided, undecided = judged.decided, judged.undecided
         now = datetime.now(UTC)
-        for waiting in close:
+        for waiting in judged.close:
             entry = waiting.entry
             known = reported.get(entry.job_id, [])
             job = _existing(jobs, entry.job_id)
@@ -229,7 +263,6 @@ class Ingest:
                 self._finish([waiting])
             else:
                 undecided.append(waiting)
-        return decided, undecided
 
     def _outcome_of(
         self,
@@ -347,21 +380,22 @@ class Ingest:
 
     # -- storing --------------------------------------------------------------------------------------
 
-    def _store(self, decided: Sequence[tuple[_Waiting, Outcome]], jobs: Jobs) -> None:
+    def _store(self, judged: _Judged, held: Held | None = None) -> None:
         items: list[tuple[_Waiting, IngestItem]] = []
         # Two callbacks may report one run (on_success timed out, then on_failure); the one that agrees with
         # RQ knows more and goes first, the other is then a no-op.
-        for waiting, outcome in sorted(decided, key=lambda pair: not _agrees(pair[0].entry, pair[1])):
+        for waiting, outcome in sorted(judged.decided, key=lambda pair: not _agrees(pair[0].entry, pair[1])):
             occurrence = occurrence_of_report(
-                waiting.entry, outcome, self._state.settings, jobs.get(waiting.entry.job_id)
+                waiting.entry, outcome, self._state.settings, judged.jobs.get(waiting.entry.job_id)
             )
             items.append((waiting, _item(waiting, occurrence)))
-        self._store_items(items)
+        judged.decided = []
+        self._store_items(items, held)
 
-    def _store_items(self, items: Sequence[tuple[_Waiting, IngestItem]]) -> None:
+    def _store_items(self, items: Sequence[tuple[_Waiting, IngestItem]], held: Held | None = None) -> None:
         try:
             reached("entries read")
-            events = self._publisher.publish([item for _waiting, item in items])
+            events = self._publisher.publish([item for _waiting, item in items], held=held)
             corrections = [
                 (waiting, _correction(item, event.event_id))
                 for (waiting, item), event in zip(items, events, strict=True)
@@ -369,6 +403,11 @@ class Ingest:
             ]
             if corrections:
                 self._publisher.publish([item for _waiting, item in corrections])
+        except StorageUnavailableError as exc:
+            if held is None or not is_overtaken(exc):
+                raise
+            self._store_items(items)
+            return
         except Exception as exc:  # a bad entry must never block the stream
             if not is_about_a_row(exc):
                 raise  # everything stays in the stream

@@ -38,7 +38,7 @@ from ..queue.outbox_entry import OutboxEntry
 from ..queue.safe_pickle import UNKNOWN, progress_in
 from ..storage import reported_runs
 from ..storage.database import Database
-from ..storage.events import IngestedEvent, IngestItem, ingest, ingest_within
+from ..storage.events import Held, IngestedEvent, IngestItem, ingest, ingest_within
 from ..storage.sql_errors import is_about_a_row
 from ..storage.subscriptions import AdvanceClaim
 from ..storage.watches import WatchRow
@@ -108,10 +108,13 @@ class Publisher:
         """Return where events are stored."""
         return self._state.database
 
-    def publish(self, items: Sequence[IngestItem], *, max_attempts: int | None = None) -> list[IngestedEvent]:
+    def publish(
+        self, items: Sequence[IngestItem], *, max_attempts: int | None = None, held: Held | None = None
+    ) -> list[IngestedEvent]:
         """Store *items* in one transaction, then emit ``event_recorded`` for those that are new.
 
         :param max_attempts: of a delivery to an endpoint that sets none; ``MAX_ATTEMPTS`` by default.
+        :param held: the transaction, where it has begun.
         :raises StorageUnavailableError: when SQL cannot be reached; nothing of *items* is stored.
         """
         state = self._state
@@ -128,6 +131,7 @@ class Publisher:
                     begin=spans.begin,
                     claim=claim,
                     repeated=self._sender is not None,  # a dispatcher tries until it works
+                    held=held,
                 )
         except BaseException:
             if self._sender is not None and claim is not None:

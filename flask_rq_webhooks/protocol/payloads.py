@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -283,12 +284,19 @@ def _cut(text: str | None, most: int, *, keep_end: bool = False) -> str | None:
 
 
 def _serialise(payload: dict[str, Any], *, sort_keys: bool = False) -> bytes:
+    encode = _SORTED.encode if sort_keys else _ENCODER.encode
     try:
-        text = json.dumps(payload, sort_keys=sort_keys, separators=(",", ":"), allow_nan=False)
+        text = encode(payload)
     except (ValueError, TypeError, RecursionError):
         # NaN in an outbox entry, an object in a scrubbed payload: converted rather than lost.
-        text = json.dumps(to_json_safe(payload), sort_keys=sort_keys, separators=(",", ":"), allow_nan=False)
+        text = encode(to_json_safe(payload))
     return text.encode("ascii")
+
+
+_ENCODER, _SORTED = (
+    json.JSONEncoder(sort_keys=sort_keys, separators=(",", ":"), allow_nan=False)
+    for sort_keys in (False, True)
+)
 
 
 def _job(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
@@ -427,13 +435,14 @@ def _time(moment: datetime | None) -> str | None:
 
 
 _FIELDS = tuple(field.name for field in fields(Occurrence))
+_all_of = attrgetter(*_FIELDS)
 _TIMES = ("occurred_at", "enqueued_at", "started_at", "ended_at")
 _OBJECTS = ("error", "jobs", "data")
 
 
 def occurrence_to_json(occurrence: Occurrence) -> str:
     """Return the canonical JSON of *occurrence*: what is stored of an event, ASCII."""
-    values = {name: getattr(occurrence, name) for name in _FIELDS}
+    values = dict(zip(_FIELDS, _all_of(occurrence), strict=True))
     for name in _TIMES:
         values[name] = _time(values[name])
     for name in _OBJECTS:

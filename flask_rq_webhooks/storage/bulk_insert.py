@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     Boolean,
     ColumnElement,
     Connection,
@@ -32,10 +33,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.dml import ReturningInsert
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
+from ..protocol.events import format_time
 from .database import Database
 from .models import Base
 
@@ -111,7 +112,13 @@ _INSERT_OR_IGNORE: dict[bool, Callable[[type[Base]], Insert]] = {
 
 
 def insert_new(
-    database: Database, connection: Connection, model: type[Base], rows: Sequence[Mapping[str, Any]]
+    database: Database,
+    connection: Connection,
+    model: type[Base],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    before: CTE | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> set[str]:
     """Insert those of *rows* that violate no unique constraint; return their ids.
 
@@ -120,19 +127,22 @@ def insert_new(
     (``benchmarks/stages.py``), and SQLite's driver keeps a hundred of them, some dozens of megabytes.
 
     :param rows: all with the same keys.
+    :param before: PostgreSQL: done in the same round trip, as often as there are parts of *rows*.
+    :param values: its parameters.
     """
-    new: set[str] = set()
+    if not rows:
+        return set()
+    parts: Iterable[Any]
     if database.is_sqlite:
-        there = _select_ids(model)
-        for chunk in chunks_of(rows):
-            ids = [row["id"] for row in chunk]
-            inserted = connection.execute(insert_or_ignore(database, model), chunk).rowcount
-            new.update(ids if inserted == len(ids) else connection.execute(there, {"ids": ids}).scalars())
-    elif rows:
-        statement = _insert_from_json(model, tuple(rows[0]))
-        for document in documents_of(rows):
-            new.update(connection.execute(statement, {"rows": document}).scalars())
-    return new
+        statement, parts = insert_or_ignore(database, model), chunks_of(rows)
+    else:
+        statement = _insert_from_json(model, tuple(rows[0]), before)
+        parts = ({"rows": document} | dict(values or {}) for document in documents_of(rows))
+    ids = [row["id"] for row in rows]
+    if sum(connection.execute(statement, part).rowcount for part in parts) == len(ids):
+        return set(ids)
+    there = _select_ids(model)
+    return {found for some in chunks_of(ids) for found in connection.execute(there, {"ids": some}).scalars()}
 
 
 def _id_of(model: type[Base]) -> ColumnElement[str]:
@@ -145,7 +155,7 @@ def _select_ids(model: type[Base]) -> Select[Any]:
 
 
 @lru_cache
-def _insert_from_json(model: type[Base], names: tuple[str, ...]) -> ReturningInsert[Any]:
+def _insert_from_json(model: type[Base], names: tuple[str, ...], before: CTE | None) -> Insert:
     table = model.__table__
     binary = {name for name in names if isinstance(table.c[name].type, LargeBinary)}
     columns = [column(name, Text() if name in binary else table.c[name].type) for name in names]
@@ -153,7 +163,8 @@ def _insert_from_json(model: type[Base], names: tuple[str, ...]) -> ReturningIns
     made = func.json_to_recordset(document).table_valued(*columns).render_derived(with_types=True)
     values = [func.decode(made.c[name], "base64") if name in binary else made.c[name] for name in names]
     statement = postgresql.insert(model).from_select(names, select(*values))
-    return statement.on_conflict_do_nothing().returning(_id_of(model))
+    statement = statement.on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+    return statement if before is None else statement.add_cte(before)
 
 
 def documents_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -171,7 +182,7 @@ def documents_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _in_json(value: datetime | bytes) -> str:
-    return b64encode(value).decode("ascii") if isinstance(value, bytes) else value.isoformat()
+    return b64encode(value).decode("ascii") if isinstance(value, bytes) else format_time(value)
 
 
 _ENCODER = json.JSONEncoder(default=_in_json, ensure_ascii=False)

@@ -112,6 +112,8 @@ class Database:
             )
         self._wal = own_file and host is None
         self._prepares = True
+        #: Whether a transaction that has only read keeps no writer waiting.
+        self.reads_freely = not self.is_sqlite
         # SQLite has one writer at a time, and those who wait ask again after growing pauses; threads of one
         # process take turns instead. In memory one connection is shared by all, so readers do as well.
         self._turn = threading.RLock()
@@ -149,6 +151,7 @@ class Database:
                 event.listen(engine, "connect", partial(_listeners_of, host))
         if self.is_sqlite:
             event.listen(engine, "connect", partial(_prepare_sqlite, self._wal))
+            event.listen(engine, "connect", self._note_journal)
         else:
             event.listen(engine, "connect", self._prepare_postgresql)
             event.listen(engine, "checkin", _note_use)
@@ -166,6 +169,7 @@ class Database:
         durable: bool = True,
         repeated: bool = False,
         limits_idle: bool = False,
+        optimistic: bool = False,
     ) -> AbstractContextManager[Connection]:
         """Open one transaction that writes; commit at the end, roll back on an exception.
 
@@ -178,10 +182,13 @@ class Database:
         :param repeated: the caller does it again if the connection turns out to be dead. PostgreSQL is then
             not asked whether one is alive that was used within :data:`PING_AFTER_S`.
         :param limits_idle: the caller's first statement contains :data:`LIMIT_IDLE`: one round trip less.
+        :param optimistic: SQLite: keep no other writer waiting before the caller's first write, which fails
+            if another one has written since the caller's first read.
         :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
             tables.
         """
-        return self._transaction(True, single_statement, busy_timeout_s, durable, repeated, limits_idle)
+        writes = not (optimistic and self.is_sqlite)
+        return self._transaction(writes, single_statement, busy_timeout_s, durable, repeated, limits_idle)
 
     def read(self) -> AbstractContextManager[Connection]:
         """Open a connection that only reads: one snapshot on SQLite, one per statement on PostgreSQL.
@@ -237,6 +244,9 @@ class Database:
             return self.engine.connect()
         finally:
             _checkout.repeated = False
+
+    def _note_journal(self, _connection: Any, record: ConnectionPoolEntry) -> None:
+        self.reads_freely = record.info["rq_webhooks_wal"]
 
     def _prepare_postgresql(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
         cursor = dbapi_connection.cursor()

@@ -8,12 +8,13 @@ occurrences come from; a function it is given renders the bodies.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, bindparam, select, text, update
+from sqlalchemy import Connection, Text, select, text, update
 
 from .._steps import reached
 from ..protocol.events import (
@@ -29,12 +30,14 @@ from ..protocol.payloads import Rendered, occurrence_from_json, occurrence_to_js
 from ..tracing import is_same
 from .bulk_insert import chunks_of, insert_new, one_of
 from .claims import store_claimed
-from .database import LIMIT_IDLE, Database
+from .database import Database
+from .feed import take_locks
 from .models import PENDING, SENDING, Delivery, Event, new_id
-from .reported_runs import settle_watches
+from .reported_runs import SETTLE_POSTGRESQL, settle_watches, settlement
 from .subscriptions import (
     AdvanceClaim,
     EndpointRow,
+    Surroundings,
     canceled_now,
     delivery_values,
     in_order,
@@ -83,6 +86,7 @@ class StoredEvent:
     :param sent_to: the tenant the item names.
     :param tenant: whose event it is.
     :param trace: in which it occurred; once stored, what its deliveries continue.
+    :param requests: the endpoints of the requests that asked for it, by id.
     """
 
     id: str
@@ -93,6 +97,7 @@ class StoredEvent:
     sent_to: str | None = None
     tenant: str | None = None
     trace: str | None = None
+    requests: Mapping[str, EndpointRow] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +117,66 @@ class IngestedEvent:
     deliveries: int
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A transaction that has locked some jobs and looked around them; to store is what is left to do.
+
+    :param transaction: ends with it: committed, or rolled back on an exception.
+    """
+
+    connection: Connection
+    there: Surroundings
+    transaction: ExitStack
+
+
+def hold(
+    database: Database,
+    jobs: Collection[str],
+    named: Collection[str],
+    tenants: Collection[str] = (),
+    *,
+    repeated: bool = False,
+    optimistic: bool = True,
+) -> Held:
+    """Begin the transaction of :func:`ingest`, before it is known what will be stored.
+
+    On SQLite it keeps nobody waiting until then, and storing fails where somebody else has written meanwhile.
+
+    :param jobs: whose events may be stored.
+    :param named: ids of endpoints that the events may name.
+    :param tenants: that the events may name.
+    :param repeated: see :meth:`.Database.write`, as for *optimistic*.
+    """
+    with ExitStack() as stack:
+        write = database.write(repeated=repeated, limits_idle=True, optimistic=optimistic)
+        connection = stack.enter_context(write)
+        there = _locked(database, connection, jobs, named, tenants)
+        return Held(connection, there, stack.pop_all())
+
+
+def _locked(
+    database: Database,
+    connection: Connection,
+    jobs: Collection[str],
+    named: Collection[str],
+    tenants: Collection[str],
+) -> Surroundings:
+    jobs = sorted(jobs)
+    least_position = 0 if database.is_sqlite else take_locks(connection, jobs)
+    there = look_around(database, connection, jobs, named, tenants)
+    # The clock may be set back, as by a failover.
+    clock = (there.now - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
+    there.next_position = max(least_position, there.next_position, clock)
+    return there
+
+
 def ingest(
     database: Database,
     items: Sequence[IngestItem],
     *,
-    render: Render,
-    max_attempts: int,
-    scrub: Scrub | None = None,
-    begin: Begin | None = None,
-    claim: AdvanceClaim | None = None,
     repeated: bool = False,
+    held: Held | None = None,
+    **options: Any,
 ) -> list[IngestedEvent]:
     """Store events and their deliveries in one transaction; doing it again changes nothing.
 
@@ -133,30 +188,25 @@ def ingest(
     All or nothing: where *render* or *scrub* raises, nothing of the batch is stored. The caller then
     brings the items one by one, so that one that cannot be stored never holds up the others.
 
-    :param render: the bytes to deliver, from endpoint, event id and occurrence.
-    :param max_attempts: where the endpoint itself sets none.
-    :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
-        ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
-        in place). What it does to ``runid`` and to these is stored, sent and shown.
-    :param begin: called for each event that may be new.
-    :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
-        paused.
     :param repeated: see :meth:`.Database.write`.
+    :param held: for the jobs and endpoints of *items*; ended here.
+    :param options: of :func:`ingest_within`.
     :returns: one for each item, in their order.
     """
     if not items:
         return []
-    with database.write(repeated=repeated, limits_idle=True) as connection:
-        return ingest_within(
-            database,
-            connection,
-            items,
-            render=render,
-            max_attempts=max_attempts,
-            scrub=scrub,
-            begin=begin,
-            claim=claim,
-        )
+    held = held or hold(database, *_around(items), repeated=repeated, optimistic=False)
+    with held.transaction:
+        return ingest_within(database, held.connection, items, there=held.there, **options)
+
+
+def _around(items: Sequence[IngestItem]) -> tuple[set[str], set[str], set[str]]:
+    """Return the jobs, endpoints and tenants that *items* name."""
+    return (
+        {item.occurrence.job_id for item in items if item.occurrence.job_id is not None},
+        {endpoint_id for item in items for endpoint_id in item.endpoint_ids},
+        {item.tenant for item in items if item.tenant is not None},
+    )
 
 
 def ingest_within(
@@ -169,28 +219,38 @@ def ingest_within(
     scrub: Scrub | None = None,
     begin: Begin | None = None,
     claim: AdvanceClaim | None = None,
+    there: Surroundings | None = None,
 ) -> list[IngestedEvent]:
-    """Do what :func:`ingest` does as a part of the caller's transaction."""
+    """Do what :func:`ingest` does as a part of the caller's transaction.
+
+    :param render: the bytes to deliver, from endpoint, event id and occurrence.
+    :param max_attempts: where the endpoint itself sets none.
+    :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
+        ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
+        in place). What it does to ``runid`` and to these is stored, sent and shown.
+    :param begin: called for each event that may be new.
+    :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
+        paused.
+    :param there: what is stored around *items*, where this transaction knows it already.
+    """
+    there = there or _locked(database, connection, *_around(items))
     prepared = [
         item if scrub is None else replace(item, occurrence=_scrubbed(item.occurrence, scrub))
         for item in items
     ]
-    jobs = sorted({item.occurrence.job_id for item in prepared if item.occurrence.job_id is not None})
-    least_position = 0 if database.is_sqlite else _take_locks(connection, jobs)
-    there = look_around(database, connection, jobs, prepared)
     now, endpoints = there.now, there.endpoints
-    # The clock may be set back, as by a failover.
-    position = max(least_position, there.last_position + 1, (now - _EPOCH) // timedelta(microseconds=1))
     believed = [item for item in prepared if not item.needs_watch or _is_watched(item, there.watches)]
     over = _ended_runs(connection, believed)
     believed = [item for item in believed if _end_key(item.occurrence) not in over]
     warn_of_missing(believed, endpoints)
 
-    def requests(event: StoredEvent) -> dict[str, EndpointRow]:
-        return requests_of(event, there.watches.get(event.occurrence.job_id or "", []), endpoints)
+    def ask(event: StoredEvent) -> dict[str, EndpointRow]:
+        watches = there.watches.get(event.occurrence.job_id or "", [])
+        event.requests = requests_of(event, watches, endpoints)
+        return event.requests
 
     def complete(event: StoredEvent) -> None:
-        asking = requests(event)
+        asking = ask(event)
         event.tenant = event.sent_to or owner_of(event, asking)
         trace, own = trace_of(event, asking), event.trace
         # A worker may have begun a trace of its own.
@@ -198,12 +258,11 @@ def ingest_within(
         what = event.occurrence
         event.trace = parent if begin is None else begin(event.id, what.type, what.job_id, parent, link)
 
-    by_item, stored = _store_events(
-        database, connection, believed, now, position, counts=there.counts, complete=complete
-    )
+    by_item, stored, settles = _store_events(database, connection, believed, there, complete=complete)
     rows: list[dict[str, Any]] = []
     for event in stored:
-        for endpoint in receivers_of(event, requests(event), there.standing):
+        requests = event.requests if event.created else ask(event)
+        for endpoint in receivers_of(event, requests, there.standing):
             rendered = render(endpoint, event.id, event.occurrence)
             row = delivery_values(
                 event.id, event.occurrence.type, endpoint, rendered, max_attempts=max_attempts, now=now
@@ -219,7 +278,8 @@ def ingest_within(
     _cancel_outdated(database, connection, stored)
     for event in stored:
         event.deliveries = made[event.id]
-    settle_watches(database, connection, stored, there.watches, endpoints, now)
+    settled, missing = settlement(stored, there.watches, endpoints, now)
+    settle_watches(database, connection, "" if settles else settled, missing, now)
     seen: set[str] = set()
     by_believed = dict(zip(map(id, believed), by_item, strict=True))
     ingested = []
@@ -280,16 +340,14 @@ def _store_events(
     database: Database,
     connection: Connection,
     items: Sequence[IngestItem],
-    now: datetime,
-    position: int,
+    there: Surroundings,
     *,
-    counts: Mapping[str, int],
     complete: Callable[[StoredEvent], None],
-) -> tuple[list[StoredEvent], list[StoredEvent]]:
-    """Insert what is new and load what is not; return the event of each item, and each event once.
+) -> tuple[list[StoredEvent], list[StoredEvent], bool]:
+    """Insert what is new and load what is not.
 
-    :param counts: how many events each job has.
     :param complete: sets tenant and trace.
+    :returns: the event of each item, each event once, and whether the watches are settled.
     """
     by_key: dict[str, StoredEvent] = {}
     by_item: list[StoredEvent] = []
@@ -308,13 +366,19 @@ def _store_events(
     place = {event.id: number for number, event in enumerate(stored)}
     for event in stored:
         complete(event)
-    _number(stored, dict(counts))
+    _number(stored, dict(there.counts))
     # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
-    rows = [_event_values(event, now, position + place[event.id]) for event in stored]
-    inserted = insert_new(database, connection, Event, rows)
-    there = sorted(key for key, event in by_key.items() if event.id not in inserted)
-    for keys in chunks_of(there):
+    rows = [_event_values(event, there.now, there.next_position + place[event.id]) for event in stored]
+    # Where no job has an event, these are all new: its endings are known before they are stored.
+    settled = ""
+    if not database.is_sqlite and not there.counts:
+        settled, _missing = settlement(stored, there.watches, there.endpoints, there.now)
+    values = {"settled": settled, "now": there.now} if settled else {}
+    before = _SETTLE if settled else None
+    inserted = insert_new(database, connection, Event, rows, before=before, values=values)
+    known = sorted(key for key, event in by_key.items() if event.id not in inserted)
+    for keys in chunks_of(known):
         query = (
             select(Event.id, Event.run_key, Event.payload, Event.tenant)
             .where(Event.run_key.in_(keys))
@@ -327,7 +391,11 @@ def _store_events(
                 # Stored before the request that the job belongs to was known.
                 connection.execute(update(Event).where(Event.id == event_id).values(tenant=event.tenant))
             event.tenant = tenant or event.tenant
-    return by_item, stored
+    return by_item, stored, bool(settled) and not known
+
+
+#: One round trip less: together with the events.
+_SETTLE = text(f"{SETTLE_POSTGRESQL.text} RETURNING w.id").columns(id=Text).cte("settling")
 
 
 def _end_key(occurrence: Occurrence) -> str | None:
@@ -392,7 +460,7 @@ def _number(events: Sequence[StoredEvent], counts: dict[str, int]) -> None:
         job_id = event.occurrence.job_id
         if job_id is not None:
             counts[job_id] = counts.get(job_id, 0) + 1
-            event.occurrence = replace(event.occurrence, sequence=counts[job_id])
+            event.occurrence.sequence = counts[job_id]
 
 
 def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str, Any]:
@@ -419,43 +487,3 @@ def _storable(text: str | None) -> str | None:
     if text is None:
         return None
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
-# -- positions in the feed --------------------------------------------------------------------------------
-
-#: First key of the advisory locks; any number that nobody else uses.
-LOCK_CLASS = 0x7271_7769
-#: The second key is a 32-bit number: seconds since this one of the Unix time.
-LOCK_EPOCH_S = 1_500_000_000
-#: The same for the advisory locks of jobs.
-JOB_LOCK_CLASS = 0x7271_7770
-
-
-_EPOCH = datetime.fromtimestamp(0, UTC)
-
-
-def _take_locks(connection: Connection, jobs: Sequence[str]) -> int:
-    """Return a position that no event of this transaction may be below.
-
-    A transaction that stores events of these jobs waits here for others that do, in one order. The feed's
-    lock is held when the next statement reads the clock for the position.
-    """
-    least: int = connection.execute(_LOCK, {"jobs": list(jobs)}).scalar_one()
-    return least
-
-
-_LOCK = text(f"""
-SELECT (:epoch + s.second) * 1000000 AS least, {LIMIT_IDLE},
-       (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
-           SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
-       ) AS keys) AS locked
-FROM (
-    SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
-        SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
-    ) began OFFSET 0
-) s
-""").bindparams(  # noqa: S608  (no value in it)
-    bindparam("epoch", LOCK_EPOCH_S, BigInteger),
-    bindparam("class", LOCK_CLASS),
-    bindparam("job_class", JOB_LOCK_CLASS),
-)

@@ -18,13 +18,47 @@ Events stored before there were positions have 0 and keep the order of their ids
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from sqlalchemy import BigInteger, String, bindparam, literal, select, text, tuple_
+from sqlalchemy import BigInteger, Connection, String, bindparam, literal, select, text, tuple_
 
-from .database import Database
-from .events import LOCK_CLASS, LOCK_EPOCH_S
+from .database import LIMIT_IDLE, Database
 from .models import Event
 from .queries import EVENT_COLUMNS, EventView, Page, bounded, read_cursor, write_cursor
+
+#: First key of the advisory locks; any number that nobody else uses.
+LOCK_CLASS = 0x7271_7769
+#: The second key is a 32-bit number: seconds since this one of the Unix time.
+LOCK_EPOCH_S = 1_500_000_000
+#: The same for the advisory locks of jobs.
+JOB_LOCK_CLASS = 0x7271_7770
+
+
+def take_locks(connection: Connection, jobs: Sequence[str]) -> int:
+    """Return a position that no event of this transaction may be below.
+
+    A transaction that stores events of these jobs waits here for others that do, in one order. The feed's
+    lock is held when the next statement reads the clock for the position.
+    """
+    least: int = connection.execute(_LOCK, {"jobs": list(jobs)}).scalar_one()
+    return least
+
+
+_LOCK = text(f"""
+SELECT (:epoch + s.second) * 1000000 AS least, {LIMIT_IDLE},
+       (SELECT count(pg_advisory_xact_lock(:job_class, key)::text) FROM (
+           SELECT DISTINCT hashtext(job) AS key FROM unnest(CAST(:jobs AS text[])) AS job ORDER BY key
+       ) AS keys) AS locked
+FROM (
+    SELECT second, pg_advisory_xact_lock_shared(:class, CAST(second AS integer)) FROM (
+        SELECT CAST(floor(extract(epoch FROM clock_timestamp())) AS bigint) - :epoch AS second OFFSET 0
+    ) began OFFSET 0
+) s
+""").bindparams(  # noqa: S608  (no value in it)
+    bindparam("epoch", LOCK_EPOCH_S, BigInteger),
+    bindparam("class", LOCK_CLASS),
+    bindparam("job_class", JOB_LOCK_CLASS),
+)
 
 #: What is inside a cursor: ``1`` and the id of an event, as given out before there were positions; or ``2``,
 #: a position and an id.

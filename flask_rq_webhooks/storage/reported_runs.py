@@ -117,15 +117,17 @@ def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple
     return found
 
 
-def settle_watches(
-    database: Database,
-    connection: Connection,
+def settlement(
     stored: Sequence[StoredEvent],
     watches: Mapping[str, Sequence[JobWatch]],
     endpoints: Mapping[str, EndpointRow],
     now: datetime,
-) -> None:
-    """Note on the watches which run was reported and how; make those that a callback proves to be missing."""
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return what *stored* means for the watches of the jobs.
+
+    :returns: which run of each watch was reported and how, as JSON, empty for none; and the rows of
+        watches that a callback proves to be missing.
+    """
     settled: dict[str, tuple[str, str | None]] = {}
     missing: dict[str, dict[str, Any]] = {}
     for event in stored:
@@ -158,11 +160,18 @@ def settle_watches(
                 "settled_at": now, "recheck_at": now,
                 "tenant": owner and owner.tenant,
             }  # fmt: skip
+    rows = [{"id": key, "run": run, "outcome": outcome} for key, (run, outcome) in settled.items()]
+    return json.dumps(rows) if rows else "", [missing[key] for key in sorted(missing)]
+
+
+def settle_watches(
+    database: Database, connection: Connection, settled: str, missing: Sequence[dict[str, Any]], now: datetime
+) -> None:
+    """Write a :func:`settlement`."""
     if settled:
-        statement = _SETTLE_SQLITE if database.is_sqlite else _SETTLE_POSTGRESQL
-        rows = [{"id": key, "run": run, "outcome": outcome} for key, (run, outcome) in settled.items()]
-        connection.execute(statement, {"settled": json.dumps(rows), "now": now})
-    for chunk in chunks_of([missing[key] for key in sorted(missing)]):
+        statement = _SETTLE_SQLITE if database.is_sqlite else SETTLE_POSTGRESQL
+        connection.execute(statement, {"settled": settled, "now": now})
+    for chunk in chunks_of(missing):
         connection.execute(insert_or_ignore(database, Watch), chunk)
 
 
@@ -184,7 +193,7 @@ def _is_as_late(run: str, noted: str) -> bool:
 
 # One statement for a batch, as in recording; PostgreSQL locks in the order of ids.
 
-_SETTLE_POSTGRESQL = text("""
+SETTLE_POSTGRESQL = text("""
 WITH settled AS MATERIALIZED (
     SELECT * FROM json_to_recordset(CAST(:settled AS json)) AS (id text, run text, outcome text)
 ),

@@ -84,6 +84,12 @@ def may_try_again(exc: StorageUnavailableError) -> bool:
     return isinstance(cause, DBAPIError) and (cause.connection_invalidated or sqlstate(cause) in _TRY_AGAIN)
 
 
+def is_overtaken(exc: StorageUnavailableError) -> bool:
+    """Say whether another writer of SQLite was there first."""
+    orig = getattr(exc.__cause__, "orig", None)
+    return getattr(orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BUSY
+
+
 def is_away(exc: StorageUnavailableError) -> bool:
     """Say whether waiting may help: the database is down, starting or busy, and refuses nothing."""
     cause = exc.__cause__

@@ -113,7 +113,7 @@ class Surroundings:
     """What is stored already around events that are about to be stored.
 
     :ivar now: the database's clock.
-    :ivar last_position: of the feed's last event.
+    :ivar next_position: in the feed.
     :ivar paused: whether sending is paused.
     :ivar counts: how many events each job has.
     :ivar watches: on each job.
@@ -122,7 +122,7 @@ class Surroundings:
     """
 
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
-    last_position: int = 0
+    next_position: int = 0
     paused: bool = False
     counts: dict[str, int] = field(default_factory=dict)
     watches: dict[str, list[JobWatch]] = field(default_factory=dict)
@@ -131,35 +131,41 @@ class Surroundings:
 
 
 def look_around(
-    database: Database, connection: Connection, jobs: Sequence[str], items: Sequence[IngestItem]
+    database: Database,
+    connection: Connection,
+    jobs: Collection[str],
+    named: Collection[str],
+    tenants: Collection[str],
 ) -> Surroundings:
-    """Return what is stored around *items*, in one statement; the endpoints are locked against pruning.
+    """Return what is stored around events, in one statement; the endpoints are locked against pruning.
 
-    :param jobs: of the items.
+    :param jobs: of the events.
+    :param named: ids of endpoints.
     """
     texts: dict[str, list[str]] = {
         "jobs": list(jobs),
-        "named": sorted({one for item in items for one in item.endpoint_ids if is_endpoint(one)}),
-        "tenants": sorted({item.tenant for item in items if item.tenant is not None}),
+        "named": sorted(filter(is_endpoint, named)),
+        "tenants": sorted(tenants),
     }
-    there = Surroundings()
-    for what, found in connection.execute(_LOOK[database.is_sqlite], texts):
-        row = json.loads(found)
-        if what == "watch":
-            there.watches.setdefault(row["job_id"], []).append(JobWatch(**row))
-        elif what == "count":
-            there.counts[row["job_id"]] = row["count"]
-        elif what == "feed":
-            there.last_position, there.paused = row["last"] or 0, bool(row["paused"])
-            if row["now"] is not None:
-                there.now = parse_time(row["now"])
-        else:
-            endpoint = endpoint_row(row | {"created_at": parse_time(row["created_at"])})
-            if what == "endpoint":
-                there.endpoints[endpoint.id] = endpoint
-            else:
-                there.standing.append(endpoint)
+    found = json.loads(connection.execute(_LOOK[database.is_sqlite], texts).scalar_one())
+    there = Surroundings(
+        next_position=(found["last"] or 0) + 1,
+        paused=bool(found["paused"]),
+        counts={row["job_id"]: row["count"] for row in found["counts"] or ()},
+        standing=[_endpoint_in(row) for row in found["standing"] or ()],
+    )
+    if found["now"] is not None:
+        there.now = parse_time(found["now"])
+    for row in found["watches"] or ():
+        there.watches.setdefault(row["job_id"], []).append(JobWatch(**row))
+    for row in found["endpoints"] or ():
+        there.endpoints[row["id"]] = _endpoint_in(row)
     return there
+
+
+def _endpoint_in(row: dict[str, Any]) -> EndpointRow:
+    row["created_at"] = parse_time(row["created_at"])
+    return endpoint_row(row)
 
 
 def warn_of_missing(items: Sequence[IngestItem], endpoints: Collection[str]) -> None:
@@ -173,8 +179,8 @@ def warn_of_missing(items: Sequence[IngestItem], endpoints: Collection[str]) -> 
                 )  # fmt: skip
 
 
-def _look(*, among: str, also_among: str, as_object: str, clock: str, lock: str) -> TextClause:
-    """Return the statement of :func:`look_around`: rows of several tables, each as one JSON object.
+def _look(*, among: str, also_among: str, as_object: str, as_array: str, clock: str, lock: str) -> TextClause:
+    """Return the statement of :func:`look_around`: rows of several tables, in one JSON object.
 
     :param among: the condition that follows a column whose values are those of a parameter.
     :param also_among: the same with a further column of a table.
@@ -196,17 +202,20 @@ of_tenants AS MATERIALIZED (
     {endpoints} kind = 'standing' AND enabled
     AND tenant {also_among.format("tenant", "endpoint", "tenants")} {lock}
 )
-SELECT 'feed' AS what, CAST({as_object}(
-    'now', {clock}, 'last', (SELECT max(position) FROM rq_webhooks_event), 'paused', EXISTS (
-        SELECT 1 FROM rq_webhooks_dispatcher WHERE id = '{SHARED}' AND paused_at IS NOT NULL
-    )) AS text) AS found
-UNION ALL SELECT 'count', CAST({as_object}('job_id', job_id, 'count', count(*)) AS text)
-    FROM rq_webhooks_event WHERE job_id {jobs} GROUP BY job_id
-UNION ALL SELECT 'watch', CAST({as_object}(
-    'id', id, 'endpoint_id', endpoint_id, 'job_id', job_id, 'status', status, 'run', run) AS text) FROM watch
-UNION ALL SELECT 'endpoint', CAST({endpoint} AS text) FROM endpoint
-UNION ALL SELECT 'standing', CAST({endpoint} AS text) FROM of_operators
-UNION ALL SELECT 'standing', CAST({endpoint} AS text) FROM of_tenants
+SELECT CAST({as_object}(
+    'now', {clock},
+    'last', (SELECT max(position) FROM rq_webhooks_event),
+    'paused', EXISTS (SELECT 1 FROM rq_webhooks_dispatcher WHERE id = '{SHARED}' AND paused_at IS NOT NULL),
+    'counts', (SELECT {as_array}({as_object}('job_id', job_id, 'count', several)) FROM (
+        SELECT job_id, count(*) AS several FROM rq_webhooks_event WHERE job_id {jobs} GROUP BY job_id
+    ) AS c),
+    'watches', (SELECT {as_array}({as_object}(
+        'id', id, 'endpoint_id', endpoint_id, 'job_id', job_id, 'status', status, 'run', run)) FROM watch),
+    'endpoints', (SELECT {as_array}({endpoint}) FROM endpoint),
+    'standing', (SELECT {as_array}({endpoint}) FROM (
+        SELECT * FROM of_operators UNION ALL SELECT * FROM of_tenants
+    ) AS s)
+) AS text)
 """)  # noqa: S608  (no value in it)
     return statement.bindparams(*(bindparam(name, type_=Texts) for name in ("jobs", "named", "tenants")))
 
@@ -217,6 +226,7 @@ _LOOK = {
         among="IN (SELECT value FROM json_each(:{}))",
         also_among="IN (SELECT {} FROM {} UNION ALL SELECT value FROM json_each(:{}))",
         as_object="json_object",
+        as_array="json_group_array",
         clock="NULL",
         lock="",
     ),
@@ -225,6 +235,7 @@ _LOOK = {
         among="= ANY(CAST(:{} AS text[]))",
         also_among="= ANY(ARRAY(SELECT {}::text FROM {}) || CAST(:{} AS text[]))",
         as_object="json_build_object",
+        as_array="json_agg",
         clock="clock_timestamp()",
         lock="FOR KEY SHARE",
     ),
@@ -341,9 +352,11 @@ def trace_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | N
 def _of_request(event: StoredEvent, requests: Mapping[str, EndpointRow], name: str) -> str | None:
     """Return a field of the request that the report names, else of the newest one, as far as it is set."""
     having = [row for row in requests.values() if getattr(row, name) is not None]
+    if not having:
+        return None
     named = [row for row in having if row.id in event.named]
-    newest = max(named or having, key=lambda row: (row.created_at, row.id), default=None)
-    found: str | None = None if newest is None else getattr(newest, name)
+    newest = max(named or having, key=lambda row: (row.created_at, row.id))
+    found: str | None = getattr(newest, name)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from flask_rq_webhooks.observe.ingest import PATIENCE_S, Ingest
 from flask_rq_webhooks.observe.outcomes import Outcome
 from flask_rq_webhooks.observe.publisher import Publisher, occurrence_of_loss
 from flask_rq_webhooks.protocol.events import format_time
+from flask_rq_webhooks.queue.job_reader import read_endings
 from flask_rq_webhooks.queue.outbox_entry import confirm_entry
 from flask_rq_webhooks.state import State
 from flask_rq_webhooks.storage.endpoints import confirm
@@ -146,6 +148,39 @@ def test_commit_is_seen_within_milliseconds(state: State) -> None:
     assert time.monotonic() - began < 0.5
 
 
+def test_others_write_while_a_commit_is_waited_for_and_nothing_seen_before_is_stored(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint_id = add_endpoint(state, URL)
+    entry = append(state, "success", endpoint_id)
+    set_hash(state, entry, "started")
+    looks = 0
+
+    def write() -> None:
+        lost = occurrence_of_loss("other", Outcome(type="job.lost", run=entry["run"]), now=datetime.now(UTC))
+        Publisher(state).publish([IngestItem(lost, (endpoint_id,))])
+
+    def look(*args: Any, **options: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            other = threading.Thread(target=write, daemon=True)
+            other.start()
+            other.join(timeout=2)
+            assert not other.is_alive(), "a writer was kept waiting"
+            set_hash(state, entry, "finished")
+        return read_endings(*args, **options)
+
+    monkeypatch.setattr("flask_rq_webhooks.observe.ingest.read_endings", look)
+
+    assert ingest_of(state).run_once(block_ms=1) == 1
+
+    stored = sorted(events(state), key=lambda event: event.position)
+    assert [event.type for event in stored] == ["job.lost", "job.success"] or not state.database.is_sqlite
+    assert len({event.position for event in stored}) == len(deliveries(state)) == 2
+    assert state.database.reads_freely, "it was not waited for in a transaction"
+
+
 def test_uncommitted_for_too_long_is_parked_for_reconcile(
     state: State, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -255,10 +290,10 @@ class Refusing(Publisher):
         self.refused = refused
         self.error = error
 
-    def publish(self, items: Any) -> Any:
+    def publish(self, items: Any, **options: Any) -> Any:
         if any(item.occurrence.job_id == self.refused for item in items):
             raise self.error
-        return super().publish(items)
+        return super().publish(items, **options)
 
 
 def test_entry_that_cannot_be_stored_is_set_aside_alone(state: State) -> None:

@@ -299,7 +299,7 @@ class World:
         self.then()
         return {JOB: endings} if endings else {}
 
-    def publish(self, items: Sequence[Any]) -> list[IngestedEvent]:
+    def publish(self, items: Sequence[Any], **_options: Any) -> list[IngestedEvent]:
         answers = []
         for item in items:
             what = item.occurrence
@@ -405,7 +405,11 @@ class Game:
         """Be killed, and started again: what was read and not stored is read once more."""
         self.world.taken.clear()
         state: Any = SimpleNamespace(
-            redis=None, database=None, outbox=self.outbox, settings=self.settings, cipher=None
+            redis=None,
+            database=SimpleNamespace(reads_freely=True),
+            outbox=self.outbox,
+            settings=self.settings,
+            cipher=None,
         )
         publisher: Any = SimpleNamespace(publish=self.world.publish)
         self.ingest = Ingest(state, consumer="c", publisher=publisher, clock=self.monotonic)
@@ -448,6 +452,9 @@ def instead_of_redis_and_sql(world: World) -> Iterator[None]:
     reported = "flask_rq_webhooks.storage.reported_runs"
     with ExitStack() as stack:
         for target, replacement in {
+            f"{observe}.ingest.hold": lambda *_around, **_options: SimpleNamespace(transaction=ExitStack()),
+            f"{observe}.ingest.FIRST_LOOK_S": 0.0,
+            f"{observe}.ingest.HELD_LOOKS": 2,
             f"{observe}.ingest.read_endings": world.read_jobs,
             f"{observe}.ingest.read_jobs": world.read_jobs,
             f"{observe}.ingest.reported_endings": world.reported_endings,
