@@ -171,8 +171,9 @@ class Process:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})}
         self.popen: subprocess.Popen[bytes] | Forked
         self._guard: subprocess.Popen[bytes] | None = None
-        # A process that is not to find us has to import what it does find.
-        if arguments[:2] == ("python", "-m") and str(ROOT) in env["PYTHONPATH"].split(os.pathsep):
+        # Other folders may hide a library, or have a sitecustomize.
+        usual = (str(ROOT), f"{cwd}{os.pathsep}{ROOT}")
+        if arguments[:2] == ("python", "-m") and env["PYTHONPATH"] in usual:
             self.popen = Zygote.fork(
                 arguments[2], arguments[3:], env=env, cwd=cwd, output=self.log.fileno(), own_group=own_group
             )
