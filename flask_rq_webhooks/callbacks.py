@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Callable[..., None]:
 
 
 def _is_token(token: str) -> bool:
-    """Say whether *token* is ``ep<letters and digits>_<letters and digits>``, perhaps with ``~<number>``
+    """Return whether *token* is ``ep<letters and digits>_<letters and digits>``, perhaps with ``~<number>``
     and an ``n``."""
     endpoint, tilde, maxlen = token.partition("~")
     namespace, _, rest = endpoint.partition("_")
@@ -249,7 +249,7 @@ def _result(value: Any) -> tuple[Any, bool]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Say whether *value* is small and JSON as it stands: converting it would change nothing."""
+    """Return whether *value* is small and JSON as it stands: converting it would change nothing."""
     left = _PLAIN_SIZE
     level = [value]
     for _ in range(_PLAIN_DEPTH):

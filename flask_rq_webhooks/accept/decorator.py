@@ -110,7 +110,7 @@ def accepts_webhook(
 
 
 def accepts_webhooks(function: Callable[..., Any]) -> bool:
-    """Say whether *function* is decorated; decorators above that use ``functools.wraps`` keep the mark."""
+    """Return whether *function* is decorated; decorators above that use ``functools.wraps`` keep the mark."""
     return _MARK in getattr(function, "__dict__", {})
 
 

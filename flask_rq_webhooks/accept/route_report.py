@@ -234,7 +234,7 @@ class _Reading:
             self.complete = False
 
     def _is_own(self, function: Any) -> bool:
-        """Say whether *function* is the host's: neither of an installed package nor of this one."""
+        """Return whether *function* is the host's: neither of an installed package nor of this one."""
         if not isinstance(getattr(function, "__code__", None), types.CodeType):
             return False
         package = str(getattr(function, "__module__", "")).partition(".")[0]

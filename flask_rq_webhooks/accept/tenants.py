@@ -60,7 +60,7 @@ def current_tenant(state: State) -> str | None:
 
 
 def is_tenant(value: object) -> bool:
-    """Say whether *value* can be a tenant's name; nothing in it steers a terminal or splits a line."""
+    """Return whether *value* can be a tenant's name; nothing in it steers a terminal or splits a line."""
     return isinstance(value, str) and 0 < len(value) <= MAX_TENANT and value.isprintable()
 
 
@@ -82,7 +82,7 @@ class Subscribers:
         self._one_by_one: OrderedDict[str, tuple[float, frozenset[str]]] = OrderedDict()
 
     def nobody(self) -> bool:
-        """Say whether no tenant has such an endpoint, after another look where it is time for one."""
+        """Return whether no tenant has such an endpoint, after another look where it is time for one."""
         now = time.monotonic()
         left_s = self._until - now
         if now >= self._looking_until:

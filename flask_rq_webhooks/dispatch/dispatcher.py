@@ -294,7 +294,7 @@ class Dispatcher:
             self._wait(0.01 if burst else min(due.values()) - time.monotonic())
 
     def _nothing_left(self) -> bool:
-        """Say whether the outbox is empty and, looked at after that, nothing is due or in flight."""
+        """Return whether the outbox is empty and, looked at after that, nothing is due or in flight."""
         try:
             empty = self._ingest.is_idle()
         except RedisError:

@@ -156,7 +156,7 @@ class InFlight:
             return list(self._deliveries.values())
 
     def has_place(self, host: str) -> bool:
-        """Say whether one more request may go to *host*."""
+        """Return whether one more request may go to *host*."""
         kind = self._hosts.kind(host)
         if kind == PROVEN:
             return True

@@ -78,7 +78,7 @@ def life_signs() -> Callable[[], bool]:
 
 
 def is_child() -> bool:
-    """Say whether this process was started by a parent of :class:`Supervisor`."""
+    """Return whether this process was started by a parent of :class:`Supervisor`."""
     return PIPE_VARIABLE in os.environ
 
 

@@ -90,7 +90,7 @@ class OutboxRead:
 
     @property
     def has_all_of_absent(self) -> bool:
-        """Say whether nothing can be waiting there about a job that was missing in the pass before."""
+        """Return whether nothing can be waiting there about a job that was missing in the pass before."""
         return self.until >= self.absent_since
 
 
@@ -224,7 +224,7 @@ def _of_absent_job(
 
 
 def lacks_report(outcome: Outcome, outbox: OutboxRead) -> bool:
-    """Say whether a callback should have reported *outcome* and has not: it reports every success."""
+    """Return whether a callback should have reported *outcome* and has not: it reports every success."""
     at = outcome.ended_at if outcome.result is None else outcome.result.at
     return (
         outcome.type == JOB_SUCCESS
@@ -250,7 +250,7 @@ def outcome_of_loss(watch: WatchFacts) -> Outcome:
 
 
 def _is_same_loss(watch: WatchFacts, job: JobRecord, reported: Sequence[Reported]) -> bool:
-    """Say whether the job is back that was lost before anybody had noted its run."""
+    """Return whether the job is back that was lost before anybody had noted its run."""
     if watch.run is None or not watch.run.startswith("created:"):
         return False
     began = Outcome(type=JOB_SUCCESS, run=job.run)
@@ -258,7 +258,7 @@ def _is_same_loss(watch: WatchFacts, job: JobRecord, reported: Sequence[Reported
 
 
 def counts(watch: WatchFacts, job: JobRecord) -> bool:
-    """Say whether the job's current run began after we promised to report it.
+    """Return whether the job's current run began after we promised to report it.
 
     A job whose callbacks carry the endpoint was enqueued for it, whatever the clocks say. So was a run that
     is another one than was noted.
@@ -286,7 +286,7 @@ def _report_of(watch: WatchFacts, run: str) -> OutboxEntry | None:
 def is_blocked(
     job: JobRecord, statuses: Mapping[str, str | None], *, blocked: frozenset[str] = frozenset()
 ) -> bool:
-    """Say whether a deferred job waits for something that will not happen.
+    """Return whether a deferred job waits for something that will not happen.
 
     :param statuses: of the jobs it depends on; ``None`` for absent ones.
     :param blocked: dependencies that are known to be blocked themselves.

@@ -121,7 +121,7 @@ class Ingest:
         return len(self._waiting) + len(self._done)
 
     def is_idle(self) -> bool:
-        """Say whether nothing waits here and the stream is empty.
+        """Return whether nothing waits here and the stream is empty.
 
         :raises redis.RedisError: when Redis cannot be asked.
         """
@@ -479,7 +479,7 @@ def _item(waiting: _Waiting, occurrence: Occurrence) -> IngestItem:
 
 
 def _is_unforeseen_loss(occurrence: Occurrence, stored_type: str, *, created: bool) -> bool:
-    """Say whether the run was reported as lost, and this is how it really ended."""
+    """Return whether the run was reported as lost, and this is how it really ended."""
     return (
         not created
         and stored_type == JOB_LOST

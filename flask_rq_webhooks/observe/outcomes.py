@@ -97,7 +97,7 @@ class Outcome:
 
     @property
     def is_final(self) -> bool:
-        """Say whether the run is over."""
+        """Return whether the run is over."""
         return self.type in TERMINAL_TYPES
 
 
@@ -204,7 +204,7 @@ def _expects_retry(report: OutboxEntry) -> bool:
 
 
 def _was_retried(report: OutboxEntry, later: JobRecord | OutboxEntry | None) -> bool:
-    """Say whether RQ began the reported run again: every retry takes one from what is left."""
+    """Return whether RQ began the reported run again: every retry takes one from what is left."""
     return (
         later is not None
         and report.retries_left is not None
@@ -238,7 +238,7 @@ def reported_at(report: OutboxEntry) -> datetime:
 
 
 def _began_before(run: str, other: str) -> bool:
-    """Say whether *run* looks older than *other*; never for a job that had not been enqueued."""
+    """Return whether *run* looks older than *other*; never for a job that had not been enqueued."""
     return not run.startswith("created:") and not other.startswith("created:") and run < other
 
 
@@ -305,7 +305,7 @@ def unreported_outcomes(
 
 
 def may_have_been_retried(job: JobRecord) -> bool:
-    """Say whether RQ may have begun a run of the job again that it did not commit."""
+    """Return whether RQ may have begun a run of the job again that it did not commit."""
     return job.retries_left is not None or any(result.type == "retried" for result in job.results or ())
 
 
@@ -369,7 +369,7 @@ def news(outcome: Outcome, reported: Iterable[Reported], *, now: datetime) -> Ou
 
 
 def is_loss_of(ending: Reported, outcome: Outcome) -> bool:
-    """Say whether *ending* is a loss of a job that nobody had seen, and *outcome* how it really ended."""
+    """Return whether *ending* is a loss of a job that nobody had seen, and *outcome* how it really ended."""
     if JOB_LOST not in ending.types or not ending.run.startswith("created:"):
         return False
     began = outcome.run.removeprefix("created:")

@@ -63,7 +63,7 @@ def _job_ids(entries: Any) -> set[str]:
 
 
 def _uses_pickle(redis: Redis, queue: str) -> bool:
-    """Say whether the started jobs of *queue* were written by RQ's default serializer.
+    """Return whether the started jobs of *queue* were written by RQ's default serializer.
 
     Judged by one of them; ``True`` if there is no worker to judge by.
     """

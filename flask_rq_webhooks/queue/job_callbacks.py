@@ -148,7 +148,7 @@ def attached(queue: rq.Queue) -> rq.Queue:
 
 
 def is_attached(queue: rq.Queue) -> bool:
-    """Say whether *queue* was made by :func:`attached`."""
+    """Return whether *queue* was made by :func:`attached`."""
     create = vars(queue).get("create_job")
     return isinstance(create, functools.partial) and create.func is _create_twin_job
 
@@ -191,7 +191,7 @@ def uninstrument() -> None:
 
 
 def is_instrumented() -> bool:
-    """Say whether plain :class:`rq.Queue` objects of this process carry webhooks."""
+    """Return whether plain :class:`rq.Queue` objects of this process carry webhooks."""
     return _instrumented
 
 
@@ -280,7 +280,7 @@ def why_unfit(job_id: Any) -> str | None:
 
 
 def is_unfit(job_id: Any, attachment: Attachment) -> bool:
-    """Say whether our tables cannot hold *job_id*; log it once, for a job may come here several times."""
+    """Return whether our tables cannot hold *job_id*; log it once, for a job may come here several times."""
     why = why_unfit(job_id)
     if why is not None and attachment.unfit_id != job_id:
         attachment.refused, attachment.unfit_id = True, job_id
@@ -308,7 +308,7 @@ def _default() -> Attachment | None:
 
 
 def _is_attached(callback: Any, attachment: Attachment) -> bool:
-    """Say whether an outer layer (our :class:`Queue` over an instrumented one) has been here."""
+    """Return whether an outer layer (our :class:`Queue` over an instrumented one) has been here."""
     if not isinstance(callback, Callback) or not isinstance(callback.func, str):
         return False
     name = f"{CALLBACKS}.success.{attachment.token}"
@@ -471,7 +471,7 @@ def look_at_jobs(redis: Redis, attachment: Attachment, jobs: Iterable[Job]) -> t
 
 
 def was_handed_over(job: Job) -> bool:
-    """Say whether a job object shows that its job was enqueued, so that it is on its way, or gone already.
+    """Return whether a job object shows that its job was enqueued, so that it is on its way, or gone already.
 
     ``enqueued_at`` is set before RQ sends anything, a status other than ``queued`` while it does.
     """

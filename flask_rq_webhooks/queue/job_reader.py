@@ -173,7 +173,7 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
 
 
 def any_exists(redis: Redis, job_ids: Sequence[str]) -> bool:
-    """Say whether any of the jobs has a hash: one command for all, a tenth of the cost of a probe."""
+    """Return whether any of the jobs has a hash: one command for all, a tenth of the cost of a probe."""
     prefix = job_key("")
     return bool(job_ids) and bool(redis.exists(*[prefix + job_id for job_id in job_ids]))
 
@@ -395,7 +395,7 @@ def _dependencies(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _is_job_id(item: Any) -> bool:
-    """Say whether *item* can be a job's id: one that Redis and SQL can be asked for."""
+    """Return whether *item* can be a job's id: one that Redis and SQL can be asked for."""
     return isinstance(item, str) and 0 < len(item) <= MAX_NAME and _name(item) == item
 
 

@@ -463,6 +463,6 @@ def _ping_after_rest(
 
 
 def _is_read_only(dbapi_connection: Any) -> bool:
-    """Say whether the server takes no writes now; it reports that unasked, from PostgreSQL 14 on."""
+    """Return whether the server takes no writes now; it reports that unasked, from PostgreSQL 14 on."""
     status = getattr(getattr(dbapi_connection, "info", None), "parameter_status", None)
     return status is not None and "on" in (status("in_hot_standby"), status("default_transaction_read_only"))

@@ -186,7 +186,7 @@ def watch_for_standing(
 
 
 def endpoint_exists(database: Database, endpoint_id: str) -> bool:
-    """Say whether *endpoint_id* is ours; callbacks may name one that is pruned or foreign."""
+    """Return whether *endpoint_id* is ours; callbacks may name one that is pruned or foreign."""
     with database.read() as connection:
         return connection.execute(select(Endpoint.id).where(Endpoint.id == endpoint_id)).first() is not None
 

@@ -176,12 +176,12 @@ def settle_watches(
 
 
 def _is_of_a_later_run(run: str, noted: str | None) -> bool:
-    """Say whether *run* is certainly another one than the noted run, and began after it."""
+    """Return whether *run* is certainly another one than the noted run, and began after it."""
     return noted is not None and not noted.startswith("created:") and run != noted and _is_as_late(run, noted)
 
 
 def _is_as_late(run: str, noted: str) -> bool:
-    """Say whether *run* is the one that was noted, or a later one by the clocks of those who enqueued them.
+    """Return whether *run* is the one that was noted, or a later one by the clocks of those who enqueued.
 
     The late report of an earlier run does not hide a newer one. Where clocks differ by more than the time
     between two runs, a pass over the settled watches finds the newer run all the same.

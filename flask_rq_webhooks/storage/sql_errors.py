@@ -57,7 +57,7 @@ def _is_unavailable(exc: DBAPIError | PoolTimeoutError, state: str) -> bool:
 
 
 def is_missing_schema(exc: SQLAlchemyError) -> bool:
-    """Say whether *exc* means that a table or column of ours does not exist."""
+    """Return whether *exc* means that a table or column of ours does not exist."""
     if not isinstance(exc, DBAPIError):
         return False
     reason = str(exc.orig)
@@ -72,26 +72,26 @@ def is_missing_schema(exc: SQLAlchemyError) -> bool:
 
 
 def is_about_a_row(exc: BaseException) -> bool:
-    """Say whether *exc* is about what was to be stored, so that other rows may do better."""
+    """Return whether *exc* is about what was to be stored, so that other rows may do better."""
     if isinstance(exc, StorageUnavailableError):
         return False
     return not isinstance(exc, DBAPIError) or isinstance(exc, DataError | IntegrityError)
 
 
 def may_try_again(exc: StorageUnavailableError) -> bool:
-    """Say whether the same transaction may succeed at once: on a new connection, or after another one."""
+    """Return whether the same transaction may succeed at once: on a new connection, or after another one."""
     cause = exc.__cause__
     return isinstance(cause, DBAPIError) and (cause.connection_invalidated or sqlstate(cause) in _TRY_AGAIN)
 
 
 def is_overtaken(exc: StorageUnavailableError) -> bool:
-    """Say whether another writer of SQLite was there first."""
+    """Return whether another writer of SQLite was there first."""
     orig = getattr(exc.__cause__, "orig", None)
     return getattr(orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BUSY
 
 
 def is_away(exc: StorageUnavailableError) -> bool:
-    """Say whether waiting may help: the database is down, starting or busy, and refuses nothing."""
+    """Return whether waiting may help: the database is down, starting or busy, and refuses nothing."""
     cause = exc.__cause__
     if not isinstance(cause, DBAPIError):
         return True

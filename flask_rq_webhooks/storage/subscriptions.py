@@ -80,12 +80,12 @@ class EndpointRow:
     trace: str | None = None
 
     def wants(self, event_type: str) -> bool:
-        """Say whether the endpoint gets events of *event_type*."""
+        """Return whether the endpoint gets events of *event_type*."""
         return is_wanted(event_type, self.events)
 
 
 def is_endpoint(endpoint_id: str | None) -> bool:
-    """Say whether a callback's token names an endpoint, or only that standing ones may get its events."""
+    """Return whether a callback's token names an endpoint, or only that standing ones may get its events."""
     return endpoint_id is not None and not endpoint_id.endswith(NO_ENDPOINT_SUFFIX)
 
 

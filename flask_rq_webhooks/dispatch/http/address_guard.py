@@ -143,7 +143,7 @@ def find_nat64(lookups: Lookups, deadline: float) -> tuple[ipaddress.IPv6Network
 
 
 def is_literal(host: str) -> bool:
-    """Say whether *host* is an address, which needs no look-up."""
+    """Return whether *host* is an address, which needs no look-up."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

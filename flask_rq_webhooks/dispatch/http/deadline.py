@@ -209,5 +209,8 @@ class Watchdog:
             for attempt in late:
                 attempt.abort(deadline_passed())
             if now >= next_idle_look:
-                self._on_idle()
                 next_idle_look = now + self._idle_s
+                try:
+                    self._on_idle()
+                except Exception:  # without this thread, no attempt would ever be aborted
+                    logger.exception("Idle connections could not be closed.")

@@ -69,7 +69,7 @@ class _Pinned:
         super().close()  # type: ignore[misc]
 
     def is_old(self, now: float) -> bool:
-        """Say whether it is too old to be used again."""
+        """Return whether it is too old to be used again."""
         return now - self.released_at > MAX_IDLE_S or now - self.opened_at > MAX_AGE_S
 
     def _drop_handle(self) -> None:

@@ -173,7 +173,7 @@ class _Stream:
 
     @property
     def has_more(self) -> bool:
-        """Say whether more arrived than was read, here or in the layers of TLS."""
+        """Return whether more arrived than was read, here or in the layers of TLS."""
         if self._data:
             return True
         sock: Any = self._sock
@@ -246,7 +246,7 @@ class BoundedResponse:
 
     @property
     def may_be_followed(self) -> bool:
-        """Say whether it was read to its end, nothing came after it, and the connection stays open."""
+        """Return whether it was read to its end, nothing came after it, and the connection stays open."""
         return self._was_read and not self._will_close and not self._stream.has_more
 
     def _judge_framing(self, is_old: bool, head: str) -> None:
