@@ -49,7 +49,7 @@ games: $(VENV)/.dev  ## 20,000 games of one job against ingest and reconcile; th
 
 GAMES ?= 20000
 
-bench: .venv-bench/.bench  ## measure everything, a quarter of an hour, and write it into the documentation; BENCH="name …" measures only those
+bench: .venv-bench/.bench  ## measure everything, twenty minutes, and write it into the documentation; BENCH="name …" measures only those
 	@status=0; $(BENCHMARKS) $(BENCH) --json $(if $(BENCH),.bench.json,benchmarks/results.json) || status=$$?; \
 		$(if $(BENCH),,.venv-bench/bin/python -m benchmarks.write_tables benchmarks/results.json || status=$$?;) \
 		exit $$status
