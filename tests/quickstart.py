@@ -77,6 +77,7 @@ def follow(directory: Path, redis_url: str, *, python: str = "python", python_pa
         )
         assert response.headers["Webhook-Registered"] == "true", response.text
         receiver.wait_for_output("verified:")
+        wait_until(lambda: "\n" in receiver.output.partition("verified:")[2], what="the whole line")
         payload = json.loads(receiver.output.split("verified:", 1)[1].splitlines()[0])
         assert payload["event"] == "job.success"
         assert payload["result"] == 5
