@@ -9,8 +9,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 from sqlalchemy import select, update
 
 from flask_rq_webhooks.protocol.events import JOB_SUCCESS, Occurrence, format_time
@@ -127,9 +127,10 @@ def statements_of(database: Database) -> Iterator[list[str]]:
     """Note every statement that is executed meanwhile."""
     statements: list[str] = []
     dialect = database.engine.dialect
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("do_execute", "do_executemany", "do_execute_no_params"):  # the ways to the driver
-            patch.setattr(dialect, name, partial(_note_and_execute, statements, getattr(dialect, name)))
+    ways = ("do_execute", "do_executemany", "do_execute_no_params")  # to the driver
+    with patch.multiple(
+        dialect, **{way: partial(_note_and_execute, statements, getattr(dialect, way)) for way in ways}
+    ):
         yield statements
 
 
