@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -114,11 +115,13 @@ def worker(burst: bool, concurrency: int | None, processes: int) -> None:
         wait_for_sql(get_state(), on_alive)
     dispatcher = Dispatcher(get_state(), concurrency=concurrency, on_alive=on_alive)
     # What was loaded so far lives as long as this process, and hardly anything made later is part of a cycle;
-    # the garbage collector need not look at the one again, nor at the other often: several per cent of the CPU
-    # of a busy dispatcher.
+    # the garbage collector need not look at the one again, nor at the other often. Threads that wait for the
+    # interpreter ask for it less often as well. Together a tenth of the CPU of a busy dispatcher; while
+    # reconcile passes over 100,000 jobs, one delivery in a hundred waits some milliseconds longer.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
+    sys.setswitchinterval(0.02)
     dispatcher.run(burst=burst)
 
 
