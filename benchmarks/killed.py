@@ -1,6 +1,6 @@
 """How soon ``worker --processes 2`` is back at full speed after one was killed, and whether all arrives.
 
-``python -m benchmarks.killed [--kind postgresql] [--count 24000] [--rounds 2]``
+``python -m benchmarks.killed [--kind postgresql] [--count 60000] [--rounds 2]``
 
 A backlog is worked off. After some seconds one child is killed, later the parent, which is started again at
 once, as systemd would do it. *Full speed* is nine tenths of the median rate of the seconds before the kill,
@@ -37,7 +37,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kind", choices=["postgresql", "sqlite"], default="postgresql")
-    parser.add_argument("--count", type=int, default=30_000, help="deliveries of a round")
+    parser.add_argument("--count", type=int, default=60_000, help="deliveries of a round")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     with servers() as some, receiver(HOSTS) as target:

@@ -30,7 +30,7 @@ from tests.servers import Process
 from .payload import SECRET
 
 #: Requests kept for the check; a longer run is checked by its first ones.
-KEPT = 40_000
+KEPT = 80_000
 
 _OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
 
