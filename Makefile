@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help games demo quick test coverage bench bench-quick chaos screenshots lint format types docs links package installed oldest clean
+.PHONY: help games demo quick test kills coverage bench bench-quick chaos screenshots lint format types docs links package installed oldest clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,11 +24,14 @@ demo: $(VENV)/.demo  ## run every part on this machine and show three webhooks a
 
 SUITE := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
-test: $(VENV)/.dev  ## run the whole suite
-	$(SUITE) $(PYTEST_ARGS)
+test: $(VENV)/.dev  ## run the suite; but for what kills processes
+	$(SUITE) --ignore tests/chaos $(PYTEST_ARGS)
+
+kills: $(VENV)/.dev  ## kill web process, worker and dispatcher at every named step
+	$(SUITE) tests/chaos $(PYTEST_ARGS)
 
 # Measuring takes half as much time again.
-coverage: $(VENV)/.dev  ## run the whole suite and measure what it reaches, at least COVERAGE percent
+coverage: $(VENV)/.dev  ## run both and measure what they reach, at least COVERAGE percent
 	rm -f .coverage .coverage.*
 	$(SUITE) --cov --cov-report=term --cov-fail-under=$(COVERAGE) $(PYTEST_ARGS)
 
@@ -38,7 +41,9 @@ quick: $(VENV)/.dev  ## run the unit tests only: no servers, no coverage
 # Three storms side by side: they wait more than they compute.
 chaos: $(VENV)/.dev  ## storms and kills, a quarter of an hour, LONG=1 half an hour; write what they measured into the documentation
 	rm -f .chaos.jsonl .endings.json
-	RQ_WEBHOOKS_ENDINGS_FILE=.endings.json $(BIN)/python -m pytest -q tests/acceptance/test_endings.py -m "chaos or not chaos"
+	RQ_WEBHOOKS_ENDINGS_FILE=.endings.json $(BIN)/python -m pytest -q -m "chaos or not chaos" \
+		tests/acceptance/test_endings.py \
+		"tests/acceptance/test_processes.py::test_parent_and_children_killed_at_random_lose_nothing"
 	RQ_WEBHOOKS_CHAOS_LONG=$(LONG) RQ_WEBHOOKS_CHAOS_FILE=.chaos.jsonl $(BIN)/python -m pytest -v -n 3 --dist worksteal \
 		tests/chaos -m "chaos or slow" $(PYTEST_ARGS)
 	$(BIN)/python -m tests.chaos.write_tables .endings.json .chaos.jsonl

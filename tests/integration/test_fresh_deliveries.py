@@ -29,8 +29,9 @@ def transport() -> HangsBut:
 
 
 @pytest.fixture
-def sender(state: State, transport: HangsBut) -> Sender:
-    """Give a sender that has looked and found nothing due."""
+def sender(state: State, transport: HangsBut, monkeypatch: pytest.MonkeyPatch) -> Sender:
+    """Give a sender that has looked and found nothing due, a moment ago however slow the machine is."""
+    monkeypatch.setattr(sender_module, "LONGEST_SLEEP_S", 60.0)
     idle = sender_of(state, transport, 64)
     assert idle.advance() > 0
     return idle
