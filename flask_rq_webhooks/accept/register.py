@@ -167,7 +167,13 @@ def _store(
     reached("registered")
     _warn_if_nobody_delivers(state)
     token = make_token(endpoint_id, state.settings.outbox_maxlen, ignores_argument=ignores_argument)
-    return Attachment(endpoint_id, token, reserved_job_id, same_database(state), chosen)
+    return Attachment(
+        endpoint_id=endpoint_id,
+        token=token,
+        reserved_job_id=reserved_job_id,
+        same_database=same_database(state),
+        chosen=chosen,
+    )
 
 
 @contextmanager

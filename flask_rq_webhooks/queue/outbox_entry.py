@@ -6,6 +6,7 @@ Every client of Redis with write access can write to the stream: entries are val
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,7 +201,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _finite(text: str) -> float:
     number = float(text)
-    if number - number != 0:  # 1e999
+    if not math.isfinite(number):  # 1e999
         raise OutboxEntryError("it contains an infinite number.")
     return number
 

@@ -188,7 +188,14 @@ class Database:
             tables.
         """
         writes = not (optimistic and self.is_sqlite)
-        return self._transaction(writes, single_statement, busy_timeout_s, durable, repeated, limits_idle)
+        return self._transaction(
+            writes=writes,
+            single_statement=single_statement,
+            busy_timeout_s=busy_timeout_s,
+            durable=durable,
+            repeated=repeated,
+            limits_idle=limits_idle,
+        )
 
     def read(self) -> AbstractContextManager[Connection]:
         """Open a connection that only reads: one snapshot on SQLite, one per statement on PostgreSQL.
@@ -196,13 +203,19 @@ class Database:
         :raises StorageUnavailableError: when the database cannot be reached or lacks our tables.
         """
         # READ COMMITTED takes a new snapshot per statement anyway; so BEGIN and ROLLBACK are saved.
-        return self._transaction(False, True)
+        return self._transaction(writes=False, single_statement=True)
 
     @contextmanager
     def _transaction(
-        self, writes: bool, single_statement: bool, busy_timeout_s: float | None = None, durable: bool = True,
-        repeated: bool = False, limits_idle: bool = False,
-    ) -> Iterator[Connection]:  # fmt: skip
+        self,
+        *,
+        writes: bool,
+        single_statement: bool,
+        busy_timeout_s: float | None = None,
+        durable: bool = True,
+        repeated: bool = False,
+        limits_idle: bool = False,
+    ) -> Iterator[Connection]:
         if self._pid != os.getpid():
             self._forget_parent()
         turn = self._turn if self.in_memory or (self.is_sqlite and writes) else None
