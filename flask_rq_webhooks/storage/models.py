@@ -54,6 +54,12 @@ ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 #: What any byte becomes in the random part of an id; each letter has the same share of them.
 _RANDOM = ALPHABET.encode() * 8
+#: Random parts drawn ahead: the system is asked for so many at once, because every time another thread may
+#: get the interpreter first. A forked process draws its own.
+_drawn: list[str] = []
+_DRAWN_AT_ONCE = 64
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drawn.clear)
 
 
 def new_id(prefix: str) -> str:
@@ -61,7 +67,13 @@ def new_id(prefix: str) -> str:
 
     Source: the ULID layout (48-bit milliseconds, 80-bit random, Crockford base 32), lower case.
     """
-    return f"{prefix}_{_time(time.time_ns() // 1_000_000)}{os.urandom(16).translate(_RANDOM).decode()}"
+    try:
+        random = _drawn.pop()
+    except IndexError:
+        letters = os.urandom(16 * _DRAWN_AT_ONCE).translate(_RANDOM).decode()
+        random, *more = [letters[start : start + 16] for start in range(0, len(letters), 16)]
+        _drawn.extend(more)
+    return f"{prefix}_{_time(time.time_ns() // 1_000_000)}{random}"
 
 
 def first_id_at(prefix: str, moment: datetime) -> str:
