@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -37,8 +37,8 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 from ..protocol.events import format_time
-from .database import Database
-from .models import Base
+from .database import Database, execute_by_driver, in_schema
+from .models import Base, UTCDateTime
 
 Insert = postgresql.Insert | sqlite.Insert
 _Column = ColumnElement[Any] | InstrumentedAttribute[Any]
@@ -132,17 +132,42 @@ def insert_new(
     """
     if not rows:
         return set()
-    parts: Iterable[Any]
     if database.is_sqlite:
-        statement, parts = insert_or_ignore(database, model), chunks_of(rows)
+        sql, bind = for_driver(insert_or_ignore(database, model), tuple(rows[0]), connection.dialect, None)
+        parts = ([bind(row) for row in some] for some in chunks_of(rows))
+        count = sum(execute_by_driver(connection, sql, part) for part in parts)
     else:
         statement = _insert_from_json(model, tuple(rows[0]), before)
-        parts = ({"rows": document} | dict(values or {}) for document in documents_of(rows))
+        given = dict(values or {})
+        documents = ({"rows": document} | given for document in documents_of(rows))
+        count = sum(connection.execute(statement, document).rowcount for document in documents)
     ids = [row["id"] for row in rows]
-    if sum(connection.execute(statement, part).rowcount for part in parts) == len(ids):
+    if count == len(ids):
         return set(ids)
     there = _select_ids(model)
     return {found for some in chunks_of(ids) for found in connection.execute(there, {"ids": some}).scalars()}
+
+
+@lru_cache(maxsize=100)
+def for_driver(
+    statement: Any, names: tuple[str, ...], dialect: Dialect, schema: str | None
+) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
+    """Return *statement* with parameters *names* as the driver takes it, and what converts a row of them."""
+    compiled = statement.compile(dialect=dialect, column_keys=list(names))
+    fixed = {name: bind.value for name, bind in compiled.binds.items()}
+    converters = [
+        (name, lru_cache(_CHUNK)(convert) if isinstance(bind.type, UTCDateTime) else convert)
+        for name, bind in compiled.binds.items()
+        if (convert := bind.type.dialect_impl(dialect).bind_processor(dialect))
+    ]
+
+    def bind(row: Mapping[str, Any]) -> Any:
+        values = {**fixed, **row}
+        for name, convert in converters:
+            values[name] = convert(values[name])
+        return [values[name] for name in compiled.positiontup] if compiled.positional else values
+
+    return in_schema(compiled.string, dialect, schema), bind
 
 
 def _id_of(model: type[Base]) -> ColumnElement[str]:

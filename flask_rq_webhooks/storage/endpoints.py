@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Dialect, Executable, bindparam, func, insert, select, update
+from sqlalchemy import Executable, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from ..errors import StorageUnavailableError
 from ..protocol.events import parse_time
-from .bulk_insert import insert_into
+from .bulk_insert import for_driver, insert_into
 from .crypto import Cipher
-from .database import Database, execute_by_driver, in_schema
+from .database import Database, execute_by_driver
 from .models import (
     CLOSED,
     OPEN,
@@ -262,35 +262,13 @@ def _execute(
                 single_statement=single, repeated=True, busy_timeout_s=busy_timeout_s
             ) as connection:
                 for statement, rows in statements:
-                    sql, bind = _for_driver(statement, tuple(rows[0]), connection.dialect, database.schema)
+                    sql, bind = for_driver(statement, tuple(rows[0]), connection.dialect, database.schema)
                     execute_by_driver(connection, sql, [bind(row) for row in rows])
             return
         except StorageUnavailableError as exc:
             if not left or not may_try_again(exc):
                 raise
             time.sleep(RETRY_PAUSE_S * 2 ** (TRIES - 2 - left) if left < TRIES - 1 else 0)
-
-
-@lru_cache(maxsize=100)
-def _for_driver(
-    statement: Any, names: tuple[str, ...], dialect: Dialect, schema: str | None
-) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
-    """Return *statement* with parameters *names* as the driver takes it, and what converts a row of them."""
-    compiled = statement.compile(dialect=dialect, column_keys=list(names))
-    fixed = {name: bind.value for name, bind in compiled.binds.items()}
-    converters = [
-        (name, convert)
-        for name, bind in compiled.binds.items()
-        if (convert := bind.type.dialect_impl(dialect).bind_processor(dialect))
-    ]
-
-    def bind(row: Mapping[str, Any]) -> Any:
-        values = {**fixed, **row}
-        for name, convert in converters:
-            values[name] = convert(values[name])
-        return [values[name] for name in compiled.positiontup] if compiled.positional else values
-
-    return in_schema(compiled.string, dialect, schema), bind
 
 
 @cache
