@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -70,6 +71,29 @@ def test_a_connection_that_spoke_unasked_is_not_used_again(
         time.sleep(0.1)
         assert send(attacker.url).status_code == 200
         assert attacker.connections == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say how much has come")
+def test_a_quiet_connection_is_known_without_polling(
+    make_transport: MakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polled: list[object] = []
+    monkeypatch.setattr(
+        "urllib3.connection.wait_for_read", lambda sock, timeout: bool(polled.append(sock)) or False
+    )
+    answers = [EMPTY, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n"] * 3
+
+    def script(connection: socket.socket) -> None:
+        for answer in answers:
+            read_request(connection)
+            connection.sendall(answer)
+
+    send = sender(make_transport())
+    with Attacker(script) as attacker:
+        for _ in answers:
+            assert send(attacker.url).status_code == 200
+        assert attacker.connections == 1
+    assert polled == []
 
 
 def test_a_receiver_that_answers_and_never_reads_holds_up_no_closing(make_transport: MakeTransport) -> None:

@@ -315,6 +315,7 @@ class _Exchange:
         # One byte more than is kept, so that a body of just that size is seen to have ended.
         body = response.read_body(self._body_cap + 1)
         outcome["response_body"] = body[: self._body_cap]
+        connection.received += response.received
         return outcome, response.may_be_followed
 
 

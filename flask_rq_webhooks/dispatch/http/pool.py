@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -38,6 +39,12 @@ KEPT_EACH = 4
 FILES_EACH = 8
 MIN_KEPT = 32
 
+#: The beginning of Linux' ``struct tcp_info`` (since 4.1): its first byte is the state, its last eight are
+#: ``tcpi_bytes_received``, what has come, read or not.
+_TCP_INFO_BYTES = 136
+_ESTABLISHED = 1
+_BYTES_RECEIVED = struct.Struct("=Q")
+
 #: Connections with the same scheme, host and port are interchangeable.
 _Key = tuple[str, str, int]
 
@@ -51,6 +58,8 @@ class _Pinned:
     key: _Key = ("", "", 0)
     opened_at = 0.0
     released_at = 0.0
+    #: Bytes read from it.
+    received = 0
 
     def _new_conn(self) -> socket.socket:
         if self.guard is None or self.attempt is None:
@@ -80,6 +89,21 @@ class _Pinned:
 
 class PinnedHTTPConnection(_Pinned, HTTPConnection):
     """A plain connection."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Return whether it is still open, and nothing came that was not asked for."""
+        return self._is_quiet() or super().is_connected
+
+    def _is_quiet(self) -> bool:
+        """Return whether Linux says so, which lets no other thread run in between, as polling does."""
+        if type(self.sock) is not socket.socket or sys.platform != "linux":
+            return False
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        if len(info) < _TCP_INFO_BYTES or info[0] != _ESTABLISHED:
+            return False
+        received: int = _BYTES_RECEIVED.unpack_from(info, _TCP_INFO_BYTES - _BYTES_RECEIVED.size)[0]
+        return received == self.received
 
 
 class PinnedHTTPSConnection(_Pinned, HTTPSConnection):

@@ -137,6 +137,8 @@ class _Stream:
         self._data = bytearray()
         #: Bytes of lines that may still be read.
         self.left = MAX_HEADER_BYTES
+        #: Bytes that came.
+        self.received = 0
 
     def read_to(self, end: re.Pattern[bytes]) -> bytes:
         """Return what comes up to and with *end*; nothing if the connection ended before its first byte."""
@@ -189,6 +191,7 @@ class _Stream:
             return False
         self._attempt.answered = True
         self._data += data
+        self.received += len(data)
         return True
 
     def _take(self, size: int) -> bytes:
@@ -248,6 +251,11 @@ class BoundedResponse:
     def may_be_followed(self) -> bool:
         """Return whether it was read to its end, nothing came after it, and the connection stays open."""
         return self._was_read and not self._will_close and not self._stream.has_more
+
+    @property
+    def received(self) -> int:
+        """Return how many bytes were read from the connection."""
+        return self._stream.received
 
     def _judge_framing(self, is_old: bool, head: str) -> None:
         """Keep only the status where other parsers may see the end of the body elsewhere (RFC 9112, 6.3)."""
