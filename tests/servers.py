@@ -53,15 +53,30 @@ def guard(pid: int) -> subprocess.Popen[bytes]:
 
 
 def free_port() -> int:
-    """Return a port the kernel just chose."""
+    """Return a port the kernel just chose, and may choose again: see :func:`reserved_port`."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
 
 
-def wait_until(condition: Callable[[], Any], *, timeout: float = 30, what: str = "") -> Any:
+def reserved_port() -> socket.socket:
+    """Return a socket whose port the kernel gives to nobody else until it is closed.
+
+    Servers that set ``SO_REUSEADDR``, as Python's do, can listen at it; while none does, it refuses.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+def wait_until(
+    condition: Callable[[], Any], *, timeout: float = 30, what: str | Callable[[], str] = ""
+) -> Any:
     """Return the first true value of *condition*; fail after *timeout* seconds.
+
+    :param what: is missing; a function is called when the time is over, so that it can tell what was printed.
 
     It is asked every 10 ms at first, then at intervals of a tenth of the time waited, at most 0.1 s: many
     conditions are queries.
@@ -73,7 +88,8 @@ def wait_until(condition: Callable[[], Any], *, timeout: float = 30, what: str =
             return value
         waited = time.monotonic() - began
         if waited > timeout:
-            raise AssertionError(f"not within {timeout} s: {what or condition}")
+            missing = what() if callable(what) else what
+            raise AssertionError(f"not within {timeout} s: {missing or condition}")
         time.sleep(min(max(0.01, waited / 10), 0.1))
 
 
@@ -106,7 +122,8 @@ class Forked:
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, sig)
+            with suppress(ProcessLookupError):  # ended, and the zygote has not written yet how
+                os.kill(self.pid, sig)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -208,7 +225,7 @@ class Process:
                 raise AssertionError(f"process ended with {self.popen.returncode}: {self.output}")
             return False
 
-        wait_until(seen, timeout=timeout, what=f"{text!r} in {self.output!r}")
+        wait_until(seen, timeout=timeout, what=lambda: f"{text!r} in {self.output!r}")
 
     def wait(self, timeout: float = 60) -> int:
         return self.popen.wait(timeout)

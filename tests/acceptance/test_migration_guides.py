@@ -45,7 +45,7 @@ class Printing:
         def reported() -> list[Any] | None:
             return next((line for line in self.accepted if job_id in json.dumps(line)), None)
 
-        found: list[Any] = wait_until(reported, what=f"{job_id} in {self.process.output}")
+        found: list[Any] = wait_until(reported, what=lambda: f"{job_id} in {self.process.output}")
         return found
 
 

@@ -24,7 +24,9 @@ def children_of(process: Process) -> list[psutil.Process]:
 
 
 def started(process: Process, count: int) -> None:
-    wait_until(lambda: process.output.count("Dispatcher dsp_") >= count, timeout=60, what=process.output)
+    wait_until(
+        lambda: process.output.count("Dispatcher dsp_") >= count, timeout=60, what=lambda: process.output
+    )
 
 
 @pytest.mark.parametrize("stack_database_url", ["sqlite", "postgresql"], indirect=True)

@@ -25,7 +25,7 @@ from flask_rq_webhooks.state import get_state
 from tests.acceptance.host_app import create_app
 from tests.chaos import aof
 from tests.chaos.auditor import Answer, Evidence, Receipt
-from tests.servers import PostgresHandle, Process, Received, Receiver, ValkeyHandle, free_port, wait_until
+from tests.servers import PostgresHandle, Process, Received, Receiver, ValkeyHandle, reserved_port, wait_until
 
 FLASK = ("python", "-m", "flask", "--app", "tests.chaos.host_app")
 INTERVAL_S = 2.0
@@ -66,7 +66,9 @@ class Field:
     die: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.port = free_port()
+        # Nobody else gets it while the web process is dead.
+        self._port = reserved_port()
+        self.port: int = self._port.getsockname()[1]
         self.processes: dict[str, Process] = {}
         self.answers: list[Answer] = []
         self.receipts: list[Receipt] = []
@@ -133,7 +135,12 @@ class Field:
         with self._lock:
             self.processes[name] = process
         if name == "web":
-            wait_until(self.web_answers, timeout=60, what=f"the web process: {process.output}")
+
+            def answers() -> bool:
+                assert process.popen.poll() is None, f"the web process ended: {process.output}"
+                return self.web_answers()
+
+            wait_until(answers, timeout=60, what=lambda: f"the web process: {process.output}")
         return process
 
     def web_answers(self) -> bool:
@@ -308,6 +315,7 @@ class Field:
         self.redis.close()
         self._marker.close()
         self.receiver.close()
+        self._port.close()
 
 
 @contextmanager

@@ -220,7 +220,7 @@ class Killer(threading.Thread):
         self.random = random.Random(f"{seed} killer")
         self.stopping = threading.Event()
         self.error: BaseException | None = None
-        self._stopped: dict[str, tuple[int, float]] = {}
+        self._stopped: threading.Thread | None = None
         self._parts = [part for part in self.VICTIMS if part != "PostgreSQL" or target.postgres is not None]
 
     def run(self) -> None:
@@ -233,7 +233,6 @@ class Killer(threading.Thread):
                 except redis.RedisError:
                     continue  # Valkey is on its way up
                 self.field.restart_dead()
-                self._wake(time.monotonic())
         except BaseException as exc:  # raised by check(), in the thread that waits
             self.error = exc
 
@@ -245,7 +244,6 @@ class Killer(threading.Thread):
         """Stop killing; what was stopped goes on, and the receiver answers."""
         self.stopping.set()
         self.join(90)
-        self._wake(float("inf"))
         self.field.respond = lambda received: 204
         self.check()
 
@@ -309,19 +307,18 @@ class Killer(threading.Thread):
     def _stop_dispatcher(self, seconds: float) -> None:
         """SIGSTOP one dispatcher for a while, never all of them."""
         name = self._one("dispatcher")
-        if self._stopped or len(self.field.named("dispatcher")) < 2:
+        if (self._stopped and self._stopped.is_alive()) or len(self.field.named("dispatcher")) < 2:
             return
         process = self.field.processes[name]
         process.kill(signal.SIGSTOP)
-        self._stopped[name] = (process.pid, time.monotonic() + seconds)
 
-    def _wake(self, now: float) -> None:
-        for name, (pid, until) in list(self._stopped.items()):
-            if until <= now:
-                del self._stopped[name]
-                process = self.field.processes.get(name)
-                if process is not None and process.pid == pid:
-                    process.kill(signal.SIGCONT)
+        def go_on() -> None:
+            self.stopping.wait(seconds)
+            process.kill(signal.SIGCONT)
+
+        # Not this thread: it may be waiting for a web process, and that for a lock of the stopped one.
+        self._stopped = threading.Thread(target=go_on, daemon=True)
+        self._stopped.start()
 
 
 def _queue_is_empty(target: Field) -> bool:

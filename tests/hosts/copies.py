@@ -142,7 +142,7 @@ class Web:
 
     def wait(self) -> Web:
         """Wait until it answers."""
-        wait_until(self._answers, what=f"the web server: {self.process.output}")
+        wait_until(self._answers, what=lambda: f"the web server: {self.process.output}")
         return self
 
     def _answers(self) -> bool:

@@ -73,10 +73,10 @@ def stop(state: State, job_id: str) -> None:
     url = "redis://{host}:{port}/{db}".format(**state.redis.connection_pool.connection_kwargs)
     with rq_worker(url) as worker:
         key = f"rq:job:{job_id}"
-        wait_until(lambda: state.redis.hget(key, "status") == b"started", what=worker.output)
+        wait_until(lambda: state.redis.hget(key, "status") == b"started", what=lambda: worker.output)
         state.redis.hdel(key, "success_callback_name", "failure_callback_name", "stopped_callback_name")
         send_stop_job_command(state.redis, job_id)
-        wait_until(lambda: state.redis.hget(key, "status") == b"stopped", what=worker.output)
+        wait_until(lambda: state.redis.hget(key, "status") == b"stopped", what=lambda: worker.output)
 
 
 ENDINGS: list[tuple[str, Callable[[State, str], None], str]] = [

@@ -256,7 +256,7 @@ def test_worker_pool(plain_host: Flask, redis_url: str, redis_client: redis.Redi
         wait_until(
             lambda: all(redis_client.hget(f"rq:job:{job_id}", "status") in ended for job_id in ids),
             timeout=40,
-            what=f"all jobs to end: {pool.output}",
+            what=lambda: f"all jobs to end: {pool.output}",
         )
         workers = {redis_client.hget(f"rq:job:{job_id}", "worker_name") for job_id in ids}
     received = deliver_all(plain_host)

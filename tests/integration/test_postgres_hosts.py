@@ -326,7 +326,7 @@ def _pgbouncer(binary: str, target: sa.URL, server_port: int, port: int, folder:
     as_nobody = ["--user", "nobody"] if os.geteuid() == 0 else []  # it refuses to run as root
     through = f"postgresql+psycopg://{target.username}@127.0.0.1:{port}/{target.database}"
     with Process(binary, *as_nobody, str(folder / "bouncer.ini")) as process:
-        wait_until(lambda: _answers(through), timeout=15, what=process.output)
+        wait_until(lambda: _answers(through), timeout=15, what=lambda: process.output)
         yield through
 
 

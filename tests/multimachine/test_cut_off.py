@@ -254,7 +254,7 @@ def test_dispatcher_cut_off_for_longer_than_its_lease(site: Site) -> None:
             )
             return int(connection.execute(fresh).scalar_one()) == 2
 
-    wait_until(is_back, timeout=60, what=f"the first dispatcher to be back: {first.output}")
+    wait_until(is_back, timeout=60, what=lambda: f"the first dispatcher to be back: {first.output}")
     returned_s = time.monotonic() - back_at
     jobs += [stack.call("add", 3, number, webhook=hook(site)) for number in range(24)]
     wait_until(lambda: site.count(Delivery.status == "succeeded") == len(jobs), timeout=60)
@@ -304,7 +304,9 @@ def test_worker_cut_off_in_the_middle_of_a_job(site: Site) -> None:
     site.start_dispatcher(one)
     worker = site.start_worker(two)
     job_id = stack.call("sleep", 2, webhook=hook(site))
-    wait_until(lambda: stack.redis.hget(f"rq:job:{job_id}", "status") == b"started", what=worker.output)
+    wait_until(
+        lambda: stack.redis.hget(f"rq:job:{job_id}", "status") == b"started", what=lambda: worker.output
+    )
 
     two.cut_off()
     time.sleep(5)  # the job ends, and cannot be reported
