@@ -1,4 +1,4 @@
-"""``INSERT … ON CONFLICT`` on both databases, and how much one statement takes.
+"""``INSERT … ON CONFLICT`` on both databases, how much one statement takes, and how rows reach the driver.
 
 Owns the one place where the two dialects' insert constructs are chosen.
 """
@@ -126,7 +126,7 @@ def insert_new(
     another for every number of them: drivers and PostgreSQL parse it anew, in four times the time
     (``benchmarks/stages.py``), and SQLite's driver keeps a hundred of them, some dozens of megabytes.
 
-    :param rows: all with the same keys.
+    :param rows: all with the same keys; defaults of columns are not filled in.
     :param before: PostgreSQL: done in the same round trip, as often as there are parts of *rows*.
     :param values: its parameters.
     """
