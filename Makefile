@@ -87,7 +87,7 @@ links: docs  ## follow the links within the documentation, the README and the ot
 	$(BIN)/python docs/_ext/links.py docs/_build/html
 
 package: $(VENV)/.dev  ## build sdist and wheel into dist/ and check them
-	rm -rf dist build
+	rm -rf dist build flask_rq_webhooks.egg-info
 	mkdir build
 	$(INSTALL) build twine check-wheel-contents
 	@echo "Building ..."
