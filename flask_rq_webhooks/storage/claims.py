@@ -130,7 +130,7 @@ def claim_due(
             rows = _loaded(database, connection, ids, lease_id) if ids else []
             turns = [(row.host <= after, row.host) for row in rows]
     else:
-        with database.write(single_statement=True, durable=False, repeated=True) as connection:
+        with database.write(durable=False, repeated=True, in_order=True) as connection:
             rows = connection.execute(_CLAIM_POSTGRESQL, parameters | {"lease_s": lease_s}).all()
             # Not by the names of the hosts: the database's collation may differ.
             turns = [(False, row.turn) for row in rows]
@@ -286,7 +286,8 @@ def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
 # prefers (status, id), and then sorts a million rows. The live secrets of an endpoint come newest first: the
 # one that does not expire, then the one that expires last. PostgreSQL looks up what belongs to a claimed row
 # in subqueries it cannot flatten (OFFSET 0): it does not know how few rows are claimed, and would read whole
-# tables instead.
+# tables instead. A host's rows are asked for as a range: for an equality PostgreSQL may take the index that
+# has no host, for the sake of its order.
 
 _LOADED = {"body": LargeBinary, "sign_payload": Boolean}
 
@@ -350,7 +351,7 @@ oldest AS MATERIALIZED (
     ORDER BY d.next_attempt_at LIMIT :window
 ),
 many AS MATERIALIZED (
-    SELECT count(*) = :window AS yes, set_config('synchronous_commit', 'off', true) FROM oldest
+    SELECT count(*) = :window AS yes FROM oldest
 ),
 walk(host, due, found, turn, wrapped) AS (
     SELECT CAST(:after AS text), false, 0, 0, false FROM many WHERE yes
@@ -358,9 +359,10 @@ walk(host, due, found, turn, wrapped) AS (
     SELECT n.host, n.due, w.found + w.due::integer, w.turn + 1, n.wrapped
     FROM walk w CROSS JOIN LATERAL (
         SELECT h.host, h.wrapped,
-               EXISTS (SELECT FROM rq_webhooks_delivery d
-                       WHERE d.status = 'pending' AND d.host = h.host
-                         AND d.next_attempt_at <= statement_timestamp())
+               (SELECT true FROM rq_webhooks_delivery d
+                WHERE d.status = 'pending' AND d.host >= h.host
+                  AND (d.host, d.next_attempt_at) <= (h.host, statement_timestamp())
+                ORDER BY d.host, d.next_attempt_at LIMIT 1) IS NOT NULL
                AND NOT EXISTS (SELECT FROM busy b WHERE b.host = h.host AND b.requests >= :per_host) AS due
         FROM (
             SELECT f.host, w.wrapped FROM (
@@ -371,8 +373,7 @@ walk(host, due, found, turn, wrapped) AS (
             SELECT f.host, true FROM (
                 SELECT d.host FROM rq_webhooks_delivery d
                 WHERE d.status = 'pending' AND NOT w.wrapped ORDER BY d.host LIMIT 1
-            ) f WHERE f.host <= :after
-            LIMIT 1
+            ) f WHERE f.host <= :after LIMIT 1
         ) h
     ) n
     WHERE w.found + w.due::integer < :limit
@@ -382,29 +383,28 @@ candidates(host, turn) AS (
     UNION ALL SELECT host, turn FROM walk WHERE due
 ),
 slots AS (
-    SELECT c.host, c.turn, r.next_attempt_at,
-           coalesce(b.requests, 0)
+    SELECT c.host, c.turn, r.next_attempt_at, coalesce(b.requests, 0)
            + row_number() OVER (PARTITION BY c.host ORDER BY r.next_attempt_at) AS rank
-    FROM candidates c
-    LEFT JOIN busy b ON b.host = c.host
+    FROM candidates c LEFT JOIN busy b ON b.host = c.host
     CROSS JOIN LATERAL (
         SELECT d.next_attempt_at FROM rq_webhooks_delivery d
-        WHERE d.status = 'pending' AND d.host = c.host AND d.next_attempt_at <= statement_timestamp()
-        ORDER BY d.next_attempt_at
+        WHERE d.status = 'pending' AND d.host >= c.host
+          AND (d.host, d.next_attempt_at) <= (c.host, statement_timestamp())
+        ORDER BY d.host, d.next_attempt_at
         LIMIT greatest(0, least(CAST(:limit AS integer), :per_host - coalesce(b.requests, 0)))
     ) r
 ),
 quotas AS (
     SELECT s.host, s.turn, count(*) AS rows
-    FROM (SELECT * FROM slots ORDER BY rank, next_attempt_at LIMIT :limit) s
-    GROUP BY s.host, s.turn
+    FROM (SELECT * FROM slots ORDER BY rank, next_attempt_at LIMIT :limit) s GROUP BY s.host, s.turn
 ),
 picked AS (
     SELECT r.id, q.turn
     FROM quotas q CROSS JOIN LATERAL (
         SELECT d.id FROM rq_webhooks_delivery d
-        WHERE d.status = 'pending' AND d.host = q.host AND d.next_attempt_at <= statement_timestamp()
-        ORDER BY d.next_attempt_at LIMIT q.rows
+        WHERE d.status = 'pending' AND d.host >= q.host
+          AND (d.host, d.next_attempt_at) <= (q.host, statement_timestamp())
+        ORDER BY d.host, d.next_attempt_at LIMIT q.rows
         FOR UPDATE SKIP LOCKED
     ) r
 ),
@@ -412,7 +412,7 @@ claimed AS (
     UPDATE rq_webhooks_delivery AS delivery
     SET status = 'sending', lease_id = :lease_id,
         lease_until = clock_timestamp() + make_interval(secs => :lease_s)
-    FROM picked WHERE delivery.id = picked.id AND delivery.status = 'pending'
+    FROM picked WHERE delivery.id = picked.id AND delivery.status || '' = 'pending'
       AND delivery.id = ANY (ARRAY(SELECT id FROM picked))
     RETURNING delivery.*, picked.turn
 )

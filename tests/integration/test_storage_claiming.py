@@ -6,8 +6,10 @@ import threading
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+from sqlalchemy import event, text
 
 from flask_rq_webhooks.storage import claims
 from flask_rq_webhooks.storage.attempts import record_attempts
@@ -74,6 +76,39 @@ def test_nothing_is_claimed_twice_or_early(database: Database) -> None:
     set_values(database, Delivery, second, next_attempt_at=datetime.now(UTC) + timedelta(seconds=30))
     assert [claimed.id for claimed in claim(database)] == [first]
     assert claim(database) == []
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_claim_reads_little_whatever_postgresql_believes(database: Database) -> None:
+    """Autovacuum looks at the table while nothing is due, which is most of the time; then much is."""
+    for number in range(20):
+        deliver_to(database, f"host{number}.example", 40)
+    with database.write() as connection:
+        connection.execute(text("UPDATE rq_webhooks_delivery SET status = 'succeeded'"))
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE rq_webhooks_delivery"))
+    with database.write() as connection:
+        connection.execute(text("UPDATE rq_webhooks_delivery SET status = 'pending'"))
+
+    plans: list[dict[str, Any]] = []
+
+    def explain(connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+        if "walk(host" in statement:
+            cursor = connection.connection.cursor()  # in the transaction of the claim
+            cursor.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)
+            plans.append(cursor.fetchone()[0][0]["Plan"])
+
+    event.listen(database.engine, "before_cursor_execute", explain)
+    assert len(claim(database, limit=64)) == 64
+    (plan,) = plans
+    assert deliveries_read(plan) < 2500  # all 800 that are due at every look, otherwise
+
+
+def deliveries_read(plan: dict[str, Any]) -> float:
+    """Return how many rows of deliveries a plan has read."""
+    mine = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)
+    read = mine * plan["Actual Loops"] if plan.get("Relation Name") == "rq_webhooks_delivery" else 0
+    return read + sum(map(deliveries_read, plan.get("Plans", [])))
 
 
 def test_limit_and_the_cap_per_host(database: Database) -> None:
