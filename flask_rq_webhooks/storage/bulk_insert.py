@@ -133,9 +133,8 @@ def insert_new(
     if not rows:
         return set()
     if database.is_sqlite:
-        sql, bind = for_driver(insert_or_ignore(database, model), tuple(rows[0]), connection.dialect, None)
-        parts = ([bind(row) for row in some] for some in chunks_of(rows))
-        count = sum(execute_by_driver(connection, sql, part) for part in parts)
+        insertion = insert_or_ignore(database, model)
+        count = sum(execute_rows(database, connection, insertion, some) for some in chunks_of(rows))
     else:
         statement = _insert_from_json(model, tuple(rows[0]), before)
         given = dict(values or {})
@@ -148,8 +147,19 @@ def insert_new(
     return {found for some in chunks_of(ids) for found in connection.execute(there, {"ids": some}).scalars()}
 
 
+def execute_rows(
+    database: Database, connection: Connection, statement: Any, rows: Sequence[Mapping[str, Any]]
+) -> int:
+    """Execute *statement* by the driver, compiled once; return how many rows were written.
+
+    :param rows: parameters of each execution, at least one, all with the same keys.
+    """
+    sql, bind = _for_driver(statement, tuple(rows[0]), connection.dialect, database.schema)
+    return execute_by_driver(connection, sql, [bind(row) for row in rows])
+
+
 @lru_cache(maxsize=100)
-def for_driver(
+def _for_driver(
     statement: Any, names: tuple[str, ...], dialect: Dialect, schema: str | None
 ) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
     """Return *statement* with parameters *names* as the driver takes it, and what converts a row of them."""

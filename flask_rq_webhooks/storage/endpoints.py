@@ -22,9 +22,9 @@ from sqlalchemy.exc import IntegrityError
 
 from ..errors import StorageUnavailableError
 from ..protocol.events import parse_time
-from .bulk_insert import for_driver, insert_into
+from .bulk_insert import execute_rows, insert_into
 from .crypto import Cipher
-from .database import Database, execute_by_driver
+from .database import Database
 from .models import (
     CLOSED,
     OPEN,
@@ -262,8 +262,7 @@ def _execute(
                 single_statement=single, repeated=True, busy_timeout_s=busy_timeout_s
             ) as connection:
                 for statement, rows in statements:
-                    sql, bind = for_driver(statement, tuple(rows[0]), connection.dialect, database.schema)
-                    execute_by_driver(connection, sql, [bind(row) for row in rows])
+                    execute_rows(database, connection, statement, rows)
             return
         except StorageUnavailableError as exc:
             if not left or not may_try_again(exc):
