@@ -166,9 +166,10 @@ def plan(database: Database) -> str:
     else:
         statement = text("EXPLAIN (ANALYZE, BUFFERS OFF) " + str(claims._CLAIM_POSTGRESQL.element))
         parameters["lease_s"] = 45.0
-    with database.engine.connect() as connection, connection.begin() as transaction:
+    with database.write(durable=False, in_order=True) as connection:  # as a claim
+        undone = connection.begin_nested()
         rows = connection.execute(statement, parameters).all()
-        transaction.rollback()
+        undone.rollback()
     return "\n".join(str(row[-1]) for row in rows)
 
 
