@@ -23,6 +23,9 @@ class Attacker:
     :param context: speak TLS.
     """
 
+    #: Answer the first request of the first connection as a receiver should, and begin with the next.
+    answers_first = False
+
     def __init__(self, script: Script, *, context: ssl.SSLContext | None = None) -> None:
         self._script = script
         self._context = context
@@ -59,6 +62,9 @@ class Attacker:
             if self._context is not None:
                 connection = self._context.wrap_socket(connection, server_side=True)
             self._open.add(connection)
+            if self.answers_first and self.connections == 1:
+                read_request(connection)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             self._script(connection)
         self._open.discard(connection)
         connection.close()

@@ -10,6 +10,7 @@ import pytest
 from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult, RequestsTransport, Transport
 from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.integration.hosts import Host
+from tests.security.attackers import Attacker
 
 Send = Callable[..., AttemptResult]
 MakeHost = Callable[..., Host]
@@ -50,6 +51,23 @@ def make_transport() -> Iterator[Callable[..., Transport]]:
 def send(make_transport: Callable[..., Transport]) -> Send:
     """Give a function that sends one request through one transport and waits for the result."""
     return sender(make_transport())
+
+
+@pytest.fixture(params=["new", "kept"])
+def send_over_either(request: pytest.FixtureRequest, send: Send, monkeypatch: pytest.MonkeyPatch) -> Send:
+    """Give the same for attackers, over a new connection and over one kept from a request before."""
+    if request.param == "new":
+        return send
+    monkeypatch.setattr(Attacker, "answers_first", True)
+    met: set[str] = set()
+
+    def send_again(url: str, **changes: Any) -> AttemptResult:
+        if url not in met:
+            met.add(url)
+            assert send(url).status_code == 200
+        return send(url, **changes)
+
+    return send_again
 
 
 def request_to(url: str, *, timeout_s: float = 5, **changes: Any) -> AttemptRequest:

@@ -25,6 +25,11 @@ SURPLUS = {
 }
 
 
+@pytest.fixture
+def send(send_over_either: Send) -> Send:
+    return send_over_either
+
+
 @pytest.mark.parametrize("answer", SURPLUS.values(), ids=SURPLUS)
 @pytest.mark.parametrize("cut", [None, 16, 40])
 def test_what_follows_an_answer_does_not_matter(send: Send, answer: bytes, cut: int | None) -> None:

@@ -26,6 +26,11 @@ EMPTY = OK + b"Content-Length: 0\r\n\r\n"
 MakeTransport = Callable[..., Transport]
 
 
+@pytest.fixture
+def send(send_over_either: Send) -> Send:
+    return send_over_either
+
+
 def reset(connection: socket.socket) -> None:
     """End the connection with RST instead of FIN."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -60,7 +65,9 @@ RESETS = {
 def test_a_connection_reset_at_any_stage_is_a_reset(send: Send, script: Script) -> None:
     with Attacker(script) as attacker:
         result = send(attacker.url)
-        assert attacker.connections == 1
+        # What a receiver may do to a connection that it takes for idle is tried again.
+        before_a_byte = script in (RESETS["at-once"], RESETS["after-request"])
+        assert attacker.connections == 1 + (Attacker.answers_first and before_a_byte)
     assert (result.error_code, result.status_code, result.response_body) == ("reset", None, b"")
 
 

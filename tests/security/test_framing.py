@@ -26,6 +26,11 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 MakeTransport = Callable[..., Transport]
 
 
+@pytest.fixture
+def send(send_over_either: Send) -> Send:
+    return send_over_either
+
+
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> CA:
     return CA(tmp_path_factory.mktemp("ca"))

@@ -67,21 +67,20 @@ STALLS: dict[str, Script] = {
 }
 
 
-#: No more trailers are read than headers.
-PARSER_STOPS_FIRST = {"trailer-flood"}
+@pytest.fixture
+def send(send_over_either: Send) -> Send:
+    return send_over_either
 
 
 @pytest.mark.parametrize("script", STALLS.values(), ids=STALLS)
-def test_a_stalling_receiver_is_left_at_the_deadline(
-    request: pytest.FixtureRequest, send: Send, script: Script
-) -> None:
+def test_a_stalling_receiver_is_left_at_the_deadline(send: Send, script: Script) -> None:
     for _ in range(2):  # a flood on a machine that is busy with other tests gets a second chance
         with Attacker(script) as attacker, MemoryGrowth() as growth, elapsed() as seconds:
             result = send(attacker.url, timeout_s=DEADLINE_S)
             took = seconds()
         if took < DEADLINE_S + 1:
             break
-    if request.node.callspec.id in PARSER_STOPS_FIRST:
+    if script is STALLS["trailer-flood"]:  # no more trailers are read than headers
         assert (result.error_code, result.status_code) == ("reset", None)
     else:
         assert (result.error_code, result.status_code) == ("timeout", None)
@@ -204,11 +203,16 @@ BROKEN = {
 }
 
 
+#: What a receiver may do to a connection that it takes for idle.
+BEFORE_A_BYTE = (BROKEN["closes-at-once"], BROKEN["closes-after-request"])
+
+
 @pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN)
 def test_a_broken_answer_is_a_reset(send: Send, script: Script) -> None:
     with Attacker(script) as attacker:
         result = send(attacker.url)
-        assert attacker.connections == 1
+        repeated = Attacker.answers_first and script in BEFORE_A_BYTE
+        assert attacker.connections == 1 + repeated
     assert (result.error_code, result.status_code) == ("reset", None)
     assert result.error_detail
 
@@ -272,7 +276,7 @@ def test_threads_and_descriptors_are_bounded_and_given_back(
         for future in [transport.submit(request_to(honest.url)) for _ in range(100)]:
             assert future.result(20).status_code == 200
         names = [thread.name for thread in threading.enumerate() if thread.name.startswith("rq-webhooks")]
-        assert len(names) <= 4 + 1
+        assert len(names) <= 4 + 2  # the loop and the watchdog
     transport.close(wait=True)
     assert threading.active_count() <= before_threads
     assert len(os.listdir("/proc/self/fd")) <= before_fds

@@ -7,9 +7,9 @@ A :class:`Transport` is an object handed to the dispatcher; tests hand in anothe
 
 ==================== ===========================================================================
 ``contract``         what the dispatcher sees: request, result, the protocol of a transport, error codes
-``client``           the transport: threads, and the :mod:`requests` adapter
+``client``           the transport: the loop and its threads, and the :mod:`requests` adapter
 ``pool``             connections, kept ones included; TLS verification settings
-``wire_format``      the bytes of a request; what is read of a response, and what of it is kept
+``wire_format``      an exchange: the bytes of a request; what is read of a response, what of it is kept
 ``address_guard``    which URL and which address may be used; looks names up, opens connections
 ``deadline``         the total deadline of an attempt, and the watchdog that enforces it
 ==================== ===========================================================================

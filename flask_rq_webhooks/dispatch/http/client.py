@@ -1,15 +1,19 @@
-"""The transport: :mod:`requests` adapters on a bounded pool of daemon threads.
+"""The transport: a :mod:`requests` adapter, one thread that never waits for a receiver, and some that may.
 
 Requests go through :meth:`requests.adapters.HTTPAdapter.send`, so that whatever intercepts it (such as the
 package ``responses``) sees every delivery. Where the adapter would call urllib3's ``urlopen``, it calls
-:class:`_Exchange`: judged addresses, a total deadline, strict parsing, and half the CPU.
+:class:`.Exchange`: judged addresses, a total deadline, strict parsing, and half the CPU.
+
+Most requests find a kept connection and get their response in one piece: one thread writes and reads them
+all. With a thread for each, taking turns for the interpreter costs as much again as the request.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
+import selectors
+import socket
 import ssl
 import threading
 import time
@@ -33,8 +37,8 @@ from . import pool
 from .address_guard import AddressGuard, Lookups, Resolver, system_resolver
 from .contract import NETWORK_ERRORS, AttemptRequest, AttemptResult, Failure, failure_of
 from .deadline import RunningAttempt, Watchdog
-from .pool import ConnectionPool, PinnedConnection, default_ssl_context, verifying_context
-from .wire_format import BODY_CAP, BoundedResponse, clean, head_of, request_bytes, wire_headers
+from .pool import ConnectionPool, default_ssl_context, verifying_context
+from .wire_format import BODY_CAP, Exchange, clean, head_of, wire_headers
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,10 @@ logger = logging.getLogger(__name__)
 _BY_WATCHDOG: Any = Timeout()
 #: Characters of an error that are kept.
 _MAX_DETAIL = 300
+#: Requests begun before answers are looked for.
+_BEGUN_AT_ONCE = 16
+#: Seconds the loop rests after an error of its own.
+_REST_S = 0.1
 
 
 def open_transport(settings: Settings, policy: UrlPolicy, *, concurrency: int) -> RequestsTransport:
@@ -67,7 +75,7 @@ def open_transport(settings: Settings, policy: UrlPolicy, *, concurrency: int) -
 
 
 class RequestsTransport:
-    """Send through :mod:`requests` adapters on a bounded pool of daemon threads.
+    """Send through a :mod:`requests` adapter.
 
     :param policy: what may be reached.
     :param concurrency: requests in flight at most.
@@ -105,12 +113,12 @@ class RequestsTransport:
         )
         self._adapter = WebhookAdapter(self._pool, body_cap)
         self._watchdog = Watchdog(on_idle=self._pool.close_idle, idle_s=pool.MAX_IDLE_S)
-        self._threads = DaemonThreads("rq-webhooks-send", concurrency)
+        self._loop = SendLoop("rq-webhooks-http", concurrency)
         self._closed = False
         self._close_lock = threading.Lock()
 
     def submit(self, request: AttemptRequest) -> Future[AttemptResult]:
-        """Send *request* as soon as a thread is free.
+        """Send *request* as soon as fewer than *concurrency* are in flight.
 
         :returns: a future that never raises: what went wrong is in the result.
         :raises RuntimeError: after :meth:`close`.
@@ -119,7 +127,7 @@ class RequestsTransport:
         with self._close_lock:
             if self._closed:
                 raise RuntimeError("This transport is closed; make a new one.")
-            self._threads.run(partial(self._fulfil, future, request))
+            self._loop.add(Submission(request, future, self._guard, self._adapter, self._watchdog))
         return future
 
     def close(self, *, wait: bool) -> None:
@@ -131,11 +139,11 @@ class RequestsTransport:
         with self._close_lock:
             already, self._closed = self._closed, True
         if not already:
-            self._threads.end()
+            self._loop.end()
         if not wait:
             self._watchdog.abort()
             self._lookups.abort()
-        self._threads.join()
+        self._loop.join()
         if not already:
             self._watchdog.end()
             self._pool.close()
@@ -147,36 +155,86 @@ class RequestsTransport:
     def __exit__(self, *_exc: object) -> None:
         self.close(wait=True)
 
-    def _fulfil(self, future: Future[AttemptResult], request: AttemptRequest) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        started_at = datetime.now(UTC)
-        started = time.monotonic()
+
+class Submission:
+    """A request on its way to its result. Its methods never raise.
+
+    :param future: gets the result.
+    """
+
+    def __init__(
+        self,
+        request: AttemptRequest,
+        future: Future[AttemptResult],
+        guard: AddressGuard,
+        adapter: WebhookAdapter,
+        watchdog: Watchdog,
+    ) -> None:
+        self._request = request
+        self._future = future
+        self._guard = guard
+        self._adapter = adapter
+        self._watchdog = watchdog
+        self._running: RunningAttempt | None = None
+        self._exchange: Exchange | None = None
+        self._started_at = datetime.now(UTC)
+        self._started = time.monotonic()
+
+    @property
+    def waits_for(self) -> socket.socket | None:
+        """Return what has to become readable before :meth:`resume`; ``None``: :meth:`finish` is next."""
+        return self._exchange.waits_for if self._exchange is not None else None
+
+    def begin(self) -> bool:
+        """Go as far as possible without waiting; return whether that was all."""
+        if not self._future.set_running_or_notify_cancel():
+            return True
+        self._started_at = datetime.now(UTC)
+        self._started = time.monotonic()
+        return self._go_on(self._send)
+
+    def resume(self) -> bool:
+        """Go on when something can be read; return whether that was all."""
+        return self._go_on(cast(Exchange, self._exchange).resume)
+
+    def finish(self) -> None:
+        """Do the rest, and wait where that is necessary."""
+        self._go_on(cast(Exchange, self._exchange).finish)
+
+    def _send(self) -> dict[str, Any] | None:
+        request = self._request
+        self._running = RunningAttempt(
+            self._guard.check_url(request.url),
+            deadline=self._started + request.timeout_s,
+            connect_deadline=self._started + min(request.connect_timeout_s, request.timeout_s),
+        )
+        self._watchdog.watch(self._running)
+        self._running.raise_if_aborted()
+        outgoing = _OutgoingRequest(self._running, request)
         try:
-            outcome = self._attempt(request, started)
+            response = self._adapter.send(outgoing, timeout=_BY_WATCHDOG)
+        except NETWORK_ERRORS as exc:  # only from what stands in for the adapter in tests
+            raise failure_of(exc) from exc
+        self._exchange = outgoing.exchange
+        return cast(_IncomingResponse, response).outcome or None
+
+    def _go_on(self, step: Callable[[], dict[str, Any] | None]) -> bool:
+        try:
+            outcome = step()
+            if outcome is None:
+                return False
         except Failure as failure:
             outcome = {"error_code": failure.code, "error_detail": clean(failure.detail, _MAX_DETAIL)}
         except Exception:  # the future's promise: a fault of ours is a result too, and is logged
-            logger.exception("Sending to %s failed with an unexpected error.", redact_url(request.url))
+            logger.exception("Sending to %s failed with an unexpected error.", redact_url(self._request.url))
             outcome = {"error_code": "internal", "error_detail": "an error of the sender; see its log"}
-        duration_ms = (time.monotonic() - started) * 1000
-        future.set_result(AttemptResult(started_at=started_at, duration_ms=duration_ms, **outcome))
-
-    def _attempt(self, request: AttemptRequest, started: float) -> dict[str, Any]:
-        attempt = RunningAttempt(
-            self._guard.check_url(request.url),
-            deadline=started + request.timeout_s,
-            connect_deadline=started + min(request.connect_timeout_s, request.timeout_s),
+        if self._running is not None:
+            self._watchdog.forget(self._running)
+        duration_ms = (time.monotonic() - self._started) * 1000
+        self._future.set_result(
+            AttemptResult(started_at=self._started_at, duration_ms=duration_ms, **outcome)
         )
-        self._watchdog.watch(attempt)
-        try:
-            attempt.raise_if_aborted()
-            response = self._adapter.send(_OutgoingRequest(attempt, request), timeout=_BY_WATCHDOG)
-        except NETWORK_ERRORS as exc:  # only from what stands in for the adapter in tests
-            raise failure_of(exc) from exc
-        finally:
-            self._watchdog.forget(attempt)
-        return cast(_IncomingResponse, response).outcome
+        return True
 
 
 class _OutgoingRequest(PreparedRequest):
@@ -194,20 +252,23 @@ class _OutgoingRequest(PreparedRequest):
         vars(self.headers)["_store"] = self.wire_headers  # as it keeps them; filling it takes far longer
         self.body = request.body
         self.attempt = attempt
+        #: Made by the adapter, unless something intercepts it.
+        self.exchange: Exchange | None = None
 
 
 class _IncomingResponse(Response):
     """One response as :mod:`requests` sees it.
 
-    :param outcome: the fields of :class:`.AttemptResult` that it fills.
+    :param outcome: the fields of :class:`.AttemptResult` that it fills; none of a response that is still to
+        come.
     """
 
     def __init__(self, request: PreparedRequest, outcome: dict[str, Any]) -> None:
         # Not the base class's: its cookie jar costs as much as the rest of the adapter.
         self.request = request
         self.url = cast(str, request.url)
-        self.status_code = outcome["status_code"]
-        self.headers = outcome["response_headers"]
+        self.status_code = outcome.get("status_code", 0)
+        self.headers = outcome.get("response_headers", {})
         self._content = outcome.get("response_body", b"")
         self._content_consumed = True
         self.encoding = self.raw = None
@@ -231,7 +292,15 @@ class WebhookAdapter(HTTPAdapter):
 
     def get_connection_with_tls_context(self, request: PreparedRequest, *_args: Any, **_options: Any) -> Any:
         """Return what :meth:`send` calls ``urlopen`` on."""
-        return _Exchange(cast(_OutgoingRequest, request), self._connections, self._body_cap)
+        outgoing = cast(_OutgoingRequest, request)
+        outgoing.exchange = Exchange(
+            outgoing.attempt,
+            outgoing.wire_headers.values(),
+            cast(bytes, outgoing.body),
+            self._connections,
+            self._body_cap,
+        )
+        return outgoing.exchange
 
     def cert_verify(self, *_args: Any, **_options: Any) -> None:
         """Change nothing: the pool's TLS context verifies certificates and names."""
@@ -243,7 +312,7 @@ class WebhookAdapter(HTTPAdapter):
     def build_response(self, req: PreparedRequest, resp: Any) -> Response:
         """Return the response to *req*.
 
-        :param resp: what :class:`_Exchange` returned, or a urllib3 response of a package that intercepts
+        :param resp: what :class:`.Exchange` returned, or a urllib3 response of a package that intercepts
             requests.
         """
         if isinstance(resp, HTTPResponse):
@@ -255,143 +324,150 @@ class WebhookAdapter(HTTPAdapter):
         return _IncomingResponse(req, outcome)
 
 
-class _Exchange:
-    """One request and its response over one connection; in rare cases over a second one.
+class SendLoop:
+    """Begin submissions in the order in which they were given, and go on with each as soon as possible.
 
-    :param body_cap: bytes of a response body that are kept.
+    One thread does all that does not wait; the rest is done in threads started as needed. The standard
+    library's pool is not used for these: the interpreter waits for its threads at exit.
+
+    :param name: of the threads.
+    :param limit: submissions in progress at most.
     """
 
-    def __init__(self, request: _OutgoingRequest, connections: ConnectionPool, body_cap: int) -> None:
-        self._request = request
-        self._attempt = request.attempt
-        self._connections = connections
-        self._body_cap = body_cap
+    def __init__(self, name: str, limit: int) -> None:
+        self._limit = limit
+        self._waiting: deque[Submission] = deque()
+        self._in_progress = 0
+        self._sleeps = self._ended = False
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._name = name
+        self._others = DaemonThreads(name, limit)
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ)
 
-    def urlopen(self, **_options: Any) -> dict[str, Any]:
-        """Make the exchange; the options are those of :class:`_OutgoingRequest` once more.
+    def add(self, submission: Submission) -> None:
+        """Begin *submission* as soon as there is a place."""
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread  # only now: the next one tries again where there was none to be had
+            self._waiting.append(submission)
+        self._wake()
 
-        :returns: fields of :class:`.AttemptResult`.
-        :raises Failure: when there is no response.
-        """
-        try:
-            return self._make()
-        except Failure as failure:
-            if not self._attempt.may_repeat(failure):
-                raise
-        return self._make()
+    def end(self) -> None:
+        """Let all threads end once the submissions given so far have."""
+        self._ended = True
+        self._wake()
 
-    def _make(self) -> dict[str, Any]:
-        """Make the exchange once; translate everything that can go wrong on the way."""
-        try:
-            connection = self._connections.take(self._attempt)
-            keep = False
+    def join(self) -> None:
+        """Wait until all threads have ended."""
+        if self._thread is not None:
+            self._thread.join()
+        self._others.end()
+        self._others.join()
+        for opened in (self._selector, self._waker, self._woken):
+            opened.close()
+
+    def _wake(self) -> None:
+        with self._lock:
+            sleeps, self._sleeps = self._sleeps, False
+        if sleeps:
+            self._waker.send(b"\0")
+
+    def _run(self) -> None:
+        goes_on = True
+        while goes_on:
             try:
-                outcome, keep = self._converse(connection)
-            finally:
-                self._connections.give_back(connection, self._attempt, keep=keep)
-        except NETWORK_ERRORS as exc:
-            self._attempt.raise_if_aborted(exc)
-            raise failure_of(exc) from exc
-        # A socket shut down in mid-headers or mid-body can look like a short, valid response.
-        self._attempt.raise_if_aborted()
-        return outcome
+                goes_on = self._advance()
+            except Exception:  # without this thread, nothing would be sent
+                logger.exception("The loop of requests failed; it goes on.")
+                time.sleep(_REST_S)
 
-    def _converse(self, connection: PinnedConnection) -> tuple[dict[str, Any], bool]:
-        """Write the request and read the response; return it, and whether the connection may be kept."""
-        proxy_headers = self._connections.forwarding_headers if connection.proxy_is_forwarding else None
-        data = request_bytes(
-            self._attempt.checked,
-            self._request.wire_headers.values(),
-            cast(bytes, self._request.body),
-            proxy_headers,
-        )
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before
-            connection.sock.sendall(data)
-        response = BoundedResponse(connection.sock, self._attempt)
-        response.read_head()
-        outcome = head_of(response.status, response.headers.items())
-        if "error_code" in outcome:
-            return outcome, False
-        # One byte more than is kept, so that a body of just that size is seen to have ended.
-        body = response.read_body(self._body_cap + 1)
-        outcome["response_body"] = body[: self._body_cap]
-        connection.received += response.received
-        return outcome, response.may_be_followed
+    def _advance(self) -> bool:
+        """Do what can be done now, or wait for it; return whether there may be more to do."""
+        with self._lock:
+            if self._ended and not self._waiting and not self._in_progress:
+                return False
+            sleeps = self._sleeps = not (self._waiting and self._in_progress < self._limit)
+        ready = self._selector.select(None if sleeps else 0)
+        self._sleeps = False
+        for key, _events in ready:
+            if key.data is None:
+                self._woken.recv(1024)
+                continue
+            self._selector.unregister(key.fileobj)
+            self._go_on(key.data, key.data.resume())
+        for _ in range(_BEGUN_AT_ONCE):
+            with self._lock:
+                if not self._waiting or self._in_progress >= self._limit:
+                    break
+                submission = self._waiting.popleft()
+                self._in_progress += 1
+            self._go_on(submission, submission.begin())
+        return True
+
+    def _go_on(self, submission: Submission, has_ended: bool) -> None:
+        if has_ended:
+            with self._lock:
+                self._in_progress -= 1
+            return
+        try:
+            if (sock := submission.waits_for) is not None:
+                self._selector.register(sock, selectors.EVENT_READ, submission)
+            else:
+                self._others.run(partial(self._finish, submission))
+        except Exception:  # no memory for it, or no thread
+            logger.exception("A request has to be made by the thread that others wait for.")
+            self._finish(submission)
+
+    def _finish(self, submission: Submission) -> None:
+        submission.finish()
+        with self._lock:
+            self._in_progress -= 1
+        self._wake()
 
 
 class DaemonThreads:
-    """Run tasks in at most *limit* daemon threads, started as needed.
-
-    The standard library's pool is not used: the interpreter waits for its threads at exit, and a look-up
-    can hang for half a minute.
-    """
+    """Run tasks that may wait, in at most *limit* daemon threads, started as needed."""
 
     def __init__(self, name: str, limit: int) -> None:
         self._name = name
         self._limit = limit
-        self._tasks: deque[Callable[[], None]] = deque()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._waiting = 0
-        self._called = False
-        self._ended = False
+        self._idle = 0
         self._threads: list[threading.Thread] = []
 
     def run(self, task: Callable[[], None]) -> None:
-        """Run *task* in a thread; tasks begin in the order in which they were given."""
+        """Run *task* in a thread; tasks begin in the order in which they were given.
+
+        :raises RuntimeError: where a thread is needed and cannot be started.
+        """
         with self._lock:
-            self._tasks.append(task)
-            self._call()
+            if self._idle:
+                self._idle -= 1
+            elif len(self._threads) < self._limit:
+                name = f"{self._name}-{len(self._threads)}"
+                thread = threading.Thread(target=self._serve, name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            self._tasks.put(task)
 
     def end(self) -> None:
         """Let every thread end once the tasks given so far are done."""
-        with self._lock:
-            self._ended = True
-            for _ in range(self._waiting):
-                self._calls.put(None)
-            self._waiting = 0
+        for _ in self._threads:
+            self._tasks.put(None)
 
     def join(self) -> None:
         """Wait until all threads have ended."""
         for thread in self._threads:
             thread.join()
 
-    def _call(self) -> None:
-        """Wake one thread for the next task; the lock is held.
-
-        One at a time: a thread that takes a task wakes the next one before it begins. So short tasks are run
-        by the few threads that are awake, without waking a thread for each, which costs more than such a
-        task. With long tasks, all threads are soon awake.
-        """
-        if self._called or not self._tasks:
-            return
-        if self._waiting:
-            self._waiting -= 1
-            self._calls.put(None)
-        elif len(self._threads) < self._limit:
-            name = f"{self._name}-{len(self._threads)}"
-            self._threads.append(threading.Thread(target=self._serve, name=name, daemon=True))
-            self._threads[-1].start()
-        else:
-            return  # all are busy; the first one free takes it
-        self._called = True
-
     def _serve(self) -> None:
-        was_called = True
-        while True:
-            task = None
+        while (task := self._tasks.get()) is not None:
+            task()
             with self._lock:
-                if was_called:
-                    self._called = was_called = False
-                if self._tasks:
-                    task = self._tasks.popleft()
-                    self._call()
-                elif self._ended:
-                    return
-                else:
-                    self._waiting += 1
-            if task is not None:
-                task()
-            else:
-                self._calls.get()
-                was_called = True
+                self._idle += 1

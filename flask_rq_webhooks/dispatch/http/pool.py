@@ -60,6 +60,8 @@ class _Pinned:
     released_at = 0.0
     #: Bytes read from it.
     received = 0
+    #: Whether reading and writing wait. TLS within TLS always does.
+    waits = True
 
     def _new_conn(self) -> socket.socket:
         if self.guard is None or self.attempt is None:
@@ -76,6 +78,13 @@ class _Pinned:
         """Close the connection, if it is open."""
         self._drop_handle()
         super().close()  # type: ignore[misc]
+
+    def let_wait(self, waits: bool) -> None:
+        """Let reading and writing wait, without a deadline of their own, or not."""
+        sock = cast(HTTPConnection, self).sock
+        if waits is not self.waits and isinstance(sock, socket.socket):
+            sock.setblocking(waits)
+            self.waits = waits
 
     def is_old(self, now: float) -> bool:
         """Return whether it is too old to be used again."""
@@ -239,21 +248,32 @@ class ConnectionPool:
         # Replaced, not changed: urllib3 shares the original mapping among all managers of the process.
         self._manager.pool_classes_by_scheme = {"http": PinnedHTTPPool, "https": PinnedHTTPSPool}
 
+    def take_kept(self, attempt: RunningAttempt) -> PinnedConnection | None:
+        """Return a kept connection for *attempt*, to be given back; ``None`` where a new one is needed."""
+        if attempt.is_repeat or (kept := self._kept.take(_key_of(attempt))) is None:
+            return None
+        kept.attempt = attempt
+        try:
+            attempt.attach(cast(SocketHandle, kept.handle), reused=True)
+        except BaseException:
+            self.give_back(kept, attempt, keep=False)
+            raise
+        return kept
+
     def take(self, attempt: RunningAttempt) -> PinnedConnection:
         """Return an open connection for *attempt*, to be given back.
 
         :raises Failure: when none could be opened, and why.
         """
+        if (kept := self.take_kept(attempt)) is not None:
+            return kept
         checked = attempt.checked
-        key = (checked.scheme, checked.host, checked.port)
-        if not attempt.is_repeat and (kept := self._kept.take(key)) is not None:
-            return self._reuse(kept, attempt)
         own = self._host_contexts.get(checked.host) if checked.scheme == "https" else None
         pool = self._manager.connection_from_host(
             checked.host, checked.port, checked.scheme, pool_kwargs={"ssl_context": own} if own else None
         )
         connection = cast(PinnedConnection, pool._new_conn())
-        connection.key = key
+        connection.key = _key_of(attempt)
         connection.guard = self._guard
         connection.attempt = attempt
         try:
@@ -281,6 +301,7 @@ class ConnectionPool:
         connection.attempt = None
         connection.released_at = time.monotonic()
         if keep:
+            connection.let_wait(False)
             self._kept.put(connection)
         else:
             connection.close()
@@ -294,14 +315,10 @@ class ConnectionPool:
         self._kept.close()
         self._manager.clear()
 
-    def _reuse(self, connection: PinnedConnection, attempt: RunningAttempt) -> PinnedConnection:
-        connection.attempt = attempt
-        try:
-            attempt.attach(cast(SocketHandle, connection.handle), reused=True)
-        except BaseException:
-            self.give_back(connection, attempt, keep=False)
-            raise
-        return connection
+
+def _key_of(attempt: RunningAttempt) -> _Key:
+    checked = attempt.checked
+    return checked.scheme, checked.host, checked.port
 
 
 def most_kept(concurrency: int) -> int:

@@ -3,23 +3,27 @@
 Headers that belong to the connection are set here, whatever the request says. Responses are read strictly by
 RFC 9112, within bounds; :mod:`http.client`, which takes four times the CPU, lends its exceptions. Bodies are
 never decoded, and read only up to the cap (SECURITY 8).
+
+:class:`Exchange` does both over a connection of the pool, as far as possible without waiting.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
 import socket
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from urllib3.util.ssltransport import SSLTransport
 
 from ...protocol.urls import CheckedURL
-from .contract import AttemptRequest, Failure
+from .contract import NETWORK_ERRORS, AttemptRequest, Failure, failure_of
 from .deadline import RunningAttempt
+from .pool import ConnectionPool, PinnedConnection
 
 #: Headers of the connection layer; a request's own are dropped.
 _TRANSPORT_HEADERS = frozenset(
@@ -64,6 +68,10 @@ _WITHOUT_BODY = frozenset({204, 304})
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r\n")
 #: As much as a TLS record holds.
 _READ_BYTES = 16 * 1024
+#: Bytes of a response that are read while other requests wait; hardly any has more.
+_READ_AT_ONCE = 32 * 1024
+#: What a connection that does not wait raises instead; TLS may have to read before it can write.
+_WOULD_WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 def request_bytes(
@@ -129,16 +137,19 @@ class _Stream:
 
     :param sock: the connection.
     :param attempt: marked as answered at the first byte.
+    :param begun: what was read of the response before.
+    :param at_once: read no more than :data:`_READ_AT_ONCE`, and keep it in :attr:`parts`.
     """
 
-    def __init__(self, sock: socket.socket, attempt: RunningAttempt) -> None:
+    def __init__(self, sock: socket.socket, attempt: RunningAttempt, begun: bytes, at_once: bool) -> None:
         self._sock = sock
         self._attempt = attempt
-        self._data = bytearray()
+        self._data = bytearray(begun)
         #: Bytes of lines that may still be read.
         self.left = MAX_HEADER_BYTES
         #: Bytes that came.
-        self.received = 0
+        self.received = len(begun)
+        self.parts: list[bytes] | None = [] if at_once else None
 
     def read_to(self, end: re.Pattern[bytes]) -> bytes:
         """Return what comes up to and with *end*; nothing if the connection ended before its first byte."""
@@ -186,12 +197,16 @@ class _Stream:
         return False
 
     def _receive(self) -> bool:
+        if self.parts is not None and self.received >= _READ_AT_ONCE:
+            raise BlockingIOError("there is more than is read at once")
         data = self._sock.recv(_READ_BYTES)
         if not data:
             return False
         self._attempt.answered = True
         self._data += data
         self.received += len(data)
+        if self.parts is not None:
+            self.parts.append(data)
         return True
 
     def _take(self, size: int) -> bytes:
@@ -205,10 +220,14 @@ class BoundedResponse:
 
     :param sock: the connection.
     :param attempt: marked as answered at the first byte.
+    :param begun: what was read of it before.
+    :param at_once: raise :exc:`BlockingIOError` rather than read more than :data:`_READ_AT_ONCE`.
     """
 
-    def __init__(self, sock: socket.socket, attempt: RunningAttempt) -> None:
-        self._stream = _Stream(sock, attempt)
+    def __init__(
+        self, sock: socket.socket, attempt: RunningAttempt, begun: bytes = b"", *, at_once: bool = False
+    ) -> None:
+        self._stream = _Stream(sock, attempt, begun, at_once)
         self.status = 0
         #: By name in lower case; values of one name are joined.
         self.headers: dict[str, str] = {}
@@ -254,8 +273,13 @@ class BoundedResponse:
 
     @property
     def received(self) -> int:
-        """Return how many bytes were read from the connection."""
+        """Return how many bytes were read of it."""
         return self._stream.received
+
+    @property
+    def read_at_once(self) -> bytes:
+        """Return these bytes."""
+        return b"".join(self._stream.parts or ())
 
     def _judge_framing(self, is_old: bool, head: str) -> None:
         """Keep only the status where other parsers may see the end of the body elsewhere (RFC 9112, 6.3)."""
@@ -299,6 +323,146 @@ class BoundedResponse:
             if len(body) < limit and self._stream.read_exactly(2) != b"\r\n":
                 raise http.client.HTTPException("a chunk does not end where it should")
         return bytes(body)
+
+
+class Exchange:
+    """One request and its response over one connection; in rare cases over a second one.
+
+    On a kept connection it goes as far as it can without waiting: :meth:`urlopen`, then :meth:`resume` when
+    there is something to read. :meth:`finish` does the rest, in a thread that may wait: opening a connection,
+    a request that the connection does not take at once, and a response that comes in parts.
+
+    :param headers: names and values of all headers but ``Host``.
+    :param body_cap: bytes of a response body that are kept.
+    """
+
+    def __init__(
+        self,
+        attempt: RunningAttempt,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
+        connections: ConnectionPool,
+        body_cap: int,
+    ) -> None:
+        self._attempt = attempt
+        self._headers = headers
+        self._body = body
+        self._connections = connections
+        self._body_cap = body_cap
+        self._connection: PinnedConnection | None = None
+        self._may_be_kept = False
+        #: What is not written yet of the request, and what was read of the response.
+        self._unsent = self._begun = b""
+
+    @property
+    def waits_for(self) -> socket.socket | None:
+        """Return what has to become readable before :meth:`resume`; ``None``: :meth:`finish` is next."""
+        if self._connection is None or self._unsent or self._begun:
+            return None
+        return self._connection.sock
+
+    def urlopen(self, **_options: Any) -> dict[str, Any]:
+        """Write the request to a kept connection, if there is one; what :meth:`HTTPAdapter.send` calls.
+
+        :returns: nothing yet.
+        :raises Failure: when there can be no response.
+        """
+        self._try(self._write_at_once)
+        return {}
+
+    def resume(self) -> dict[str, Any] | None:
+        """Read what came.
+
+        :returns: fields of :class:`.AttemptResult`; ``None`` where that was not all, see :attr:`waits_for`.
+        :raises Failure: when there is no response.
+        """
+        return self._try(self._read_at_once)
+
+    def finish(self) -> dict[str, Any]:
+        """Do all that is left, and wait where that is necessary.
+
+        :returns: fields of :class:`.AttemptResult`.
+        :raises Failure: when there is no response.
+        """
+        while (outcome := self._try(self._write_and_read)) is None:
+            pass  # once more at most: `may_repeat`
+        return outcome
+
+    def _try(self, step: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+        """Return what *step* returns; nothing if the request is to be made again.
+
+        Translates everything that can go wrong on the way. With a result, the connection is given back.
+        """
+        try:
+            try:
+                outcome = step()
+            except NETWORK_ERRORS as exc:
+                self._attempt.raise_if_aborted(exc)
+                raise failure_of(exc) from exc
+            if outcome is not None:
+                self._give_back()
+                self._attempt.raise_if_aborted()  # a socket shut down in mid-body can look like its end
+            return outcome
+        except BaseException as exc:
+            self._give_back()
+            if isinstance(exc, Failure) and self._attempt.may_repeat(exc):
+                return None
+            raise
+
+    def _give_back(self) -> None:
+        if self._connection is not None:
+            self._connections.give_back(self._connection, self._attempt, keep=self._may_be_kept)
+            self._connection = None
+
+    def _write_at_once(self) -> None:
+        connection = self._connection = self._connections.take_kept(self._attempt)
+        if connection is None:
+            return
+        self._unsent = self._request_bytes(connection)
+        if connection.waits:
+            return
+        try:
+            self._unsent = self._unsent[connection.sock.send(self._unsent) :]
+        except _WOULD_WAIT:
+            return
+        except (BrokenPipeError, ConnectionResetError):  # it may have answered before
+            self._unsent = b""
+
+    def _read_at_once(self) -> dict[str, Any] | None:
+        connection = cast(PinnedConnection, self._connection)
+        response = BoundedResponse(connection.sock, self._attempt, at_once=True)
+        try:
+            return self._read(connection, response)
+        except _WOULD_WAIT:
+            self._begun = response.read_at_once
+            return None
+
+    def _write_and_read(self) -> dict[str, Any]:
+        if self._connection is None:
+            self._connection = self._connections.take(self._attempt)
+            self._unsent = self._request_bytes(self._connection)
+        connection = self._connection
+        connection.let_wait(True)
+        if self._unsent:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before
+                connection.sock.sendall(self._unsent)
+        return self._read(connection, BoundedResponse(connection.sock, self._attempt, self._begun))
+
+    def _request_bytes(self, connection: PinnedConnection) -> bytes:
+        for_proxy = self._connections.forwarding_headers if connection.proxy_is_forwarding else None
+        return request_bytes(self._attempt.checked, self._headers, self._body, for_proxy)
+
+    def _read(self, connection: PinnedConnection, response: BoundedResponse) -> dict[str, Any]:
+        response.read_head()
+        outcome = head_of(response.status, response.headers.items())
+        if "error_code" in outcome:
+            return outcome
+        # One byte more than is kept, so that a body of just that size is seen to have ended.
+        body = response.read_body(self._body_cap + 1)
+        outcome["response_body"] = body[: self._body_cap]
+        connection.received += response.received
+        self._may_be_kept = response.may_be_followed
+        return outcome
 
 
 def head_of(status: int, raw_headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
