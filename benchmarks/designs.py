@@ -52,10 +52,10 @@ def slow(size: Size) -> Report:
         sqlite = some.installation()
         candidates: dict[str, Contender] = {
             "ours": contenders.ours(target, urls, count, sqlite, concurrency=MANY),
-            "ours, 64 in flight": contenders.ours(target, urls, count, sqlite),
+            "ours, 64 in flight": contenders.ours(target, urls, count // 2, sqlite),
         }
         candidates |= _in_the_worker(target, urls, some, size["others"], size["others"])
-        candidates["limit, 64 threads"] = contenders.limit(target, urls, count)
+        candidates["limit, 64 threads"] = contenders.limit(target, urls, count // 2)
         runs = alternately(candidates, size["rounds"])
     _compare(report, runs)
     return report

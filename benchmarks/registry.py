@@ -22,7 +22,7 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "slow": Benchmark(
         designs.slow,
-        full={"rounds": 3, "count": 6000, "others": 40},
+        full={"rounds": 3, "count": 12_000, "others": 40},
         quick={"rounds": 1, "count": 800, "others": 16},
         promises=("naive",),
     ),
