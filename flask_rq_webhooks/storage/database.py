@@ -186,7 +186,8 @@ class Database:
         :param optimistic: SQLite: keep no other writer waiting before the caller's first write, which fails
             if another one has written since the caller's first read.
         :param in_order: PostgreSQL: walk an index in its order rather than sort. With statistics of a time
-            when nothing was due, sorting what little there is seems cheaper, and each look reads it all.
+            when nothing was due, sorting what little there is seems cheaper, and each look reads it all; with
+            those of a long backlog, sorting the rows of one host does.
         :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
             tables.
         """
@@ -461,7 +462,7 @@ def _begin_postgresql(durable: bool, limits_idle: bool, in_order: bool) -> list[
     if not durable:
         settings.append("set_config('synchronous_commit', 'off', true)")
     if in_order:
-        settings.append("set_config('enable_sort', 'off', true)")
+        settings += [f"set_config('enable_{sort}', 'off', true)" for sort in ("sort", "incremental_sort")]
     return [f"SELECT {', '.join(settings)}"] if settings else []
 
 
