@@ -6,7 +6,7 @@ VENV ?= .venv
 COVERAGE ?= 90
 PYTEST_ARGS ?=
 # Test processes side by side; most tests wait for servers more than they compute.
-PYTEST_WORKERS ?= 4
+PYTEST_WORKERS ?= 6
 
 # Where it is set, each of the many processes the tests start would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
