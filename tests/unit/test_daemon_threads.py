@@ -94,3 +94,32 @@ def test_nobody_is_started_for_nothing() -> None:
     assert len(threads._threads) <= 2
     threads.end()
     threads.join()
+
+
+def test_where_no_further_thread_can_be_started_those_there_do_it_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = DaemonThreads("test", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _refuse)
+        with pytest.raises(RuntimeError):
+            threads.run(lambda: None)
+    gate = threading.Event()
+    done: list[int] = []
+    threads.run(lambda: print(gate.wait(10)))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _refuse)
+        for number in range(5):
+            threads.run(partial(done.append, number))
+    together = threading.Barrier(3)
+    for _ in range(3):
+        threads.run(lambda: print(together.wait(10)))
+    gate.set()
+    threads.end()
+    threads.join()
+    assert sorted(done) == list(range(5))
+    assert not together.broken
+
+
+def _refuse(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")

@@ -1,11 +1,11 @@
-"""The transport: a :mod:`requests` adapter, one thread that never waits for a receiver, and some that may.
+"""The transport: a :mod:`requests` adapter, one thread that does not wait for receivers, and some that may.
 
 Requests go through :meth:`requests.adapters.HTTPAdapter.send`, so that whatever intercepts it (such as the
 package ``responses``) sees every delivery. Where the adapter would call urllib3's ``urlopen``, it calls
 :class:`.Exchange`: judged addresses, a total deadline, strict parsing, and half the CPU.
 
-Most requests find a kept connection and get their response in one piece: one thread writes and reads them
-all. With a thread for each, taking turns for the interpreter costs as much again as the request.
+Most requests find a kept connection: one thread writes them all, and reads what comes in one piece and
+without TLS. With a thread for each, taking turns for the interpreter costs as much again as the request.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class RequestsTransport:
 
 
 class Submission:
-    """A request on its way to its result. Its methods never raise.
+    """A request on its way to its result. What goes wrong is in the result.
 
     :param future: gets the result.
     """
@@ -177,8 +177,8 @@ class Submission:
         self._watchdog = watchdog
         self._running: RunningAttempt | None = None
         self._exchange: Exchange | None = None
-        self._started_at = datetime.now(UTC)
-        self._started = time.monotonic()
+        self._started_at: datetime
+        self._started: float
 
     @property
     def waits_for(self) -> socket.socket | None:
@@ -225,7 +225,7 @@ class Submission:
                 return False
         except Failure as failure:
             outcome = {"error_code": failure.code, "error_detail": clean(failure.detail, _MAX_DETAIL)}
-        except Exception:  # the future's promise: a fault of ours is a result too, and is logged
+        except BaseException:  # the future's promise: a fault of ours is a result too, and is logged
             logger.exception("Sending to %s failed with an unexpected error.", redact_url(self._request.url))
             outcome = {"error_code": "internal", "error_detail": "an error of the sender; see its log"}
         if self._running is not None:
@@ -259,8 +259,7 @@ class _OutgoingRequest(PreparedRequest):
 class _IncomingResponse(Response):
     """One response as :mod:`requests` sees it.
 
-    :param outcome: the fields of :class:`.AttemptResult` that it fills; none of a response that is still to
-        come.
+    :param outcome: the fields of :class:`.AttemptResult` that it fills; empty while it has not come.
     """
 
     def __init__(self, request: PreparedRequest, outcome: dict[str, Any]) -> None:
@@ -382,7 +381,7 @@ class SendLoop:
         while goes_on:
             try:
                 goes_on = self._advance()
-            except Exception:  # without this thread, nothing would be sent
+            except BaseException:  # the host's code raised it; without this thread, nothing would be sent
                 logger.exception("The loop of requests failed; it goes on.")
                 time.sleep(_REST_S)
 
@@ -399,35 +398,47 @@ class SendLoop:
                 self._woken.recv(1024)
                 continue
             self._selector.unregister(key.fileobj)
-            self._go_on(key.data, key.data.resume())
+            self._go_on(key.data, key.data.resume)
         for _ in range(_BEGUN_AT_ONCE):
             with self._lock:
                 if not self._waiting or self._in_progress >= self._limit:
                     break
                 submission = self._waiting.popleft()
                 self._in_progress += 1
-            self._go_on(submission, submission.begin())
+            self._go_on(submission, submission.begin)
         return True
 
-    def _go_on(self, submission: Submission, has_ended: bool) -> None:
+    def _go_on(self, submission: Submission, step: Callable[[], bool]) -> None:
+        has_ended = True
+        try:
+            has_ended = step()
+        finally:
+            if has_ended:
+                self._count_out()
         if has_ended:
-            with self._lock:
-                self._in_progress -= 1
             return
         try:
             if (sock := submission.waits_for) is not None:
                 self._selector.register(sock, selectors.EVENT_READ, submission)
-            else:
-                self._others.run(partial(self._finish, submission))
-        except Exception:  # no memory for it, or no thread
+                return
+        except Exception:  # no memory for it
+            logger.exception("A connection cannot be watched; a thread waits for it.")
+        try:
+            self._others.run(partial(self._finish, submission))
+        except Exception:  # there is no thread at all
             logger.exception("A request has to be made by the thread that others wait for.")
             self._finish(submission)
 
     def _finish(self, submission: Submission) -> None:
-        submission.finish()
+        try:
+            submission.finish()
+        finally:
+            self._count_out()
+            self._wake()
+
+    def _count_out(self) -> None:
         with self._lock:
             self._in_progress -= 1
-        self._wake()
 
 
 class DaemonThreads:
@@ -438,23 +449,32 @@ class DaemonThreads:
         self._limit = limit
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        #: Threads without a task; negative: tasks without a thread.
         self._idle = 0
         self._threads: list[threading.Thread] = []
 
     def run(self, task: Callable[[], None]) -> None:
         """Run *task* in a thread; tasks begin in the order in which they were given.
 
-        :raises RuntimeError: where a thread is needed and cannot be started.
+        :raises RuntimeError: where there is none and none can be started.
         """
         with self._lock:
-            if self._idle:
-                self._idle -= 1
-            elif len(self._threads) < self._limit:
-                name = f"{self._name}-{len(self._threads)}"
-                thread = threading.Thread(target=self._serve, name=name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
+            if self._idle <= 0 and len(self._threads) < self._limit:
+                self._start()
+            self._idle -= 1
             self._tasks.put(task)
+
+    def _start(self) -> None:
+        name = f"{self._name}-{len(self._threads)}"
+        thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            if not self._threads:
+                raise
+            return  # the first one free takes the task
+        self._threads.append(thread)
+        self._idle += 1
 
     def end(self) -> None:
         """Let every thread end once the tasks given so far are done."""
@@ -468,6 +488,8 @@ class DaemonThreads:
 
     def _serve(self) -> None:
         while (task := self._tasks.get()) is not None:
-            task()
-            with self._lock:
-                self._idle += 1
+            try:
+                task()
+            finally:
+                with self._lock:
+                    self._idle += 1

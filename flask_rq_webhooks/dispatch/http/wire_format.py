@@ -70,7 +70,7 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r\n")
 _READ_BYTES = 16 * 1024
 #: Bytes of a response that are read while other requests wait; hardly any has more.
 _READ_AT_ONCE = 32 * 1024
-#: What a connection that does not wait raises instead; TLS may have to read before it can write.
+#: What a connection raises that would have to wait to write; TLS may have to read before.
 _WOULD_WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -199,7 +199,8 @@ class _Stream:
     def _receive(self) -> bool:
         if self.parts is not None and self.received >= _READ_AT_ONCE:
             raise BlockingIOError("there is more than is read at once")
-        data = self._sock.recv(_READ_BYTES)
+        left = _READ_BYTES if self.parts is None else min(_READ_BYTES, _READ_AT_ONCE - self.received)
+        data = self._sock.recv(left)
         if not data:
             return False
         self._attempt.answered = True
@@ -277,8 +278,8 @@ class BoundedResponse:
         return self._stream.received
 
     @property
-    def read_at_once(self) -> bytes:
-        """Return these bytes."""
+    def so_far(self) -> bytes:
+        """Return what was read of it *at_once*."""
         return b"".join(self._stream.parts or ())
 
     def _judge_framing(self, is_old: bool, head: str) -> None:
@@ -328,9 +329,8 @@ class BoundedResponse:
 class Exchange:
     """One request and its response over one connection; in rare cases over a second one.
 
-    On a kept connection it goes as far as it can without waiting: :meth:`urlopen`, then :meth:`resume` when
-    there is something to read. :meth:`finish` does the rest, in a thread that may wait: opening a connection,
-    a request that the connection does not take at once, and a response that comes in parts.
+    :meth:`urlopen` and :meth:`resume` go as far as they can without waiting. :meth:`finish` does the rest in
+    a thread that may wait: new connections, requests not taken at once, responses over TLS or in parts.
 
     :param headers: names and values of all headers but ``Host``.
     :param body_cap: bytes of a response body that are kept.
@@ -350,32 +350,28 @@ class Exchange:
         self._connections = connections
         self._body_cap = body_cap
         self._connection: PinnedConnection | None = None
-        self._may_be_kept = False
+        self._may_be_kept = self._has_come = False
         #: What is not written yet of the request, and what was read of the response.
         self._unsent = self._begun = b""
 
     @property
     def waits_for(self) -> socket.socket | None:
         """Return what has to become readable before :meth:`resume`; ``None``: :meth:`finish` is next."""
-        if self._connection is None or self._unsent or self._begun:
+        if self._connection is None or self._unsent or self._has_come:
             return None
         return self._connection.sock
 
     def urlopen(self, **_options: Any) -> dict[str, Any]:
         """Write the request to a kept connection, if there is one; what :meth:`HTTPAdapter.send` calls.
 
-        :returns: nothing yet.
-        :raises Failure: when there can be no response.
+        :returns: nothing; the response comes later.
+        :raises Failure: when there can be none.
         """
         self._try(self._write_at_once)
         return {}
 
     def resume(self) -> dict[str, Any] | None:
-        """Read what came.
-
-        :returns: fields of :class:`.AttemptResult`; ``None`` where that was not all, see :attr:`waits_for`.
-        :raises Failure: when there is no response.
-        """
+        """Read what came, as :meth:`finish`; return ``None`` where that was not all."""
         return self._try(self._read_at_once)
 
     def finish(self) -> dict[str, Any]:
@@ -410,9 +406,9 @@ class Exchange:
             raise
 
     def _give_back(self) -> None:
-        if self._connection is not None:
-            self._connections.give_back(self._connection, self._attempt, keep=self._may_be_kept)
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._connections.give_back(connection, self._attempt, keep=self._may_be_kept)
 
     def _write_at_once(self) -> None:
         connection = self._connection = self._connections.take_kept(self._attempt)
@@ -430,11 +426,15 @@ class Exchange:
 
     def _read_at_once(self) -> dict[str, Any] | None:
         connection = cast(PinnedConnection, self._connection)
+        if isinstance(connection.sock, ssl.SSLSocket):
+            self._has_come = True  # one read would last as long as records without data come
+            return None
         response = BoundedResponse(connection.sock, self._attempt, at_once=True)
         try:
             return self._read(connection, response)
-        except _WOULD_WAIT:
-            self._begun = response.read_at_once
+        except BlockingIOError:
+            self._begun = response.so_far
+            self._has_come = bool(self._begun)
             return None
 
     def _write_and_read(self) -> dict[str, Any]:
