@@ -73,13 +73,15 @@ def running_dispatcher(state: State, **options: Any) -> Iterator[Dispatcher]:
     assert not thread.is_alive()
 
 
-def add_endpoint(state: State, url: str, **options: Any) -> str:
+def add_endpoint(state: State, url: str, *, reserved_job_id: str | None = None, **options: Any) -> str:
     """Register a job-bound endpoint and return its id."""
     checked = state.url_policy.check_url(url)
     endpoint = NewEndpoint(
         url=checked.url, host=checked.host_key, **{"secret": SECRET, "format": "job", **options}
     )
-    return register(state.database, state.cipher, endpoint, namespace=state.namespace, reserved_job_id=None)
+    return register(
+        state.database, state.cipher, endpoint, namespace=state.namespace, reserved_job_id=reserved_job_id
+    )
 
 
 def callbacks(endpoint_id: str) -> dict[str, str]:

@@ -32,6 +32,9 @@ LOST_AFTER_PASSES = 2
 #: How long a reserved job id waits for its job: views may take minutes, pipelines may be executed later.
 #: Worse: the watch is closed; a callback of the job still names the endpoint and is reported.
 RESERVED_GRACE = timedelta(minutes=15)
+#: How long a view that has not said that it is done may enqueue further jobs of a tree; most servers kill it
+#: by then. Worse: a tree whose jobs so far have ended is reported before its last jobs.
+VIEW_GRACE = timedelta(seconds=30)
 #: How long reconcile leaves a job that carries our callbacks to them, because they know its result.
 #: Worse: reconcile reports the same ending first, with the result as far as RQ keeps it.
 CALLBACK_GRACE = timedelta(seconds=1.5)

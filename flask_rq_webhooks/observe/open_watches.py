@@ -40,6 +40,7 @@ from ..storage.models import RESERVED
 from ..storage.reported_runs import Reported
 from ..storage.watches import WatchProbe, WatchRow, WatchUpdates
 from .conclusions import (
+    VIEW_GRACE,
     OutboxRead,
     WatchAction,
     WatchFacts,
@@ -206,6 +207,8 @@ class OpenWatches:
             return
         if row.missing_passes:
             updates.present.add(row.id)
+        if row.status == RESERVED and row.scope == "tree" and now - row.created_at <= VIEW_GRACE:
+            return  # its view may still be enqueuing
         if row.status == RESERVED and counts(facts, job):
             updates.adopted.add(row.id)
         if conclusion.action is WatchAction.BEGAN:

@@ -238,14 +238,22 @@ class Field:
     def expire_started(self, *, of_the_dead: bool) -> None:
         """Let time pass for RQ's registry of started jobs: its entries end, as 90 s without a sign do it.
 
+        Under RQ's lock: a clean-up under way reads what has ended and then deletes all that has, and so would
+        miss what is made to have ended in between. Time itself does not do that.
+
         :param of_the_dead: only jobs of workers whose process is gone.
         """
         alive = {b""} if not of_the_dead else self._living_workers()
         for queue in QUEUES:
+            lock = f"rq:clean_registries:{queue}"
+            deadline = time.monotonic() + 2  # longer, and it is the lock of a worker that was killed
+            while not self.redis.set(lock, 1, nx=True, ex=899) and time.monotonic() < deadline:
+                time.sleep(0.01)
             for entry in self.redis.zrange(f"rq:wip:{queue}", 0, -1):
                 worker = self.redis.hget(b"rq:job:" + entry.partition(b":")[0], "worker_name")
                 if worker not in alive:
                     self.redis.zadd(f"rq:wip:{queue}", {entry: time.time() - 1}, xx=True)
+            self.redis.delete(lock)
 
     def _living_workers(self) -> set[bytes | None]:
         pids = {str(self.processes[name].pid).encode() for name in self.named(*WORKERS)}

@@ -7,13 +7,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 import rq
 from rq.job import Job
 from rq.registry import FailedJobRegistry
+from sqlalchemy import update
 
+from flask_rq_webhooks.observe.conclusions import VIEW_GRACE
 from flask_rq_webhooks.observe.job_trees import TreeReporter
 from flask_rq_webhooks.observe.reconcile import Reconciler
 from flask_rq_webhooks.state import State
@@ -264,6 +267,49 @@ def test_reserved_tree_whose_job_has_not_come_is_waited_for(state: State, reconc
     reconciler.run_once()
 
     assert deliveries(state) == []
+
+
+def test_a_tree_is_not_judged_while_the_view_may_still_enqueue(state: State, reconciler: Reconciler) -> None:
+    """Its first job ends, and all who look look, before the view has enqueued the second or is done."""
+    first = root(state)
+    endpoint_id = add_endpoint(state, URL, scope="tree", reserved_job_id=first.id)
+    work(state.redis)
+
+    def look() -> None:
+        reconciler.run_once()
+        reconciler.trees.look_sooner([first.id])
+        reconciler.trees.run_hinted()
+
+    look()
+    second = root(state)
+    look()
+    assert tree_events(state) == []
+
+    confirm(state.database, endpoint_id, existing=[first.id, second.id], unseen=[], reserved_job_id=first.id)
+    look()
+    assert tree_events(state) == []
+    work(state.redis)
+    look()
+    assert body(state)["jobs"] == {"finished": 2}
+    assert len(tree_events(state)) == 1
+
+
+def test_a_tree_whose_view_never_came_to_its_end_is_judged_by_what_is_there(
+    state: State, reconciler: Reconciler
+) -> None:
+    first = root(state)
+    add_endpoint(state, URL, scope="tree", reserved_job_id=first.id)
+    work(state.redis)
+    reconciler.run_once()
+    assert tree_events(state) == []
+    with state.database.write() as connection:
+        connection.execute(update(Watch).values(created_at=datetime.now(UTC) - VIEW_GRACE))
+
+    for _ in range(3):
+        reconciler.run_once()
+
+    assert body(state)["jobs"] == {"finished": 1}
+    assert len(tree_events(state)) == 1
 
 
 def test_many_looks_at_once_are_one_event(state: State, reconciler: Reconciler) -> None:
