@@ -40,6 +40,14 @@ VIEW_GRACE = timedelta(seconds=30)
 CALLBACK_GRACE = timedelta(seconds=1.5)
 
 
+def view_may_enqueue(status: str, created_at: datetime, now: datetime) -> bool:
+    """Return whether the view that reserved a job of a tree may still be enqueuing others.
+
+    :param status: of the job's watch, made at *created_at*; no longer ``"reserved"`` once the view is done.
+    """
+    return status == "reserved" and now - created_at <= VIEW_GRACE
+
+
 class WatchAction(enum.Enum):
     """What becomes of a watch beside the outcomes that are published."""
 

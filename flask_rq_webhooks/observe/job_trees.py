@@ -52,7 +52,7 @@ from ..storage.models import RESERVED
 from ..storage.reported_runs import reported_endings
 from ..storage.sql_errors import is_about_a_row
 from ..storage.watches import TreeRow
-from .conclusions import RESERVED_GRACE, VIEW_GRACE, is_blocked
+from .conclusions import RESERVED_GRACE, is_blocked, view_may_enqueue
 from .outcomes import TYPE_OF_STATUS
 
 if TYPE_CHECKING:
@@ -187,12 +187,11 @@ class TreeReporter:
         now = self._clock()
         roots = [row for row in rows if row.root]
         jobs = self._walk(rows)
-        reserved = [row for row in roots if row.status == RESERVED]
-        unused = [row for row in reserved if row.job_id not in jobs]
-        if any(now - row.created_at <= VIEW_GRACE for row in reserved) or any(
-            now - row.created_at <= RESERVED_GRACE for row in unused
-        ):
-            return None  # the view may still be enqueuing
+        if any(view_may_enqueue(row.status, row.created_at, now) for row in roots):
+            return None
+        unused = [row for row in roots if row.status == RESERVED and row.job_id not in jobs]
+        if any(now - row.created_at <= RESERVED_GRACE for row in unused):
+            return None  # they may be in a pipeline that is executed later
         roots = [row for row in roots if row not in unused]
         if not roots:
             return None

@@ -40,7 +40,6 @@ from ..storage.models import RESERVED
 from ..storage.reported_runs import Reported
 from ..storage.watches import WatchProbe, WatchRow, WatchUpdates
 from .conclusions import (
-    VIEW_GRACE,
     OutboxRead,
     WatchAction,
     WatchFacts,
@@ -50,6 +49,7 @@ from .conclusions import (
     lacks_report,
     later_run,
     outcome_of_loss,
+    view_may_enqueue,
 )
 from .outcomes import TYPE_OF_STATUS, Outcome
 from .publisher import (
@@ -207,8 +207,8 @@ class OpenWatches:
             return
         if row.missing_passes:
             updates.present.add(row.id)
-        if row.status == RESERVED and row.scope == "tree" and now - row.created_at <= VIEW_GRACE:
-            return  # its view may still be enqueuing
+        if row.scope == "tree" and view_may_enqueue(row.status, row.created_at, now):
+            return
         if row.status == RESERVED and counts(facts, job):
             updates.adopted.add(row.id)
         if conclusion.action is WatchAction.BEGAN:
