@@ -40,6 +40,12 @@ class FakeDNS:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
+def tls_transport(make_transport: MakeTransport, ca: CA) -> Transport:
+    """Return a transport that finds every name on loopback and trusts the test's CA."""
+    policy = UrlPolicy(allow_networks=["127.0.0.0/8"])
+    return make_transport(policy, resolver=FakeDNS(["127.0.0.1"]), ca_file=str(ca.file))
+
+
 class Connects:
     """Record every address a socket is connected to from here on."""
 
@@ -290,9 +296,7 @@ def ca(tmp_path_factory: pytest.TempPathFactory) -> CA:
 
 @pytest.fixture
 def tls_send(make_transport: MakeTransport, ca: CA) -> Send:
-    """Send to ``hooks.example.com``, which is on loopback, trusting the test's CA."""
-    policy = UrlPolicy(allow_networks=["127.0.0.0/8"])
-    return sender(make_transport(policy, resolver=FakeDNS(["127.0.0.1"]), ca_file=str(ca.file)))
+    return sender(tls_transport(make_transport, ca))
 
 
 def test_tls_is_verified_against_the_name_while_the_address_is_pinned(tls_send: Send, ca: CA) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from flask_rq_webhooks.dispatch.http import Transport
-from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import Attacker, MemoryGrowth, after_request, elapsed, flood, read_request, then
 from tests.security.conftest import request_to, sender
-from tests.security.test_connections import CA
+from tests.security.test_connections import CA, tls_transport
 from tests.servers import wait_until
 
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
@@ -130,11 +129,7 @@ def test_tls_connections_end_without_the_peer(make_transport: MakeTransport, tmp
         connection.sendall(EMPTY)
         release.wait(30)
 
-    transport = make_transport(
-        UrlPolicy(allow_networks=["127.0.0.0/8"]),
-        ca_file=str(ca.file),
-        resolver=lambda _host, _port: ["127.0.0.1"],
-    )
+    transport = tls_transport(make_transport, ca)
     send = sender(transport)
     before = len(os.listdir("/proc/self/fd"))
     with Attacker(script, context=ca.server_context("*.example.com")) as attacker:

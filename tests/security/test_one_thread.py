@@ -1,4 +1,4 @@
-"""SECURITY 7: one thread writes and reads on all kept connections; no receiver can make it wait."""
+"""SECURITY 7: one thread sends on all kept connections; no receiver can make it wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from requests.adapters import HTTPAdapter
 from flask_rq_webhooks.dispatch.http import BODY_CAP, AttemptResult, Transport
 from flask_rq_webhooks.dispatch.http.client import DaemonThreads
 from flask_rq_webhooks.dispatch.http.wire_format import BoundedResponse
-from flask_rq_webhooks.protocol.urls import UrlPolicy
 from tests.security.attackers import (
     Attacker,
     MemoryGrowth,
@@ -31,7 +30,7 @@ from tests.security.attackers import (
     silence,
 )
 from tests.security.conftest import request_to, sender
-from tests.security.test_connections import CA
+from tests.security.test_connections import CA, tls_transport
 
 OK = b"HTTP/1.1 200 OK\r\n"
 EMPTY = OK + b"Content-Length: 0\r\n\r\n"
@@ -266,11 +265,7 @@ def test_answers_over_tls_are_read_by_a_thread_each(
                 connection.sendall(piece)
                 time.sleep(0.02)
 
-    transport = make_transport(
-        UrlPolicy(allow_networks=["127.0.0.0/8"]),
-        ca_file=str(ca.file),
-        resolver=lambda _host, _port: ["127.0.0.1"],
-    )
+    transport = tls_transport(make_transport, ca)
     with Attacker(script, context=ca.server_context("*.example.com")) as attacker:
         url = f"https://a.example.com:{attacker.port}/hook"
         for pieces in answers:
