@@ -101,6 +101,7 @@ class Sender:
         self._stored: deque[AdvanceClaim] = deque()  # claims in advance whose deliveries are stored
         self._claiming = True  # no places are offered; changed under the lock
         self._lock = threading.Lock()
+        self._turn = threading.Lock()  # of the thread that submits requests
         self._enough_at = -1  # so many in flight, and there is room worth a claim; negative: no wish for it
         self._pace = _Pace()
         self._claim_at = 0.0
@@ -140,9 +141,16 @@ class Sender:
             )
 
     def take(self, claim: AdvanceClaim) -> None:
-        """Send what was stored with *claim*, from any thread."""
-        if claim.hosts:
-            self._stored.append(claim)
+        """Send what was stored with *claim*, from any thread: in this one, where the sender's rests."""
+        if not claim.hosts:
+            return
+        self._stored.append(claim)
+        if self._turn.acquire(blocking=False):
+            try:
+                self._send_stored(time.monotonic())
+            finally:
+                self._turn.release()
+        else:
             self._woken.set()
 
     def withdraw(self, claim: AdvanceClaim) -> None:
@@ -157,7 +165,8 @@ class Sender:
 
         :raises StorageUnavailableError: when SQL cannot be reached; call again.
         """
-        wait_s = self.advance()
+        with self._turn:
+            wait_s = self.advance()
         if wait_s <= 0 or not self._woken.wait(wait_s) or self._fresh or self._stored:
             return
         if self._freed or not self._ahead():

@@ -139,7 +139,7 @@ def insert_new(
         statement = _insert_from_json(model, tuple(rows[0]), before)
         given = dict(values or {})
         documents = ({"rows": document} | given for document in documents_of(rows))
-        count = sum(connection.execute(statement, document).rowcount for document in documents)
+        count = sum(execute_rows(database, connection, statement, [document]) for document in documents)
     ids = [row["id"] for row in rows]
     if count == len(ids):
         return set(ids)
@@ -155,7 +155,16 @@ def execute_rows(
     :param rows: parameters of each execution, at least one, all with the same keys.
     """
     sql, bind = _for_driver(statement, tuple(rows[0]), connection.dialect, database.schema)
-    return execute_by_driver(connection, sql, [bind(row) for row in rows])
+    return execute_by_driver(connection, sql, [bind(row) for row in rows])[0]
+
+
+def fetch_rows(
+    database: Database, connection: Connection, statement: Any, values: Mapping[str, Any]
+) -> list[Any]:
+    """Execute *statement* as :func:`execute_rows` does, and return its rows as the driver gives them."""
+    sql, bind = _for_driver(statement, tuple(values), connection.dialect, database.schema)
+    _count, rows = execute_by_driver(connection, sql, [bind(values)])
+    return list(rows)
 
 
 @lru_cache(maxsize=100)

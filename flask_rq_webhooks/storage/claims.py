@@ -27,14 +27,11 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
-    Boolean,
     Connection,
     Float,
     Integer,
-    LargeBinary,
-    Row,
     String,
-    TextualSelect,
+    TextClause,
     bindparam,
     select,
     text,
@@ -42,7 +39,7 @@ from sqlalchemy import (
 )
 
 from ..protocol.payloads import JSON
-from .bulk_insert import documents_of, insert_new
+from .bulk_insert import documents_of, fetch_rows, insert_new
 from .database import Database
 from .models import CANCELED, PENDING, SENDING, SHARED, Delivery, Dispatcher, UTCDateTime, new_id
 
@@ -127,16 +124,16 @@ def claim_due(
             now = database.now(connection)
             parameters |= {"now": now, "lease_until": now + timedelta(seconds=lease_s)}
             ids = list(connection.execute(_CLAIM_SQLITE, parameters).scalars())
-            rows = _loaded(database, connection, ids, lease_id) if ids else []
-            turns = [(row.host <= after, row.host) for row in rows]
+            rows: Sequence[Any] = _loaded(database, connection, ids, lease_id) if ids else []
+            turns = [(row[_HOST] <= after, row[_HOST]) for row in rows]
     else:
         with database.write(durable=False, repeated=True, in_order=True) as connection:
             rows = connection.execute(_CLAIM_POSTGRESQL, parameters | {"lease_s": lease_s}).all()
             # Not by the names of the hosts: the database's collation may differ.
-            turns = [(False, row.turn) for row in rows]
+            turns = [(False, row[-1]) for row in rows]
     if rows:
         # The last host of the walk; those it met after starting over come after all others.
-        database.claim_after = rows[max(range(len(rows)), key=turns.__getitem__)].host
+        database.claim_after = rows[max(range(len(rows)), key=turns.__getitem__)][_HOST]
     return _claimed(rows, lease_id)
 
 
@@ -151,15 +148,13 @@ def store_claimed(
         new = sorted(insert_new(database, connection, Delivery, rows))
         return _claimed(_loaded(database, connection, new, lease_id), lease_id)
     statement = _store_postgresql(tuple(rows[0]))
-    parts = (connection.execute(statement, {"rows": document}) for document in documents_of(rows))
+    parts = (fetch_rows(database, connection, statement, {"rows": some}) for some in documents_of(rows))
     return _claimed([row for part in parts for row in part], lease_id)
 
 
-def _loaded(
-    database: Database, connection: Connection, ids: Sequence[str], lease_id: str
-) -> Sequence[Row[Any]]:
+def _loaded(database: Database, connection: Connection, ids: Sequence[str], lease_id: str) -> list[Any]:
     these = {"lease_id": lease_id, "ids": json.dumps(ids), "now": database.now(connection)}
-    return connection.execute(_LOAD_SQLITE, these).all()
+    return fetch_rows(database, connection, _LOAD_SQLITE, these)
 
 
 def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: float) -> int:
@@ -241,42 +236,23 @@ def earliest_due(database: Database, connection: Connection) -> datetime | None:
 _FREE: dict[str, Any] = {"status": PENDING, "lease_id": None, "lease_until": None}
 
 
-def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
-    """Build deliveries from *rows*, of which each has one for every live secret."""
-    secrets: dict[str, list[str]] = {}
+def _claimed(rows: Sequence[Sequence[Any]], lease_id: str) -> list[ClaimedDelivery]:
+    """Build deliveries from *rows* of :data:`_SELECTED`, of which each has one for every live secret."""
+    by_id: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        of_this = secrets.setdefault(row.id, [])
-        if row.secret is not None:
-            of_this.append(row.secret)
+        columns = dict(zip(_COLUMNS, row, strict=False))
+        by_id.setdefault(columns["id"], []).append(columns)
     return [
         ClaimedDelivery(
-            id=row.id,
-            lease_id=lease_id,
-            number=row.attempts + 1,
-            trigger=row.trigger,
-            max_attempts=row.max_attempts,
-            body=row.body,
-            content_type=row.content_type or JSON,
-            host=row.host,
-            event_id=row.event_id,
-            event_type=row.event_type,
-            job_id=row.job_id,
-            runid=row.runid,
-            endpoint_id=row.endpoint_id,
-            endpoint_kind=row.kind,
-            url=row.url,
-            headers=row.headers,
-            secrets=tuple(secrets.pop(row.id)),
-            sign_payload=row.sign_payload,
-            format=row.format,
-            timeout_s=row.timeout_s,
-            retry_schedule=row.retry_schedule,
-            retry_statuses=row.retry_statuses,
-            tenant=row.tenant,
-            trace=row.trace,
+            **several[0]
+            | {
+                "lease_id": lease_id,
+                "body": bytes(several[0]["body"]),  # drivers of PostgreSQL have types of their own
+                "secrets": tuple(one["secrets"] for one in several if one["secrets"] is not None),
+                "sign_payload": bool(several[0]["sign_payload"]),
+            }
         )
-        for row in rows
-        if row.id in secrets
+        for several in by_id.values()
     ]
 
 
@@ -289,7 +265,26 @@ def _claimed(rows: Sequence[Row[Any]], lease_id: str) -> list[ClaimedDelivery]:
 # tables instead. A host's rows are asked for as a range: for an equality PostgreSQL may take the index that
 # has no host, for the sake of its order.
 
-_LOADED = {"body": LargeBinary, "sign_payload": Boolean}
+#: What a :class:`ClaimedDelivery` holds: from delivery ``c``, event ``v``, endpoint ``e`` and secret ``s``.
+_OWN = "id trigger max_attempts body host event_id event_type endpoint_id tenant"
+_OF_ENDPOINT = "url headers sign_payload format timeout_s retry_schedule retry_statuses"
+_COLUMNS = {
+    **{name: f"c.{name}" for name in _OWN.split()},
+    **{name: f"e.{name}" for name in _OF_ENDPOINT.split()},
+    "number": "c.attempts + 1",
+    "content_type": f"coalesce(c.content_type, '{JSON}')",
+    "job_id": "v.job_id",
+    "runid": "coalesce(e.runid, v.runid)",
+    "endpoint_kind": "e.kind",
+    "trace": """CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
+        ELSE e.trace END""",
+    "secrets": "s.secret",
+}
+_SELECTED = ", ".join(_COLUMNS.values())
+_HOST = list(_COLUMNS).index("host")
+_BY_DUE_TIME = """
+ORDER BY c.next_attempt_at, c.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
+"""
 
 _EARLIEST_POSTGRESQL = text("""
 SELECT next_attempt_at FROM rq_webhooks_delivery
@@ -301,13 +296,8 @@ SELECT next_attempt_at FROM rq_webhooks_delivery INDEXED BY ix_rq_webhooks_deliv
 WHERE status = 'pending' ORDER BY next_attempt_at LIMIT 1
 """).columns(next_attempt_at=UTCDateTime)
 
-_SELECT_CLAIMED = """
-SELECT c.id, c.trigger, c.attempts, c.max_attempts, c.body, c.content_type, c.host, c.event_id, c.event_type,
-       c.endpoint_id, c.turn, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, c.tenant, e.sign_payload, e.format, e.timeout_s, e.retry_schedule,
-       e.retry_statuses, s.secret,
-       CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
-            ELSE e.trace END AS trace
+_SELECT_CLAIMED = f"""
+SELECT {_SELECTED}, c.turn
 FROM claimed c
 CROSS JOIN LATERAL (
     SELECT job_id, runid, trace FROM rq_webhooks_event WHERE id = c.event_id OFFSET 0
@@ -320,12 +310,11 @@ LEFT JOIN LATERAL (
     SELECT id, secret, expires_at FROM rq_webhooks_secret
     WHERE endpoint_id = c.endpoint_id AND (expires_at IS NULL OR expires_at > clock_timestamp()) OFFSET 0
 ) s ON true
-ORDER BY c.next_attempt_at, c.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
-"""
+{_BY_DUE_TIME}"""  # noqa: S608  (no value in it)
 
 
 @cache
-def _store_postgresql(names: tuple[str, ...]) -> TextualSelect:
+def _store_postgresql(names: tuple[str, ...]) -> TextClause:
     values = ["decode(convert_from(body, 'UTF8'), 'base64')" if name == "body" else name for name in names]
     return text(f"""
 WITH claimed AS (
@@ -334,11 +323,10 @@ WITH claimed AS (
     FROM json_populate_recordset(CAST(NULL AS rq_webhooks_delivery), CAST(:rows AS json))
     ON CONFLICT DO NOTHING RETURNING *, 0 AS turn
 )
-{_SELECT_CLAIMED}""").columns(**_LOADED)  # noqa: S608  (names of columns)
+{_SELECT_CLAIMED}""")  # noqa: S608  (names of columns)
 
 
-_CLAIM_POSTGRESQL = (
-    text(f"""
+_CLAIM_POSTGRESQL = text(f"""
 WITH RECURSIVE
 busy AS MATERIALIZED (
     SELECT key AS host, value::integer AS requests FROM json_each_text(CAST(:in_flight AS json))
@@ -416,17 +404,14 @@ claimed AS (
       AND delivery.id = ANY (ARRAY(SELECT id FROM picked))
     RETURNING delivery.*, picked.turn
 )
-{_SELECT_CLAIMED}""")  # noqa: S608  (no value in it)
-    .columns(**_LOADED)
-    .bindparams(
-        bindparam("limit", type_=Integer),
-        bindparam("per_host", type_=Integer),
-        bindparam("window", type_=Integer),
-        bindparam("after", type_=String),
-        bindparam("in_flight", type_=String),
-        bindparam("lease_id", type_=String),
-        bindparam("lease_s", type_=Float),
-    )
+{_SELECT_CLAIMED}""").bindparams(  # noqa: S608  (no value in it)
+    bindparam("limit", type_=Integer),
+    bindparam("per_host", type_=Integer),
+    bindparam("window", type_=Integer),
+    bindparam("after", type_=String),
+    bindparam("in_flight", type_=String),
+    bindparam("lease_id", type_=String),
+    bindparam("lease_s", type_=Float),
 )
 
 _CLAIM_SQLITE = text("""
@@ -478,23 +463,13 @@ WHERE rowid IN (
 RETURNING id
 """).bindparams(bindparam("now", type_=UTCDateTime), bindparam("lease_until", type_=UTCDateTime))
 
-_LOAD_SQLITE = (
-    text("""
-SELECT d.id, d.trigger, d.attempts, d.max_attempts, d.body, d.content_type, d.host, d.event_id, d.event_type,
-       d.endpoint_id, v.job_id, coalesce(e.runid, v.runid) AS runid,
-       e.kind, e.url, e.headers, d.tenant, e.sign_payload, e.format, e.timeout_s, e.retry_schedule,
-       e.retry_statuses, s.secret,
-       CASE WHEN e.trace IS NULL OR substr(e.trace, 4, 32) = substr(v.trace, 4, 32) THEN v.trace
-            ELSE e.trace END AS trace
+_LOAD_SQLITE = text(f"""
+SELECT {_SELECTED}
 FROM json_each(:ids) one
-CROSS JOIN rq_webhooks_delivery d ON d.id = one.value
-CROSS JOIN rq_webhooks_event v ON v.id = d.event_id
-CROSS JOIN rq_webhooks_endpoint e ON e.id = d.endpoint_id
+CROSS JOIN rq_webhooks_delivery c ON c.id = one.value
+CROSS JOIN rq_webhooks_event v ON v.id = c.event_id
+CROSS JOIN rq_webhooks_endpoint e ON e.id = c.endpoint_id
 LEFT JOIN rq_webhooks_secret s
-    ON s.endpoint_id = d.endpoint_id AND (s.expires_at IS NULL OR s.expires_at > :now)
-WHERE d.status = 'sending' AND d.lease_id = :lease_id
-ORDER BY d.next_attempt_at, d.id, s.expires_at IS NOT NULL, s.expires_at DESC, s.id DESC
-""")
-    .columns(**_LOADED)
-    .bindparams(bindparam("now", type_=UTCDateTime))
-)
+    ON s.endpoint_id = c.endpoint_id AND (s.expires_at IS NULL OR s.expires_at > :now)
+WHERE c.status = 'sending' AND c.lease_id = :lease_id
+{_BY_DUE_TIME}""").bindparams(bindparam("now", type_=UTCDateTime))  # noqa: S608  (no value in it)

@@ -385,23 +385,25 @@ def in_schema(statement: str, dialect: Dialect, schema: str | None) -> str:
     return _OUR_TABLES.sub(lambda match: f"{quoted}.{match[0]}", statement)
 
 
-def execute_by_driver(connection: Connection, sql: str, rows: Sequence[Any] = ((),)) -> int:
+def execute_by_driver(connection: Connection, sql: str, rows: Sequence[Any] = ((),)) -> tuple[int, Any]:
     """Execute *sql* without SQLAlchemy, whose part of a short statement is the longer one, but for errors.
 
     :param rows: parameters of each execution, as the driver takes them.
-    :returns: how many rows were written, where *sql* writes.
+    :returns: how many rows were written, where *sql* writes; and those it returns, where it is executed once.
     """
     cursor = connection.connection.cursor()
     try:
+        found: Sequence[Any] = ()
         if len(rows) == 1:
             connection.dialect.do_execute(cursor, sql, rows[0])
+            found = cursor.fetchall() if cursor.description else ()
         else:
             connection.dialect.do_executemany(cursor, sql, rows)
     except BaseException as exc:  # the end of a greenlet, too, leaves a connection that is good for nothing
         connection._handle_dbapi_exception(exc, sql, None, cursor, None)
     count: int = cursor.rowcount
     cursor.close()
-    return count
+    return count, found
 
 
 #: The names of our tables where no schema stands before them; not the indexes, whose names end with them.

@@ -162,7 +162,7 @@ def _locked(
     tenants: Collection[str],
 ) -> Surroundings:
     jobs = sorted(jobs)
-    least_position = 0 if database.is_sqlite else take_locks(connection, jobs)
+    least_position = 0 if database.is_sqlite else take_locks(database, connection, jobs)
     there = look_around(database, connection, jobs, named, tenants)
     # The clock may be set back, as by a failover.
     clock = (there.now - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import BigInteger, Connection, String, bindparam, literal, select, text, tuple_
 
+from .bulk_insert import fetch_rows
 from .database import LIMIT_IDLE, Database
 from .models import Event
 from .queries import EVENT_COLUMNS, EventView, Page, bounded, read_cursor, write_cursor
@@ -34,13 +35,13 @@ LOCK_EPOCH_S = 1_500_000_000
 JOB_LOCK_CLASS = 0x7271_7770
 
 
-def take_locks(connection: Connection, jobs: Sequence[str]) -> int:
+def take_locks(database: Database, connection: Connection, jobs: Sequence[str]) -> int:
     """Return a position that no event of this transaction may be below.
 
     A transaction that stores events of these jobs waits here for others that do, in one order. The feed's
     lock is held when the next statement reads the clock for the position.
     """
-    least: int = connection.execute(_LOCK, {"jobs": list(jobs)}).scalar_one()
+    least: int = fetch_rows(database, connection, _LOCK, {"jobs": list(jobs)})[0][0]
     return least
 
 

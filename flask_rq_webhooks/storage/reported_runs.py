@@ -18,7 +18,7 @@ from sqlalchemy import Connection, String, bindparam, func, select, text, update
 
 from ..protocol.events import JOB_PROGRESS, TERMINAL_TYPES
 from ..protocol.payloads import occurrence_from_json
-from .bulk_insert import chunks_of, insert_into, insert_or_ignore, one_of
+from .bulk_insert import chunks_of, execute_rows, insert_into, insert_or_ignore, one_of
 from .database import Database
 from .models import CLOSED, OPEN, SETTLED, Endpoint, Event, UTCDateTime, Watch, new_id
 from .subscriptions import EndpointRow, JobWatch, existing_endpoints, is_endpoint
@@ -170,7 +170,7 @@ def settle_watches(
     """Write a :func:`settlement`."""
     if settled:
         statement = _SETTLE_SQLITE if database.is_sqlite else SETTLE_POSTGRESQL
-        connection.execute(statement, {"settled": settled, "now": now})
+        execute_rows(database, connection, statement, [{"settled": settled, "now": now}])
     for chunk in chunks_of(missing):
         connection.execute(insert_or_ignore(database, Watch), chunk)
 

@@ -29,7 +29,7 @@ from ..protocol.events import (
 )
 from ..protocol.payloads import JSON, Rendered, as_rendered
 from .attempts import PROGRESS_ATTEMPTS
-from .bulk_insert import Texts, chunks_of, insert_new, one_of
+from .bulk_insert import Texts, chunks_of, fetch_rows, insert_new, one_of
 from .claims import ClaimedDelivery
 from .database import Database
 from .models import (
@@ -147,7 +147,7 @@ def look_around(
         "named": sorted(filter(is_endpoint, named)),
         "tenants": sorted(tenants),
     }
-    found = json.loads(connection.execute(_LOOK[database.is_sqlite], texts).scalar_one())
+    found = json.loads(fetch_rows(database, connection, _LOOK[database.is_sqlite], texts)[0][0])
     there = Surroundings(
         next_position=(found["last"] or 0) + 1,
         paused=bool(found["paused"]),

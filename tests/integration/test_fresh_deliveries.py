@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from flask_rq_webhooks.dispatch import sender as sender_module
+from flask_rq_webhooks.dispatch.http import AttemptRequest, AttemptResult
 from flask_rq_webhooks.dispatch.sender import Sender
 from flask_rq_webhooks.errors import StorageUnavailableError
 from flask_rq_webhooks.observe import publisher as publisher_module
@@ -54,14 +56,32 @@ def test_it_is_stored_as_claimed_and_sent_after_the_commit(
     def no_claim(*_args: Any, **_options: Any) -> Any:
         raise AssertionError("nothing is to be claimed")
 
+    def submit(request: AttemptRequest) -> Future[AttemptResult]:
+        found.extend(deliveries(state))  # on another connection, which sees what is committed
+        return HangsBut.submit(transport, request)
+
+    found: list[Any] = []
     monkeypatch.setattr(sender_module, "claim_due", no_claim)
+    monkeypatch.setattr(transport, "submit", submit)
     ingest(state, sender)
-    (delivery,) = deliveries(state)
+    assert transport.hosts == [HOST]
+    (delivery,) = found
     assert delivery.status == "sending"
     lease = delivery.lease_until.replace(tzinfo=UTC) - datetime.now(UTC)
     assert timedelta(seconds=30) < lease <= timedelta(seconds=46), "as long as that of a claim"
-    assert transport.hosts == []
     assert sender.advance() > 0
+    assert transport.hosts == [HOST]
+
+
+def test_it_is_left_to_the_thread_that_sends_while_that_is_at_it(
+    state: State, sender: Sender, transport: HangsBut
+) -> None:
+    with sender._turn:
+        ingest(state, sender)
+        assert statuses(state) == {"sending": 1}
+        assert transport.hosts == []
+        assert sender._woken.is_set()
+    sender.advance()
     assert transport.hosts == [HOST]
 
 
@@ -163,7 +183,8 @@ def test_a_transaction_that_failed_keeps_no_place(
 
 
 def test_what_was_not_sent_at_the_end_is_free_at_once(state: State, sender: Sender) -> None:
-    ingest(state, sender)
+    with sender._turn:
+        ingest(state, sender)
     waited: list[bool] = []
     sender.finish(hurry=lambda: waited.append(True) or len(waited) > 20)
     assert statuses(state) == {"pending": 1}

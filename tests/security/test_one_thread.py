@@ -17,7 +17,7 @@ import pytest
 from requests.adapters import HTTPAdapter
 
 from flask_rq_webhooks.dispatch.http import BODY_CAP, AttemptResult, Transport
-from flask_rq_webhooks.dispatch.http.client import DaemonThreads
+from flask_rq_webhooks.dispatch.http.client import DaemonThreads, RequestsTransport
 from flask_rq_webhooks.dispatch.http.wire_format import BoundedResponse
 from tests.security.attackers import (
     Attacker,
@@ -31,6 +31,7 @@ from tests.security.attackers import (
 )
 from tests.security.conftest import request_to, sender
 from tests.security.test_connections import CA, tls_transport
+from tests.servers import wait_until
 
 OK = b"HTTP/1.1 200 OK\r\n"
 EMPTY = OK + b"Content-Length: 0\r\n\r\n"
@@ -42,6 +43,17 @@ MakeTransport = Callable[..., Transport]
 def honest(connection: socket.socket) -> None:
     while read_request(connection):
         connection.sendall(EMPTY)
+
+
+def honest_while(answers: threading.Event) -> Script:
+    """Return a script that answers while *answers* is set."""
+
+    def script(connection: socket.socket) -> None:
+        while read_request(connection):
+            answers.wait(10)
+            connection.sendall(EMPTY)
+
+    return script
 
 
 def honest_once(then: Script, together: threading.Barrier) -> Script:
@@ -320,6 +332,31 @@ def test_a_connection_that_cannot_be_watched_has_a_thread(
         assert len(tasks) == 4
 
 
+def test_the_first_request_after_a_rest_is_begun_where_it_is_submitted(
+    make_transport: MakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread less on its way; the loop reads the answer, and begins what comes while it is busy."""
+    real, begun_by = HTTPAdapter.send, []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        begun_by.append(threading.current_thread())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(HTTPAdapter, "send", noted)
+    transport = cast(RequestsTransport, make_transport(concurrency=1))
+    answers = threading.Event()
+    answers.set()
+    with Attacker(honest_while(answers)) as attacker:
+        assert transport.submit(request_to(attacker.url)).result(10).status_code == 200
+        wait_until(lambda: transport._loop._sleeps, what="the loop sleeps")
+        answers.clear()
+        futures = [transport.submit(request_to(attacker.url)) for _ in range(3)]
+        answers.set()
+        assert [future.result(10).status_code for future in futures] == [200] * 3
+    here = threading.current_thread()
+    assert [thread is here for thread in begun_by[1:]] == [True, False, False]
+
+
 @pytest.mark.parametrize("error", [SystemExit, KeyError])
 def test_whatever_is_raised_the_next_requests_are_made(
     make_transport: MakeTransport, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
@@ -331,14 +368,18 @@ def test_whatever_is_raised_the_next_requests_are_made(
     def fail(*_arguments: Any, **_options: Any) -> None:
         raise error
 
-    with Attacker(honest) as attacker:
+    answers = threading.Event()
+    answers.set()
+    with Attacker(honest_while(answers)) as attacker:
         assert send(attacker.url).status_code == 200
         with monkeypatch.context() as patch:
             patch.setattr(HTTPAdapter, "send", fail)
             assert send(attacker.url).error_code == "internal"
+        answers.clear()
         told = [transport.submit(request_to(attacker.url)) for _ in range(3)]
         for future in told:
             future.add_done_callback(fail)
+        answers.set()
         assert [future.result(10).status_code for future in told] == [200] * 3
         assert send(attacker.url).status_code == 200
     transport.close(wait=True)

@@ -347,13 +347,19 @@ class SendLoop:
         self._selector.register(self._woken, selectors.EVENT_READ)
 
     def add(self, submission: Submission) -> None:
-        """Begin *submission* as soon as there is a place."""
+        """Begin *submission* as soon as there is a place: here and now, where the loop sleeps."""
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 thread.start()
                 self._thread = thread  # only now: the next one tries again where there was none to be had
-            self._waiting.append(submission)
+            at_once = self._sleeps and not self._waiting and self._in_progress < self._limit
+            if at_once:
+                self._in_progress += 1
+            else:
+                self._waiting.append(submission)
+        if at_once:
+            self._go_on(submission, submission.begin)
         self._wake()
 
     def end(self) -> None:
