@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 #: The first and the longest pause between two looks at an uncommitted job, seconds, and the share of the
 #: time it has waited.
-FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0004, 0.1, 0.25
+FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0002, 0.1, 0.25
 #: Pauses shorter than this need not end when a new entry comes.
 SHORT_PAUSE_MS = 5.0
 #: So few new reports are waited for within the transaction that is to store them, and so many looks.
-HELD_REPORTS, HELD_LOOKS = 4, 5
+HELD_REPORTS, HELD_LOOKS = 4, 8
 #: Seconds after which it is too old to store in: Redis kept us waiting, and the leases have begun.
 HELD_S = 1.0
 #: Entries held in memory at most; the rest stays in the stream.

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from inspect import getclosurevars, isfunction
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -154,7 +154,7 @@ class Database:
             event.listen(engine, "connect", self._note_journal)
         else:
             event.listen(engine, "connect", self._prepare_postgresql)
-            event.listen(engine, "checkin", _note_use)
+            event.listen(engine, "reset", _note_use)
             event.listen(engine, "checkout", partial(_ping_after_rest, engine.dialect))
             event.listen(engine, "handle_error", self._judge_connection)
         if self.schema is not None:
@@ -236,8 +236,10 @@ class Database:
                 if self.is_sqlite:
                     begin, restore = _sqlite_transaction(connection.info, writes, busy_timeout_s, durable)
                 elif single_statement and not connection.info.get("rq_webhooks_isolated"):
-                    begin = []
-                    connection.execution_options(isolation_level="AUTOCOMMIT")
+                    # Not by SQLAlchemy's isolation levels, which take as long as the statement.
+                    cast(Any, connection.connection.dbapi_connection).autocommit = True
+                    yield connection
+                    return
                 else:
                     begin = _begin_postgresql(durable, limits_idle, in_order)
                 try:
@@ -468,8 +470,10 @@ def _begin_postgresql(durable: bool, limits_idle: bool, in_order: bool) -> list[
     return [f"SELECT {', '.join(settings)}"] if settings else []
 
 
-def _note_use(_dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+def _note_use(dbapi_connection: Any, record: ConnectionPoolEntry, _state: object) -> None:
     record.info["rq_webhooks_used_at"] = time.monotonic()
+    if dbapi_connection.autocommit:
+        dbapi_connection.autocommit = False
 
 
 def _ping_after_rest(

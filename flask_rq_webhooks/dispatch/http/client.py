@@ -353,12 +353,11 @@ class SendLoop:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 thread.start()
                 self._thread = thread  # only now: the next one tries again where there was none to be had
-            at_once = self._sleeps and not self._waiting and self._in_progress < self._limit
-            if at_once:
-                self._in_progress += 1
-            else:
+            here = self._sleeps and not self._waiting and self._in_progress < self._limit
+            self._in_progress += here
+            if not here:
                 self._waiting.append(submission)
-        if at_once:
+        if here:
             self._go_on(submission, submission.begin)
         self._wake()
 
