@@ -57,8 +57,8 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     ),
     "latency": Benchmark(
         latency.end_to_end,
-        full={"count": 500},
-        quick={"count": 60},
+        full={"rounds": 3, "count": 160},
+        quick={"rounds": 1, "count": 60},
         promises=("latency",),
     ),
     "hanging": Benchmark(

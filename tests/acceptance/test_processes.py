@@ -49,6 +49,7 @@ def test_two_processes_deliver_and_stop_in_order(stack: Stack) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.chaos)])
 @pytest.mark.parametrize("stack_database_url", ["postgresql"], indirect=True)
 def test_parent_and_children_killed_at_random_lose_nothing(stack: Stack, count: int) -> None:
@@ -73,11 +74,15 @@ def test_parent_and_children_killed_at_random_lose_nothing(stack: Stack, count: 
     assert killed["parent"] >= 1
     assert killed["child"] >= 1
     received = stack.receiver.received
+
+    def missing() -> str:
+        lost = jobs - {one.json["job_id"] for one in received}
+        stored = [row for row in stack.stored().decode().splitlines() if any(job in row for job in lost)]
+        return "\n".join(["these endings to arrive:", *sorted(lost), *stored, parent.output[-5000:]])
+
     # What a killed process had in flight is sent again after its lease.
     wait_until(
-        lambda: len({one.headers["webhook-id"] for one in received}) >= count,
-        timeout=120,
-        what="every ending to arrive",
+        lambda: len({one.headers["webhook-id"] for one in received}) >= count, timeout=120, what=missing
     )
     ids: dict[str, set[str]] = {}
     bodies: dict[str, set[bytes]] = {}
