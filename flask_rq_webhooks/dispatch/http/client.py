@@ -4,9 +4,8 @@ Requests go through :meth:`requests.adapters.HTTPAdapter.send`, so that whatever
 package ``responses``) sees every delivery. Where the adapter would call urllib3's ``urlopen``, it calls
 :class:`.Exchange`: judged addresses, a total deadline, strict parsing, and half the CPU.
 
-Most requests find a kept connection: one thread writes them (while it sleeps, whoever submits does) and
-reads what comes in one piece and without TLS. With a thread for each, taking turns for the interpreter
-costs as much again as the request.
+Most requests find a kept connection: one thread writes them (or who submits, while it sleeps) and reads
+what comes in one piece without TLS. A thread for each would take turns for the interpreter for as long again.
 """
 
 from __future__ import annotations
