@@ -163,8 +163,8 @@ def fetch_rows(
 ) -> list[Any]:
     """Execute *statement* as :func:`execute_rows` does, and return its rows as the driver gives them."""
     sql, bind = _for_driver(statement, tuple(values), connection.dialect, database.schema)
-    _count, rows = execute_by_driver(connection, sql, [bind(values)])
-    return list(rows)
+    rows: list[Any] = execute_by_driver(connection, sql, [bind(values)])[1]
+    return rows
 
 
 @lru_cache(maxsize=100)
@@ -207,7 +207,7 @@ def _insert_from_json(model: type[Base], names: tuple[str, ...], before: CTE | N
     made = func.json_to_recordset(document).table_valued(*columns).render_derived(with_types=True)
     values = [func.decode(made.c[name], "base64") if name in binary else made.c[name] for name in names]
     statement = postgresql.insert(model).from_select(names, select(*values))
-    statement = statement.on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+    statement = statement.on_conflict_do_nothing()
     return statement if before is None else statement.add_cte(before)
 
 

@@ -236,7 +236,7 @@ class Database:
                 if self.is_sqlite:
                     begin, restore = _sqlite_transaction(connection.info, writes, busy_timeout_s, durable)
                 elif single_statement and not connection.info.get("rq_webhooks_isolated"):
-                    # Not by SQLAlchemy's isolation levels, which take as long as the statement.
+                    # Not by SQLAlchemy's isolation levels, for which psycopg has to wait again and again.
                     cast(Any, connection.connection.dbapi_connection).autocommit = True
                     yield connection
                     return
@@ -395,10 +395,10 @@ def execute_by_driver(connection: Connection, sql: str, rows: Sequence[Any] = ((
     """
     cursor = connection.connection.cursor()
     try:
-        found: Sequence[Any] = ()
+        found: Any = []
         if len(rows) == 1:
             connection.dialect.do_execute(cursor, sql, rows[0])
-            found = cursor.fetchall() if cursor.description else ()
+            found = cursor.fetchall() if cursor.description else []
         else:
             connection.dialect.do_executemany(cursor, sql, rows)
     except BaseException as exc:  # the end of a greenlet, too, leaves a connection that is good for nothing
