@@ -3,20 +3,20 @@
 A process calls :func:`reached` at each point of the table "What a SIGKILL costs" in our own code.
 Unless a test installed a hook, that is one comparison. Imports nothing, decides nothing.
 
-================  =========================================================================
+================  ===================================================================================
 registered        the endpoint is stored, the view has not run
 enqueued          the view has run, its jobs are not confirmed
 confirmed         the jobs are confirmed, the response is not sent
 entries read      callbacks' reports were taken from the stream, nothing is stored
-event stored      event and deliveries are stored, the entries are still in the stream
+event stored      event and deliveries are stored and not handed to the sender; the entries are still in the
+                  stream, or the watches are as reconcile found them
 delivery claimed  a lease is taken, nothing is sent
 attempt made      the receiver has answered, nothing is recorded
 attempt recorded  the attempt is recorded
 newer stored      a transaction holds newer progress or an ending, and older deliveries are still to be sent
 older canceled    they are canceled in the same transaction, which is not committed
 reconcile found   endings without a report were found, nothing is stored
-reconcile stored  they are stored, their watches are not updated
-================  =========================================================================
+================  ===================================================================================
 """
 
 from __future__ import annotations

@@ -418,7 +418,6 @@ class Ingest:
                 return
             self._reject(items[0][0], f"{type(exc).__name__}: {exc}", exc)
             return
-        reached("event stored")
         answered = zip(items, events, strict=True)
         unproven = [pair for pair, event in answered if not event.event_id]
         ids = {waiting.id for waiting, _item in unproven}

@@ -137,6 +137,7 @@ class Publisher:
             if self._sender is not None and claim is not None:
                 self._sender.withdraw(claim)  # the commit may have gone through, the answer lost
             raise
+        reached("event stored")
         if self._sender is not None and claim is not None:
             self._sender.take(claim)
         spans.end(event.event_id for event in events if event.created)
@@ -301,7 +302,6 @@ class PendingEvents:
         for start in range(0, len(items), AT_ONCE):
             reached("reconcile found")
             published += publish_some(publish, items[start : start + AT_ONCE])
-            reached("reconcile stored")
         return Counter(item.occurrence.type for item in published)
 
     def _new_items(self) -> list[IngestItem]:
