@@ -155,7 +155,8 @@ class Supervisor:
         """Run until stopped; return the exit code.
 
         When no child ever gets as far as its first heartbeat, the exit code is that of the last one and
-        nothing is retried: a wrong setting stays wrong.
+        nothing is retried: a wrong setting stays wrong. A signal, such as that of a machine out of memory or
+        ours to a child that hangs, says nothing about settings.
         """
         before = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
@@ -178,10 +179,11 @@ class Supervisor:
                     code = child.process.poll()
                     if code is not None:
                         worst = code or worst
-                        self._ended(child, code, now)
+                        self._ended(child, code, now, restarts=self._may_restart(worst))
                     elif now - child.alive_at > HUNG_S:
                         logger.error("Process %d (pid %d) hangs; killed.", child.number, child.process.pid)
                         child.process.kill()
+                        child.alive_at = now  # it has ended by the next look
                 self._notify(now)
         finally:
             self._end_all()
@@ -193,7 +195,7 @@ class Supervisor:
         return 1 if worst < 0 else worst
 
     def _may_restart(self, worst: int) -> bool:
-        return not self._signals and not self._burst and (self._ever_alive or worst == 0)
+        return not self._signals and not self._burst and (self._ever_alive or worst <= 0)
 
     def _start(self, child: _Child) -> None:
         read_end, write_end = os.pipe()
@@ -224,11 +226,11 @@ class Supervisor:
         else:
             self._close_pipe(child)
 
-    def _ended(self, child: _Child, code: int, now: float) -> None:
+    def _ended(self, child: _Child, code: int, now: float, *, restarts: bool) -> None:
         self._close_pipe(child)
         pid = child.process.pid if child.process else 0
         child.process = None
-        if self._signals or self._burst:
+        if not restarts:
             return
         if now - child.started_at >= HEALTHY_S:
             child.pause_s = FIRST_PAUSE_S

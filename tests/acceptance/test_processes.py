@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
 import socket
+import sys
 from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
 
+from flask_rq_webhooks.dispatch import processes
 from flask_rq_webhooks.dispatch.processes import own_command
 from flask_rq_webhooks.errors import ConfigurationError
 from flask_rq_webhooks.receiver import verify
@@ -145,6 +148,28 @@ def test_numbers_of_processes_that_are_refused(stack: Stack, value: str) -> None
     result = stack.app.test_cli_runner().invoke(args=["rq-webhooks", "worker", "--processes", value])
     assert result.exit_code == 2
     assert "neither a number from 1 to 64 nor auto" in result.output
+
+
+def test_a_child_killed_before_any_was_ready_is_started_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = """
+import os, pathlib, signal, sys
+try:
+    pathlib.Path(sys.argv[1]).touch(exist_ok=False)
+except FileExistsError:
+    os.write(int(os.environ["RQ_WEBHOOKS_WORKER_PIPE"]), b".")
+    os.kill(os.getppid(), signal.SIGTERM)
+else:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with caplog.at_level(logging.INFO, processes.logger.name):
+        code = processes.Supervisor([sys.executable, "-c", command, str(tmp_path / "died")], 1).run()
+    assert code == 0
+    assert [text.partition(" (")[0] for text in caplog.messages] == [
+        "Starting 1 dispatcher processes.", "Process 1", "All dispatcher processes have stopped.",
+    ]  # fmt: skip
+    assert "was killed by signal 9" in caplog.text
 
 
 @pytest.mark.slow
