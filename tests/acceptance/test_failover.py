@@ -180,7 +180,7 @@ def test_a_failover_of_redis_under_load_is_five_seconds_and_loses_nothing(sqlite
     with (
         valkey_server(save="", appendonly="no") as first,
         valkey_server(save="", appendonly="no", replicaof=f"127.0.0.1 {first.port}") as second,
-        Forwarder(first.port or 0) as forwarder,
+        Forwarder(first.port) as forwarder,
         redis.Redis.from_url(first.url) as old,
         redis.Redis.from_url(second.url) as new,
     ):
@@ -195,7 +195,7 @@ def test_a_failover_of_redis_under_load_is_five_seconds_and_loses_nothing(sqlite
 
             old.execute_command("FAILOVER")  # type: ignore[no-untyped-call]
             wait_until(lambda: new.info("replication")["role"] == "master", what="the replica to take over")
-            forwarder.path = second.port or 0
+            forwarder.path = second.port
             back_soon_and_nothing_lost(stack, clients)
             assert old.info("replication")["role"] == "slave"
             assert "Traceback" not in dispatcher.output

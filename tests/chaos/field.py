@@ -343,4 +343,4 @@ def open_field(
         finally:
             opened.close()
     finally:
-        valkey.stop()
+        valkey.close()

@@ -192,7 +192,7 @@ def tls_in_front_of(port: int, certificate: Path, key: Path) -> Iterator[int]:
 @pytest.mark.parametrize("by", ["url", "client"])
 def test_tls(sqlite_url: str, tmp_path: Path, by: str) -> None:
     certificate, key = make_certificate(tmp_path)
-    with valkey_server() as server, tls_in_front_of(server.port or 0, certificate, key) as port:
+    with valkey_server() as server, tls_in_front_of(server.port, certificate, key) as port:
         url = f"rediss://localhost:{port}/0?ssl_ca_certs={certificate}"
         own: dict[str, Any] = (
             {"RQ_WEBHOOKS_REDIS_URL": url}
@@ -246,7 +246,7 @@ def test_sentinel_before_and_after_a_failover(sqlite_url: str, tmp_path: Path) -
     with ExitStack() as stack:
         first = stack.enter_context(valkey_server(**{"repl-diskless-sync-delay": 0}))
         second = stack.enter_context(valkey_server(replicaof=f"127.0.0.1 {first.port}"))
-        port = stack.enter_context(sentinel(tmp_path, first.port or 0))
+        port = stack.enter_context(sentinel(tmp_path, first.port))
         finder = Sentinel([("127.0.0.1", port)], socket_timeout=1)
         stack.callback(finder.sentinels[0].close)
         wait_until(lambda: finder.discover_slaves("main"), what="the sentinel to know the replica")
