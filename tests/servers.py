@@ -53,12 +53,15 @@ def guard(pid: int) -> subprocess.Popen[bytes]:
     )
 
 
+#: Held until this process ends.
+_RESERVED: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """Return a port the kernel just chose, and may choose again: see :func:`reserved_port`."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """Return a port that refuses until a test listens at it, as :func:`reserved_port`."""
+    _RESERVED.append(reserved_port())
+    port: int = _RESERVED[-1].getsockname()[1]
+    return port
 
 
 def reserved_port() -> socket.socket:
