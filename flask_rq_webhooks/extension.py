@@ -320,7 +320,7 @@ class RQWebhooks:
         return function
 
     def payload_format(self, name: str) -> Callable[[Function], Function]:
-        """Register a payload format under *name*: a function that maps the ``job`` payload to a dict or bytes.
+        """Register a payload format under *name*: a function from the ``job`` payload to a dict or to bytes.
 
         :raises ConfigurationError: when *name* is one of ours or already taken.
         """

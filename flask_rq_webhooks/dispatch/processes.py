@@ -154,8 +154,8 @@ class Supervisor:
     def run(self) -> int:
         """Run until stopped; return the exit code.
 
-        If no child ever reaches its first heartbeat, nothing is restarted (a wrong setting stays wrong), and
-        the exit code is that of the last child.
+        When no child ever gets as far as its first heartbeat, the exit code is that of the last one and
+        nothing is retried: a wrong setting stays wrong.
         """
         before = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
