@@ -170,8 +170,8 @@ class ObservedJob:
     :param rule: the route; with *method*, the one that was called.
     :param func: dotted name of the job's function.
     :param webhook: ``"decorator"``, ``"helper"`` (``enqueue_with_webhook``, ``watch``), ``"missing"``,
-        or ``"unattached"``: the view is decorated,
-        but its queue is a plain ``rq.Queue``, which carries a webhook only with ``instrument_rq=True``.
+        or ``"unattached"``: the view is decorated, but its queue is a plain ``rq.Queue``, which carries a
+        webhook only with ``instrument_rq=True``.
     :param made_elsewhere: whether it was made by ``Job.create`` or fetched: a decorator alone does not help
         such a job, :meth:`~flask_rq_webhooks.RQWebhooks.watch` does.
     """

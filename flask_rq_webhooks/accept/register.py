@@ -288,7 +288,7 @@ def runid_text(runid: Any) -> str | None:
 
 
 def same_database(state: State) -> SameDatabase:
-    """Return the app's check that a queue's connection leads to its Redis database; it remembers results."""
+    """Return the app's check whether a queue's connection leads to its Redis database, with its cache."""
     return state.once("same_database", lambda: SameDatabase(state.redis))
 
 

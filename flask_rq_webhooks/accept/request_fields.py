@@ -115,7 +115,7 @@ class _Body:
 
 
 def _look(request: Request, *, asked: bool) -> _Body:
-    """Return the fields in the body, and leave the body as if unread."""
+    """Return the fields in the body, and leave the body as if it had not been read."""
     environ = request.environ
     if environ.get("CONTENT_LENGTH") in (None, "", "0") and "wsgi.input_terminated" not in environ:
         return _Body()

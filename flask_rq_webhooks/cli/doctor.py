@@ -36,7 +36,7 @@ from .terminal import EXPLAINED, explain, redis_source
 if TYPE_CHECKING:
     from ..state import State
 
-#: Seconds two clocks may differ before receivers refuse our timestamps, or leases go wrong.
+#: Seconds by which two clocks may differ before receivers refuse our timestamps, or leases go wrong.
 CLOCKS_S = 5.0
 #: The oldest Redis version that has what the outbox needs (``XAUTOCLAIM``).
 MINIMUM_REDIS = (6, 2)

@@ -148,7 +148,7 @@ class Dispatcher:
 
     :param state: the app's state.
     :param transport: sends the requests; created here by default. One that is passed in is not closed here.
-    :param concurrency: requests in flight at once; ``CONCURRENCY`` by default.
+    :param concurrency: maximum number of requests in flight; ``CONCURRENCY`` by default.
     :param periodic: jobs for the main thread in addition to the built-in ones, such as reconcile and pruning.
     :param on_alive: called every few seconds while no thread is stuck; ``False`` stops the dispatcher.
     :raises StorageUnavailableError: when SQL cannot be reached.

@@ -69,7 +69,7 @@ class Sender:
     :param transport: sends the requests; its futures may be resolved in any thread.
     :param limiter: asked before every request.
     :param recorder: receives every result.
-    :param concurrency: requests in flight at once.
+    :param concurrency: maximum number of requests in flight.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Sender:
     def offer(self) -> AdvanceClaim | None:
         """Offer places for deliveries that are about to be stored; may be called from any thread.
 
-        Offers some only while no other delivery is known to wait for a place, so that none is overtaken.
+        ``None`` while any other delivery is known to wait for a place, so that none is overtaken.
         """
         if self._claiming or self._fresh or self._freed or time.monotonic() >= self._claim_at:
             return None

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 View = TypeVar("View", bound=Callable[..., Any])
 
-#: Maximum bytes of an API request; the largest honest one, an endpoint with all its headers, has a tenth.
+#: Maximum bytes of an API request; the largest honest one, an endpoint with all headers, is a tenth of it.
 MAX_BODY_BYTES = 256 * 1024
 
 _KEY = re.compile("[!-~]{1,255}")

@@ -28,7 +28,7 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def readable(value: object) -> str:
-    """Return untrusted text with every deceptive character written as ``\\u202e``."""
+    """Return untrusted text with every deceptive character written as an escape such as ``\\u202e``."""
     text = str(value).replace("\r\n", "\n")
     return _DECEPTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 

@@ -101,7 +101,7 @@ def _job_status(state: State, job_id: str) -> str | None:
 
 
 def _worth_waiting_s(found: JobWebhook) -> int | None:
-    """Return after how many seconds the answer may differ; ``None`` when nothing is expected."""
+    """Return after how many seconds the state may have changed; ``None`` when no change is expected."""
     if not found.deliveries:
         return WAITING_S
     if found.delivery_status == SENDING:

@@ -332,7 +332,7 @@ def create(
 def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant: str | None = None) -> None:
     """Change a standing endpoint.
 
-    :param values: checked by :func:`endpoint_schema`, partially: only what is to be changed.
+    :param values: checked by :func:`endpoint_schema`, with ``partial``: only what is to be changed.
     :raises InvalidInputError: for what cannot be changed.
     :raises UnknownItemError: when there is no such endpoint.
     """

@@ -117,7 +117,7 @@ def transport_closed() -> Failure:
 
 
 def descriptor_shortage(exc: OSError) -> Failure | None:
-    """Return a failure that blames this machine if *exc* says it has no file descriptors left."""
+    """Return a failure that blames this machine, if *exc* says it has no file descriptors left."""
     if exc.errno not in (errno.EMFILE, errno.ENFILE):
         return None
     return Failure("internal", f"the sender is short of file descriptors: {os.strerror(exc.errno)}")

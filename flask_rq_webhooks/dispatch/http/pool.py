@@ -196,13 +196,13 @@ class KeptConnections:
 
 
 class PinnedHTTPPool(HTTPConnectionPool):
-    """Makes plain connections to one host."""
+    """Creates plain connections to one host."""
 
     ConnectionCls = PinnedHTTPConnection
 
 
 class PinnedHTTPSPool(HTTPSConnectionPool):
-    """Makes connections over TLS to one host."""
+    """Creates TLS connections to one host."""
 
     ConnectionCls = PinnedHTTPSConnection
 

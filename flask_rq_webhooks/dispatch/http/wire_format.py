@@ -66,7 +66,7 @@ _SWITCHING_PROTOCOLS = 101
 _WITHOUT_BODY = frozenset({204, 304})
 #: RFC 9112, 7.1. Python's own ``int`` would also accept ``-1``, for which http.client reads without end.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r\n")
-#: As much as a TLS record holds.
+#: The maximum size of a TLS record.
 _READ_BYTES = 16 * 1024
 #: Maximum bytes of a response that are read while other requests wait; hardly any response has more.
 _READ_AT_ONCE = 32 * 1024
