@@ -1,7 +1,7 @@
 """Webhooks for RQ jobs submitted through Flask.
 
 Public names are loaded on first use (:pep:`562`): RQ imports :mod:`flask_rq_webhooks.callbacks` inside
-every forked work-horse, and whatever this module drags in is paid once per job.
+every forked work-horse, and whatever this module imports is paid for once per job.
 """
 
 from __future__ import annotations

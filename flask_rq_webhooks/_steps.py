@@ -1,7 +1,7 @@
 """Named steps of the pipeline, for tests that kill a process exactly there.
 
-A process calls :func:`reached` at each point of the table "What a SIGKILL costs" in our own code.
-Unless a test installed a hook, that is one comparison. Imports nothing, decides nothing.
+In our own code, a process calls :func:`reached` at each point of the table "What a SIGKILL costs".
+Unless a test installed a hook, that is one comparison. This module imports nothing and decides nothing.
 
 ================  ===================================================================================
 registered        the endpoint is stored, the view has not run

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "RQ_WEBHOOKS_"
 
-#: Seconds between attempts: one more attempt than entries. The first three catch a restart, the rest
-#: spread over three days (Standard Webhooks, "Deliverability and reliability").
+#: Seconds between attempts; there is one attempt more than entries. The first three cover a restart, the
+#: rest are spread over three days (Standard Webhooks, "Deliverability and reliability").
 DEFAULT_RETRY_SCHEDULE: tuple[float, ...] = (
     1, 2, 4, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400,
 )  # fmt: skip
@@ -147,7 +147,7 @@ def _redis_url(value: Any) -> str:
     url = _text(value)
     try:
         Redis.from_url(url).connection_pool.make_connection()  # does not connect
-    except TypeError as exc:  # such as an option of Celery's; the text names it
+    except TypeError as exc:  # for example an option of Celery's; the text names it
         raise ValueError(f"expected options that redis-py knows after the '?': {exc}") from exc
     except (ValueError, RedisError) as exc:
         raise ValueError(
@@ -208,7 +208,7 @@ def _setting(group: str, parse: Callable[[Any], Any], default: Any, about: str, 
     return field(default=default, repr=not described.secret, metadata={"setting": described})
 
 
-# What a reader of the configuration page wants to do.
+# Groups of settings, by what a reader of the configuration page wants to do.
 _start = partial(_setting, "start")
 _destinations = partial(_setting, "destinations")
 _retries = partial(_setting, "retries")
@@ -458,7 +458,7 @@ def load_settings(
     return settings
 
 
-#: Said at start and by ``doctor``.
+#: Logged at the start, and shown by ``doctor``.
 SECRET_FROM_ENVIRONMENT = (
     "The server-wide signing secret is taken from the environment variable WEBHOOK_SIGNING_SECRET: clients "
     "that ask for sign_payload get webhooks signed with it. If it is the secret of webhooks that this app "

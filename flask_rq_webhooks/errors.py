@@ -12,7 +12,7 @@
     ├── DecryptionError           no configured key opens a stored secret
     └── SignatureError            a received webhook could not be verified
 
-Imports nothing, so that the callbacks in users' workers and the receiver helper can use it.
+This module imports nothing, so that the callbacks in users' workers and the receiver helper can use it.
 """
 
 from __future__ import annotations

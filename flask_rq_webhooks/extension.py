@@ -1,6 +1,6 @@
-"""The extension object: what a host app imports, and where everything is built once per app.
+"""The extension object: the host app imports it, and everything is built here once per app.
 
-Holds the host's hooks and nothing of any app: settings, connections and policies are in
+It holds the host's hooks and nothing that belongs to one app: settings, connections and policies are in
 :class:`~flask_rq_webhooks.state.State`, one per app.
 """
 
@@ -53,7 +53,7 @@ class RQWebhooks:
             job = Queue("default", connection=redis).enqueue(build_rq)
             return {"job_id": job.id}
 
-    :param app: an app to initialise at once.
+    :param app: an app to initialise immediately.
     :param db: the host's Flask-SQLAlchemy object: our tables go into its database, through an engine of
         our own, and into its metadata for Flask-Migrate. Without it, ``RQ_WEBHOOKS_DATABASE_URI`` or
         ``SQLALCHEMY_DATABASE_URI`` says where they are.
@@ -112,8 +112,8 @@ class RQWebhooks:
                 pages.add_pages(shown)
                 endpoint_pages.add_pages(shown)
         app.register_blueprint(blueprint)
-        # `flask rq-webhooks` finds its entry point first, even where the app cannot be loaded; this is for
-        # what asks the app itself, as app.test_cli_runner() does.
+        # `flask rq-webhooks` finds its entry point first, even if the app cannot be loaded; this is for
+        # callers that ask the app itself, such as app.test_cli_runner().
         app.cli.add_command(_Commands("rq-webhooks"))
         app.before_request(decorator.take_fields_before_parsers)
         app.register_error_handler(InvalidWebhookError, decorator.answer_invalid)
@@ -154,18 +154,18 @@ class RQWebhooks:
         fields: str = "all",
         hide: str = "all",
     ) -> View | Callable[[View], View]:
-        """Let the clients of a view ask for a webhook with the jobs it enqueues.
+        """Let the clients of a view ask for a webhook for the jobs it enqueues.
 
-        Goes below decorators that check who is calling, and above those that parse the body.
+        Place it below decorators that check who is calling, and above those that parse the body.
 
-        :param events: event types sent where the request names none; all terminal types by default.
+        :param events: event types sent if the request names none; all terminal types by default.
         :param scope: ``"job"``, or ``"tree"`` for one event about all jobs of the request and their children.
-        :param runid: name of the view argument that holds the host's run id; ``None``: no argument does,
-            neither of the view nor of the jobs, only ``job.meta["runid"]``.
-        :param jobs: the functions whose jobs are reported, as names (dotted, or the last part) or themselves;
-            or a function that is given a dotted name and returns whether. Every job by default.
+        :param runid: name of the view argument that holds the host's run id; ``None`` if no argument does,
+            neither of the view nor of the jobs, but only ``job.meta["runid"]``.
+        :param jobs: the functions whose jobs are reported, by name (dotted, or the last part) or themselves;
+            or a function that takes a dotted name and returns whether to report it. Every job by default.
         :param fields: ``"headers"`` for a view that reads the body as a stream: the body is not touched, and
-            fields come by headers and the query string only.
+            fields are taken from headers and the query string only.
         :param hide: ``"parsed"`` leaves the raw bytes of the body as they are; by default our fields are
             removed from them, too.
         :raises ConfigurationError: for an unknown value of an option.
@@ -192,10 +192,10 @@ class RQWebhooks:
     ) -> Job:
         """Enqueue one job and report it to the webhook that *payload* or the decorated request asks for.
 
-        :param queue: any RQ queue; it need not be ours nor instrumented.
+        :param queue: any RQ queue; it need be neither ours nor instrumented.
         :param payload: mapping with the webhook fields; without it, those of the decorated request.
-        :param timeout: of the job, as ``rq.Queue.enqueue_call`` takes it.
-        :param job_timeout: the same, by the name ``rq.Queue.enqueue`` has for it.
+        :param timeout: timeout of the job, as in ``rq.Queue.enqueue_call``.
+        :param job_timeout: the same, under the name that ``rq.Queue.enqueue`` uses.
         :param enqueue_options: further arguments of ``rq.Queue.enqueue_call``.
         :raises InvalidWebhookError: for bad fields in *payload*; nothing is enqueued.
         :raises StorageUnavailableError: when the webhook cannot be registered; nothing is enqueued.
@@ -230,20 +230,20 @@ class RQWebhooks:
         runid: str | None = None,
         **fields: Any,
     ) -> str | None:
-        """Report a job made elsewhere: by ``Job.create``, in a thread, by cron or another service.
+        """Report a job created elsewhere: by ``Job.create``, in a thread, by cron or another service.
 
-        Without *url*, the webhook of the current request is meant: of the decorated view that runs, or has
-        run. Where that request asks for none, and outside of such requests, nothing happens. A job that
-        carries the webhook already is still reported once.
+        Without *url*, the webhook of the current request is used, that of the decorated view that is running
+        or has run. If that request asks for none, and outside of such requests, nothing happens. A job that
+        already carries the webhook is still reported once.
 
-        Such a job carries no callback of ours, so reconcile reports it, within ``RECONCILE_INTERVAL`` and a
-        little. The run that waits or runs now counts, and every later one.
+        A job created elsewhere carries no callback of ours, so reconcile reports it, within a little more
+        than ``RECONCILE_INTERVAL``. The run that is waiting or running now counts, and every later one.
 
         :param fields: further request fields without their prefix: ``events``, ``format``, ``reference``,
             ``timeout``, ``retry_count``; and ``sign_payload``.
-        :returns: the endpoint's id; ``None`` where no webhook is asked for, or webhooks are disabled.
+        :returns: the endpoint's id; ``None`` if no webhook is asked for, or webhooks are disabled.
         :raises InvalidWebhookError: when a value is not acceptable.
-        :raises StorageUnavailableError: when the promise cannot be stored.
+        :raises StorageUnavailableError: when the watch cannot be stored.
         """
         return register.watch(
             get_state(), job, {"url": url, "secret": secret, "headers": headers, **fields}, runid=runid
@@ -263,11 +263,11 @@ class RQWebhooks:
         """Send an application event to the standing endpoints that listen for it.
 
         :param event_type: dotted lower-case words such as ``"model.published"``; ``job.`` and
-            ``webhook.`` are ours.
+            ``webhook.`` are reserved.
         :param data: a JSON object.
         :param tenant: the customer whose event it is: its endpoints get it, too. Without it, only operators'.
         :returns: the event's id, which receivers see as ``webhook-id``.
-        :raises ValueError: for another *event_type*, and for a *tenant* that cannot be a name.
+        :raises ValueError: for any other *event_type*, and for a *tenant* that cannot be a tenant's name.
         :raises StorageUnavailableError: when the event cannot be stored.
         """
         if not is_application_type(event_type):
@@ -304,12 +304,12 @@ class RQWebhooks:
         return function
 
     def tenant(self, function: Function) -> Function:
-        """Register the function that names the customer who calls: a user, an organisation, an API key.
+        """Register the function that names the calling customer: a user, an organisation, an API key.
 
         It is called without arguments inside the request and returns a text of 1 to 128 printable
-        characters, or ``None`` for a caller that is no customer. Jobs, endpoints, events and deliveries then
-        belong to that tenant, which may have standing endpoints of its own and, with the permission
-        ``"own"``, sees and changes what is its own.
+        characters, or ``None`` for a caller that is not a customer. Jobs, endpoints, events and deliveries
+        then belong to that tenant, which may have standing endpoints of its own and, with the permission
+        ``"own"``, can see and change what belongs to it.
         """
         self.tenant_function = function
         return function
@@ -320,7 +320,7 @@ class RQWebhooks:
         return function
 
     def payload_format(self, name: str) -> Callable[[Function], Function]:
-        """Register a payload format under *name*: a function from the ``job`` payload to a dict or bytes.
+        """Register a payload format under *name*: a function from the ``job`` payload to a dict or to bytes.
 
         :raises ConfigurationError: when *name* is one of ours or already taken.
         """
@@ -345,7 +345,7 @@ class RQWebhooks:
 class _Commands(click.Command):
     """Our commands as a part of ``app.cli``, loaded when one of them is asked for.
 
-    By name, as an entry point is: web processes need nothing of what the dispatcher's commands import.
+    They are loaded by name, like an entry point: web processes need nothing that those commands import.
     """
 
     @staticmethod
@@ -354,11 +354,11 @@ class _Commands(click.Command):
         return found
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Return the context of the commands themselves, which is what is then invoked."""
+        """Return the context of the real commands, which is then invoked."""
         return self._loaded().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that the context is of."""
+        """Run the command of the context."""
         return ctx.command.invoke(ctx)
 
     def get_short_help_str(self, limit: int = 45) -> str:

@@ -1,7 +1,7 @@
 """Verify received webhooks: the sender knows the secret, and the message is recent.
 
-Standard library only; the decorator imports Flask where it is used, and a public key (``whpk_…``) needs
-``cryptography``. ``docs/receivers`` has the same in one file each for Python, Node and the shell.
+Uses only the standard library; the decorator imports Flask when it is used, and a public key (``whpk_…``)
+needs ``cryptography``. ``docs/receivers`` has the same in one file each for Python, Node and the shell.
 
 ::
 
@@ -13,13 +13,13 @@ Standard library only; the decorator imports Flask where it is used, and a publi
 
 Accepted:
 
-* ``webhook-signature`` (Standard Webhooks). Where this header is present it decides: one of its entries
-  must be right, a ``v1`` entry for one of the secrets or a ``v1a`` entry for one of the public keys. Other
+* ``webhook-signature`` (Standard Webhooks). If this header is present, it decides: one of its entries must
+  be valid, a ``v1`` entry for one of the secrets or a ``v1a`` entry for one of the public keys. Other
   entries, malformed ones included, are skipped, because a sender that rotates its secret sends several.
   ``webhook-id`` and ``webhook-timestamp`` are required.
-* ``X-Webhook-Signature: sha256=<lower-case hex>``, only where ``webhook-signature`` is absent **and**
-  ``schemes`` names ``"sha256"``. It covers the body alone, so anybody who has seen one such request can send
-  it again later, and a text a client chose may have been signed with a shared secret. Nothing but the body is
+* ``X-Webhook-Signature: sha256=<lower-case hex>``, only if ``webhook-signature`` is absent **and**
+  ``schemes`` names ``"sha256"``. It covers only the body, so anyone who has seen one such request can send it
+  again later, and a text that a client chose may have been signed with a shared secret. Only the body is
   taken from the request (``id`` and ``timestamp`` are ``None``); a timestamp header is checked if present.
 
 Refused: a deciding header that comes twice, characters other than printable ASCII, timestamps other than
@@ -54,7 +54,7 @@ Headers = Mapping[Any, Any] | Iterable[tuple[Any, Any]]
 Body = bytes | bytearray | memoryview | str
 Scheme = Literal["v1", "v1a", "sha256"]
 
-#: Signatures that cover a time. ``"sha256"`` does not and has to be asked for.
+#: Signatures that cover a time. ``"sha256"`` does not, and has to be asked for.
 TIMED_SCHEMES: tuple[Scheme, ...] = ("v1", "v1a")
 ALL_SCHEMES: tuple[Scheme, ...] = (*TIMED_SCHEMES, "sha256")
 
@@ -75,13 +75,13 @@ _MOST_ENTRIES = 8
 
 @dataclass(frozen=True, slots=True)
 class VerifiedWebhook:
-    """A webhook whose signature is right. Every field is covered by that signature.
+    """A webhook whose signature is valid. Every field is covered by that signature.
 
-    :param id: ``webhook-id``: the same on every attempt, so remember it to do things once. ``None`` under
-        ``sha256``, which does not cover it; the ``job`` payload has it as ``id``, too.
+    :param id: ``webhook-id``: the same on every attempt, so store it to process each event once. ``None``
+        under ``sha256``, which does not cover it; the ``job`` payload has it as ``id``, too.
     :param timestamp: aware time of this attempt; ``None`` under ``sha256``.
     :param body: the bytes that were signed.
-    :param scheme: ``"v1"``, ``"v1a"`` or ``"sha256"``: which signature was right.
+    :param scheme: ``"v1"``, ``"v1a"`` or ``"sha256"``: which signature was valid.
     """
 
     id: str | None
@@ -112,18 +112,18 @@ def verify(
 ) -> VerifiedWebhook:
     """Verify a received webhook.
 
-    :param body: the bytes as they came, before any parsing; a text is taken as its UTF-8 bytes.
+    :param body: the bytes as received, before any parsing; a text is taken as its UTF-8 bytes.
     :param headers: any mapping or pairs; names in any case, names and values ``str`` or ASCII ``bytes``.
-    :param secrets: the secret, or several of which one must fit; empty ones are skipped. A sender's public
+    :param secrets: the secret, or several of which one must match; empty ones are skipped. A sender's public
         key, ``whpk_…`` (from its ``/webhooks/keys``), verifies ``v1a``.
     :param tolerance: seconds a timestamp may be off, in both directions, the limit included.
     :param now: the time to compare with: aware (a naive one is taken as UTC), or unix seconds.
     :param header_prefix: first part of the sender's ``X-Webhook-*`` headers.
-    :param schemes: signatures accepted; one that is not named is treated as absent. Add ``"sha256"`` to
+    :param schemes: accepted signatures; one that is not named is treated as absent. Add ``"sha256"`` to
         accept messages whose only signature covers no time.
-    :param signature_header: full name of the ``sha256=`` header, where it does not begin with the prefix.
+    :param signature_header: full name of the ``sha256=`` header, if it does not begin with the prefix.
     :param timestamp_header: likewise, of the header with that signature's time.
-    :raises SignatureError: whatever is wrong, arguments of a wrong type included. Nothing else is raised.
+    :raises SignatureError: for any problem, including arguments of a wrong type. Nothing else is raised.
     """
     try:
         names = (
@@ -134,7 +134,7 @@ def verify(
     except SignatureError:
         raise
     except Exception as exc:
-        # Header and secret objects are a caller's own and may fail in any way; a receiver must refuse then.
+        # Header and secret objects come from the caller and may fail in any way; then we must refuse.
         raise SignatureError(f"The webhook could not be read ({type(exc).__name__}).") from exc
 
 
@@ -147,10 +147,10 @@ def verified_webhook(
     signature_header: str | None = None,
     timestamp_header: str | None = None,
 ) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
-    """Let a Flask view run only for webhooks that verify; it finds the webhook in ``flask.g.webhook``.
+    """Run a Flask view only for webhooks that verify; it finds the webhook in ``flask.g.webhook``.
 
     Others get 401 and ``{"error": {"code": "invalid_signature", "message": …, "details": {}}}``. Put it
-    below ``@app.post``; sync and async views.
+    below ``@app.post``; it works with sync and async views.
 
     ::
 
@@ -163,7 +163,7 @@ def verified_webhook(
     :param secrets: as for :func:`verify`, or a function that returns them, called for every request. The
         other parameters are those of :func:`verify`.
     """
-    # Once here: an iterator would be empty at the second request.
+    # Read once, here: an iterator would be empty at the second request.
     kept: Any = secrets if callable(secrets) or isinstance(secrets, str | bytes) else tuple(secrets)
 
     def refusal() -> Any:
@@ -278,7 +278,7 @@ def _is_signed_by_any(
         raise SignatureError(f"A public key is malformed: {exc}.") from exc
     except ImportError as exc:
         raise SignatureError("Public keys need the package cryptography: pip install cryptography.") from exc
-    # Each try costs an elliptic-curve operation; honest senders make one entry for each of a few keys.
+    # Each try costs an elliptic-curve operation; honest senders send one entry for each of a few keys.
     tried = [entry for entry in entries if entry.startswith("v1a,")][:_MOST_ENTRIES]
     return any(is_signed_by(key, entry, event_id, timestamp, content) for key in public for entry in tried)
 
@@ -293,12 +293,12 @@ def _text(key: str | bytes) -> str:
 
 
 def _require_match(given: Iterable[bytes], expected: Iterable[str]) -> None:
-    """Compare whole entries, prefix and all: there is one spelling of a signature, and nothing to parse.
+    """Compare whole entries, including the prefix: a signature has one spelling, so nothing is parsed.
 
     :raises SignatureError: when none of *given* is one of *expected*.
     """
     wanted = [entry.encode("ascii") for entry in expected]
-    # A list, not a generator: how many comparisons are made does not depend on which one is right.
+    # A list, not a generator: the number of comparisons does not depend on which one matches.
     if not any([compare_digest(mine, theirs) for mine in wanted for theirs in given]):
         raise SignatureError("No signature of the webhook fits the body and a known secret.")
 
@@ -329,7 +329,7 @@ def _usable(secrets: Any) -> list[str | bytes]:
 def _headers(headers: Any, wanted: Collection[str]) -> dict[str, str]:
     """Return the *wanted* headers by lower-case name.
 
-    :raises SignatureError: when one comes twice or is no printable ASCII.
+    :raises SignatureError: when one comes twice or is not printable ASCII.
     """
     pairs = headers.items() if hasattr(headers, "items") else headers
     found: dict[str, str] = {}

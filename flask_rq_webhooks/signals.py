@@ -1,6 +1,6 @@
 """Blinker signals for the host: what the pipeline did, emitted in the process that did it.
 
-The sender is the Flask app. A receiver that raises is logged and never disturbs the pipeline.
+The sender is the Flask app. An exception in a receiver is logged and never disturbs the pipeline.
 
 =====================  ===========================================================================
 event_recorded         ``event_id``, ``event_type``, ``job_id``

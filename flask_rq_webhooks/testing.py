@@ -1,8 +1,8 @@
-"""For the tests of host apps: every webhook delivered within the test, to a receiver in memory.
+"""For the tests of host apps: deliver every webhook within the test, to an in-memory receiver.
 
-Owns the shortest way from an ended job to a received webhook: one thread, no process, no network, no
-waiting. It takes the steps of a dispatcher with a dispatcher's own parts, so what a test sees is what
-clients get: same payloads, headers and signatures, same rows. Knows nothing of pytest.
+This is the shortest way from an ended job to a received webhook: one thread, no process, no network, no
+waiting. It runs the steps of a dispatcher with a dispatcher's own parts, so what a test sees is what clients
+get: the same payloads, headers and signatures, and the same rows. It does not depend on pytest.
 
 ::
 
@@ -11,11 +11,11 @@ clients get: same payloads, headers and signatures, same rows. Knows nothing of 
         (webhook,) = deliver_all(app)
         assert webhook.verify("s3cret").json["event"] == "job.success"
 
-The queue may be ``is_async=False`` on fakeredis, or worked off by a ``SimpleWorker`` before
-:func:`deliver_all`; ``RQWebhooks(db=db, redis=...)`` gets the same client. An in-memory SQLite URL works as
-it is: our tables then live in an in-memory database of their own.
+The queue may be ``is_async=False`` on fakeredis, or be processed by a ``SimpleWorker`` before
+:func:`deliver_all`; pass the same client to ``RQWebhooks(db=db, redis=...)``. An in-memory SQLite URL works
+unchanged: our tables then live in an in-memory database of their own.
 
-:func:`observe_routes` says which routes enqueued jobs without a webhook while a test-suite ran.
+:func:`observe_routes` reports which routes enqueued jobs without a webhook while a test suite ran.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ NETWORK_ERRORS = frozenset({"blocked", "connect", "dns", "reset", "timeout", "tl
 class ReceivedWebhook:
     """One request as the client would have seen it.
 
-    :param headers: as sent, in order; ask :meth:`header` for one in any case.
+    :param headers: as sent, in order; :meth:`header` finds one by its name in any case.
     :param body: the signed bytes.
     """
 
@@ -79,7 +79,7 @@ class ReceivedWebhook:
         return json.loads(self.body)
 
     def header(self, name: str) -> str | None:
-        """Return a header, whatever its case; ``None`` where it was not sent."""
+        """Return a header by its name in any case; ``None`` if it was not sent."""
         return next((value for key, value in self.headers.items() if key.lower() == name.lower()), None)
 
     def verify(self, secret: str, **options: Any) -> VerifiedWebhook:
@@ -91,16 +91,16 @@ class ReceivedWebhook:
         return verify(self.body, self.headers, secret, **options)
 
 
-#: A status; a status with headers and body; one of :data:`NETWORK_ERRORS`; or what gives one of them.
+#: A status; a status with headers and body; one of :data:`NETWORK_ERRORS`; or a function that returns one.
 Answer = int | str | tuple[int, Mapping[str, str], bytes] | Callable[[ReceivedWebhook], Any]
 
 
 class InMemoryReceiver:
-    """Stand in for every URL: keep what is sent and answer as configured.
+    """Stand in for every URL: keep what is sent, and respond as configured.
 
     ``InMemoryReceiver(500, "timeout", 204)`` answers the first request with 500, lets the second time out,
-    and accepts the third and all others; without arguments it accepts everything. A function is given the
-    :class:`ReceivedWebhook` and returns the answer.
+    and accepts the third and all others; without arguments, it accepts everything. A function is called with
+    the :class:`ReceivedWebhook` and returns the answer.
 
     :param answers: one per request, the last for all that follow.
     :raises ValueError: for an unknown network error.
@@ -116,7 +116,7 @@ class InMemoryReceiver:
         self.received: list[ReceivedWebhook] = []
 
     def submit(self, request: AttemptRequest) -> Future[AttemptResult]:
-        """Take a request and answer it at once; the dispatcher's side of the receiver."""
+        """Accept a request and answer it at once; this is the dispatcher's side of the receiver."""
         started_at = datetime.now(UTC)
         webhook = ReceivedWebhook(request.url, dict(request.headers), request.body)
         with self._lock:
@@ -139,7 +139,7 @@ def deliver_all(
     instance; a missing job is reported as lost by the second call), and sends.
 
     :param app: an app with :class:`~flask_rq_webhooks.RQWebhooks` initialised.
-    :param receiver: where everything is sent; one that accepts everything by default.
+    :param receiver: gets everything that is sent; by default, one that accepts everything.
     :param retries: also make the attempts that are due later, at once; otherwise their deliveries stay
         ``pending``.
     :raises StorageUnavailableError: when SQL cannot be used.
@@ -170,10 +170,10 @@ class ObservedJob:
     :param rule: the route; with *method*, the one that was called.
     :param func: dotted name of the job's function.
     :param webhook: ``"decorator"``, ``"helper"`` (``enqueue_with_webhook``, ``watch``), ``"missing"``,
-        or ``"unattached"``: the view is decorated,
-        but its queue is a plain ``rq.Queue``, which carries a webhook with ``instrument_rq=True`` only.
-    :param made_elsewhere: made by ``Job.create`` or fetched: a decorator alone does not help such a job,
-        :meth:`~flask_rq_webhooks.RQWebhooks.watch` does.
+        or ``"unattached"``: the view is decorated, but its queue is a plain ``rq.Queue``, which carries a
+        webhook only with ``instrument_rq=True``.
+    :param made_elsewhere: whether it was made by ``Job.create`` or fetched: a decorator alone does not help
+        such a job, :meth:`~flask_rq_webhooks.RQWebhooks.watch` does.
     """
 
     view: str
@@ -186,7 +186,7 @@ class ObservedJob:
 
 @dataclass(slots=True)
 class ObservedRoutes:
-    """What :func:`observe_routes` has seen until now."""
+    """What :func:`observe_routes` has seen so far."""
 
     _seen: list[tuple[SeenJob, tuple[str, str, str], bool, set[str]]] = field(
         default_factory=list, repr=False
@@ -195,7 +195,7 @@ class ObservedRoutes:
 
     @property
     def jobs(self) -> list[ObservedJob]:
-        """Return the jobs views enqueued, in order."""
+        """Return the jobs that views enqueued, in order."""
         return [
             ObservedJob(*where, seen.func, _webhook_of(seen, decorated, watched), seen.made_elsewhere)
             for seen, where, decorated, watched in self._seen
@@ -203,13 +203,13 @@ class ObservedRoutes:
 
     @property
     def missing(self) -> list[str]:
-        """Return the view names that enqueued a job no webhook can go with, sorted."""
+        """Return the names of the views that enqueued a job that cannot have a webhook, sorted."""
         return sorted({job.view for job in self.jobs if job.webhook in ("missing", "unattached")})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write what was seen as JSON, for ``flask rq-webhooks routes --observed``.
 
-        Routes that were called and enqueued nothing are in it, too: ``"webhook": "none"``.
+        Routes that were called and enqueued nothing are included, with ``"webhook": "none"``.
         """
         unique = {job: None for job in self.jobs}
         enqueuing = {(job.view, job.rule, job.method) for job in unique}
@@ -219,7 +219,7 @@ class ObservedRoutes:
 
 @contextmanager
 def observe_routes(app: Flask) -> Iterator[ObservedRoutes]:
-    """Note which views of *app* enqueue jobs, and whether a webhook could go with them.
+    """Observe which views of *app* enqueue jobs, and whether these jobs could have a webhook.
 
     ::
 
@@ -229,9 +229,9 @@ def observe_routes(app: Flask) -> Iterator[ObservedRoutes]:
                 yield
             assert routes.missing == []
 
-    Only what runs is seen, whether or not a request asks for a webhook: as good as the tests that call the
-    routes. Sees through every wrapper of RQ's queues. Jobs enqueued outside of requests do not count, nor
-    those of threads a view starts.
+    Only what runs is seen, whether or not a request asks for a webhook, so the result is as good as the tests
+    that call the routes. This sees through every wrapper of RQ's queues. Jobs enqueued outside of requests do
+    not count, nor do those of threads that a view starts.
     """
     routes = ObservedRoutes()
 
@@ -283,7 +283,7 @@ def _send_all(
         while sender.advance() <= 0 or sender.idle_since is None:
             recorder.record()
             sender.wake()
-        # What cannot be sent at all (a wrong key) waits, too: going on would never end.
+        # What cannot be sent at all (a wrong key) is also waiting: going on would never end.
         if not retries or len(receiver.received) == sent:
             return
 

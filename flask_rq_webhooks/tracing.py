@@ -1,9 +1,9 @@
 """Traces: the webhooks about a request's jobs continue its W3C trace context.
 
-A trace is stored and passed on as one text: a valid ``traceparent``, and after a space the ``tracestate`` if
-there is one. Where the process has loaded OpenTelemetry, registering, storing an event and every attempt are
-spans of that trace as well. Nothing is imported from here: if the host has not loaded the API, no spans are
-exported. Knows nothing of what a trace belongs to.
+A trace is stored and passed on as one text: a valid ``traceparent``, followed by a space and the
+``tracestate`` if there is one. If the process has loaded OpenTelemetry, registering, storing an event and
+every attempt are spans of that trace as well. OpenTelemetry is never imported here: if the host has not
+loaded the API, no spans are exported. What a trace belongs to is not known here.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 
 class Headers(Protocol):
-    """Header values by name in any case."""
+    """Header values by name, which may be in any case."""
 
     def get(self, name: str, /) -> str | None: ...
 
 
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
-#: Name of our tracer, which is that of the package.
+#: Name of our tracer, the same as that of the package.
 _TRACER = "flask_rq_webhooks"
-#: Characters and members of a ``tracestate`` that are passed on; the leftmost member is the latest.
+#: Maximum characters and members of a ``tracestate`` that are passed on; the leftmost member is the latest.
 _MAX_STATE_CHARS, _MAX_MEMBERS = 512, 32
 #: Flags of version 00 that are passed on: sampled, and random trace id.
 _FLAGS = 0b11
@@ -43,7 +43,7 @@ _MEMBER = re.compile(rf"({_KEY})=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{{0,255}}[\x21-\x2
 
 
 def checked(parent: str | None, state: str | None = None) -> str | None:
-    """Return a trace as it is stored; ``None`` where *parent* is no valid ``traceparent``.
+    """Return a trace in the form in which it is stored; ``None`` if *parent* is no valid ``traceparent``.
 
     A *state* that is not valid is left out.
     """
@@ -83,9 +83,9 @@ def is_same(one: str | None, other: str | None) -> bool:
 
 
 def headers_of(trace: str | None, span: Any = None) -> dict[str, str]:
-    """Return the headers by which an HTTP request continues a trace; none without one.
+    """Return the headers with which an HTTP request continues a trace; no headers without a trace.
 
-    :param span: of the request, from :func:`start`. Without one, the request gets an id of its own.
+    :param span: the request's span, from :func:`start`. Without one, the request gets an id of its own.
     """
     own = None if span is None else trace_of(span)
     if own is None or own[:52] == (trace or "")[:52]:  # a span that is not recorded has the id of its parent
@@ -100,7 +100,7 @@ def headers_of(trace: str | None, span: Any = None) -> dict[str, str]:
 
 
 def _api() -> Any:
-    """Return the API where a provider is set; redis-py imports it in any case."""
+    """Return OpenTelemetry's API if a provider is set; redis-py imports the API in any case."""
     api = sys.modules.get("opentelemetry.trace")
     if api is None or isinstance(api.get_tracer_provider(), api.ProxyTracerProvider):
         return None
@@ -125,7 +125,7 @@ def _harmless(function: Callable[..., Any]) -> Callable[..., Any]:
 def start(
     name: str, parent: str | None, kind: str, attributes: Mapping[str, Any], link: str | None = None
 ) -> Any:
-    """Begin a span below *parent*, or below the current one; ``None`` without OpenTelemetry.
+    """Start a span below *parent*, or below the current span; return ``None`` without OpenTelemetry.
 
     :param kind: name of a ``SpanKind``.
     :param attributes: those that are ``None`` are left out.
@@ -165,7 +165,7 @@ def end(span: Any, error: str | None = None, **attributes: Any) -> None:
 
 @_harmless
 def trace_of(span: Any) -> str | None:
-    """Return the trace that continues from an OpenTelemetry span; ``None`` for one that is not valid."""
+    """Return the trace that continues from an OpenTelemetry span; ``None`` if the span is not valid."""
     context = span.get_span_context()
     if not context.is_valid:
         return None
@@ -193,9 +193,9 @@ def _current() -> str | None:
 
 @contextmanager
 def registering(headers: Headers | None) -> Iterator[str | None]:
-    """Give the trace that a new webhook continues; with OpenTelemetry, that of the span around this.
+    """Yield the trace that a new webhook continues; with OpenTelemetry, that of the registration's span.
 
-    :param headers: of the current request; ``None`` outside of one.
+    :param headers: of the current request; ``None`` outside of a request.
     """
     trace = None if headers is None else of_request(headers)
     trace = _current() or trace  # the span of the host's instrumentation
@@ -217,10 +217,10 @@ class EventSpans:
     def begin(
         self, event_id: str, event_type: str, job_id: str | None, parent: str | None, link: str | None
     ) -> str | None:
-        """Begin the span of an event; return the trace that its deliveries continue.
+        """Start the span of an event; return the trace that its deliveries continue.
 
         :param parent: the trace of the request that asked for it.
-        :param link: that of the job's own span, where it is another one.
+        :param link: the trace of the job's own span, if that is another trace.
         """
         attributes = {
             "rq_webhooks.event_id": event_id,

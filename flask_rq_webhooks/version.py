@@ -1,3 +1,3 @@
-"""The one place that knows the version of this package."""
+"""The version of this package, defined in this place only."""
 
 __version__ = "1.0.0.dev0"

@@ -1,8 +1,8 @@
-"""``accepts_webhook``: what surrounds a view whose clients may ask for a webhook.
+"""``accepts_webhook``: the decorator for a view whose clients may ask for a webhook.
 
-Owns the order of things in one request (read, register, view, confirm) and the answers when it cannot go on.
-Knows nothing of how fields are found (:mod:`.request_fields`), checked (:mod:`.request_schema`) and kept
-(:mod:`.register`).
+This module owns the order of the steps in one request (read, register, view, confirm) and the responses when
+it cannot continue. It does not know how fields are found (:mod:`.request_fields`), checked
+(:mod:`.request_schema`) and stored (:mod:`.register`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 View = TypeVar("View", bound=Callable[..., Any])
 Jobs = Sequence[str | Callable[..., Any]] | Callable[[str], bool]
 
-#: Where an app context keeps its jobs that only standing endpoints get events of, and how many.
+#: Where an app context keeps its jobs that are reported to standing endpoints only, and how many it keeps.
 _CREATED, MAX_CREATED = "_rq_webhooks_created", 100
 #: Seconds after which a client may try again.
 RETRY_UNAVAILABLE_S, RETRY_BUSY_S = 5, 60
 
-#: Packages whose decorators parse the body. Above ours they would meet our fields, and most refuse what they
-#: do not know; so where one stands there, the fields are taken before the view is called.
+#: Packages whose decorators parse the body. Above ours they would see our fields, and most refuse unknown
+#: fields; so if one is there, the fields are taken out before the view is called.
 PARSERS = frozenset({"apiflask", "flask_openapi3", "flask_pydantic", "flask_smorest", "webargs"})
 
 _MARK = "_rq_webhooks_accepts"
@@ -62,11 +62,11 @@ def accepts_webhook(
     fields: str = "all",
     hide: str = "all",
 ) -> View:
-    """Let the clients of *view* ask for a webhook with the jobs it enqueues.
+    """Let the clients of *view* ask for a webhook for the jobs it enqueues.
 
-    The view may be sync or async, a function or a method of a ``MethodView``. Called within another
-    decorated view it is an ordinary function: its jobs belong to the outer one's webhook. The parameters are
-    those of :meth:`~flask_rq_webhooks.RQWebhooks.accepts_webhook`.
+    The view may be sync or async, a function or a method of a ``MethodView``. Called within another decorated
+    view, it acts as an ordinary function: its jobs belong to the webhook of the outer view. The parameters
+    are those of :meth:`~flask_rq_webhooks.RQWebhooks.accepts_webhook`.
 
     :raises ConfigurationError: for an unknown value of an option.
     """
@@ -115,7 +115,7 @@ def accepts_webhooks(function: Callable[..., Any]) -> bool:
 
 
 def answer_invalid(exc: InvalidWebhookError) -> Response:
-    """Return the 400 for webhook fields that are not acceptable; 429 where only the time is wrong."""
+    """Return the 400 for webhook fields that are not acceptable; 429 if they may be acceptable later."""
     if isinstance(exc, DestinationBusyError):
         response = _error("too_many_waiting", str(exc), exc.details, 429)
         response.headers["Retry-After"] = str(RETRY_BUSY_S)
@@ -149,8 +149,8 @@ def _begin(
 ) -> AbstractContextManager[None] | Response | None:
     """Read the request's webhook fields and register its webhook.
 
-    :returns: what is to surround the view; ``None`` where it is to run as if undecorated, an answer where it
-        is not to run at all.
+    :returns: the context manager in which to run the view; ``None`` if it is to run as if undecorated; a
+        response if it is not to run at all.
     """
     if current_attachment.get() is not None:
         return None
@@ -185,7 +185,7 @@ def _begin(
 def _begin_subscribed(
     state: State, asked: Asked, options: _Options, view_arguments: Mapping[str, Any]
 ) -> AbstractContextManager[None] | None:
-    """Register the webhook of a request without a URL, where its caller has subscribed once."""
+    """Register the webhook of a request without a URL, if its caller has subscribed once for all requests."""
     subscriber = subscriber_in_request(state)
     if subscriber is None:
         return None
@@ -205,9 +205,9 @@ def _runid(options: _Options, view_arguments: Mapping[str, Any]) -> Any:
 
 
 def take_fields_before_parsers() -> None:
-    """Take the webhook fields from a request whose view has a parser above ``accepts_webhook``.
+    """Take the webhook fields out of a request whose view has a parser above ``accepts_webhook``.
 
-    Called before every request of the app; most end with two look-ups.
+    Called before every request of the app; for most requests, it does only two look-ups.
     """
     view = current_app.view_functions.get(request.endpoint or "")
     options = None if view is None else _options_below_parser(view, request.method)
@@ -230,7 +230,7 @@ def _options_below_parser(view: Callable[..., Any], method: str) -> _Options | N
 
 
 def _layers(view: Any, method: str) -> Iterator[Any]:
-    """Give a view and what it wraps; with a view class, the method behind it, too."""
+    """Yield a view and what it wraps; for a view class, also the method behind it."""
     cls = getattr(view, "view_class", None)
     for function in (view, getattr(cls, method.lower(), None)):
         while function is not None:
@@ -275,7 +275,7 @@ def _chooser(jobs: Jobs | None) -> Callable[[str], bool] | None:
 
 
 def attachment_for_current_app() -> Attachment | None:
-    """Return what every job of an app with ``RQ_WEBHOOKS_ATTACH="all"`` is attached to: no endpoint."""
+    """Return the attachment, without an endpoint, of all jobs if ``RQ_WEBHOOKS_ATTACH`` is ``"all"``."""
     if not has_app_context() or EXTENSION_NAME not in current_app.extensions:
         return None
     state = get_state()
@@ -299,7 +299,7 @@ def _note_created(job: Any) -> None:
 
 
 def watch_created(_error: BaseException | None = None) -> None:
-    """Let ingest watch the jobs of this app context that only standing endpoints get events of."""
+    """Let ingest watch the jobs of this app context that are reported to standing endpoints only."""
     if jobs := g.pop(_CREATED, None):
         _watch_later(jobs, [job.id for job in jobs if was_handed_over(job)])
 

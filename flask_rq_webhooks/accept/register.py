@@ -1,7 +1,7 @@
-"""Keep the promise of a webhook: register before the job is enqueued, confirm afterwards.
+"""Register a webhook before its job is enqueued, and confirm it afterwards.
 
-The one way in for the decorator, ``enqueue_with_webhook`` and ``watch``, and the one place that knows what
-the response says of it. No SQL of ours happens while a view runs: it would wait for a transaction that the
+The decorator, ``enqueue_with_webhook`` and ``watch`` all go through this module, and only this module knows
+what the response says about it. We run no SQL while a view runs: it would wait for a transaction that the
 host holds open, or share its pooled connection.
 """
 
@@ -52,12 +52,12 @@ from .tenants import current_tenant
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that the confirmation waits for another SQLite writer, who may be the host itself, in a
-#: transaction that ends only after we answer. The outbox takes the confirmation then.
+#: Seconds that the confirmation waits for another SQLite writer, which may be the host itself, in a
+#: transaction that ends only after our response. After that, the confirmation goes to the outbox.
 CONFIRM_BUSY_TIMEOUT_S = 0.05
-#: Seconds between two attempts at a confirmation that neither SQL nor Redis took, and for which it is tried.
+#: A confirmation that neither SQL nor Redis accepted is tried again: seconds between tries, and in total.
 CONFIRM_AGAIN_EVERY_S, CONFIRM_AGAIN_FOR_S = 0.5, 600.0
-#: Seconds between two looks for a living dispatcher, and between two warnings that no dispatcher runs.
+#: Seconds between two checks for a live dispatcher, and between two warnings that no dispatcher runs.
 LOOK_EVERY_S, WARN_EVERY_S = 60.0, 300.0
 
 _NOTHING_SEEN = (
@@ -70,14 +70,14 @@ class DestinationBusyError(InvalidWebhookError):
     """Too many deliveries wait for the host of this webhook already."""
 
 
-# -- the promise --------------------------------------------------------------------------------------------
+# -- registration -------------------------------------------------------------------------------------------
 
 
 def load(state: State, fields: Mapping[str, Any] | None) -> WebhookRequest | None:
     """Check webhook fields.
 
-    :returns: ``None`` where no webhook is asked for, or webhooks are switched off.
-    :raises InvalidWebhookError: with every reason of every field.
+    :returns: ``None`` if no webhook is asked for, or webhooks are switched off.
+    :raises InvalidWebhookError: with all reasons for all fields.
     """
     if not state.settings.enabled or fields is None or fields.get(URL) is None:
         return None
@@ -97,14 +97,14 @@ def register(
     chosen: Callable[[str], bool] | None = None,
     watched: Job | None = None,
 ) -> Attachment:
-    """Store where to report, and the watch of the first job, in one transaction.
+    """Store the endpoint and the watch of the first job in one transaction.
 
-    :param events: types sent where the request names none; ``None`` for all terminal ones.
+    :param events: event types sent if the request names none; ``None`` for all terminal ones.
     :param scope: ``"job"`` or ``"tree"``.
-    :param runid: what the host calls the run.
-    :param ignores_argument: whether the first argument of the jobs never names their run.
+    :param runid: the host's id of the run.
+    :param ignores_argument: whether the first argument of a job is never taken as its run id.
     :param chosen: see :class:`~flask_rq_webhooks.queue.job_callbacks.Attachment`.
-    :param watched: a job that exists; without it, the id of the next one is reserved.
+    :param watched: a job that exists; without it, an id is reserved for the next job.
     :raises DestinationBusyError: when ``MAX_WAITING_PER_HOST`` is reached.
     :raises StorageUnavailableError: when it cannot be stored.
     """
@@ -133,10 +133,10 @@ def subscribe(
     ignores_argument: bool,
     chosen: Callable[[str], bool] | None,
 ) -> Attachment | None:
-    """Do what :func:`register` does, for a request without a URL, whose jobs go to its tenant's endpoints.
+    """Do the same for a request without a URL, whose jobs are reported to the endpoints of its tenant.
 
-    :param events: types that those want.
-    :returns: ``None`` where it cannot be stored; nothing was asked for, so the request goes on without.
+    :param events: event types that those endpoints want.
+    :returns: ``None`` if it cannot be stored; no webhook was asked for, so the request continues without.
     """
     stands_for = endpoints.NewEndpoint(
         url="", host="", kind=SUBSCRIBED, events=tuple(sorted(events)), scope=scope, runid=runid_text(runid),
@@ -178,9 +178,9 @@ def _store(
 
 @contextmanager
 def promise(state: State, attachment: Attachment, asked: Asked | None) -> Iterator[None]:
-    """Attach the jobs that are created inside, and confirm them at the end, however it comes.
+    """Attach the jobs that are created in this context, and confirm them at its end, even after an error.
 
-    :param asked: takes note of them; ``None`` outside of requests.
+    :param asked: notes them for the response; ``None`` outside of requests.
     """
     token = current_attachment.set(attachment)
     try:
@@ -209,7 +209,7 @@ def enqueue_with_webhook(
     """Enqueue one job through any queue, with the webhook that *payload* or the request asks for.
 
     :param func: a function or its dotted name.
-    :param runid: goes into ``job.meta["runid"]``, where callbacks find it, and to the endpoint.
+    :param runid: stored in ``job.meta["runid"]``, where callbacks find it, and with the endpoint.
     :param options: further arguments of ``rq.Queue.enqueue_call``.
     :raises InvalidWebhookError: for bad fields in *payload*.
     :raises StorageUnavailableError: when the webhook cannot be registered.
@@ -230,13 +230,13 @@ def enqueue_with_webhook(
 
 
 def watch(state: State, job: Job, values: Mapping[str, Any], *, runid: Any = None) -> str | None:
-    """Promise to report *job*, which was made elsewhere.
+    """Watch *job*, which was created elsewhere.
 
     :param values: request fields without the prefix ``webhook_``; without ``url``, the webhook of the
-        current request is meant.
-    :returns: the endpoint's id; ``None`` where no webhook is asked for.
+        current request is used.
+    :returns: the endpoint's id; ``None`` if no webhook is asked for.
     :raises InvalidWebhookError: for an unknown field or a bad value.
-    :raises StorageUnavailableError: when the promise cannot be stored.
+    :raises StorageUnavailableError: when the watch cannot be stored.
     """
     fields = {name if name == "sign_payload" else f"webhook_{name}": value for name, value in values.items()}
     fields = {name: value for name, value in fields.items() if value is not None}
@@ -265,12 +265,12 @@ def _watch_for_request(state: State, job: Job, asked: Asked | None) -> str | Non
     attachment = current_attachment.get() or (None if asked is None else asked.attachment)
     if attachment is None:
         return None
-    if is_unfit(job.id, attachment):  # if the view enqueued it, the answer says that nothing is reported
+    if is_unfit(job.id, attachment):  # if the view enqueued it, the response says that nothing is reported
         return None
     attachment.watched.add(job.id)
     if all(known.id != job.id for known in attachment.jobs):
         attachment.jobs.append(job)
-    if attachment.closed:  # the view is over: from a thread, or an after_request function
+    if attachment.closed:  # the view has ended: called from a thread or an after_request function
         reported = _confirm(state, attachment, [job])
         if asked is not None:
             asked.note(reported)
@@ -283,12 +283,12 @@ def _refuse_unfit(job_id: Any) -> None:
 
 
 def runid_text(runid: Any) -> str | None:
-    """Return what the host calls a run as text that every database can hold."""
+    """Return the host's id of a run as text that every database can store."""
     return None if runid is None else str(runid).replace("\0", "\ufffd")
 
 
 def same_database(state: State) -> SameDatabase:
-    """Return what tells whether a queue's connection leads to the app's Redis database; it remembers."""
+    """Return the app's check whether a queue's connection leads to its Redis database, with its cache."""
     return state.once("same_database", lambda: SameDatabase(state.redis))
 
 
@@ -296,10 +296,10 @@ def same_database(state: State) -> SameDatabase:
 
 
 def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[str]:
-    """Note which jobs were enqueued, and return the ids of those that will be reported.
+    """Confirm which jobs were enqueued, and return the ids of those that will be reported.
 
-    Never raises for want of SQL or Redis: this runs after the view, whose jobs are enqueued by now. What
-    cannot be noted is repaired by the callbacks and by reconcile.
+    Does not raise if SQL or Redis is unavailable: this runs after the view, whose jobs are already enqueued.
+    What cannot be confirmed is repaired by the callbacks and by reconcile.
     """
     assert attachment.endpoint_id is not None  # noqa: S101  (made by register)
     job_ids = list(dict.fromkeys(job.id for job in jobs))
@@ -310,7 +310,7 @@ def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[
         try:
             existing, unseen = look_at_jobs(state.redis, attachment, jobs)
         except RedisError as exc:
-            # RQ took them, so they are promised: if Redis comes back without them, they are reported lost.
+            # RQ accepted them, so a report is due: if Redis comes back without them, they are reported lost.
             logger.error("Redis cannot say whether the jobs %r were enqueued: %s", job_ids, exc)
             existing, unseen = handed_over, [job_id for job_id in job_ids if job_id not in handed_over]
     runs = {job.id: run_of(job.enqueued_at, job.created_at) for job in jobs if job.id in handed_over}
@@ -330,16 +330,16 @@ def _confirm(state: State, attachment: Attachment, jobs: Sequence[Job]) -> list[
 def confirm_later(
     state: State, endpoint_id: str, existing: Sequence[str], unseen: Sequence[str], runs: Mapping[str, str]
 ) -> None:
-    """Let ingest confirm jobs, by an entry in the outbox.
+    """Let ingest confirm jobs, through an entry in the outbox.
 
-    :param endpoint_id: or ``ep<namespace>_all``: the jobs are watched for standing endpoints only.
-    :param existing: ids of jobs that RQ took.
-    :param unseen: ids of jobs that were made.
+    :param endpoint_id: or ``ep<namespace>_all`` for jobs that are watched for standing endpoints only.
+    :param existing: ids of jobs that RQ accepted.
+    :param unseen: ids of jobs that were created.
     """
     job_ids = [*existing, *unseen]
     if not job_ids:
         return  # reconcile closes the reserved watch
-    # What this process saw is the only proof that a job existed which is gone when the entry is read.
+    # If a job is gone when the entry is read, what this process saw is the only proof that it existed.
     known = {job_id: runs.get(job_id) for job_id in job_ids}
     seal = state.cipher.encrypt(json.dumps([endpoint_id, known, list(unseen)]))
     try:
@@ -360,13 +360,13 @@ def confirm_later(
                 with suppress(StorageUnavailableError, SQLAlchemyError):
                     return endpoints.confirm(state.database, endpoint_id, reserved_job_id=None, **seen)
 
-    # The view has run and the answer promises a report. A request cannot wait: what keeps SQLite busy may be
-    # the host's own transaction, which ends with the request.
+    # The view has run and the response promises a report. The request cannot wait: what keeps SQLite busy may
+    # be the host's own transaction, which ends with the request.
     threading.Thread(target=try_again, name="rq-webhooks-confirm", daemon=True).start()
 
 
 def _began(job: Job) -> datetime | None:
-    """Return when the current run of a job began to wait, or the job was created."""
+    """Return when the current run of a job was enqueued, or else when the job was created."""
     began = job.enqueued_at or job.created_at
     return None if began is None else parse_time(format_time(began))
 
@@ -387,7 +387,7 @@ def _why_nothing(attachment: Attachment) -> str | None:
 
 
 class _Pulse:
-    """When one app last looked for a living dispatcher, and last complained."""
+    """When one app will next check for a live dispatcher, and next warn that there is none."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

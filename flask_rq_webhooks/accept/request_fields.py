@@ -1,13 +1,13 @@
-"""The webhook fields of a request: find them, hide them from the view, and answer what came of them.
+"""The webhook fields of a request: find them, hide them from the view, and report the result in the response.
 
 A body that begins with ``{`` is read as JSON, an urlencoded one as a form, a multipart one by Flask's own
-form parser; headers and the query string are read beside it. Any other body is left alone.
+form parser; headers and the query string are read as well. Any other body is left alone.
 
-Where a request asks for a webhook, its body is written again without our fields, so that raw bytes, length
-and parsed values agree. A request that asks for none is passed on unchanged.
+If a request asks for a webhook, its body is rewritten without our fields, so that raw bytes, length and
+parsed values agree. A request that asks for none is passed on unchanged.
 
-:class:`Asked` holds them for the time of the request and writes the headers of its answer. Knows nothing of
-what the values mean (:mod:`.request_schema`), nor of how a webhook is kept (:mod:`.register`).
+:class:`Asked` holds the fields during the request and writes the response headers. This module knows neither
+what the values mean (:mod:`.request_schema`) nor how a webhook is stored (:mod:`.register`).
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ logger = logging.getLogger(__name__)
 
 URL = "webhook_url"
 
-#: Everything a request can say about its webhook, and all that is hidden from the view.
+#: Every field with which a request can describe its webhook; all of them are hidden from the view.
 FIELDS = frozenset(
     {URL, "webhook_secret", "webhook_headers", "sign_payload", "webhook_events", "webhook_format",
      "webhook_reference", "webhook_timeout", "webhook_retry_count"}
 )  # fmt: skip
 
-#: For bodies that have no place for fields, such as a list. Key in the WSGI environment → field.
+#: For bodies that cannot contain fields, such as a list. Key in the WSGI environment → field.
 HEADERS = {
     "HTTP_X_WEBHOOK_URL": URL,
     "HTTP_X_WEBHOOK_SECRET": "webhook_secret",
     "HTTP_X_WEBHOOK_HEADERS": "webhook_headers",
 }
 
-#: Bytes up to which a body is held in memory, unless its type says that it is JSON or an urlencoded form.
+#: Maximum bytes of a body held in memory, unless its type says that it is JSON or an urlencoded form.
 IN_MEMORY = 2**20
 
-#: Says whether the jobs of a request will be reported, and which they are (the first 20).
+#: Response headers: whether the jobs of a request will be reported, and which they are (the first 20).
 REGISTERED_HEADER, JOB_ID_HEADER, MAX_JOB_IDS = "Webhook-Registered", "Webhook-Job-Id", 20
 
 FORM, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
 
 _Pairs = list[tuple[str, Any]]
 
-#: What may stand before a JSON object: white space, and the byte order marks of UTF-8, UTF-16 and UTF-32.
+#: What may precede a JSON object: white space, and the byte order marks of UTF-8, UTF-16 and UTF-32.
 _BEFORE_JSON = b" \t\r\n\0\xef\xbb\xbf\xff\xfe"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _decode = json.JSONDecoder().raw_decode
@@ -67,9 +67,9 @@ def take_fields(request: Request, *, body: bool = True, hide: str = "all") -> di
 
     :param body: whether to look at the body; without it, only headers and the query string count.
     :param hide: ``"all"``, or ``"parsed"`` to leave the raw bytes of the body as they are.
-    :returns: raw values by field: of any JSON type from a JSON body, else text; ``null`` left out. ``None``
-        when no webhook was asked for.
-    :raises InvalidWebhookError: when a field is given twice, or in the query string where it may not be.
+    :returns: raw values by field: of any JSON type from a JSON body, else text; without ``null``. ``None``
+        if no webhook was asked for.
+    :raises InvalidWebhookError: if a field is given twice, or is in the query string but not allowed there.
     :raises werkzeug.exceptions.RequestEntityTooLarge: for a chunked body beyond ``MAX_CONTENT_LENGTH``.
     """
     in_query: _Pairs = []
@@ -105,9 +105,9 @@ def take_fields(request: Request, *, body: bool = True, hide: str = "all") -> di
 
 @dataclass(slots=True)
 class _Body:
-    """What the body says.
+    """The fields found in the body.
 
-    :param hide: removes the fields; its argument says whether from the raw bytes, too.
+    :param hide: removes the fields; its argument says whether to remove them from the raw bytes, too.
     """
 
     fields: _Pairs = field(default_factory=list)
@@ -115,7 +115,7 @@ class _Body:
 
 
 def _look(request: Request, *, asked: bool) -> _Body:
-    """Return the fields in the body, and leave the body as if unread."""
+    """Return the fields in the body, and leave the body as if it had not been read."""
     environ = request.environ
     if environ.get("CONTENT_LENGTH") in (None, "", "0") and "wsgi.input_terminated" not in environ:
         return _Body()
@@ -123,7 +123,7 @@ def _look(request: Request, *, asked: bool) -> _Body:
     is_form = mimetype in (FORM, MULTIPART)
     data = _read(request, mimetype)
     if is_form and "form" in request.__dict__ and data is None:
-        pass  # parsed before us, as a CSRF check does
+        pass  # parsed before us, for example by a CSRF check
     elif mimetype == MULTIPART:
         return _in_multipart(request, data)
     elif data is None or not (asked or _may_name_url(data)):
@@ -143,7 +143,7 @@ def _look(request: Request, *, asked: bool) -> _Body:
 
 
 def _read(request: Request, mimetype: str) -> bytes | None:
-    """Return the body and put it back; ``None`` where it is not ours to read, or cannot be read."""
+    """Return the body and put it back; ``None`` if we should not or cannot read it."""
     cached: bytes | None = getattr(request, "_cached_data", None)
     if cached is not None:
         return cached
@@ -154,12 +154,12 @@ def _read(request: Request, mimetype: str) -> bytes | None:
         return None
     try:
         stream = request.stream
-        # In one piece: to its end, werkzeug reads a body in many, which it copies again and again.
+        # In one piece: when reading to the end, werkzeug reads many pieces and copies them again and again.
         data = stream.read(min(length, IN_MEMORY)) if length else b""
         if length is None or len(data) < length:
             data += stream.read()
     except (HTTPException, OSError):
-        return None  # too large, or the client is gone: the view meets the same if it looks
+        return None  # too large, or the client is gone: if the view reads, it gets the same error
     if length is None and getattr(request.stream, "is_exhausted", False):
         raise RequestEntityTooLarge  # a chunked body, cut at MAX_CONTENT_LENGTH
     _put_back(request, data)
@@ -174,12 +174,12 @@ def _put_back(request: Request, data: bytes) -> None:
 
 
 class Asked:
-    """What one request asks for, and what its response says of it.
+    """What one request asks for, and what its response says about it.
 
-    :ivar has_fields: whether the request asks for a webhook in so many words.
+    :ivar has_fields: whether the request asks for a webhook explicitly.
     :ivar decorated: whether a decorated function has run.
     :ivar attachment: of the request's own webhook, once it is registered.
-    :ivar watched: ids of the jobs handed to ``watch``, whether or not a webhook was asked for.
+    :ivar watched: ids of the jobs passed to ``watch``, whether or not a webhook was asked for.
     """
 
     def __init__(self, asking: Request) -> None:
@@ -196,9 +196,9 @@ class Asked:
         self.watched: set[str] = set()
 
     def fields(self, *, body: bool, hide: str) -> Mapping[str, Any] | None:
-        """Return the request's webhook fields, taken from it at the first call; ``None``: it has none.
+        """Return the request's webhook fields, taken from it at the first call; ``None`` if it has none.
 
-        :raises InvalidWebhookError: at every call, for fields that cannot be taken.
+        :raises InvalidWebhookError: at every call, if the fields cannot be taken.
         """
         if not self._is_taken:
             self._is_taken = True
@@ -221,12 +221,12 @@ class Asked:
     def note(self, job_ids: Sequence[str], why_not: str | None = None) -> None:
         """Note which jobs will be reported, or why none will be.
 
-        :param why_not: for the log; ``None`` where the log says it already.
+        :param why_not: for the log; ``None`` if the log says it already.
         """
         self._job_ids.update(dict.fromkeys(job_ids))
         self._registered = self._registered or bool(job_ids)
         self._why_not = why_not or self._why_not
-        if self._response is not None:  # after_request functions of the app come later than ours
+        if self._response is not None:  # after_request functions of the app run later than ours
             self._write(self._response)
 
     def _mark(self, response: Response) -> Response:
@@ -252,7 +252,7 @@ def asked_in_request() -> Asked | None:
     """Return what the current request asks for; ``None`` outside of a request."""
     if not has_request_context():
         return None
-    # The request itself: an attribute set on its proxy does not last.
+    # The request object itself: an attribute set on its proxy does not last.
     this_request = cast(Request, request._get_current_object())  # type: ignore[attr-defined]
     asked = this_request.__dict__.get("_rq_webhooks_asked")
     if asked is None:
@@ -264,7 +264,7 @@ def asked_in_request() -> Asked | None:
 
 
 def _in_headers(environ: dict[str, Any]) -> Iterable[tuple[str, str | bytes]]:
-    """Give the fields in the headers; as bytes where they are not UTF-8."""
+    """Yield the fields in the headers; as bytes if they are not UTF-8."""
     for key, name in HEADERS.items():
         if key in environ:
             raw: bytes = environ[key].encode("latin-1")  # how WSGI writes bytes
@@ -275,8 +275,8 @@ def _in_headers(environ: dict[str, Any]) -> Iterable[tuple[str, str | bytes]]:
 
 
 def _may_name_url(data: bytes) -> bool:
-    """Return whether ``webhook_url`` can be a name in *data*, perhaps escaped; cheaper than parsing it."""
-    # One byte is found ten times as fast as several: most bodies have neither of these two.
+    """Return whether ``webhook_url`` may be a name in *data*, perhaps escaped; cheaper than parsing it."""
+    # Searching one byte is ten times as fast as searching several: most bodies have neither of these two.
     is_escaped = b"%" in data or (b"\\" in data and b"\\u00" in data)
     return is_escaped or URL.encode() in data or b"\0" in data[:4]
 
@@ -284,7 +284,7 @@ def _may_name_url(data: bytes) -> bool:
 def _split_json(data: bytes) -> tuple[_Pairs, bytes]:
     """Return the webhook fields of a JSON object, and the object without them; all else stays as written.
 
-    Anything but a JSON object has none: what to say about bad JSON is the view's business.
+    Anything but a JSON object has none: responding to bad JSON is left to the view.
     """
     fields: _Pairs = []
     if not data.lstrip(_BEFORE_JSON).startswith(b"{"):
@@ -297,7 +297,7 @@ def _split_json(data: bytes) -> tuple[_Pairs, bytes]:
         if text[at] != "{":
             return fields, data
         at = _after_space(text, at + 1)
-        while text[at] != "}" or kept or fields:  # a comma needs a member behind it
+        while text[at] != "}" or kept or fields:  # a comma needs a member after it
             start = at
             name, at = _decode(text, at)
             at = _after_space(text, at)
@@ -322,15 +322,15 @@ def _split_json(data: bytes) -> tuple[_Pairs, bytes]:
 
 
 def _after_space(text: str, at: int) -> int:
-    if text[at : at + 1] not in " \t\n\r":  # mostly; a search takes longer
+    if text[at : at + 1] not in " \t\n\r":  # the usual case; a search takes longer
         return at
     match = _SPACE.match(text, at)
-    assert match is not None  # noqa: S101  (matches nothing, too)
+    assert match is not None  # noqa: S101  (also matches the empty string)
     return match.end()
 
 
 def _split_form(data: bytes) -> tuple[_Pairs, bytes]:
-    """Return the webhook fields of an urlencoded form, and the form without them, as it was written."""
+    """Return the webhook fields of an urlencoded form, and the form without them, otherwise unchanged."""
     fields: _Pairs = []
     kept = []
     for piece in data.split(b"&"):
@@ -343,16 +343,16 @@ def _split_form(data: bytes) -> tuple[_Pairs, bytes]:
 
 
 def _in_multipart(request: Request, data: bytes | None) -> _Body:
-    """Look at a multipart form as Flask parses it; files of a large one go where Flask puts them."""
+    """Read a multipart form with Flask's own parser; files of a large one go where Flask puts them."""
     try:
-        request.stream  # noqa: B018  (raises where the body is larger than allowed: the view meets the same)
+        request.stream  # noqa: B018  (raises if the body is larger than allowed: the view gets the same)
     except HTTPException:
         return _Body()
     try:
         fields = [pair for pair in _pairs(request.form) if pair[0] in FIELDS]
     except HTTPException:
         if data is None:
-            raise  # cannot be read again: Flask's own answer
+            raise  # cannot be read again: Flask's own error response
         fields = []
 
     def hide(raw: bool) -> None:
@@ -398,7 +398,7 @@ def _unparse(request: Request) -> None:
 
 
 class _JSONWithoutFields:
-    """Stands in for ``request.json_module``, through which every way of ``get_json`` goes."""
+    """Replaces ``request.json_module``, through which every call of ``get_json`` goes."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -411,7 +411,7 @@ class _JSONWithoutFields:
 
 
 def _pairs(values: Any) -> Iterable[tuple[str, Any]]:
-    # A host may have chosen a storage class of one value per name.
+    # A host may have chosen a storage class with one value per name.
     return values.items(multi=True) if isinstance(values, MultiDict) else values.items()
 
 

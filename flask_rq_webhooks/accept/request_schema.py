@@ -1,7 +1,7 @@
-"""The webhook fields a request may carry, and the field types that the API's inputs share, as schemas.
+"""Schemas of the webhook fields that a request may carry, and field types shared with the API's inputs.
 
-Owns the meaning of these fields (:func:`load_webhook`). Knows nothing of where the values came from, and
-nothing of storage.
+This module defines the meaning of these fields (:func:`load_webhook`). It knows neither where the values came
+from nor how they are stored.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from ..protocol.urls import CheckedURL, UrlPolicy
 
 NOT_ACCEPTABLE = "The webhook fields of the request are not acceptable."
 
-#: Attempts a request may ask for, whatever the settings allow.
+#: Maximum attempts a request may ask for, whatever the settings allow.
 MAX_RETRY_COUNT = 12
 
-#: What a refusal says at most: fields, characters of a field's name, reasons for each.
+#: Limits of an error response: fields, characters of a field's name, reasons per field.
 MAX_BAD_FIELDS, MAX_FIELD_NAME, MAX_REASONS = 40, 100, 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebhookRequest:
-    """The webhook fields of a request, checked.
+    """The checked webhook fields of a request.
 
     :param url: normalised; see :class:`~flask_rq_webhooks.protocol.urls.CheckedURL`.
     :param host: the unit of fairness and limits.
     :param secret: exactly as sent.
-    :param events: ``None`` where the request names none.
+    :param events: ``None`` if the request names none.
     :param format: name of a registered format.
-    :param sign_payload: sign with the server-wide secret where there is no own one.
-    :param timeout_s: deadline of one attempt, ``None`` for the configured one.
-    :param max_attempts: all attempts together, ``None`` for as many as configured.
+    :param sign_payload: whether to sign with the server-wide secret if the request has no secret of its own.
+    :param timeout_s: deadline of one attempt; ``None`` for the configured one.
+    :param max_attempts: total number of attempts; ``None`` for the configured number.
     """
 
     url: str
@@ -61,18 +61,18 @@ def load_webhook(
 ) -> WebhookRequest:
     """Check the webhook fields of a request.
 
-    :param values: raw values by field name, from JSON or a form; other names are passed over, ``None`` is
-        as if absent.
+    :param values: raw values by field name, from JSON or a form; other names are ignored, and ``None`` counts
+        as absent.
     :param formats: names of the registered payload formats.
-    :raises InvalidWebhookError: with every reason of every field.
+    :raises InvalidWebhookError: with all reasons for all fields.
     """
     schema = webhook_schema(settings, url_policy, frozenset(formats))
     try:
         given = {name: value for name, value in values.items() if value is not None}
-        # With all that is required there, the schema need not look at each field that is absent.
+        # If all required fields are present, the schema need not look at each absent field.
         data = schema.load(given, partial="webhook_url" in given)
     except ValidationError as exc:
-        # Without the cause: it holds the values, the secret among them.
+        # Without the cause: it contains the values, including the secret.
         raise InvalidWebhookError(NOT_ACCEPTABLE, details=flat_details(exc)) from None
     if data.get("sign_payload") and "webhook_secret" not in data and settings.signing_secret is None:
         why = "This server has no secret of its own to sign with; send webhook_secret."
@@ -89,9 +89,9 @@ def load_webhook(
 
 
 def flat_details(exc: ValidationError) -> dict[str, list[str]]:
-    """Return the reasons of a failed load as field name → sentences, however deep they were found.
+    """Return the reasons of a failed load as field name → sentences, however deeply they are nested.
 
-    The first ones are enough: an answer must not be larger than the request that was to be refused.
+    Only the first ones are returned: a response must not be larger than the request that it refuses.
     """
     messages = exc.messages
     if isinstance(messages, list):
@@ -127,7 +127,7 @@ class Text(fields.String):
 
 
 class WholeNumber(fields.Integer):
-    """A whole number, also as text; 2.5 is refused, not cut."""
+    """A whole number, also as text; 2.5 is refused, not truncated."""
 
     def _validated(self, value: Any) -> Any:
         if isinstance(value, float) and not value.is_integer():
@@ -135,11 +135,11 @@ class WholeNumber(fields.Integer):
         return super()._validated(value)
 
 
-# The bases of these classes have no parameters: in marshmallow 3 they cannot be subscripted.
+# The bases of these classes have no type parameters: in marshmallow 3 they cannot be subscripted.
 
 
 class TextList(fields.List):  # type: ignore[type-arg]
-    """A list of text; in forms a JSON array, or items between commas."""
+    """A list of text; in forms a JSON array, or items separated by commas."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(fields.String(), **kwargs)
@@ -180,11 +180,11 @@ class SecretText(fields.Field):  # type: ignore[type-arg]
 
 
 class TargetURL(fields.Field):  # type: ignore[type-arg]
-    """A URL that the policy lets us send to, as far as can be said without asking DNS."""
+    """A URL that the policy allows as a destination, as far as can be told without asking DNS."""
 
     def __init__(self, policy: UrlPolicy, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Clients send the same URL again and again, and the answer depends on nothing else.
+        # Clients send the same URL again and again, and the result depends on nothing else.
         self._check_url = lru_cache(maxsize=256)(policy.check_url)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> CheckedURL:
@@ -208,7 +208,7 @@ def _from_json(text: str) -> Any:
 
 @lru_cache(maxsize=32)
 def webhook_schema(settings: Settings, url_policy: UrlPolicy, formats: frozenset[str]) -> Schema:
-    """Return the schema of a request's webhook fields; whatever else is in the request is passed over."""
+    """Return the schema of a request's webhook fields; anything else in the request is ignored."""
     most = min(MAX_RETRY_COUNT, settings.max_attempts)
     schema = Schema.from_dict(
         {
@@ -237,7 +237,7 @@ def webhook_schema(settings: Settings, url_policy: UrlPolicy, formats: frozenset
 
 
 def timeout_range(settings: Settings) -> validate.Range:
-    """Return the check of a deadline of one attempt: the configured one is the most."""
+    """Return the validator for the deadline of one attempt; the configured deadline is the maximum."""
     return validate.Range(
         min=0,
         min_inclusive=False,
@@ -247,7 +247,7 @@ def timeout_range(settings: Settings) -> validate.Range:
 
 
 def one_of(known: Collection[str], what: str) -> Callable[[str], None]:
-    """Return the check of a name that must be among *known*, in words that list them."""
+    """Return the validator for a name that must be in *known*; its message lists them."""
 
     def check(value: str) -> None:
         if value not in known:

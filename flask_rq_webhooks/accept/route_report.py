@@ -1,8 +1,8 @@
-"""Which routes of an app enqueue RQ jobs, and whether a webhook can go with them.
+"""Find out which routes of an app enqueue RQ jobs, and whether these jobs can have a webhook.
 
-What a test-suite has observed (:func:`flask_rq_webhooks.testing.observe_routes`) is the truth. Beside it the
-source of a view is read, and that of the functions it calls: one level deep, and nothing is run. The report
-says what is certain by one of the two, and "cannot tell" otherwise.
+What a test suite has observed (:func:`flask_rq_webhooks.testing.observe_routes`) is the truth. In addition,
+the source of a view and of the functions it calls is read, one level deep; nothing is run. The report says
+what one of the two establishes with certainty, and "cannot tell" otherwise.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from flask.views import MethodView
 from ..queue.job_callbacks import Queue, is_instrumented
 from .decorator import accepts_webhooks
 
-#: Methods of a queue that enqueue; the last two take a job that may have been made elsewhere.
+#: Methods of a queue that enqueue; the last two take a job that may have been created elsewhere.
 ENQUEUING = frozenset({"enqueue", "enqueue_at", "enqueue_call", "enqueue_in", "enqueue_many"})
 BY_HAND = frozenset({"enqueue_job", "schedule_job"})
-#: Our own, which need no attached queue.
+#: Our own methods, which need no attached queue.
 HELPERS = frozenset({"enqueue_with_webhook", "watch"})
 
 _PACKAGE = __name__.partition(".")[0]
@@ -43,13 +43,13 @@ _NOT_READ = (OSError, TypeError, SyntaxError, ValueError)  # no source, or a lam
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One place in the source that enqueues, or may.
+    """One place in the source that enqueues a job, or may enqueue one.
 
-    :param call: what the source says, such as ``q.enqueue_call``.
-    :param through: the function between the view and the place, empty for the view itself.
-    :param certain: whether it enqueues for sure, and it is known whether a webhook goes with the job.
-    :param covered: whether ``accepts_webhook`` or a helper of ours stands before it.
-    :param plain: whether it is an ``rq.Queue`` and not ours, which carries a webhook only if instrumented.
+    :param call: the call as the source has it, such as ``q.enqueue_call``.
+    :param through: the function through which the view reaches this place; empty for the view itself.
+    :param certain: whether it certainly enqueues, and it is known whether the job gets a webhook.
+    :param covered: whether ``accepts_webhook`` or one of our helpers comes before it.
+    :param plain: whether the queue is an ``rq.Queue``, not ours; it carries a webhook only if instrumented.
     """
 
     call: str
@@ -64,12 +64,12 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One rule of an app, with those of its HTTP methods that share the same code.
+    """One URL rule of an app, with those of its HTTP methods that share the same code.
 
     :param view: Flask's endpoint name.
     :param decorated: whether the view itself accepts webhooks.
-    :param complete: whether every function of the app's own that it calls was read.
-    :param observed: the jobs tests saw, as ``observe_routes`` saves them; ``None``: no test called it.
+    :param complete: whether every one of the app's own functions that it calls was read.
+    :param observed: the jobs that tests saw, as saved by ``observe_routes``; ``None`` if no test called it.
     """
 
     rule: str
@@ -82,11 +82,11 @@ class Route:
 
     @property
     def webhook(self) -> str:
-        """Return ``"decorator"`` or ``"helper"`` where jobs carry webhooks, or what is wrong.
+        """Return ``"decorator"`` or ``"helper"`` if jobs carry webhooks, or else what is wrong.
 
-        ``"missing"``: it enqueues, and no webhook can go with it. ``"unattached"``: it is decorated, and
-        its queue carries none. ``"unknown"``: neither tests nor source tell. ``"none"``: nothing that
-        enqueues was seen.
+        ``"missing"``: it enqueues jobs that cannot have a webhook. ``"unattached"``: it is decorated, but
+        its queue carries no webhook. ``"unknown"``: neither tests nor source tell. ``"none"``: nothing that
+        enqueues was found.
         """
         if self.observed:
             found = {job["webhook"] for job in self.observed}
@@ -118,7 +118,7 @@ def _judged(place: Place) -> str:
 
 
 def survey(app: Flask) -> list[Route]:
-    """Return every route of *app* but ours and static files, in the order of its rules."""
+    """Return every route of *app* except ours and static files, in the order of its URL rules."""
     routes = []
     for rule in app.url_map.iter_rules():
         view = app.view_functions.get(rule.endpoint)
@@ -145,7 +145,7 @@ def survey(app: Flask) -> list[Route]:
 
 
 def _functions(view: Any, methods: list[str]) -> Iterator[tuple[list[str], Any, type | None]]:
-    """Give (HTTP methods, function, its class) of one view."""
+    """Yield (HTTP methods, function, its class) of one view."""
     cls = next((c for layer in _layers(view) if (c := getattr(layer, "view_class", None))), None)
     if cls is None:
         yield methods, view, None
@@ -158,7 +158,7 @@ def _functions(view: Any, methods: list[str]) -> Iterator[tuple[list[str], Any, 
 
 
 def _layers(function: Any) -> Iterator[Any]:
-    """Give *function* and what it wraps by ``functools.wraps``, partials and bound methods."""
+    """Yield *function* and what it wraps through ``functools.wraps``, partials and bound methods."""
     while function is not None:
         yield function
         names = ("__wrapped__", "func", "__func__")
@@ -166,7 +166,7 @@ def _layers(function: Any) -> Iterator[Any]:
 
 
 def _attribute(value: Any, name: str) -> Any:
-    """Return an attribute of *value* without asking a ``LocalProxy`` for a request."""
+    """Return an attribute of *value*; for a ``LocalProxy``, ``None``, as it might need a request."""
     return None if type(value).__name__ == "LocalProxy" else getattr(value, name, None)
 
 
@@ -175,7 +175,7 @@ def _attribute(value: Any, name: str) -> Any:
 
 @dataclass(slots=True)
 class _Reading:
-    """What the source of one view says."""
+    """What was found in the source of one view."""
 
     own_package: str
     places: list[Place] = field(default_factory=list)
@@ -184,7 +184,7 @@ class _Reading:
     _seen: set[Any] = field(default_factory=set)
 
     def read(self, function: Any, owner: type | None, *, covered: bool, through: str = "") -> None:
-        """Add what *function* does; *through* names it where it is not the view itself."""
+        """Add what is found in *function*; *through* names it if it is not the view itself."""
         if any(map(accepts_webhooks, _layers(function))):
             covered = True
             self.decorated = self.decorated or not through
@@ -215,7 +215,7 @@ class _Reading:
         target = names.infer(node.func)
         owner = _class_of(names.infer(node.func.value)) if isinstance(node.func, ast.Attribute) else None
         if target is None or isinstance(target, _Some):
-            # A name from nowhere, or a method of something that the host's own code returned.
+            # An unknown name, or a method of something that the host's own code returned.
             if isinstance(node.func, ast.Name) or owner is _Unclear:
                 self.complete = False
             return
@@ -226,7 +226,7 @@ class _Reading:
         passes_on = any(isinstance(arg, ast.Starred) for arg in node.args) and any(
             keyword.arg is None for keyword in node.keywords
         )
-        if not place.through:  # what passes on every argument is a decorator: the same level
+        if not place.through:  # a function that passes on all arguments is a decorator: same level
             name = _innermost(target)
             through = "" if passes_on else f"{name.__module__}.{name.__qualname__}"
             self.read(target, owner, covered=place.covered, through=through)
@@ -234,7 +234,7 @@ class _Reading:
             self.complete = False
 
     def _is_own(self, function: Any) -> bool:
-        """Return whether *function* is the host's: neither of an installed package nor of this one."""
+        """Return whether *function* is the host's: not from an installed package, nor from this one."""
         if not isinstance(getattr(function, "__code__", None), types.CodeType):
             return False
         package = str(getattr(function, "__module__", "")).partition(".")[0]
@@ -242,7 +242,7 @@ class _Reading:
 
 
 def _enqueuing(node: ast.Call, names: _Names, place: Place) -> Place | None:
-    """Return *place* with what a call of a method says; ``None`` for a call that enqueues nothing."""
+    """Return *place* completed with what a method call shows; ``None`` if the call enqueues nothing."""
     if not isinstance(node.func, ast.Attribute):
         return None
     method, base = node.func.attr, names.infer(node.func.value)
@@ -251,11 +251,11 @@ def _enqueuing(node: ast.Call, names: _Names, place: Place) -> Place | None:
     if method in HELPERS and cls.__module__ == f"{_PACKAGE}.extension":
         return replace(place, covered=True, helper=True)
     if method in ENQUEUING | BY_HAND and (is_queue or unclear):
-        # A job made elsewhere carries nothing, even if the view is decorated.
+        # A job created elsewhere carries no webhook, even if the view is decorated.
         made = method in BY_HAND and not (node.args and _creates_job(node.args[0]))
         plain = is_queue and not issubclass(cls, Queue)
         return replace(place, certain=is_queue and not (made and place.covered), plain=plain)
-    # What RQ's @job puts on a function.
+    # The method that RQ's @job adds to a function.
     code = getattr(names.infer(node.func), "__code__", None)
     is_delay = code is not None and code.co_filename == rq.decorators.__file__
     if method == "delay" and (unclear or is_delay):
@@ -291,7 +291,7 @@ def _definition(function: Any) -> _Definition | None:
 
 
 def _inside(definition: _Definition) -> list[ast.AST]:
-    """Return the nodes that a call runs: not those of decorators and defaults."""
+    """Return the nodes that a call executes, without those of decorators and defaults."""
     body: list[Any] = definition.body if isinstance(definition.body, list) else [definition.body]
     return [node for part in body for node in ast.walk(part)]
 
@@ -300,18 +300,18 @@ def _inside(definition: _Definition) -> list[ast.AST]:
 
 
 class _Unclear:
-    """Stands for the class of what a host's own function returns without saying so."""
+    """Stands for the unknown class of what a host's own function returns without a return annotation."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Some:
-    """Some instance of a class, where the source does not name the object itself."""
+    """Some instance of a class, if the source does not name the object itself."""
 
     cls: type
 
 
 class _Names:
-    """The names one function can see: to objects, to :class:`_Some`, or to ``None`` for what is unknown."""
+    """The names one function can see, mapped to objects, to :class:`_Some`, or to ``None`` if unknown."""
 
     def __init__(self, function: types.FunctionType, owner: type | None, node: _Definition) -> None:
         self._names: dict[str, Any] = {**vars(builtins), **function.__globals__}
@@ -329,7 +329,7 @@ class _Names:
             elif isinstance(inner, ast.withitem) and isinstance(inner.optional_vars, ast.Name):
                 self._names[inner.optional_vars.id] = self.infer(inner.context_expr)
             elif isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
-                self._names[inner.name] = _Some(object)  # its body is read where it stands
+                self._names[inner.name] = _Some(object)  # its body is read in place
             elif isinstance(inner, ast.ImportFrom):
                 package = str(function.__globals__.get("__package__") or "")
                 name = importlib.util.resolve_name("." * inner.level + (inner.module or ""), package)
@@ -338,7 +338,7 @@ class _Names:
                     self._names[imported.asname or imported.name] = found.get(imported.name)
 
     def infer(self, node: ast.expr) -> Any:
-        """Return what an expression is, as far as that can be known without running it."""
+        """Return the value of an expression, as far as it can be known without running it."""
         if isinstance(node, ast.Name):
             return self._names.get(node.id)
         if isinstance(node, ast.Await):
@@ -368,7 +368,7 @@ class _Names:
 def _hints(function: Any) -> dict[str, Any]:
     try:
         return get_type_hints(_innermost(function))
-    except Exception:  # whatever the names of a host's annotations lead to
+    except Exception:  # a host's annotations may raise anything
         return {}
 
 

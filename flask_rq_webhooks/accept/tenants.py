@@ -1,7 +1,7 @@
-"""Tenants: the customers of the host, and who of them has subscribed once instead of with each request.
+"""Tenants: the customers of the host, and which of them have subscribed once instead of in each request.
 
-Owns the question to the host's function (``@webhooks.tenant``) and the look, before a decorated view without
-``webhook_url``, for standing endpoints of its caller. Knows nothing of permissions.
+This module calls the host's function (``@webhooks.tenant``) and looks for standing endpoints of the caller
+before a decorated view runs without ``webhook_url``. It does not deal with permissions.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ..storage.subscriptions import job_types_wanted, subscribing_tenants
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for which one look serves: what another process has made counts after this time at the latest.
+#: Seconds for which one look-up is valid: changes by other processes count after this time at the latest.
 LOOK_EVERY_S = 5.0
-#: Endpoints that one look reads, and tenants that a process remembers where there are more endpoints.
+#: Maximum endpoints read by one look-up, and tenants that a process remembers if there are more endpoints.
 MAX_REMEMBERED = 50_000
 
 
 def current_tenant(state: State) -> str | None:
-    """Return the tenant of the caller of this request, as the host's function names it.
+    """Return the tenant of the caller of this request, as named by the host's function.
 
-    An error of the function, and a value that cannot be a tenant's name, is logged and means no tenant: a
-    request never fails for it, and what has no tenant is seen by operators only.
+    If the function fails or returns a value that cannot be a tenant's name, this is logged and means no
+    tenant: a request never fails because of it, and what has no tenant is visible to operators only.
 
     :returns: 1 to 128 printable characters; ``None`` without a function, a request or a tenant.
     """
@@ -60,16 +60,16 @@ def current_tenant(state: State) -> str | None:
 
 
 def is_tenant(value: object) -> bool:
-    """Return whether *value* can be a tenant's name; nothing in it steers a terminal or splits a line."""
+    """Return whether *value* can be a tenant's name; nothing in it can control a terminal or break a line."""
     return isinstance(value, str) and 0 < len(value) <= MAX_TENANT and value.isprintable()
 
 
 class Subscribers:
     """Which tenants have an enabled standing endpoint that wants events of jobs, and which events.
 
-    One look finds all of them. It serves for :data:`LOOK_EVERY_S`; in the second half of that time the first
-    request starts the next look on a thread and does not wait for it. So only a request that comes after a
-    longer rest waits for SQL itself; or, where a server runs no threads, one of each ten seconds.
+    One look-up finds all of them. It is valid for :data:`LOOK_EVERY_S`; in the second half of that time, the
+    first request starts the next look-up in a thread and does not wait for it. So a request itself waits for
+    SQL only after a longer pause, or, on a server that runs no threads, once every ten seconds.
     """
 
     def __init__(self, state: State) -> None:
@@ -82,7 +82,7 @@ class Subscribers:
         self._one_by_one: OrderedDict[str, tuple[float, frozenset[str]]] = OrderedDict()
 
     def nobody(self) -> bool:
-        """Return whether no tenant has such an endpoint, after another look where it is time for one."""
+        """Return whether no tenant has such an endpoint, after another look-up if one is due."""
         now = time.monotonic()
         left_s = self._until - now
         if now >= self._looking_until:
@@ -94,9 +94,9 @@ class Subscribers:
         return self._known == {}
 
     def wanted(self, tenant: str) -> frozenset[str]:
-        """Return the event types of jobs that a tenant's endpoints want; call :meth:`nobody` before.
+        """Return the event types of jobs that a tenant's endpoints want; call :meth:`nobody` first.
 
-        :raises StorageUnavailableError: where there are more endpoints than one look reads, and SQL is down.
+        :raises StorageUnavailableError: if there are more endpoints than one look-up reads, and SQL is down.
         """
         known = self._known
         if known is not None:
@@ -114,14 +114,14 @@ class Subscribers:
         return types
 
     def look_again(self) -> None:
-        """Let the next request look, whatever is known and whatever a look under way finds."""
+        """Make the next request look again; discard what is known and what a look-up in progress finds."""
         with self._lock:
             self._version += 1
             self._until = self._looking_until = 0.0
             self._one_by_one.clear()
 
     def _look(self) -> None:
-        """Look; where SQL is down, the last answer is kept for the same time again."""
+        """Look the endpoints up; if SQL is down, the last result stays valid for the same time again."""
         version, began = self._version, time.monotonic()
         try:
             known: Mapping[str, frozenset[str]] | None
@@ -142,14 +142,14 @@ def _subscribers(state: State) -> Subscribers:
 
 
 def look_again(state: State) -> None:
-    """Let an endpoint that this process has just made or changed count from the next request on."""
+    """Make an endpoint that this process has just created or changed count from the next request on."""
     _subscribers(state).look_again()
 
 
 def subscriber_in_request(state: State) -> tuple[str, frozenset[str]] | None:
-    """Return the caller's tenant and the types its endpoints want; ``None``: its jobs are not reported.
+    """Return the caller's tenant and the types its endpoints want; ``None`` if its jobs are not reported.
 
-    Trouble with SQL means that they are not: a request that asks for nothing never fails for us.
+    If SQL fails, they are not reported: a request that asks for nothing never fails because of us.
     """
     if state.hooks.tenant_function is None or not state.settings.enabled:
         return None

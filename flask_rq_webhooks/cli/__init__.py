@@ -1,9 +1,9 @@
 """``flask rq-webhooks …``: everything an operator does from a shell.
 
-Owns options, output and exit codes; what is done is in the layers below. Here are the group and the commands
-of one function each; :mod:`endpoint_commands` and :mod:`route_commands` have more, :mod:`doctor` checks what
-webhooks depend on, :mod:`listen` is a receiver for development. :mod:`terminal` is shared: times on the
-command line, safe output, errors as one sentence.
+This package owns options, output and exit codes; the work is done in the layers below. This module has the
+group and the commands that are one function each; :mod:`endpoint_commands` and :mod:`route_commands` have
+more, :mod:`doctor` checks what webhooks depend on, :mod:`listen` is a receiver for development.
+:mod:`terminal` is shared: times on the command line, safe output, errors as one sentence.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from .terminal import (
 
 
 class _Commands(AppGroup):
-    """A group that turns errors of input, SQL and Redis into one sentence instead of a traceback."""
+    """A group that reports errors in input, SQL and Redis in one sentence instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -71,7 +71,7 @@ class _Commands(AppGroup):
 
 
 def _state(ctx: click.Context) -> State | None:
-    """Return the app's state after a command has ended, and its app context with it."""
+    """Return the app's state once a command, and with it its app context, has ended."""
     found, info = None, ctx.find_object(ScriptInfo)
     with suppress(Exception):  # an app that cannot be loaded has none
         found = None if info is None else info.load_app().extensions.get(EXTENSION_NAME)
@@ -114,10 +114,10 @@ def worker(burst: bool, concurrency: int | None, processes: int) -> None:
     if not burst:
         wait_for_sql(get_state(), on_alive)
     dispatcher = Dispatcher(get_state(), concurrency=concurrency, on_alive=on_alive)
-    # What was loaded so far lives as long as this process, and hardly anything made later is part of a cycle;
-    # the garbage collector need not look at the one again, nor at the other often. Threads that wait for the
-    # interpreter ask for it less often as well. Together a tenth of the CPU of a busy dispatcher; while
-    # reconcile passes over 100,000 jobs, one delivery in a hundred waits some milliseconds longer.
+    # What was loaded so far lives as long as this process, so the garbage collector need not look at it
+    # again; hardly anything created later is part of a cycle, so it need not run often. Threads that wait for
+    # the interpreter also ask for it less often. All this saves a tenth of the CPU of a busy dispatcher;
+    # while reconcile passes over 100,000 jobs, one delivery in a hundred waits some milliseconds longer.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
@@ -200,7 +200,7 @@ def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _change_many(action: Callable[..., operations.Progress], options: Mapping[str, Any]) -> int:
-    """Do all parts of a change of many deliveries; return how many were changed."""
+    """Run all parts of a change to many deliveries; return how many were changed."""
     raw = {name: value for name, value in options.items() if value}
     for name in ("since", "until"):
         if name in raw:
@@ -315,7 +315,7 @@ def rekey_command() -> None:
 
 
 def _log_to_stderr() -> None:
-    """Show our log where the app has not configured logging."""
+    """Show our log if the app has not configured logging."""
     package = logging.getLogger("flask_rq_webhooks")
     if not package.hasHandlers():
         handler = logging.StreamHandler()

@@ -1,6 +1,6 @@
 """``flask rq-webhooks doctor``: check what webhooks depend on, one by one.
 
-Every check says what is wrong and how to fix it. Changes nothing.
+Every check says what is wrong and how to fix it. No check changes anything.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from .terminal import EXPLAINED, explain, redis_source
 if TYPE_CHECKING:
     from ..state import State
 
-#: Seconds two clocks may differ before receivers refuse our timestamps, or leases go wrong.
+#: Seconds by which two clocks may differ before receivers refuse our timestamps, or leases go wrong.
 CLOCKS_S = 5.0
-#: The oldest Redis with what the outbox needs (``XAUTOCLAIM``).
+#: The oldest Redis version that has what the outbox needs (``XAUTOCLAIM``).
 MINIMUM_REDIS = (6, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
-    :param status: ``"ok"``, ``"FAIL"``, or ``"skip"`` for a check that needs one that failed.
-    :param text: one line; where something is wrong, with what to do.
+    :param status: ``"ok"``, ``"FAIL"``, or ``"skip"`` for a check that depends on a failed one.
+    :param text: one line; if something is wrong, it says what to do.
     """
 
     name: str
@@ -56,8 +56,8 @@ class Finding:
 
 
 def examine(state: State) -> Iterator[Finding]:
-    """Run every check; one that needs another that failed says so instead."""
-    # What cannot be relied on → what failed first.
+    """Run every check; one that depends on a failed check says so instead."""
+    # Failed or skipped check → the check that failed first.
     failed: dict[str, str] = {}
     for name, needs, check in _CHECKS:
         root = next((failed[need] for need in needs if need in failed), None)
@@ -132,7 +132,7 @@ def _tables(state: State) -> str:
 
 
 def _keys(state: State) -> str:
-    cipher = state.cipher  # also where nothing is stored yet
+    cipher = state.cipher  # checked even if nothing is stored yet
     stored = stored_samples(state.database)
     for text in stored:
         cipher.decrypt(text)
@@ -232,14 +232,14 @@ def _has_ipv4() -> bool:
 
 # -- the app itself ---------------------------------------------------------------------------------------
 
-#: Blocks of a layout, and what each is for.
+#: Blocks of a layout, and the consequence if a layout lacks one.
 BLOCKS = {
     "content": "pages appear in our own layout",
     "head": "their style is loaded from the page's body",
     "title": "pages have no title of their own",
 }
 
-#: A part of a path that fits a converter, by its name.
+#: A sample path part that fits a converter, by the converter's name.
 _SAMPLES = {"int": "1", "float": "1.5", "uuid": "12345678-1234-5678-1234-567812345678", "path": "a/b"}
 _PART = re.compile(r"<(?:(\w+)(?:\((.*?)\))?:)?\w+>")
 
@@ -293,11 +293,11 @@ def sessions(state: State) -> str:
 
 
 def routes(state: State) -> str:
-    """Check that no route of the app answers in place of one of ours, or is between them."""
+    """Check that no route of the app answers in place of one of ours, or lies among them."""
     url_map, prefix = state.app.url_map, state.settings.url_prefix.rstrip("/")
     rules = list(url_map.iter_rules())
     ours = [rule for rule in rules if rule.endpoint.startswith(_PREFIX)]
-    # With the prefix "/" every route of the app is there, and only one that hides another is wrong.
+    # With the prefix "/", every route of the app lies there, and only one that hides another is wrong.
     lying = [
         rule for rule in rules
         if prefix and not rule.endpoint.startswith(_PREFIX) and f"{rule.rule}/".startswith(f"{prefix}/")
@@ -326,7 +326,7 @@ def routes(state: State) -> str:
 
 
 def _answering(url_map: Map, rule: Rule) -> Iterator[str]:
-    """Give the endpoints that answer a path of *rule*, by each of its methods."""
+    """Yield the view names that answer a path of *rule*, one for each of its methods."""
     path = _PART.sub(lambda part: _sample(part[1], part[2]), rule.rule)
     host = "localhost" if rule.host in (None, "", f"<{HOST_PART}>") else _PART.sub("localhost", rule.host)
     adapter = url_map.bind(host, subdomain=None if url_map.host_matching else rule.subdomain)
@@ -334,7 +334,7 @@ def _answering(url_map: Map, rule: Rule) -> Iterator[str]:
         try:
             yield adapter.match(path, method=method)[0]
         except (RequestRedirect, HTTPException):
-            continue  # such as a converter of the app's own that takes no sample
+            continue  # for example, one of the app's own converters accepts no sample
 
 
 def _sample(converter: str | None, arguments: str | None) -> str:
@@ -394,7 +394,7 @@ def _layout(state: State, *, portal: bool) -> str:
 
 
 def _rendered(state: State, setting: str, base: str, *, portal: bool) -> str:
-    """Render a page in the layout as for a visitor who is not logged in."""
+    """Render a page in the layout, as it is for a visitor who is not logged in."""
     text = f"pages appear in {base!r}"
     path = f"{state.settings.url_prefix.rstrip('/')}/{'portal/' if portal else ''}"
     with state.app.test_request_context(path):
@@ -417,13 +417,13 @@ def _rendered(state: State, setting: str, base: str, *, portal: bool) -> str:
 
 
 def _blocks(templates: Environment, name: str) -> set[str] | None:
-    """Return the names of the blocks of a template and those it extends.
+    """Return the names of the blocks of a template and of those it extends.
 
-    :returns: ``None`` where it extends a template whose name is only known when it is rendered.
+    :returns: ``None`` if it extends a template whose name is only known when it is rendered.
     """
     found: set[str] = set()
     seen: set[str] = set()
-    while name not in seen:  # a template that extends itself
+    while name not in seen:  # a template may extend itself
         seen.add(name)
         assert templates.loader is not None  # noqa: S101  (see environment)
         source, file_name, _current = templates.loader.get_source(templates, name)

@@ -1,4 +1,4 @@
-"""``flask rq-webhooks endpoints …``: standing endpoints, which get events of every job."""
+"""``flask rq-webhooks endpoints …``: standing endpoints, which receive events of every job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..web.api_schemas import RotateInput
 from ..web.forms import header_pairs
 from .terminal import as_json, echo, echo_json
 
-#: What ``list --json`` leaves out: headers are secret, the kind is always the same.
+#: Fields that ``list --json`` omits: headers are secret, the kind is always the same.
 _NOT_LISTED = frozenset({"headers", "kind", "trace", "updated_at"})
 
 

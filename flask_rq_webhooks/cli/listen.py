@@ -16,7 +16,7 @@ from ..errors import SignatureError
 from ..receiver import ALL_SCHEMES, verify
 from .terminal import cleaned, echo, of_port
 
-#: Bytes of a body that are read.
+#: Maximum bytes of a body that are read.
 MAX_BODY_BYTES = 16 * 2**20
 
 

@@ -1,6 +1,6 @@
 """``flask rq-webhooks routes``: list the routes that enqueue jobs without accepting a webhook.
 
-Owns the table, the JSON and the exit status; :mod:`flask_rq_webhooks.accept.route_report` reads the views.
+This module owns table, JSON and exit status; :mod:`flask_rq_webhooks.accept.route_report` reads the views.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the commands share: times on the command line, output, and errors as one sentence with the fix.
+"""Shared by the commands: times on the command line, output, and errors as one sentence with the fix.
 
-Commands use :func:`explain` for errors that end them, ``doctor`` for what its checks find.
+Commands use :func:`explain` for errors that end them, and ``doctor`` uses it for what its checks find.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ else:
 
 
 class Moment(_MomentType):
-    """A time: ISO 8601 (UTC where no offset is given), or an age such as ``90m``, ``24h``, ``7d``."""
+    """A time: ISO 8601 (UTC if no offset is given), or an age such as ``90m``, ``24h``, ``7d``."""
 
     name = "time"
 
@@ -71,12 +71,12 @@ class ProcessCount(_NumberType):
 
 
 def cleaned(value: object) -> str:
-    """Return text as one line that cannot steer a terminal: control characters are written as escapes."""
+    """Return text as one line that cannot control a terminal: control characters are written as escapes."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(value))
 
 
 def echo(text: object) -> None:
-    """Print one line; commands print text of others, so nothing in it can steer the terminal."""
+    """Print one cleaned line: commands print other people's text, which must not control the terminal."""
     click.echo(cleaned(text))
 
 
@@ -97,14 +97,14 @@ def echo_json(value: Any) -> None:
 
 # -- errors -----------------------------------------------------------------------------------------------
 
-#: What :func:`explain` takes. Any other error is a bug and keeps its traceback.
+#: Errors that :func:`explain` accepts. Any other error is a bug and keeps its traceback.
 EXPLAINED = (RQWebhooksError, RedisError, RecursionError, SQLAlchemyError, ModuleNotFoundError)
 
 
 def explain(exc: Exception, state: State | None) -> str:
-    """Return one sentence about *exc* with what to do.
+    """Return one sentence about *exc* that says what to do.
 
-    :param state: of the app; ``None`` if the app has none.
+    :param state: the app's state; ``None`` if it has none.
     """
     if isinstance(exc, RQWebhooksError):
         text = str(exc)
@@ -123,7 +123,7 @@ def of_redis(exc: Exception, state: State) -> str:
     """Return what *exc* says about Redis, and what to do."""
     name = database_name(state.redis)
     if isinstance(exc, AuthenticationError | RecursionError):
-        # redis-py 5 calls itself without end where a password is required and none was given.
+        # redis-py 5 calls itself without end if a password is required and none was given.
         why = exc if isinstance(exc, AuthenticationError) else "a password is required"
         return f"{name} refuses us ({why}); correct user name and password in {redis_source(state)}."
     if "CERTIFICATE_VERIFY_FAILED" in str(exc):
@@ -170,7 +170,7 @@ def sql_source(state: State) -> str:
 
 
 def redis_source(state: State) -> str:
-    """Return the name of what locates Redis: an argument or a setting."""
+    """Return the name of the argument or setting that says where Redis is."""
     return "what RQWebhooks(redis=...) gets" if state.redis_is_given else "RQ_WEBHOOKS_REDIS_URL"
 
 

@@ -1,7 +1,7 @@
 """The dispatcher process: threads that ingest, send, record and heartbeat, and a graceful shutdown.
 
-Owns the life of the process: threads survive their errors, signals end it, periodic jobs run in the main
-thread. What the threads do is in :mod:`~flask_rq_webhooks.observe.ingest`,
+This module owns the process lifecycle: threads recover from errors, signals stop the process, and periodic
+jobs run in the main thread. The work of the threads is in :mod:`~flask_rq_webhooks.observe.ingest`,
 :mod:`~flask_rq_webhooks.dispatch.sender` and :mod:`~flask_rq_webhooks.dispatch.recorder`.
 """
 
@@ -44,19 +44,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between heartbeats; expired leases are looked for just as often.
+#: Seconds between heartbeats, and between checks for expired leases.
 HEARTBEAT_S = 5.0
-#: Seconds without a finished step after which a thread counts as stuck, and heartbeats cease.
+#: Seconds without a completed step after which a thread counts as stuck and heartbeats stop.
 STUCK_S = 60.0
-#: Seconds between looks at trees one of whose jobs ended; in any dispatcher, with or without the lease.
+#: Seconds between checks of trees in which a job ended; done by every dispatcher, with or without the lease.
 TREES_S = 0.5
-#: Seconds between prunings, and between the parts of one.
+#: Seconds between pruning rounds, and between the parts of one round.
 PRUNE_S, PRUNE_AGAIN_S = 3600.0, 5.0
-#: Seconds of a part: deliveries are sent meanwhile, and the main thread has other things to do.
+#: Seconds per part: deliveries are sent meanwhile, and the main thread has other work to do.
 PRUNE_PART_S = 0.4
-#: Rows of a transaction that prunes: SQLite lets nobody else write meanwhile.
+#: Rows per pruning transaction: SQLite lets nobody else write meanwhile.
 PRUNE_BATCH = 50
-#: Seconds after a missed pass in which another dispatcher takes over. Two passes at once do no harm.
+#: Seconds after a missed pass until another dispatcher takes over. Two concurrent passes do no harm.
 LEASE_SPARE_S = 5.0
 #: First and longest pause after an error, seconds.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
@@ -64,14 +64,14 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeriodicJob:
-    """Something the main thread does again and again.
+    """A job that the main thread runs periodically.
 
-    The main thread, because RQ cleans its registries correctly only there.
+    It runs in the main thread because RQ cleans its registries correctly only there.
 
-    :param name: for the log.
+    :param name: shown in the log.
     :param interval_s: seconds from one start to the next.
     :param first_after_s: seconds until the first start.
-    :param run: gets a function that says whether to stop early.
+    :param run: called with a function that returns whether to stop early.
     """
 
     name: str
@@ -81,7 +81,7 @@ class PeriodicJob:
 
 
 def reconcile_now(state: State) -> ReconcileReport | None:
-    """Look once for endings that no callback reported; ``None`` where a dispatcher is at it.
+    """Look once for endings that no callback reported; return ``None`` if a dispatcher is already doing so.
 
     :raises StorageUnavailableError: when SQL cannot be reached.
     :raises redis.RedisError: when Redis cannot be reached.
@@ -110,13 +110,13 @@ def _lease_s(state: State) -> float:
 
 
 def wait_for_sql(state: State, on_alive: Callable[[], bool]) -> None:
-    """Return as soon as SQL can be used; while it cannot be reached, ask every few seconds.
+    """Return as soon as SQL can be used; while it cannot be reached, try again every few seconds.
 
-    Before a :class:`Dispatcher` is made, because the names of our keys in Redis are stored in SQL. SIGTERM
-    and SIGINT end the process.
+    Call this before creating a :class:`Dispatcher`, because the names of our Redis keys are stored in SQL.
+    SIGTERM and SIGINT end the process.
 
-    :param on_alive: called meanwhile; ``False`` ends the process.
-    :raises StorageUnavailableError: when SQL refuses us or lacks our tables.
+    :param on_alive: called after each failed try; ``False`` ends the process.
+    :raises StorageUnavailableError: when SQL refuses access or our tables are missing.
     """
 
     def leave(*_: object) -> None:
@@ -147,9 +147,9 @@ class Dispatcher:
     """Deliver until stopped.
 
     :param state: the app's state.
-    :param transport: how bytes travel; our own by default. A given one is not closed here.
-    :param concurrency: requests in flight at once; ``CONCURRENCY`` by default.
-    :param periodic: jobs of the main thread beside reconcile and pruning.
+    :param transport: sends the requests; created here by default. One that is passed in is not closed here.
+    :param concurrency: maximum number of requests in flight; ``CONCURRENCY`` by default.
+    :param periodic: jobs for the main thread in addition to the built-in ones, such as reconcile and pruning.
     :param on_alive: called every few seconds while no thread is stuck; ``False`` stops the dispatcher.
     :raises StorageUnavailableError: when SQL cannot be reached.
     """
@@ -208,17 +208,17 @@ class Dispatcher:
         self._poke_read, self._poke_write = os.pipe()
         os.set_blocking(self._poke_write, False)
 
-    # -- life -----------------------------------------------------------------------------------------
+    # -- lifecycle ------------------------------------------------------------------------------------
 
     def run(self, *, burst: bool = False) -> None:
-        """Work until :meth:`stop`, SIGTERM or SIGINT; then finish what is in flight and return.
+        """Run until :meth:`stop`, SIGTERM or SIGINT; then finish the requests in flight and return.
 
-        A second signal does not wait: what is in flight is released and will be sent again, under the same
-        ``webhook-id``. May be called once.
+        A second signal ends the wait: requests in flight are released and will be sent again under the same
+        ``webhook-id``. May be called only once.
 
         :param burst: return as soon as the outbox is empty and nothing is due; no periodic jobs.
         :raises StorageUnavailableError: when SQL cannot be reached at the start.
-        :raises RQWebhooksError: when a function of the host's called ``sys.exit()``.
+        :raises RQWebhooksError: when a function of the host app called ``sys.exit()``.
         """
         heartbeat(self._state.database, self.id, started=True)
         logger.info(
@@ -294,7 +294,7 @@ class Dispatcher:
             self._wait(0.01 if burst else min(due.values()) - time.monotonic())
 
     def _nothing_left(self) -> bool:
-        """Return whether the outbox is empty and, looked at after that, nothing is due or in flight."""
+        """Return whether the outbox is empty and, checked after that, nothing is due or in flight."""
         try:
             empty = self._ingest.is_idle()
         except RedisError:
@@ -319,7 +319,7 @@ class Dispatcher:
         self._notice_silent_callbacks(report.silent_successes)
 
     def _progress_job(self) -> list[PeriodicJob]:
-        """Return the pass that publishes progress more often than reconcile does, where it is asked for."""
+        """Return the job that publishes progress more often than reconcile does, if that is configured."""
         interval_s = self._state.settings.progress_interval
         if interval_s is None or interval_s >= self._state.settings.reconcile_interval:
             return []
@@ -331,7 +331,7 @@ class Dispatcher:
         return [PeriodicJob(name="progress", interval_s=interval_s, first_after_s=interval_s, run=publish)]
 
     def _notice_silent_callbacks(self, count: int) -> None:
-        """Say once that reports are missing from the outbox, and why where that is known."""
+        """Log once that reports are missing from the outbox, and why, if that is known."""
         if not count:
             return
         self._state.outbox.note_silent_callbacks(count)
@@ -341,7 +341,7 @@ class Dispatcher:
             logger.warning("%s %s Until then such webhooks wait for reconcile.", what, advice)
 
     def _prune(self, should_stop: Callable[[], bool]) -> None:
-        """Prune for a moment; the rest is left to the next time, or pruning rests for an hour."""
+        """Prune for a moment. The next call does the rest; if nothing is left, pruning pauses for an hour."""
         began = time.monotonic()
         if began < self._prune_at:
             return
@@ -380,7 +380,7 @@ class Dispatcher:
                 signal.signal(number, handler)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        # Attributes and a pipe only: a lock taken here could be held by the very code interrupted.
+        # Use only attributes and a pipe: the interrupted code may already hold a lock we would take here.
         self._hurry = self._stop_requested
         self._stop_requested = True
         self._poke()
@@ -389,7 +389,7 @@ class Dispatcher:
         try:
             os.write(self._poke_write, b"x")
         except OSError:
-            return  # full, so there is enough to read; or closed, so nothing waits
+            return  # the pipe is full, so there is enough to read; or closed, so nothing waits
 
     def _wait(self, timeout_s: float) -> None:
         readable, _, _ = select.select([self._poke_read], [], [], max(0.0, timeout_s))
@@ -399,7 +399,7 @@ class Dispatcher:
     # -- threads --------------------------------------------------------------------------------------
 
     def _work(self, name: str, step: Callable[[], object]) -> None:
-        """Repeat *step* until the end; after an error with a growing pause."""
+        """Repeat *step* until stopped, with growing pauses after errors."""
         pause_s = FIRST_PAUSE_S
         while not self._stop_requested:
             if self._attempt(name, step):
@@ -409,7 +409,7 @@ class Dispatcher:
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
     def _attempt(self, name: str, step: Callable[[], object]) -> bool:
-        """Run *step* and say whether it went well: the one place where a thread survives its errors."""
+        """Run *step* and return whether it succeeded: the only place where a thread recovers from errors."""
         try:
             step()
         except (StorageUnavailableError, RedisError) as exc:
@@ -422,12 +422,12 @@ class Dispatcher:
                 )
             return False
         except Exception:
-            # Not counted as progress: a thread that never gets through must not look healthy.
+            # Not counted as progress: a thread that never completes a step must not look healthy.
             logger.exception("%s: an unexpected error; trying again.", name)
             return False
         except BaseException as exc:
-            # A function of the host's called sys.exit(), or let asyncio's CancelledError through. That would
-            # end this thread alone; the others would go on as if nothing were missing.
+            # A function of the host app called sys.exit() or let asyncio's CancelledError escape. That would
+            # end only this thread; the others would go on as if nothing were missing.
             logger.exception("%s: something %s; the dispatcher stops.", name, _what_ended(exc))
             self._ended_by = self._ended_by or (name, exc)
             self.stop()

@@ -1,19 +1,19 @@
 """Limits per host: requests in flight (:class:`InFlight`) and requests per minute (:class:`RateLimiter`).
 
-A stranger's thousand names that hang must not make others wait (SECURITY 24), and hosts that are merely new
-must not wait for a stranger. The share of a host depends on its attempts as this process knows them:
+A thousand hanging host names of one stranger must not delay other hosts (SECURITY 24), not even hosts that
+are merely new. The share of a host depends on those of its attempts that this process knows of:
 
 ======== =================================================================== ================================
 proven   the latest attempt succeeded                                        all places
 failing  the latest attempt failed, an earlier one succeeded                 half of the places
-unproven none succeeded; one failed, or is in flight for more than a second a quarter, within that half
-new      no result is known                                                  a quarter of its own, within that
-                                                                             half; all of it while no
+unproven none succeeded; one failed or has been in flight for over a second  a quarter, within that half
+new      no result is known                                                  a separate quarter within that
+                                                                             half; the whole half while no
                                                                              host fails or hangs
 ======== =================================================================== ================================
 
-Requests per minute are counted in Redis for all dispatchers together. While Redis does not answer there is no
-such limit: neither a delivery nor the calling thread waits for it.
+Requests per minute are counted in Redis for all dispatchers together. While Redis does not answer, there is
+no such limit: neither a delivery nor the calling thread waits for Redis.
 """
 
 from __future__ import annotations
@@ -37,37 +37,37 @@ from .http import AttemptResult
 
 logger = logging.getLogger(__name__)
 
-#: What is known of a host; see above.
+#: What is known about a host; see above.
 PROVEN, FAILING, UNPROVEN, NEW = "proven", "failing", "unproven", "new"
 #: Shares of the places.
 FAILING_SHARE, UNPROVEN_SHARE = 0.5, 0.25
 #: Seconds after which a request without an answer makes its host unproven.
 HANGING_S = 1.0
-#: Seconds for which a failure of a host that never succeeded limits those that are new.
+#: Seconds for which a failure of a host that never succeeded limits new hosts.
 DOUBT_S = 60.0
-#: Seconds for which a delivery beyond the share is put off.
+#: Shortest and longest time for which a delivery beyond the share is deferred, seconds.
 SHORTEST_HOLD_S, LONGEST_HOLD_S = 0.05, 60.0
-#: Hosts that are remembered: those that succeeded once, and as many that never did.
+#: Maximum number of hosts remembered: this many that succeeded once, and as many that never did.
 MOST_HOSTS = 50_000
 
 
 class HostRecords:
-    """How the latest attempt to each host ended, and whether one ever succeeded, as far as it is known."""
+    """How the latest attempt to each host ended, and whether one ever succeeded, as far as known."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kinds: dict[str, str] = {}
-        self._unproven: dict[str, None] = {}  # apart, so that a stranger's names do not evict others
-        #: Seconds that an attempt to a host takes which is not proven, on average.
+        self._unproven: dict[str, None] = {}  # separate, so that a stranger's names do not evict others
+        #: Average duration of an attempt to a host that is not proven, seconds.
         self.unproven_s = 0.25
         #: When the latest attempt to an unproven host failed (monotonic).
         self.failed_at = float("-inf")
         self.restored = False
 
     def restore(self, latest: Mapping[str, bool]) -> None:
-        """Take what SQL knows, so that a restart forgets nothing.
+        """Load what SQL knows, so that a restart forgets nothing.
 
-        :param latest: hosts to which an attempt succeeded, with whether the latest one did.
+        :param latest: hosts to which an attempt succeeded, each with whether the latest attempt did.
         """
         with self._lock:
             known = {host: PROVEN if succeeded else FAILING for host, succeeded in latest.items()}
@@ -75,11 +75,11 @@ class HostRecords:
             self.restored = True
 
     def kind(self, host: str) -> str:
-        """Return what is known of *host*."""
+        """Return what is known about *host*."""
         return self._kinds.get(host) or (UNPROVEN if host in self._unproven else NEW)
 
     def note(self, host: str, result: AttemptResult) -> None:
-        """Take the result of an attempt, from any thread."""
+        """Note the result of an attempt; may be called from any thread."""
         with self._lock:
             if self._kinds.get(host) != PROVEN:
                 self.unproven_s += (result.duration_ms / 1000 - self.unproven_s) / 8
@@ -101,12 +101,12 @@ def _put(hosts: dict[str, Any], host: str, value: Any) -> None:
 
 
 class InFlight:
-    """Deliveries given to the transport whose results are still to come, counted by host.
+    """Deliveries handed to the transport whose results have not arrived yet, counted by host.
 
-    Used from the sender's thread and from the transport's.
+    Used from the threads of the sender and of the transport.
 
-    :param hosts: says what is known of a host.
-    :param concurrency: places, that is requests in flight at once.
+    :param hosts: what is known about each host.
+    :param concurrency: number of places, that is, of requests in flight at once.
     """
 
     def __init__(self, hosts: HostRecords, concurrency: int) -> None:
@@ -114,10 +114,10 @@ class InFlight:
         self._concurrency = concurrency
         self._lock = threading.Lock()
         self._deliveries: dict[tuple[str, str], ClaimedDelivery] = {}
-        #: Those to hosts that are not proven: what was known of the host, and since when it is in flight.
+        #: Deliveries to hosts that are not proven: what was known about the host, and the start time.
         self._doubtful: dict[tuple[str, str], tuple[str, float]] = {}
         self._per_host: Counter[str] = Counter()
-        #: Places kept for deliveries that are being stored, by host; they count there, too.
+        #: Places reserved for deliveries that are being stored, by host; they count as taken.
         self._kept: Counter[str] = Counter()
         #: Whether a host is in trouble: it hangs, it failed lately, or it is failing.
         self.is_doubtful = False
@@ -129,16 +129,16 @@ class InFlight:
 
     @property
     def places_taken(self) -> int:
-        """Return how many are in flight, or have a place kept."""
+        """Return how many deliveries are in flight or have a reserved place."""
         return len(self._deliveries) + self._kept.total()
 
     def per_host(self) -> dict[str, int]:
-        """Return the count by host, without hosts that have none; places that are kept count as well."""
+        """Return the count by host, without hosts that have none; reserved places count as well."""
         with self._lock:
             return dict(self._per_host + self._kept)
 
     def keep_place(self, host: str, *, most: int) -> bool:
-        """Keep a place for a request to *host*, unless it has *most* already; see :meth:`free_places`."""
+        """Reserve a place for a request to *host*, unless it has *most* already; see :meth:`free_places`."""
         with self._lock:
             if self._per_host[host] + self._kept[host] >= most:
                 return False
@@ -146,12 +146,12 @@ class InFlight:
             return True
 
     def free_places(self, hosts: Iterable[str]) -> None:
-        """Free the places that were kept for *hosts*, one for each."""
+        """Free the places that were reserved for *hosts*, one for each."""
         with self._lock:
             self._kept -= Counter(hosts)
 
     def deliveries(self) -> list[ClaimedDelivery]:
-        """Return all of them."""
+        """Return all deliveries in flight."""
         with self._lock:
             return list(self._deliveries.values())
 
@@ -168,7 +168,7 @@ class InFlight:
         return kind == FAILING or unproven < self._places(UNPROVEN_SHARE)
 
     def _count(self) -> tuple[int, int]:
-        """Return how many are in flight to new and to unproven hosts; note whether a host is in trouble."""
+        """Return how many are in flight to new and to unproven hosts; update :attr:`is_doubtful`."""
         now = time.monotonic()
         with self._lock:
             new = sum(kind == NEW and now - since < HANGING_S for kind, since in self._doubtful.values())
@@ -178,14 +178,14 @@ class InFlight:
         return new, unproven
 
     def hold_s(self, waiting: int) -> float:
-        """Return for how many seconds to put off *waiting* deliveries that have no place."""
+        """Return for how many seconds to defer *waiting* deliveries that have no place."""
         if not self.is_doubtful:
             return SHORTEST_HOLD_S
         needed_s = waiting / self._places(UNPROVEN_SHARE) * self._hosts.unproven_s
         return min(max(needed_s, SHORTEST_HOLD_S), LONGEST_HOLD_S)
 
     def add(self, delivery: ClaimedDelivery) -> None:
-        """Count *delivery*, and keep what is known of its host until :meth:`remove`."""
+        """Add *delivery*, and remember what is known about its host now until :meth:`remove`."""
         kind = self._hosts.kind(delivery.host)
         with self._lock:
             if kind != PROVEN:
@@ -194,9 +194,9 @@ class InFlight:
             self._per_host[delivery.host] += 1
 
     def remove(self, delivery: ClaimedDelivery, *, answered: bool) -> None:
-        """Forget *delivery*.
+        """Remove *delivery*.
 
-        :param answered: its result arrived; otherwise it was taken back.
+        :param answered: whether its result arrived; otherwise it was taken back.
         """
         with self._lock:
             del self._deliveries[delivery.id, delivery.lease_id]
@@ -220,21 +220,21 @@ ANSWER_S = 0.25
 PAUSE_S = 5.0
 #: A large limit is counted in this many blocks: Redis is called at most once per block, window and host.
 BLOCKS = 100
-#: Hosts with requests counted in advance; above this number, those whose window has ended are forgotten.
+#: With more hosts than this that have requests counted in advance, those whose window ended are forgotten.
 MAX_AHEAD = 1000
 
 
 class RateLimiter:
-    """Allow a number of requests per host and minute (fixed windows, the ``limits`` package).
+    """Limit the requests per host and minute (fixed windows, with the ``limits`` package).
 
-    Limits of :data:`BLOCKS` and more are counted in blocks of one hundredth, of which a dispatcher may leave
-    a part unused at the end of a window. The limit is never exceeded; at most one per cent of it is lost.
+    Limits of :data:`BLOCKS` or more are counted in blocks of one hundredth; a dispatcher may leave part of a
+    block unused at the end of a window. The limit is never exceeded; at most one per cent of it is lost.
 
-    :param redis: client of the server to use. Connections are our own, because the sender needs shorter
+    :param redis: client of the server to use. We open our own connections, because the sender needs shorter
         timeouts.
     :param per_minute: requests per host and minute; 0 for no limit.
-    :param namespace: keeps apart the counts of two apps on one Redis.
-    :param clock: unix seconds.
+    :param namespace: separates the counts of apps that share one Redis.
+    :param clock: returns unix seconds.
     """
 
     def __init__(
@@ -258,9 +258,9 @@ class RateLimiter:
         self._silent_until = 0.0
 
     def wait_s(self, host: str) -> float:
-        """Count one request to *host* and return 0, or how many seconds are left until the next window.
+        """Count one request to *host* and return 0; at the limit, return the seconds until the next window.
 
-        :param host: as :attr:`CheckedURL.host_key` has it.
+        :param host: in the form of :attr:`CheckedURL.host_key`.
         """
         if self._item is None:
             return 0.0
@@ -287,7 +287,7 @@ class RateLimiter:
             return 0.0
 
     def full_hosts(self) -> dict[str, float]:
-        """Return the hosts known to have had their requests of this window, with the seconds left."""
+        """Return the hosts known to have used up their requests of this window, with the seconds left."""
         now = self._clock()
         self._full_until = {host: until for host, until in self._full_until.items() if until > now}
         if len(self._ahead) > MAX_AHEAD:
@@ -301,7 +301,7 @@ class RateLimiter:
 
     def _ask(self, item: RateLimitItemPerMinute, host: str) -> float:
         if self._limiter is None:
-            # Built on first use: a script is registered there, and Redis may be down until now.
+            # Created on first use: this registers a script, and Redis may have been down until now.
             storage = RedisStorage("redis://", connection_pool=self._pool, key_prefix="rq_webhooks:limits")
             self._limiter = FixedWindowRateLimiter(storage)
         if self._limiter.hit(item, self._namespace, host, cost=self._block):
@@ -318,9 +318,9 @@ class RateLimiter:
 
 
 def _impatient_pool(redis: Redis) -> ConnectionPool:
-    """Return a pool to the same server whose connections give up soon and never try again.
+    """Return a pool for the same server whose connections time out quickly and never retry.
 
-    A pool that is not a plain one (Sentinel finds its server by itself) is shared as it is.
+    A pool of any other class (Sentinel finds its server by itself) is shared as it is.
     """
     pool = redis.connection_pool
     if type(pool) is not ConnectionPool:

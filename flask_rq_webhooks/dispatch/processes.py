@@ -2,9 +2,9 @@
 
 The parent sends nothing and opens no connection. Each child executes the parent's command line afresh, so
 that no connection, thread or lock is inherited. A pipe from child to parent carries heartbeats; when the
-parent is gone, the child notices at its next heartbeat and shuts down gracefully. Whether a single
-dispatcher or a parent, the process that systemd started reports to it (``Type=notify``, ``WatchdogSec=``),
-without a dependency.
+parent is gone, the child notices at its next heartbeat and shuts down gracefully. The process that systemd
+started, be it a single dispatcher or a parent, reports to systemd (``Type=notify``, ``WatchdogSec=``); this
+needs no dependency.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
-#: Where a child finds its end of the pipe.
+#: Environment variable that holds the file descriptor of the child's end of the pipe.
 PIPE_VARIABLE = "RQ_WEBHOOKS_WORKER_PIPE"
 #: Seconds without a heartbeat after which a child that had started is killed and restarted.
 HUNG_S = 120.0
-#: Seconds after which a child counts as healthy: the pause before the next restart is the shortest again.
+#: Seconds after which a child counts as healthy: its pause before the next restart is the shortest again.
 HEALTHY_S = 60.0
 #: First and longest pause before a child is restarted, seconds.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-#: Seconds between looks at the children.
+#: Seconds between checks of the children.
 LOOK_S = 0.2
 
 
@@ -45,7 +45,7 @@ def available_processors() -> int:
 def own_command() -> list[str]:
     """Return the command line that started this process.
 
-    :raises ConfigurationError: when it was not the command ``rq-webhooks worker``, as inside a test:
+    :raises ConfigurationError: when it was not the command ``rq-webhooks worker``, for example in a test:
         executing it again would do something else.
     """
     arguments = sys.orig_argv[1:]
@@ -58,7 +58,7 @@ def own_command() -> list[str]:
 
 
 def life_signs() -> Callable[[], bool]:
-    """Return what a dispatcher calls with every heartbeat: it reports to the parent process or to systemd.
+    """Return the function a dispatcher calls at each heartbeat to report to the parent process or to systemd.
 
     The function returns ``False`` when the dispatcher should stop, because its parent is gone.
     """
@@ -114,12 +114,12 @@ class _SystemdNotifier:
 
 @dataclass(slots=True)
 class _Child:
-    """One place for a dispatcher process, whichever process fills it at the moment.
+    """A slot for one dispatcher process, whichever process fills it at the moment.
 
-    :param pipe: read end of its heartbeats; ``None`` while there is no process.
-    :param alive_at: monotonic time of the last heartbeat; of the start before the first, so that a process
-        that hangs while it starts is replaced as well.
-    :param pause_s: before the next restart.
+    :param pipe: read end of the heartbeat pipe; ``None`` while there is no process.
+    :param alive_at: monotonic time of the last heartbeat, or of the start until there is one, so that a
+        process that hangs while starting is replaced as well.
+    :param pause_s: seconds to wait before the next restart.
     """
 
     number: int
@@ -134,7 +134,7 @@ class _Child:
 class Supervisor:
     """Keep *count* dispatcher processes running until stopped.
 
-    SIGTERM and SIGINT stop the children gracefully; a second one shortens that, as with a single dispatcher.
+    SIGTERM and SIGINT stop the children gracefully; a second signal cuts that short, as with a single one.
 
     :param command: what each child executes.
     :param burst: the children end by themselves and are not restarted.
@@ -203,7 +203,7 @@ class Supervisor:
         environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
         environment[PIPE_VARIABLE] = str(write_end)
         try:
-            # A group of its own: a terminal's Ctrl-C reaches the parent only, which hands it on once.
+            # Its own process group: Ctrl-C in a terminal reaches only the parent, which forwards it once.
             child.process = subprocess.Popen(  # noqa: S603  (our own command line)
                 self._command,
                 env=environment,
@@ -266,7 +266,7 @@ class Supervisor:
         self._systemd.alive()
 
     def _end_all(self) -> None:
-        """End what is still there when the parent itself fails."""
+        """Terminate the children that are still running when the parent itself fails."""
         for child in self._children:
             if child.process is not None:
                 child.process.terminate()

@@ -25,15 +25,15 @@ logger = logging.getLogger(__name__)
 
 #: Channel on which every attempt is published, as JSON.
 TELEMETRY_CHANNEL = "webhooks:telemetry"
-#: Seconds Redis may take, and seconds in which nothing is published after it failed.
+#: Seconds to wait for Redis, and seconds for which nothing is published after a failure.
 ANSWER_S, SILENCE_S = 0.25, 30.0
 
 
 class Notices:
-    """Publish what became of attempts.
+    """Publish the outcomes of attempts.
 
-    :param redis: where to. Closed by :meth:`close`.
-    :param channel: channel of the status text, with ``{runid}`` in it; a job without a run id has none.
+    :param redis: client to publish with. Closed by :meth:`close`.
+    :param channel: for the status text; if it contains ``{runid}``, a job without a run id gets no text.
     """
 
     def __init__(self, redis: Redis, channel: str) -> None:
@@ -43,7 +43,7 @@ class Notices:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Notices | None:
-        """Return what ``PUBSUB_URL`` and ``PUBSUB_CHANNEL`` ask for; ``None`` without a URL."""
+        """Return the notices configured by ``PUBSUB_URL`` and ``PUBSUB_CHANNEL``; ``None`` without a URL."""
         if settings.pubsub_url is None:
             return None
         redis = Redis.from_url(
@@ -55,9 +55,9 @@ class Notices:
         return cls(redis, settings.pubsub_channel)
 
     def publish(self, recorded: Sequence[tuple[AttemptRecord, str]]) -> None:
-        """Publish what became of attempts in one round trip; after a failure, nothing for a while.
+        """Publish the outcomes of attempts in one round trip; after a failure, publish nothing for a while.
 
-        :param recorded: attempts, each with the status its delivery has now.
+        :param recorded: attempts, each with the current status of its delivery.
         """
         if not recorded or time.monotonic() < self._silent_until:
             return

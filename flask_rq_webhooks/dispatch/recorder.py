@@ -1,10 +1,10 @@
-"""Record what came of attempts, and report it: to signals, to status notices, and as events for operators.
+"""Record the results of attempts, and report them as signals, status notices, and events for operators.
 
-Owns results from their arrival until they are in SQL, what they mean for their delivery, and the size of
-the batches in which they are written. ``webhook.delivery_exhausted`` and ``webhook.endpoint_disabled`` are
-stored in the transaction that records the attempt, so that a crash loses neither or both, and only where a
-standing endpoint subscribes. Those about a tenant's endpoint are the tenant's events, with no more than a
-client may know. Knows nothing of what is due, nor of how requests are sent.
+This module owns results from their arrival until they are in SQL, what they mean for their delivery, and
+the batch sizes for writing them. ``webhook.delivery_exhausted`` and ``webhook.endpoint_disabled`` are stored
+in the transaction that records the attempt, so that a crash loses both or neither, and only if a standing
+endpoint subscribes to them. Events about a tenant's endpoint belong to the tenant and contain no more than a
+client may know. This module knows neither what is due nor how requests are sent.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for which answers gather while others are still to come, so that they share a transaction.
-#: No request waits for it: a place is free as soon as its answer has come.
+#: Seconds for which results are collected while others are still expected, so that they share a transaction.
+#: No request waits for it: a place is free as soon as its result has arrived.
 GATHER_S = 0.02
-#: Longest time without a look.
+#: Longest time between checks, seconds.
 LONGEST_SLEEP_S = 1.0
 
 
 def judge(
     state: State, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult
 ) -> AttemptRecord:
-    """Return what an answer means for its delivery, as it is recorded."""
+    """Decide what a result means for its delivery; return the attempt to record."""
     policy = state.retry_policy.for_endpoint(delivery.retry_schedule, delivery.retry_statuses)
     if delivery.event_type == JOB_PROGRESS:
         policy = replace(policy, schedule=PROGRESS_SCHEDULE, max_retry_after_s=PROGRESS_SCHEDULE[-1])
@@ -95,11 +95,11 @@ def judge(
 
 
 class Recorder:
-    """Record answers, step by step, in one thread.
+    """Record results, step by step, in one thread.
 
     :param state: the app's state.
-    :param notices: publish every recorded attempt; ``None`` publishes nothing.
-    :param dispatcher_id: written into every attempt.
+    :param notices: publishes every recorded attempt; with ``None``, nothing is published.
+    :param dispatcher_id: stored with every attempt.
     """
 
     def __init__(self, state: State, *, notices: Notices | None, dispatcher_id: str) -> None:
@@ -110,21 +110,21 @@ class Recorder:
         self._arrived: deque[tuple[ClaimedDelivery, AttemptRequest, AttemptResult] | AttemptRecord] = deque()
         self._unrecorded: list[AttemptRecord] = []
         self._woken = threading.Event()
-        #: Called after every batch with the seconds until the first retry of it, if there is one.
+        #: Called after every batch with the seconds until its first retry, if there is one.
         self.on_recorded: Callable[[float | None], None] = lambda retry_in_s: None
 
     def __len__(self) -> int:
-        """Return how many attempts wait to be recorded."""
+        """Return how many attempts are waiting to be recorded."""
         return len(self._arrived) + len(self._unrecorded)
 
     def add(self, delivery: ClaimedDelivery, request: AttemptRequest, result: AttemptResult) -> None:
-        """Take an answer, from any thread."""
+        """Accept a result; may be called from any thread."""
         self._arrived.append((delivery, request, result))
         if not self._woken.is_set():
             self._woken.set()
 
     def add_refusal(self, delivery: ClaimedDelivery, error_code: str, detail: str) -> None:
-        """Take an attempt that ended the delivery without anything being sent, from any thread."""
+        """Accept an attempt that ended its delivery without sending; may be called from any thread."""
         self._arrived.append(
             AttemptRecord(
                 delivery=delivery,
@@ -144,7 +144,7 @@ class Recorder:
         self._woken.set()
 
     def wake(self) -> None:
-        """Let :meth:`step` return soon, from any thread."""
+        """Make :meth:`step` return soon; may be called from any thread."""
         self._woken.set()
 
     def wait(self, timeout_s: float) -> None:
@@ -154,10 +154,10 @@ class Recorder:
         self._woken.clear()
 
     def step(self, *, more_to_come: Callable[[], object] = lambda: False) -> None:
-        """Wait for answers and record them.
+        """Wait for results and record them.
 
-        :param more_to_come: says whether requests are still in flight.
-        :raises StorageUnavailableError: when SQL cannot be reached; the answers are kept, call again.
+        :param more_to_come: returns whether requests are still in flight.
+        :raises StorageUnavailableError: when SQL cannot be reached; the results are kept, call again.
         """
         self.wait(LONGEST_SLEEP_S)
         until = time.monotonic() + GATHER_S
@@ -169,12 +169,12 @@ class Recorder:
         self.record()
 
     def record(self) -> None:
-        """Record what has come so far, not what comes meanwhile.
+        """Record the results that have arrived so far, not those that arrive meanwhile.
 
-        :raises StorageUnavailableError: when SQL cannot be reached; the answers are kept, call again.
+        :raises StorageUnavailableError: when SQL cannot be reached; the results are kept, call again.
         """
         for _ in range(len(self._arrived)):
-            one = self._arrived[0]  # until it is in the other list, it counts here
+            one = self._arrived[0]  # stays here, and so is counted, until it is in the other list
             self._unrecorded.append(one if isinstance(one, AttemptRecord) else judge(self._state, *one))
             self._arrived.popleft()
         while self._unrecorded:
@@ -194,7 +194,7 @@ class Recorder:
                 for record in batch:
                     self._record_batch([record])
                 return
-            # What a receiver sent cannot be stored. The outcome must be, or the attempt is repeated.
+            # The receiver's response cannot be stored. The outcome must be, or the attempt is repeated.
             logger.error(
                 "The answer to delivery %s cannot be stored, only its outcome: %s", batch[0].delivery.id, exc
             )
@@ -272,7 +272,7 @@ class Recorder:
 
 # -- events for operators ---------------------------------------------------------------------------------
 
-#: No events are made about deliveries of these: a failing endpoint of an operator would cause ever more.
+#: Deliveries of these types cause no events: a failing endpoint of an operator would cause ever more.
 _NOT_REPORTED = OPERATOR_TYPES | {WEBHOOK_PING}
 
 
@@ -281,9 +281,9 @@ def publish_for_operators(
 ) -> list[IngestedEvent]:
     """Store the events that *records* cause, in the transaction that records them.
 
-    :returns: what :meth:`Publisher.announce` wants after the commit.
+    :returns: the events to pass to :meth:`Publisher.announce` after the commit.
     """
-    # Of two attempts of one delivery, the one under the later lease was recorded.
+    # If there are two attempts of one delivery, the one under the later lease was recorded.
     newest = {one.delivery.id: one for one in sorted(records, key=lambda one: one.delivery.lease_id)}
     exhausted = [
         record

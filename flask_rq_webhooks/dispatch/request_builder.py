@@ -1,6 +1,6 @@
-"""Build the HTTP request of a claimed delivery: decrypt, sign, and put the headers in order.
+"""Build the HTTP request for a claimed delivery: decrypt, sign, and assemble the headers.
 
-Owns which headers a webhook carries (DESIGN §7). Knows nothing of connections, and writes nothing.
+This module decides which headers a webhook carries (DESIGN §7). It opens no connections and writes nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What one request carries.
+    """The contents of one request.
 
     :param headers: the client's own headers, decrypted.
-    :param secrets: live secrets, decrypted, newest first; not signed without any.
+    :param secrets: live secrets, decrypted, newest first; without any, no secret signs the request.
     :param iso_timestamp: whether ``<prefix>-Timestamp`` is ISO 8601 instead of unix seconds.
     :param trace: headers that continue a trace.
     """
@@ -49,13 +49,13 @@ class Message:
 def build_request(
     claimed: ClaimedDelivery, *, state: State, now: datetime, span: Any = None
 ) -> AttemptRequest:
-    """Return the request of this attempt, signed as of *now*.
+    """Return the request for this attempt, signed as of *now*.
 
     There is no unsigned fallback: a request that cannot be signed as promised is not sent.
 
-    :param claimed: what :func:`~flask_rq_webhooks.storage.claims.claim_due` returned.
-    :param now: aware UTC; its whole seconds are what is signed.
-    :param span: of this attempt, see :func:`~flask_rq_webhooks.tracing.start`.
+    :param claimed: a delivery returned by :func:`~flask_rq_webhooks.storage.claims.claim_due`.
+    :param now: aware UTC time; it is signed in whole seconds.
+    :param span: the span of this attempt, see :func:`~flask_rq_webhooks.tracing.start`.
     :raises DecryptionError: when no configured key decrypts the endpoint's secrets or headers.
     :raises ConfigurationError: when the endpoint needs a server-wide secret that is not set.
     """
@@ -81,7 +81,7 @@ def build_request(
 
 
 def request_headers(message: Message, *, state: State, now: datetime) -> dict[str, str]:
-    """Return every header of *message*: the client's own first, then ours, which none of them overrides."""
+    """Return all headers of *message*: the client's own first, then ours, which they cannot override."""
     settings = state.settings
     prefix = settings.header_prefix
     timestamp = int(now.timestamp())
@@ -107,11 +107,11 @@ def request_headers(message: Message, *, state: State, now: datetime) -> dict[st
             timestamp_header=settings.timestamp_header,
             signing_keys=state.signing_keys,
         )
-    # Firewalls refuse requests without it (OWASP CRS 920300). A client may ask for something else.
+    # Firewalls refuse requests without Accept (OWASP CRS 920300). A client may set another value.
     accept = {} if "accept" in map(str.lower, message.headers) else {"Accept": "*/*"}
     taken = {name.lower() for name in ours}
     if message.trace:
-        taken.add(TRACESTATE)  # a state belongs to its parent
+        taken.add(TRACESTATE)  # a tracestate belongs to its traceparent
     own = {name: value for name, value in message.headers.items() if name.lower() not in taken}
     return accept | own | ours
 
@@ -134,10 +134,10 @@ def send_ping(
 ) -> Ping:
     """Send one ``webhook.ping`` to *url* and wait for the result. Nothing is stored.
 
-    Policy, headers, signatures and deadlines are those of every delivery.
+    Policy, headers, signatures and deadlines are the same as for every delivery.
 
-    :param secret: signs the ping; the server-wide secret, if there is one, otherwise.
-    :param payload_format: name of the format to render it in; the app's default otherwise.
+    :param secret: signs the ping; by default the server-wide secret, if there is one.
+    :param payload_format: name of the format to render it in; by default the app's default format.
     :raises ConfigurationError: when there is no such format.
     """
     now, settings = datetime.now(UTC), state.settings
@@ -181,6 +181,6 @@ def _live_secrets(claimed: ClaimedDelivery, state: State) -> tuple[str, ...]:
 
 
 def _deadlines(state: State, timeout_s: float | None) -> dict[str, float]:
-    # Never longer than the setting, which the lease is made for, and which may have been lowered since.
+    # Never longer than the setting: the lease is based on it, and it may have been lowered since.
     total = min(state.settings.timeout, timeout_s or state.settings.timeout)
     return {"timeout_s": total, "connect_timeout_s": min(state.settings.connect_timeout, total)}

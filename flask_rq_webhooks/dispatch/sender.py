@@ -1,11 +1,11 @@
-"""Claim what is due, sign it, and hand it to the transport, in one thread.
+"""Claim due deliveries, sign them, and hand them to the transport, in one thread.
 
-What this process itself stores while nothing else is due need not be claimed: it is stored as claimed, under
-a lease as all others (:meth:`Sender.offer`).
+Deliveries that this process itself stores while nothing else is due need no separate claim: they are stored
+as already claimed, under a lease like all others (:meth:`Sender.offer`).
 
-Owns when to ask SQL for more, and how much. SQL is the truth: everything in memory here is covered by a
-lease, and what is lost here is sent again under the same ``webhook-id``. Which hosts may have a place is
-decided in :mod:`~flask_rq_webhooks.dispatch.host_limits`, what a result means in
+This module decides when to ask SQL for more, and for how much. SQL is the truth: everything in memory here is
+covered by a lease, and what is lost here is sent again under the same ``webhook-id``. Which hosts may have a
+place is decided in :mod:`~flask_rq_webhooks.dispatch.host_limits`, and what a result means in
 :mod:`~flask_rq_webhooks.dispatch.recorder`.
 """
 
@@ -40,25 +40,25 @@ logger = logging.getLogger(__name__)
 
 #: Seconds a lease lasts beyond the deadline of the attempt it covers.
 LEASE_MARGIN_S = 30.0
-#: Longest time without a look at SQL, where other processes may have made something due.
+#: Longest time without checking SQL, where other processes may have made something due, seconds.
 LONGEST_SLEEP_S = 1.0
-#: The same while a host has as many requests in flight as it may have.
+#: The same while a host has its maximum number of requests in flight.
 CAPPED_SLEEP_S = 0.25
-#: Seconds a delivery waits that cannot be signed or decrypted; no attempt is spent.
+#: Seconds for which a delivery that cannot be signed or decrypted is deferred; no attempt is spent.
 UNSENDABLE_S = 60.0
-#: Work claimed ahead of the transport, in seconds of its pace, so that it never waits for SQL.
+#: Work claimed ahead of the transport, in seconds at its current pace, so that it never waits for SQL.
 AHEAD_S = 0.1
-#: The same as a multiple of the concurrency, at most.
+#: Upper limit of the work claimed ahead, as a multiple of the concurrency.
 AHEAD_MAX = 2
-#: Seconds within which the transport has to begin what was claimed ahead; then it is released.
+#: Seconds within which the transport must start a delivery claimed ahead; after that it is released.
 QUEUED_S = 5.0
-#: Seconds over which the transport's pace is measured, at least.
+#: Minimum seconds over which the transport's pace is measured.
 PACE_S = 0.1
-#: Seconds for which free places add up to one claim, where nothing is claimed ahead.
+#: Seconds for which free places accumulate for one claim, when nothing is claimed ahead.
 GATHER_S = 0.004
-#: First and longest pause while deliveries are due that cannot be claimed (host's minute full).
+#: First and longest pause while due deliveries cannot be claimed (host at its rate limit), seconds.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
-#: Latest attempts that are read at start.
+#: Number of latest attempts read at the start.
 RECENT_ATTEMPTS = 5000
 
 
@@ -66,10 +66,10 @@ class Sender:
     """Claim and send, step by step, in one thread.
 
     :param state: the app's state.
-    :param transport: sends; its futures may be resolved in any thread.
+    :param transport: sends the requests; its futures may be resolved in any thread.
     :param limiter: asked before every request.
-    :param recorder: gets every result.
-    :param concurrency: requests in flight at once.
+    :param recorder: receives every result.
+    :param concurrency: maximum number of requests in flight.
     """
 
     def __init__(
@@ -89,40 +89,40 @@ class Sender:
         self._concurrency = concurrency
         self._woken = threading.Event()
         self._fresh = True  # something may have become due; set by any thread
-        self._freed = False  # a host has a place again that had none; set by any thread
+        self._freed = False  # a host that had no place has one again; set by any thread
         self._hosts = HostRecords()
         self._in_flight = InFlight(self._hosts, concurrency)
-        self._held: dict[str, float] = {}  # hosts beyond their share, and until when they were put off
-        self._sweeps = False  # the latest claim met mostly such hosts: larger claims put them off faster
+        self._held: dict[str, float] = {}  # hosts beyond their share, and until when they are deferred
+        self._sweeps = False  # the latest claim met mostly such hosts: larger claims defer them faster
         self._queued: deque[tuple[float, Future[AttemptResult], ClaimedDelivery]] = deque()
         self._capped: frozenset[str] = frozenset()
-        self._unwanted: list[ClaimedDelivery] = []  # to be given back
-        self._doubtful: list[str] = []  # leases of claims that may have gone through, the answer lost
-        self._stored: deque[AdvanceClaim] = deque()  # claims in advance whose deliveries are stored
-        self._claiming = True  # no places are offered; changed under the lock
+        self._unwanted: list[ClaimedDelivery] = []  # to be released
+        self._doubtful: list[str] = []  # leases of claims that may have succeeded although no answer came
+        self._stored: deque[AdvanceClaim] = deque()  # advance claims whose deliveries are stored
+        self._claiming = True  # if true, no places are offered; changed under the lock
         self._lock = threading.Lock()
-        self._turn = threading.Lock()  # of the thread that submits requests
-        self._enough_at = -1  # so many in flight, and there is room worth a claim; negative: no wish for it
+        self._turn = threading.Lock()  # held by the thread that submits requests
+        self._enough_at = -1  # with at most so many in flight, a claim is worth it; negative: none is wanted
         self._pace = _Pace()
         self._claim_at = 0.0
         self._pause_s = FIRST_PAUSE_S
-        #: When the latest look began that found nothing to do (monotonic); ``None`` while there is work.
+        #: Start of the latest check that found nothing to do (monotonic); ``None`` while there is work.
         self.idle_since: float | None = None
 
     @property
     def in_flight(self) -> int:
-        """Return how many requests are in flight, or given to the transport to be so soon."""
+        """Return how many requests are in flight or queued in the transport."""
         return len(self._in_flight)
 
     def wake(self) -> None:
-        """Say, from any thread, that a delivery may have become due."""
+        """Signal that a delivery may have become due; may be called from any thread."""
         self._fresh = True
         self._woken.set()
 
     def offer(self) -> AdvanceClaim | None:
-        """Offer places for deliveries that are about to be stored, from any thread.
+        """Offer places for deliveries that are about to be stored; may be called from any thread.
 
-        Only while nothing else is known to wait for one, so that no other delivery is overtaken.
+        ``None`` while any other delivery is known to wait for a place, so that none is overtaken.
         """
         if self._claiming or self._fresh or self._freed or time.monotonic() >= self._claim_at:
             return None
@@ -130,7 +130,7 @@ class Sender:
         return AdvanceClaim(lease_id=new_id("lea"), lease_s=lease_s, take_place=self._keep_place)
 
     def _keep_place(self, host: str) -> bool:
-        # Not while a claim is under way, which has counted the places already.
+        # Not during a claim, which has already counted the places.
         with self._lock:
             return (
                 not self._claiming
@@ -141,7 +141,7 @@ class Sender:
             )
 
     def take(self, claim: AdvanceClaim) -> None:
-        """Send what was stored with *claim*, from any thread: in this one, where the sender's rests."""
+        """Send what was stored with *claim*; the calling thread does so itself if the sender's is idle."""
         if not claim.hosts:
             return
         self._stored.append(claim)
@@ -154,7 +154,7 @@ class Sender:
             self._woken.set()
 
     def withdraw(self, claim: AdvanceClaim) -> None:
-        """Free the places of *claim*, and whatever may have been stored with it, from any thread."""
+        """Free the places of *claim* and any deliveries stored with it; may be called from any thread."""
         if claim.hosts:
             self._in_flight.free_places(claim.hosts.values())
             self._doubtful.append(claim.lease_id)
@@ -204,7 +204,7 @@ class Sender:
         wait_s = 0.0 if self._fresh or self._freed else self._claim_at - time.monotonic()
         if room > 0 and wait_s > 0:
             return wait_s
-        # There is more to be had than room for it.
+        # There may be more to send than there is room for.
         limit = self._concurrency + self._ahead()
         self._enough_at = limit - max(1, self._ahead() // 2)
         if self._room() > 0 and len(self._in_flight) <= self._enough_at:
@@ -212,9 +212,9 @@ class Sender:
         return LONGEST_SLEEP_S
 
     def finish(self, *, hurry: Callable[[], bool]) -> None:
-        """Wait for what is in flight and record it; claim nothing more.
+        """Wait for the requests in flight and record their results; claim nothing more.
 
-        :param hurry: says whether to release what is in flight instead; asked again and again.
+        :param hurry: returns whether to release them instead; asked repeatedly.
         """
         while self._stored:  # the thread that offered them has ended
             self.withdraw(self._stored.popleft())
@@ -249,14 +249,14 @@ class Sender:
     def _room(self) -> int:
         limit = self._concurrency + self._ahead()
         if len(self._recorder) >= 4 * limit:
-            return 0  # SQL cannot keep up, or is down: nothing is sent whose answer cannot be recorded
+            return 0  # SQL cannot keep up, or is down: send nothing whose result cannot be recorded
         return limit - self._in_flight.places_taken
 
     def _is_busy(self) -> bool:
         return bool(len(self._in_flight) or len(self._recorder) or self._stored)
 
     def _take_back(self, now: float) -> None:
-        """Release what the transport has not begun in time: the lease covers the request, not a queue."""
+        """Release what the transport has not started in time: the lease covers the request, not a queue."""
         while self._queued:
             since, future, delivery = self._queued[0]
             if not (future.running() or future.done()):
@@ -279,7 +279,7 @@ class Sender:
             del self._doubtful[: len(doubtful)]
 
     def _send_stored(self, now: float) -> None:
-        """Send what was stored as claimed; free it where that was too long ago for the lease."""
+        """Send what was stored as claimed; free it if that was too long ago for the lease."""
         while self._stored:
             claim = self._stored.popleft()
             if now - claim.began > QUEUED_S:
@@ -313,8 +313,8 @@ class Sender:
             reached("delivery claimed")
             self.idle_since = None
             self._submit(claimed)
-        # Hosts that may have more due than this claim could take. One that hangs is always among them, and
-        # must not hide that answers of the others have made room since.
+        # Hosts that may have more due than this claim could take. A hanging host is always among them, and
+        # must not hide that results from other hosts have made room since.
         begun.update(delivery.host for delivery in claimed)
         self._capped = self._full(begun)
         if self._capped - self._full(self._in_flight.per_host()):
@@ -328,12 +328,12 @@ class Sender:
             self._claim_at = now + self._sleep_s(bool(claimed), began)
 
     def _full(self, requests: Mapping[str, int]) -> frozenset[str]:
-        """Return the hosts that have all the requests in flight they may have."""
+        """Return the hosts that have their maximum number of requests in flight."""
         most = self._state.settings.concurrency_per_host
         return frozenset(host for host, count in requests.items() if count >= most)
 
     def _occupied(self) -> dict[str, int]:
-        """Return what is in flight by host; one that had all its requests of this minute counts as full."""
+        """Return the requests in flight by host; a host without requests left this minute counts as full."""
         occupied = self._in_flight.per_host()
         if self._state.settings.rate_limit_policy == "defer":
             for host in self._limiter.full_hosts():
@@ -350,7 +350,7 @@ class Sender:
             return LONGEST_SLEEP_S if due_in is None else min(due_in, LONGEST_SLEEP_S)
         if claimed_some:
             return 0.0
-        # Due, and not to be had: its host's minute is full, or another dispatcher is claiming it.
+        # Due but not available: the host is at its rate limit, or another dispatcher is claiming it.
         self.idle_since = began if self._limiter.full_hosts() and not busy else None
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
         return self._pause_s
@@ -397,9 +397,9 @@ class Sender:
             defer(self._state.database, unsendable, delay_s=UNSENDABLE_S)
 
     def _hold_back(self, deliveries: Sequence[ClaimedDelivery]) -> None:
-        """Put off what is beyond the share, about as long as the hosts before it need.
+        """Defer deliveries beyond their share, about as long as the hosts ahead of them need.
 
-        So that a claim does not meet thousands of them before it meets others.
+        Otherwise a claim might meet thousands of them before it meets others.
         """
         now = time.monotonic()
         self._held = {host: until for host, until in self._held.items() if until > now}
@@ -452,7 +452,7 @@ class Sender:
 
 
 def _span_of(delivery: ClaimedDelivery) -> Any:
-    """Begin the span of an attempt; one that is never ended is never reported."""
+    """Start the span of an attempt; a span that is never ended is never reported."""
     attributes = {
         "http.request.method": "POST",
         "server.address": delivery.host,
@@ -474,7 +474,7 @@ def _end(span: Any, result: AttemptResult) -> None:
 
 
 class _Pace:
-    """How many answers come a second."""
+    """The number of results per second."""
 
     def __init__(self) -> None:
         self.per_second = 0.0
@@ -482,7 +482,7 @@ class _Pace:
         self._answered = 0
 
     def measure(self, answered: int, now: float) -> None:
-        """Take note of how many answers there were by *now*."""
+        """Update the pace from the number of results up to *now*."""
         if now - self._since >= PACE_S:
             self.per_second = (answered - self._answered) / (now - self._since)
             self._since, self._answered = now, answered

@@ -1,7 +1,7 @@
 """The JSON API: the state of one job's webhook for clients, and everything for operators.
 
-Each route states its permission, input and answer, see :mod:`.api_contract`. What is changed is in
-:mod:`.operations`, what an answer may contain in :mod:`.api_schemas`.
+Each route declares its permission, input and response (see :mod:`.api_contract`). Changes are made in
+:mod:`.operations`; :mod:`.api_schemas` decides what a response may contain.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def _add_endpoint_changes(api: Api, state: State) -> None:
         created = operations.create(state, values, idempotency_key=key, tenant=tenant)
         shown = _endpoint(state, created.endpoint_id, tenant)
         if created.replayed:
-            # Without the secret, which was in the first answer only.
+            # Without the secret, which was in the first response only.
             return shown, 200, {"Idempotent-Replayed": "true"}
         return {**shown, "secret": created.secret}
 
@@ -278,7 +278,7 @@ def _endpoint(state: State, endpoint_id: str, tenant: str | None) -> dict[str, A
 
 
 def _with_headers(state: State, endpoint: EndpointView) -> dict[str, Any]:
-    """Return an endpoint with its headers opened and masked."""
+    """Return an endpoint with its headers decrypted and masked."""
     headers = operations.own_headers(state, endpoint)
     masked = headers and mask_headers(headers, header_prefix=state.settings.header_prefix)
     return shallow(endpoint) | {"headers": masked}

@@ -1,8 +1,8 @@
-"""What the routes of the API have in common: permission, input, answer, refusals, and their description.
+"""What the routes of the API have in common: permission, input, response, errors, and their description.
 
-A route states these once, where it is defined, see :class:`Api`; its view gets checked input and returns
-what its answer is made of. :func:`openapi_document` describes the same statements. Knows nothing of storage
-beyond its errors.
+A route declares these once, where it is defined (see :class:`Api`); its view gets checked input and returns
+the content of its response. :func:`openapi_document` describes the same declarations. Of storage, only the
+errors are known here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 View = TypeVar("View", bound=Callable[..., Any])
 
-#: Bytes of a request to the API; the largest honest one, an endpoint with all its headers, is a tenth of it.
+#: Maximum bytes of an API request; the largest honest one, an endpoint with all headers, is a tenth of it.
 MAX_BODY_BYTES = 256 * 1024
 
 _KEY = re.compile("[!-~]{1,255}")
@@ -42,7 +42,7 @@ _PART = re.compile(r"<(?:\w+:)?(\w+)>")
 
 #: Inputs that depend on the app's settings, by the name under which they are described.
 EndpointBody = Literal["EndpointInput", "EndpointChangeInput"]
-#: What an answer is made of: a schema, a media type, or nothing.
+#: The content of a response: a schema, a media type, or nothing.
 Answer = type[Schema] | str | None
 
 
@@ -50,14 +50,14 @@ Answer = type[Schema] | str | None
 class Route:
     """One route of the API.
 
-    :param path: as Flask writes it, without the prefix.
+    :param path: in Flask's notation, without the prefix.
     :param permission: ``None`` for a route that is open.
-    :param own: whether the caller may have ``own`` instead. The view then gets ``tenant``, the one whose rows
-        alone exist for it; ``None`` for a caller with the permission itself.
-    :param asks_itself: whether the view asks for the permission, because it depends on the input.
+    :param own: whether the permission ``own`` is enough. The view then gets ``tenant``, the only tenant whose
+        rows exist for it; ``None`` for a caller with the permission itself.
+    :param asks_itself: whether the view checks the permission itself, because it depends on the input.
     :param answers: status → content and description; the first is the usual one.
-    :param query: what the query string may say.
-    :param body: what the JSON object in the body may say.
+    :param query: what the query string may contain.
+    :param body: what the JSON object in the body may contain.
     :param idempotent: whether the view gets the ``Idempotency-Key`` as ``key``.
     """
 
@@ -74,7 +74,7 @@ class Route:
 
     @property
     def openapi_path(self) -> str:
-        """Return the path as OpenAPI writes it."""
+        """Return the path in OpenAPI's notation."""
         return _PART.sub(r"{\1}", self.path)
 
 
@@ -101,14 +101,14 @@ class Api:
         also: Mapping[int, tuple[Answer, str]] | None = None,
         **facts: Any,
     ) -> Callable[[View], View]:
-        """Serve a view: ask for the permission, check the input, write the answer.
+        """Serve a view: check the permission, check the input, write the response.
 
-        The view is called with the checked query or body first, unless that takes nothing, and with the parts
-        of the path by name. It returns what the answer is made of, or that with a status and headers where
-        the answer is not the usual one, or a whole response. The first line of its docstring is the summary.
+        The view is called with the checked query or body first, unless that has no fields, and with the parts
+        of the path by name. It returns the content of the response; or content, status and headers if the
+        response is not the usual one; or a whole response. The first line of its docstring is the summary.
 
-        :param status: of the usual answer.
-        :param also: further answers.
+        :param status: of the usual response.
+        :param also: further responses.
         :param facts: further fields of :class:`Route`.
         """
 
@@ -149,7 +149,7 @@ def _served(state: State, route: Route, view: Callable[..., Any]) -> Callable[..
 
 
 def _ask(state: State, route: Route, parts: Mapping[str, str]) -> str | None:
-    """Check the permission; return the tenant the caller is confined to, ``None`` for no such bound."""
+    """Check the permission; return the tenant the caller is restricted to, ``None`` for no restriction."""
     tenant = None
     if route.permission is not None and not is_allowed(state, route.permission):
         tenant = own_tenant(state) if route.own else None
@@ -177,19 +177,19 @@ def _input(state: State, route: Route, tenant: str | None) -> list[Any]:
 def _query_input(schema: Schema) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, items in request.args.lists():
-        # A list may be written with commas or by naming its field again.
+        # A list may be written with commas, or by repeating its field.
         values[name] = ",".join(items) if name == "status" else items[-1]
     return operations.checked(schema, values)
 
 
 def _json_input(schema: Schema, *, partial: bool) -> dict[str, Any]:
-    """Return the JSON object in the body, checked; no body is an empty object."""
+    """Return the JSON object in the body, checked; no body counts as an empty object."""
     values: Any = {}
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise ApiError(413, "too_large", f"At most {MAX_BODY_BYTES} bytes are accepted.")
     if request.get_data():
         if not request.is_json:
-            # A form can be sent by another site without asking; JSON cannot.
+            # Another site can send a form without asking, but not JSON.
             raise ApiError(415, "not_json", "Send the body as application/json.")
         try:
             values = request.get_json(silent=True)
@@ -238,12 +238,12 @@ class ApiError(RQWebhooksError):
 
 
 def not_found(what: str) -> ApiError:
-    """Return the refusal for an id that is unknown, or not the caller's to know."""
+    """Return the error for an id that is unknown, or that the caller may not know."""
     return ApiError(404, "not_found", f"There is no such {what}.")
 
 
 def not_installed(need: str, package: str, extra: str) -> ApiError:
-    """Return the refusal of a route that needs a package of the *extra*."""
+    """Return the error of a route that needs a package of the *extra*."""
     how = f"install it with pip install 'flask-rq-webhooks[{extra}]'"
     return ApiError(501, "not_installed", f"{need} the package {package}; {how}.")
 
@@ -258,7 +258,7 @@ _invalid = functools.partial(_refusal, 400, "invalid", "The request is not accep
 
 
 def _install(blueprint: Blueprint) -> None:
-    """Let *blueprint* answer errors as JSON, and put the safe headers on everything it serves."""
+    """Make *blueprint* return errors as JSON, and add the safe headers to everything it serves."""
 
     @blueprint.errorhandler(ApiError)
     def refused(exc: ApiError) -> Response:
@@ -270,7 +270,7 @@ def _install(blueprint: Blueprint) -> None:
 
     @blueprint.errorhandler(operations.UnknownItemError)
     def unknown(exc: operations.UnknownItemError) -> Response:
-        # Without the id, and without saying of which kind an endpoint is.
+        # Without the id, and without revealing the kind of an endpoint.
         return refused(not_found(exc.what.rpartition(" ")[2]))
 
     for kind, status, code in (
@@ -297,7 +297,7 @@ def _install(blueprint: Blueprint) -> None:
     def safe(response: Response) -> Response:
         response.headers.setdefault("Cache-Control", "no-store")
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
-        if response.mimetype != "text/html":  # pages say it themselves; a host's error page is the host's
+        if response.mimetype != "text/html":  # pages set it themselves; the host's error pages are its own
             response.headers.setdefault(
                 "Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"
             )
@@ -310,7 +310,7 @@ def _install(blueprint: Blueprint) -> None:
 def openapi_document(state: State, routes: Iterable[Route], *, root: str) -> dict[str, Any]:
     """Return the description of one app's API.
 
-    :param root: path under which the app is mounted; empty for the usual place.
+    :param root: path under which the app is mounted; usually empty.
     :raises ApiError: without the package ``apispec``.
     """
     try:
@@ -357,7 +357,7 @@ def _schema_name(schema: Any) -> str:
 
 
 def _move_enums(part: Any) -> None:
-    """Put the allowed values on the items of a list; apispec puts them on the list."""
+    """Move the allowed values of a list to its items; apispec puts them on the list."""
     if isinstance(part, dict):
         if "items" in part and "enum" in part:
             part["items"] = {**part["items"], "enum": part.pop("enum")}

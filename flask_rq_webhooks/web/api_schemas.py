@@ -1,8 +1,8 @@
-"""The shapes of the API's inputs and answers, as marshmallow schemas.
+"""The API's inputs and responses, as marshmallow schemas.
 
-Decides what an answer may contain: URLs are redacted, headers that were sent are masked, secrets have no
-field. Names that begin with ``Status`` are for clients and therefore coarse; the rest is for callers with the
-permission ``read``. Every field of an answer is always there, but those a schema lists in ``sometimes``.
+This module decides what a response may contain: URLs are redacted, sent headers are masked, secrets have no
+field. Schemas that begin with ``Status`` are for clients and therefore coarse; the rest is for callers with
+the permission ``read``. A response always has all its fields, except those its schema lists in ``sometimes``.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class BodyText(fields.Field):  # type: ignore[type-arg]
 
 
 class CoarseCode(fields.String):
-    """An error code as far as clients may know it."""
+    """An error code, as coarse as clients may see it."""
 
     def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
         return coarse_code(value)
 
 
 class ItemList(fields.List):  # type: ignore[type-arg]
-    """A list, or its items in one text, between commas or spaces."""
+    """A list, or one text with the items separated by commas or spaces."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> list[Any]:
         if isinstance(value, str):
@@ -79,7 +79,7 @@ class RetryStatus(fields.Field):  # type: ignore[type-arg]
 
 
 class AnswerSchema(Schema):
-    """What all shapes below derive from."""
+    """The base of all response schemas below."""
 
     sometimes: ClassVar[frozenset[str]] = frozenset()
 
@@ -99,10 +99,10 @@ def _shape(
 ) -> type[AnswerSchema]:
     """Return a schema.
 
-    :param base: schema whose fields it has too.
+    :param base: schema whose fields it also has.
     :param sometimes: names of the fields that may be absent.
-    :param text: names of the fields of this kind, as for the kinds that follow; ``?`` marks one that may be
-        null.
+    :param text: names of the fields of this kind, likewise for the kinds that follow; ``?`` marks one that
+        may be null.
     :param others: further fields.
     """
     kinds: tuple[tuple[str, type[fields.Field[Any]]], ...] = (
@@ -151,7 +151,7 @@ StatusDeliverySchema = _shape(
 StatusDeliveryWithAttemptsSchema = _shape(
     "StatusDeliveryWithAttemptsSchema", StatusDeliverySchema, attempts=_items(StatusAttemptSchema)
 )
-#: The state of a job's webhook; only the first two fields where none is known.
+#: The state of a job's webhook; only ``job_id`` and ``webhook_configured`` if none is known.
 StatusSchema = _shape(
     "StatusSchema", sometimes="url delivery_status job_status events deliveries",
     text="job_id delivery_status job_status?", yes_no="webhook_configured", url="url",
@@ -175,7 +175,7 @@ AttemptSchema = _shape(
     response_body=BodyText(),
 )  # fmt: skip
 
-#: An endpoint; header values are masked, and all of it null where no key opens them. ``secrets`` is the
+#: An endpoint. Header values are masked, and ``headers`` is null if no key decrypts them. ``secrets`` is the
 #: number of secrets that sign now.
 EndpointSchema = _shape(
     "EndpointSchema", text="id kind host scope format reference? runid? description? disabled_reason? "
@@ -188,9 +188,9 @@ EndpointSchema = _shape(
 )  # fmt: skip
 #: A page of endpoints.
 EndpointsSchema = _shape("EndpointsSchema", text="cursor?", items=_items(EndpointSchema))
-#: A new endpoint. Its secret is in this answer and in no other; absent in an answer that is repeated.
+#: A new endpoint. Its secret is in this response and in no other; it is absent if the response is repeated.
 NewEndpointSchema = _shape("NewEndpointSchema", EndpointSchema, sometimes="secret", text="secret?")
-#: The new secret, in this answer and in no other.
+#: The new secret, in this response and in no other.
 RotatedSchema = _shape("RotatedSchema", text="id secret", number="grace_s")
 #: The event of the test message.
 PingedSchema = _shape("PingedSchema", text="event_id", whole="deliveries")
@@ -203,9 +203,9 @@ DeliveryDetailSchema = _shape(
 #: A delivery that is due now, or being sent.
 ResentSchema = _shape("ResentSchema", text="id status")
 
-#: What a change of many deliveries leaves for the next request. ``cursor`` is sent with it, and null when
-#: everything is done. ``remaining`` is counted up to 10,001, and null where it is not known, because the
-#: deliveries do not exist yet.
+#: What a change of many deliveries leaves for the next request. ``cursor`` is sent with that request, and is
+#: null when everything is done. ``remaining`` is counted up to 10,001, and is null if it is not known because
+#: the deliveries do not exist yet.
 _LeftSchema = _shape("_LeftSchema", text="cursor?", whole="remaining?")
 #: How many deliveries are due now.
 RecoveredSchema = _shape("RecoveredSchema", _LeftSchema, recovered=fields.Integer(attribute="done"))
@@ -244,7 +244,7 @@ PublicKeySchema = _shape("PublicKeySchema", text="key algorithm", yes_no="signs"
 KeysSchema = _shape("KeysSchema", keys=_items(PublicKeySchema))
 #: Why a request was refused.
 _ReasonsSchema = _shape("_ReasonsSchema", text="code message", details=_object())
-#: The body of every refusal.
+#: The body of every error response.
 ErrorSchema = _shape("ErrorSchema", error=fields.Nested(_ReasonsSchema))
 
 
@@ -252,7 +252,7 @@ ErrorSchema = _shape("ErrorSchema", error=fields.Nested(_ReasonsSchema))
 
 STATUSES = (PENDING, SENDING, SUCCEEDED, EXHAUSTED, CANCELED)
 
-#: Characters of a text that a filter compares with; no stored one is longer.
+#: Maximum characters of a text that a filter compares with; no stored text is longer.
 MAX_FILTER_TEXT = 512
 #: Seconds for which a rotated secret may still sign.
 MAX_GRACE_S = 30 * 86400
@@ -279,7 +279,7 @@ class PageInput(_Input):
 
 
 class FilterInput(_Input):
-    """Which deliveries; in a query string ``status`` is a list with commas."""
+    """Which deliveries; in a query string, ``status`` is a comma-separated list."""
 
     since = fields.AwareDateTime()
     until = fields.AwareDateTime()
@@ -303,9 +303,9 @@ class DeliveriesInput(PageInput, FilterInput):
 
 
 class ManyInput(FilterInput):
-    """Which deliveries to change. All of them only with ``all``.
+    """Which deliveries to change; all of them only with ``all``.
 
-    ``cursor`` continues where the answer to the request before stopped.
+    ``cursor`` continues where the previous request stopped, according to its response.
     """
 
     all = fields.Boolean()
@@ -374,7 +374,7 @@ class RotateInput(_Input):
 def endpoint_schema(state: State, tenant: str | None = None) -> Schema:
     """Return the schema of a standing endpoint's input, with this app's bounds.
 
-    :param tenant: one that creates it for itself may choose what a request can choose, and nothing else.
+    :param tenant: the tenant that creates it for itself; it may choose only what a request can choose.
     """
     return _endpoint_input(state.settings, state.url_policy, frozenset(state.formats), tenant is not None)
 
@@ -412,14 +412,14 @@ def _endpoint_input(settings: Settings, url_policy: UrlPolicy, formats: frozense
     return schema()
 
 
-#: Attempts that an operator's own retry schedule can make.
+#: Maximum attempts that an operator's own retry schedule can make.
 MAX_OWN_ATTEMPTS = 100
-#: Shortest and longest delay of an endpoint's own schedule, and the longest time for all of them, seconds.
+#: Shortest and longest delay of an endpoint's own schedule, and the maximum of all delays together, seconds.
 MIN_DELAY_S, MAX_DELAY_S, MAX_DELAYS_S = 1, 86_400, 7 * 86_400
 
 
 def _delays(most: int) -> Callable[[list[float]], None]:
-    """Return the check of a retry schedule that makes at most *most* attempts."""
+    """Return the validator for a retry schedule that makes at most *most* attempts."""
 
     def check(delays: list[float]) -> None:
         if not 1 <= len(delays) < most:

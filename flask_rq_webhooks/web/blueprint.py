@@ -1,7 +1,7 @@
-"""The blueprint of our routes, and which requests it admits: by permission, and by a token against forgery.
+"""The blueprint of our routes, and which requests it allows: by permission, and by a token against forgery.
 
-Mounted under every host name where the app chooses routes by host. The host's own function decides about
-permissions; until there is one everything is refused:
+If the app chooses routes by host, it is mounted under every host name. The host's own function decides about
+permissions; until there is one, everything is refused:
 
 ``status``
     see the state of the webhook of one job or run (``job_id``, ``runid``)
@@ -10,13 +10,13 @@ permissions; until there is one everything is refused:
 ``manage``
     change, resend, cancel, pause
 ``own``
-    see and change what belongs to one tenant (``tenant``), the caller's own; asked only where ``read`` or
+    see and change what belongs to one tenant (``tenant``), the caller's own; asked only if ``read`` or
     ``manage`` was refused
 
 A browser adds cookies to requests that other sites make it send. So a change requested with cookies, or
 from another site, must carry a token that only our own pages contain; a caller that sends credentials in a
-header is judged by the permission function alone. Works with and without Flask-WTF's ``CSRFProtect``, whose
-check is replaced by this one for our routes.
+header is judged by the permission function alone. This works with and without Flask-WTF's ``CSRFProtect``,
+whose check is replaced by this one for our routes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class WebhookBlueprint(Blueprint):
     def make_setup_state(
         self, app: App, options: dict[str, Any], first_registration: bool = False
     ) -> BlueprintSetupState:
-        """Return what adds the rules to *app*."""
+        """Return the object that adds the rules to *app*."""
         setup = _AnyHostSetup if app.url_map.host_matching else BlueprintSetupState
         return setup(self, app, options, first_registration)
 
@@ -82,7 +82,7 @@ def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
     """Ask the host whether the caller of this request has *permission*.
 
     An answer that is neither yes nor no, such as a redirect to a login page or the coroutine of an async
-    function, is a no.
+    function, counts as no.
 
     :param what: with ``"status"``: ``job_id`` and ``runid``, each a string or ``None``; with ``"own"``:
         ``tenant``.
@@ -97,7 +97,7 @@ def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
         return False
     answer: Any = function(permission, **what)
     if inspect.isawaitable(answer) or isinstance(answer, Response | tuple):
-        # Each is true as a condition, and none means yes.
+        # Each of these is truthy, but none means yes.
         if inspect.iscoroutine(answer):
             answer.close()
         logger.error(
@@ -109,17 +109,17 @@ def is_allowed(state: State, permission: Permission, **what: Any) -> bool:
 
 
 def own_tenant(state: State) -> str | None:
-    """Return the tenant whose rows the caller of this request may see and change; ``None``: of none."""
+    """Return the tenant whose rows the caller of this request may see and change, or ``None``."""
     tenant = current_tenant(state)
     return tenant if tenant is not None and is_allowed(state, "own", tenant=tenant) else None
 
 
-#: Characters of an id in a path; RQ's job ids are the longest.
+#: Maximum characters of an id in a path; RQ's job ids are the longest.
 MAX_ID = 512
 
 
 def is_possible_id(text: str) -> bool:
-    """Return whether *text*, from a path, may be looked for: databases handle other text differently."""
+    """Return whether *text*, from a path, can be searched for: databases handle other text differently."""
     return "\0" not in text and len(text) <= MAX_ID
 
 
@@ -133,7 +133,7 @@ _SALT = "rq-webhooks-csrf"
 
 
 def csrf_token() -> str:
-    """Return the token that changes from this session must carry; empty where the app has no sessions."""
+    """Return the token that changes from this session must carry; empty if the app has no sessions."""
     if not current_app.secret_key:
         return ""
     if _SESSION_KEY not in session:
@@ -142,14 +142,14 @@ def csrf_token() -> str:
 
 
 def is_forgeable() -> bool:
-    """Return whether another site may have made this request; it carries no valid token then."""
+    """Return whether another site may have made this request, as it carries no valid token."""
     return (bool(request.cookies) or _is_from_another_site()) and not _is_token_valid()
 
 
 def replace_csrf_protect(blueprint: Blueprint) -> None:
     """Let this module, not a ``CSRFProtect`` of the host, check the requests to *blueprint*.
 
-    Repeated with each request to us, since the host may initialise its ``CSRFProtect`` after us.
+    This is repeated with each request to us, since the host may initialise its ``CSRFProtect`` after us.
     """
 
     def exempt(app: App) -> None:
@@ -157,7 +157,7 @@ def replace_csrf_protect(blueprint: Blueprint) -> None:
         if protect is not None and hasattr(protect, "exempt"):
             protect.exempt(blueprint)
 
-    # Called before every before_request function, that of a later CSRFProtect too.
+    # Called before every before_request function, including that of a later CSRFProtect.
     @blueprint.url_value_preprocessor
     def exempt_late(_view: str | None, _parts: dict[str, Any] | None) -> None:
         exempt(current_app)
@@ -174,7 +174,7 @@ def _is_from_another_site() -> bool:
         return False
     try:
         return urlsplit(origin).netloc != request.host
-    except ValueError:  # no browser writes such a thing
+    except ValueError:  # no browser sends such a value
         return True
 
 

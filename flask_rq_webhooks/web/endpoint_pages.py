@@ -1,4 +1,4 @@
-"""The pages about endpoints: the list, one endpoint, its form, and what is done with it."""
+"""The pages about endpoints: the list, one endpoint, its form, and its actions."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _add_forms(pages: Pages, state: State) -> None:
             return _form(state, None, 409, {"url": [str(exc)]})
         if not created.generated:
             return done("created", ".page_endpoint", endpoint_id=created.endpoint_id)
-        # In this response, not after a redirect: so it is stored nowhere.
+        # Shown in this response, not after a redirect, so that it is stored nowhere.
         endpoint = operations.standing(state, created.endpoint_id, tenant=tenant)
         return page("secret.html", 201, endpoint=endpoint, secret=created.secret, grace_h=None)
 
@@ -134,7 +134,7 @@ def _add_actions(pages: Pages, state: State) -> None:
         if "recover" not in request.form:
             return done("enabled", ".page_endpoint", endpoint_id=endpoint_id)
         since = operations.missed_since(state, before)
-        # In the form of the list's own field, which continues with what is left.
+        # In the format of the list's own field, which continues with what is left.
         text = since.replace(tzinfo=None).isoformat(timespec="milliseconds")
         wanted = read_filter(MultiDict([("endpoint_id", endpoint_id), ("since", text)]), tenant)
         did = operations.recover(state, wanted.where)
@@ -180,7 +180,7 @@ _TYPE_FIELDS = {"job": "event", "task": "event_type", "standard": "type"}
 
 
 def _snippets(state: State, endpoint: EndpointView) -> dict[str, str]:
-    """Return code that verifies what this endpoint gets, by language."""
+    """Return, by language, code that verifies what this endpoint receives."""
     names = {
         "rqw_event_header": f"{state.settings.header_prefix}-Event",
         "rqw_type_field": _TYPE_FIELDS.get(endpoint.format),
@@ -192,7 +192,7 @@ def _snippets(state: State, endpoint: EndpointView) -> dict[str, str]:
 
 
 def _sent_headers(state: State, endpoint: EndpointView) -> dict[str, str]:
-    """Return the headers that come with each webhook to this endpoint, and what they hold."""
+    """Return the headers that come with each webhook to this endpoint, and what they contain."""
     settings = state.settings
     prefix = settings.header_prefix
     time = "ISO 8601" if endpoint.format == "task" else "unix seconds"

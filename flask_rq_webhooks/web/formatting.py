@@ -1,7 +1,7 @@
-"""Values as pages show them: times, spans, numbers, text from untrusted sources, and the bars of the chart.
+"""Format values for pages: times, spans, numbers, text from untrusted sources, and the bars of the chart.
 
 Functions return plain text, which templates escape; or rectangles, which a template draws as inline SVG
-next to a table of the same numbers. Knows nothing of requests.
+next to a table of the same numbers. None of them depends on the request.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from datetime import UTC, datetime, timedelta
 
 from ..storage.statistics import Hour
 
-#: What could deceive a terminal, an editor or a reader: control characters, and those that change the
-#: direction of text.
+#: Characters that could deceive a terminal, an editor or a reader: control characters, and those that change
+#: the direction of text.
 _DECEPTIVE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
 )
 
-#: Bytes of a body that a page shows.
+#: Maximum bytes of a body that a page shows.
 BODY_SHOWN = 64 * 1024
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def readable(value: object) -> str:
-    """Return untrusted text with every deceptive character written as ``\\u202e``."""
+    """Return untrusted text with every deceptive character written as an escape such as ``\\u202e``."""
     text = str(value).replace("\r\n", "\n")
     return _DECEPTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -84,8 +84,8 @@ def as_curl(url: str, headers: Mapping[str, str], body: bytes) -> str:
 
     Everything is quoted, so that nothing in it can become a command of its own.
 
-    :param url: what may be shown of it.
-    :param headers: masked.
+    :param url: the part of the URL that may be shown.
+    :param headers: the masked headers.
     """
     lines = [f"curl {shlex.quote(readable(url))}", "--request POST"]
     lines += [f"--header {shlex.quote(readable(f'{name}: {value}'))}" for name, value in headers.items()]
@@ -94,7 +94,7 @@ def as_curl(url: str, headers: Mapping[str, str], body: bytes) -> str:
     except UnicodeDecodeError:
         text = None
     if text is None or _DECEPTIVE.search(text):
-        # No terminal takes this as typed.
+        # No terminal accepts this as typed text.
         encoded = shlex.quote(b64encode(body).decode())
         return f"printf %s {encoded} | base64 -d | " + " \\\n  ".join([*lines, "--data-binary @-"])
     return " \\\n  ".join([*lines, f"--data-raw {shlex.quote(text)}"])
@@ -102,7 +102,7 @@ def as_curl(url: str, headers: Mapping[str, str], body: bytes) -> str:
 
 # -- the chart of the overview ----------------------------------------------------------------------------
 
-#: What is drawn, from the bottom of a bar to its top.
+#: The parts of a bar, from bottom to top.
 OUTCOMES = ("succeeded", "exhausted", "canceled")
 
 #: Size of the drawing, in its own units; the page stretches it.
@@ -141,7 +141,7 @@ class Bar:
 class Chart:
     """Bars from left to right.
 
-    :param top: what the upper edge of the drawing stands for.
+    :param top: the value that the upper edge of the drawing represents.
     :param ticks: labels of the time axis: position in percent, and text.
     """
 
@@ -154,7 +154,7 @@ class Chart:
 def endings(hours: Sequence[Hour], *, now: datetime, back: int = 24) -> Chart:
     """Return the chart of finished deliveries over time.
 
-    :param hours: hours in which any finished.
+    :param hours: hours in which any delivery finished.
     :param back: one of :data:`RANGES`.
     """
     _name, size_h, written = RANGES[back]
@@ -182,7 +182,7 @@ def endings(hours: Sequence[Hour], *, now: datetime, back: int = 24) -> Chart:
 def nice_top(most: int) -> int:
     """Return the smallest of 4, 6, 8, 10, 16, 20, 30, 40, 60, 80, 100, … that is not below *most*.
 
-    All even, so that the line in the middle also stands for a whole number.
+    All are even, so that the line in the middle also represents a whole number.
     """
     scale = 1
     while True:

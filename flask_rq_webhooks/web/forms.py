@@ -1,6 +1,6 @@
-"""HTML forms: from form fields to the API's shape, and back into links.
+"""HTML forms: convert form fields to the API's shape, and back into links.
 
-What is acceptable is decided by the API's schemas. Knows nothing of storage beyond the filter it fills.
+The API's schemas decide what is acceptable. Of storage, only the filter that is filled is known here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ENDPOINT_TEXTS = (
 class FilterForm:
     """One filter as it was sent.
 
-    :param fields: what links and hidden fields carry on; only what was given.
+    :param fields: the values that links and hidden fields pass on; only those that were given.
     :param errors: field → what is wrong with it; such a field does not filter.
     """
 
@@ -66,8 +66,8 @@ class FilterForm:
 def read_filter(sent: MultiDict[str, str], tenant: str | None) -> FilterForm:
     """Return the filter that a query string or a form describes; unknown fields are ignored.
 
-    :param tenant: the one the caller is confined to; ``None``: to none.
-    :raises UnknownItemError: for another tenant than that.
+    :param tenant: the tenant the caller is restricted to; ``None`` for no restriction.
+    :raises UnknownItemError: for any other tenant than that.
     """
     fields: dict[str, Any] = {}
     statuses = [status for status in dict.fromkeys(sent.getlist("status")) if status]
@@ -93,7 +93,7 @@ def _where(fields: Mapping[str, Any], tenant: str | None) -> DeliveryFilter:
 
 
 def _in_utc(text: str) -> str:
-    """Return a time of the form, which is UTC unless it says otherwise, with its offset."""
+    """Return a time from the form with its offset; it is UTC unless it says otherwise."""
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
@@ -109,7 +109,7 @@ def endpoint_values(
 ) -> dict[str, Any]:
     """Return what a form says about an endpoint, checked.
 
-    :param creating: a new endpoint; otherwise blank URL and headers mean that they stay as they are.
+    :param creating: whether the endpoint is new; if not, blank URL and headers stay as they are.
     :raises InvalidInputError: with every reason.
     """
     raw: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def endpoint_values(
 
 
 def _events(form: MultiDict[str, str]) -> list[str] | None:
-    """Return the chosen types: boxes for ours, a line for the application's own; ``None`` for the default."""
+    """Return the chosen types: boxes for ours, a line for the application's; ``None`` for the default."""
     chosen = [name for name in form.getlist("events") if name in JOB_TYPES | OPERATOR_TYPES or name == "*"]
     chosen += [name for name in re.split(r"[,\s]+", form.get("other_events", "")) if name]
     return list(dict.fromkeys(chosen)) or None
@@ -158,7 +158,7 @@ def _events(form: MultiDict[str, str]) -> list[str] | None:
 def header_pairs(lines: Iterable[str]) -> dict[str, str]:
     """Return headers, each written as ``Name: value``.
 
-    :raises ValueError: naming what is wrong, without a value, which may be a secret.
+    :raises ValueError: saying what is wrong, without a value, which may be a secret.
     """
     found: dict[str, str] = {}
     for line in lines:

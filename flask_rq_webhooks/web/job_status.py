@@ -1,7 +1,7 @@
 """The state of a job's webhook: for the client who submitted the job, and for the host's own pages.
 
-Owns the answer of the status route. It is coarse on purpose: no response bodies, no headers, and nothing
-that reveals hosts the client cannot reach. The Jinja global ``rq_webhooks_job`` gives the same to
+This module owns the response of the status route. It is coarse on purpose: no response bodies, no headers,
+and nothing that reveals hosts the client cannot reach. The Jinja global ``rq_webhooks_job`` gives the same to
 templates; the macros are in ``rq_webhooks/_macros.html`` and need none of our styles and no JavaScript.
 """
 
@@ -27,7 +27,7 @@ from .blueprint import is_allowed, is_possible_id
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after which to ask again: nothing to deliver yet, an attempt in progress, at most.
+#: Seconds after which to ask again: with nothing to deliver yet, during an attempt, and at most.
 WAITING_S, SENDING_S, MOST_S = 5, 2, 300
 
 _EVENTS = EventSchema(many=True)
@@ -38,10 +38,10 @@ _ATTEMPTS = StatusAttemptSchema(many=True)
 def job_status(state: State, job_id: str) -> Response:
     """Return the state of a job's webhook, with an ``ETag``, and ``Retry-After`` while it may change.
 
-    A job of another client looks like one that does not exist, and like one without a webhook; the same
-    statements and as many questions to the host are asked for each.
+    A job of another client looks like one that does not exist, and like one without a webhook; for each of
+    them, the same statements run and the host's function is asked as often.
 
-    :raises ApiError: 403 where the host's permission function lets the caller ask for no job of this id.
+    :raises ApiError: 403 if the host's permission function does not let the caller ask for this job id.
     """
     found = cleared_webhook(state, job_id) if is_possible_id(job_id) else None
     if found is None and not is_allowed(state, "status", job_id=job_id, runid=None):
@@ -60,7 +60,7 @@ def job_status(state: State, job_id: str) -> Response:
 
 
 def cleared_webhook(state: State, job_id: str) -> JobWebhook | None:
-    """Return what the caller of this request may know of a job's webhook; ``None`` for nothing."""
+    """Return what the caller of this request may know about a job's webhook; ``None`` if nothing."""
     asked: list[str | None] = []
 
     def cleared(runid: str | None) -> bool:
@@ -69,14 +69,14 @@ def cleared_webhook(state: State, job_id: str) -> JobWebhook | None:
 
     found = job_webhook(state.database, job_id, cleared=cleared)
     if not asked:
-        cleared(None)  # a host that asks its database takes as long for an unknown job as for a foreign one
+        cleared(None)  # so a host that asks its database takes as long for an unknown as for a foreign job
     return found
 
 
 def status_body(found: JobWebhook, job_status: str | None) -> dict[str, Any]:
     """Return the state of a job's webhook, as JSON.
 
-    :param job_status: RQ's status of the job; ``None`` where it is unknown.
+    :param job_status: RQ's status of the job; ``None`` if it is unknown.
     """
     return {
         "job_id": found.job_id,
@@ -101,7 +101,7 @@ def _job_status(state: State, job_id: str) -> str | None:
 
 
 def _worth_waiting_s(found: JobWebhook) -> int | None:
-    """Return after how many seconds the answer may differ; ``None`` when nothing is expected."""
+    """Return after how many seconds the state may have changed; ``None`` when no change is expected."""
     if not found.deliveries:
         return WAITING_S
     if found.delivery_status == SENDING:
@@ -117,7 +117,7 @@ def _worth_waiting_s(found: JobWebhook) -> int | None:
 
 
 def add_to(blueprint: Blueprint) -> None:
-    """Give the templates of *blueprint*'s app the global and the macros."""
+    """Make the global and the macros available to the templates of *blueprint*'s app."""
     blueprint.template_folder = "templates"
     blueprint.add_app_template_global(rq_webhooks_job)
 
@@ -125,10 +125,10 @@ def add_to(blueprint: Blueprint) -> None:
 def rq_webhooks_job(job_id: str) -> dict[str, Any] | None:
     """Return the state of a job's webhook: what ``GET /jobs/<job_id>`` answers, as a dict.
 
-    Each delivery also has a ``page``: the URL of its page, where the caller has the permission ``read``.
+    Each delivery also has a ``page``: the URL of its page, if the caller has the permission ``read``.
 
-    :returns: ``None`` where the job has no webhook, where the caller lacks the permission ``status`` for it,
-        and where SQL cannot be reached: a host's page never fails for it.
+    :returns: ``None`` if the job has no webhook, if the caller lacks the permission ``status`` for it, and if
+        SQL cannot be reached: a host's page never fails because of that.
     """
     state = get_state()
     try:

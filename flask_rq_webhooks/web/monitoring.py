@@ -1,9 +1,9 @@
-"""What monitoring asks for: alarms and metrics, read from SQL and Redis, so the same in every process.
+"""Alarms and metrics for monitoring, read from SQL and Redis, so they are the same in every process.
 
-Alarms are conditions under which webhooks do not arrive although nothing fails, each with what to do. Those
-of :func:`everywhere` are cheap enough for every page. Owns the names of the metrics. Nothing is counted in
-memory, so numbers need no summing and a restart loses nothing. No label holds a host or a job: clients
-choose those.
+Alarms are conditions under which webhooks do not arrive although nothing fails; each says what to do. Those
+of :func:`everywhere` are cheap enough for every page. This module defines the names of the metrics. Nothing
+is counted in memory, so numbers need no summing and a restart loses nothing. No label contains a host or a
+job: clients choose those.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .formatting import OUTCOMES, moment, number, span
 
 logger = logging.getLogger(__name__)
 
-#: Entries in the outbox that a live dispatcher never lets accumulate.
+#: Number of outbox entries that a live dispatcher never lets accumulate.
 OUTBOX_LONG = 500
 #: Seconds a report may wait in the outbox. A dispatcher that keeps up stores it within 5.
 STUCK_S = 60.0
-#: A watch older than this is a job that runs for days, or one that is stuck.
+#: A watch older than this belongs to a job that runs for days, or to one that is stuck.
 WATCH_OLD = timedelta(days=1)
 #: Seconds after which a due delivery is late.
 LATE_S = 60.0
@@ -41,7 +41,7 @@ class Alarm:
 
     :param text: the condition.
     :param advice: what to do.
-    :param severe: nothing is delivered.
+    :param severe: whether it means that nothing is delivered.
     """
 
     text: str
@@ -50,7 +50,7 @@ class Alarm:
 
 
 def everywhere(state: State) -> list[Alarm]:
-    """Return what stops or endangers all deliveries now.
+    """Return alarms about what stops or endangers all deliveries now.
 
     :raises StorageUnavailableError: when SQL cannot be reached.
     """
@@ -107,7 +107,7 @@ def everywhere(state: State) -> list[Alarm]:
 def reports_are_stuck(state: State) -> bool:
     """Return whether a callback report has waited so long that no live dispatcher can be processing it.
 
-    :raises redis.RedisError: when Redis cannot be asked.
+    :raises redis.RedisError: when Redis cannot be reached.
     """
     waited_s = age_of_oldest(state.redis, state.outbox.key)
     return waited_s is not None and waited_s > STUCK_S
@@ -131,7 +131,7 @@ def of_numbers(numbers: Statistics, now: datetime) -> list[Alarm]:
 
 # -- metrics for Prometheus -------------------------------------------------------------------------------
 
-#: Content type of the answer.
+#: Content type of the response.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -159,7 +159,7 @@ Measured = float | tuple[str, Mapping[str, float]]
 
 
 def _measured(state: State) -> Iterator[tuple[str, str, Measured]]:
-    """Give name, description and value of each metric. One that cannot be known is absent, not 0."""
+    """Yield name, description and value of each metric. One that cannot be known is absent, not 0."""
     numbers = statistics(state.database, hours=1)
     yield "info", "Always 1; the version that answers.", ("version", {__version__: 1})
     about = "Deliveries kept, by status; counted up to 10000, and 10001 means more."

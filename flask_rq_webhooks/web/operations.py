@@ -1,7 +1,7 @@
-"""What operators do: one function per action, and the bounds of its input.
+"""The actions of operators: one function per action, and the limits of its input.
 
-The API, the pages and the commands translate what they are sent into the API's shape, have it checked by
-:func:`checked`, and call one of these functions. Knows nothing of how an answer looks.
+The API, the pages and the commands translate their input into the API's shape, check it with
+:func:`checked`, and call one of these functions. How a response looks is not known here.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from ..storage.standing_endpoints import ROTATION_GRACE_S
 from ..storage.standing_endpoints import TenantLimitError as TenantLimitError
 from .api_schemas import endpoint_schema as endpoint_schema
 
-#: How many deliveries one call changes at most, and one transaction.
+#: Maximum number of deliveries that one call changes, and that one transaction changes.
 AT_MOST, PER_PART = 1000, 500
-#: Seconds after which a call begins no further transaction.
+#: Seconds after which a call starts no further transaction.
 ENOUGH_S = 2.0
 
-#: Attempts of a ping where the endpoint sets none: the operator who waits for it sees the first answer.
+#: Attempts of a ping if the endpoint sets no number: the operator who waits for it sees the first result.
 PING_ATTEMPTS = 1
 
 
@@ -76,7 +76,7 @@ class ReusedKeyError(RQWebhooksError):
 
 
 def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = None) -> dict[str, Any]:
-    """Return *raw* as the schema reads it.
+    """Return the values of *raw*, checked and converted by *schema*.
 
     :param raw: in the API's shape.
     :param partial: whether required fields may be missing.
@@ -85,7 +85,7 @@ def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = No
     try:
         values: dict[str, Any] = schema.load(raw, partial=partial)
     except ValidationError as exc:
-        # Without the cause: it holds the values, and one may be a secret.
+        # Without the cause: it contains the values, and one may be a secret.
         raise InvalidInputError(flat_details(exc)) from None
     return values
 
@@ -96,9 +96,9 @@ def checked(schema: Schema, raw: Mapping[str, Any], *, partial: bool | None = No
 def scoped(values: Mapping[str, Any], tenant: str | None) -> str | None:
     """Return the tenant that a caller's input asks for, within what the caller may see.
 
-    :param values: may hold ``tenant``, the filter of operators.
-    :param tenant: the one the caller is confined to; ``None``: to none.
-    :raises UnknownItemError: for another tenant than that, whether it exists or not.
+    :param values: may contain ``tenant``, the filter of operators.
+    :param tenant: the tenant the caller is restricted to; ``None`` for no restriction.
+    :raises UnknownItemError: for any other tenant than that, whether it exists or not.
     """
     wanted: str | None = values.get("tenant")
     if tenant is not None and wanted not in (None, tenant):
@@ -131,7 +131,7 @@ def delivery(state: State, delivery_id: str, *, tenant: str | None = None) -> De
         raise UnknownItemError("delivery", delivery_id)
     if tenant is None:
         return found
-    # The receiver is the tenant's own, and public unless the settings open private networks: then an answer
+    # The receiver is the tenant's own, and public unless the settings open private networks: then a response
     # could be that of an internal host that the tenant cannot reach itself.
     answers = found.delivery.endpoint_kind == "standing" and not state.settings.allow_networks
     return replace(
@@ -167,16 +167,16 @@ def list_deliveries(
 
 
 def _for_tenant(delivery: DeliveryView) -> DeliveryView:
-    """Return a delivery as its tenant may see it: why it failed only as far as the status route says.
+    """Return a delivery as its tenant may see it: the reason of a failure only as in the status route.
 
-    Requests of two tenants may have chosen the same job id; the run is that of the event's tenant.
+    Requests of two tenants may have chosen the same job id; the run belongs to the event's tenant.
     """
     runid = delivery.runid if delivery.event_tenant == delivery.tenant else None
     return replace(delivery, error_code=coarse_code(delivery.error_code), runid=runid)
 
 
 def event_payload(state: State, event: EventView) -> dict[str, Any] | None:
-    """Return an event's payload as the format ``job`` renders it; ``None`` where it is erased or not read."""
+    """Return an event's payload as the format ``job`` renders it; ``None`` if it is erased or not read."""
     if event.erased_at is not None or event.payload is None:
         return None
     context = state.render_context(event.id, event.runid)
@@ -186,8 +186,8 @@ def event_payload(state: State, event: EventView) -> dict[str, Any] | None:
 def resend(state: State, delivery_id: str, *, tenant: str | None = None) -> str:
     """Make one delivery due now, whatever its status: same event id, same bytes.
 
-    :param tenant: only one of this tenant, as for everything below.
-    :returns: its status: ``"pending"``, or ``"sending"`` where an attempt is under way.
+    :param tenant: only a delivery of this tenant; the same holds for everything below.
+    :returns: its status: ``"pending"``, or ``"sending"`` if an attempt is in progress.
     :raises UnknownItemError: when there is no such delivery.
     :raises ErasedError: when its body was erased.
     """
@@ -201,10 +201,10 @@ def resend(state: State, delivery_id: str, *, tenant: str | None = None) -> str:
 class Progress:
     """What one call of :func:`recover` or :func:`cancel` did.
 
-    :param done: deliveries.
+    :param done: number of deliveries changed.
     :param cursor: where the next call continues; ``None`` when everything is done.
-    :param remaining: deliveries that are left, counted up to ``COUNT_CAP`` and one more; ``None`` where it is
-        not known, because they do not exist yet.
+    :param remaining: deliveries that are left, counted up to ``COUNT_CAP`` and one more; ``None`` if it is
+        not known because they do not exist yet.
     """
 
     done: int
@@ -215,9 +215,9 @@ class Progress:
 def recover(state: State, where: DeliveryFilter, cursor: str | None = None) -> Progress:
     """Make deliveries due now, as many as :data:`AT_MOST` and :data:`ENOUGH_S` allow.
 
-    See :func:`~flask_rq_webhooks.storage.deliveries.recover_part` for which.
+    Which ones: see :func:`~flask_rq_webhooks.storage.deliveries.recover_part`.
 
-    :param cursor: of the call before.
+    :param cursor: returned by the previous call.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     most = state.settings.max_attempts
@@ -230,7 +230,7 @@ def recover(state: State, where: DeliveryFilter, cursor: str | None = None) -> P
 def cancel(state: State, where: DeliveryFilter, cursor: str | None = None) -> Progress:
     """Cancel unfinished deliveries, as many as :data:`AT_MOST` and :data:`ENOUGH_S` allow.
 
-    :param cursor: of the call before.
+    :param cursor: returned by the previous call.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     step = partial(deliveries.cancel_part, state.database, where)
@@ -248,7 +248,7 @@ def _some(step: deliveries.Step, cursor: str | None, count_left: Callable[[str],
 
 
 def erase(state: State, values: Mapping[str, Any]) -> Erasure:
-    """Erase what is stored of a job, a run or a reference, and keep the skeleton of the log.
+    """Erase what is stored about a job, a run or a reference, and keep the skeleton of the log.
 
     :param values: checked values of an :class:`~.api_schemas.EraseInput`.
     """
@@ -287,7 +287,7 @@ FIXED = {"secret": "Use rotate for a new secret.", "scope": "Cannot be changed."
 class Created:
     """A standing endpoint as it was created.
 
-    :param secret: ``None`` for an endpoint without one, and where *replayed*.
+    :param secret: ``None`` for an endpoint without one, and if *replayed*.
     :param generated: whether the secret was generated here, so that it has to be shown once.
     :param replayed: whether an earlier request with the same key had created it.
     """
@@ -303,9 +303,9 @@ def create(
 ) -> Created:
     """Create a standing endpoint, of *tenant* or of operators.
 
-    :param values: checked by :func:`endpoint_schema`. Without ``secret`` one is generated; with ``None`` it
-        gets none of its own; that of a tenant always gets one.
-    :raises TenantLimitError: when the tenant has as many as it may have.
+    :param values: checked by :func:`endpoint_schema`. Without ``secret``, one is generated; with ``None``,
+        the endpoint gets none of its own; an endpoint of a tenant always gets one.
+    :raises TenantLimitError: when the tenant already has as many as it may have.
     :raises ReusedKeyError: when the key was used for an endpoint with another URL.
     """
     stored = _stored(values)
@@ -332,7 +332,7 @@ def create(
 def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant: str | None = None) -> None:
     """Change a standing endpoint.
 
-    :param values: checked by :func:`endpoint_schema`, partially: only what is to be changed.
+    :param values: checked by :func:`endpoint_schema`, with ``partial``: only what is to be changed.
     :raises InvalidInputError: for what cannot be changed.
     :raises UnknownItemError: when there is no such endpoint.
     """
@@ -348,7 +348,7 @@ def change(state: State, endpoint_id: str, values: Mapping[str, Any], *, tenant:
 
 
 def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the schema accepted, as storage takes it."""
+    """Return the values that the schema accepted, in the form that storage expects."""
     found = dict(values)
     if "url" in found:
         found["url"], found["host"] = found["url"].url, found["url"].host_key
@@ -383,7 +383,7 @@ def ping(state: State, endpoint_id: str, *, tenant: str | None = None) -> Ingest
     """Send a ``webhook.ping`` to a standing endpoint, through the same pipeline as every event.
 
     :raises UnknownItemError: when there is no such endpoint.
-    :raises BusyHostError: to a tenant, when ``MAX_WAITING_PER_HOST`` is reached, as with a request.
+    :raises BusyHostError: for a tenant, when ``MAX_WAITING_PER_HOST`` is reached, as for a request.
     """
     endpoint = standing(state, endpoint_id, tenant=tenant)
     limit = state.settings.max_waiting_per_host if tenant is not None else 0
@@ -396,7 +396,7 @@ def ping(state: State, endpoint_id: str, *, tenant: str | None = None) -> Ingest
 
 
 def enable(state: State, endpoint_id: str, *, tenant: str | None = None) -> EndpointView:
-    """Let a standing endpoint get deliveries again.
+    """Let a standing endpoint receive deliveries again.
 
     :returns: the endpoint as it was before, for :func:`missed_since`.
     :raises UnknownItemError: when there is no such endpoint.
@@ -408,19 +408,19 @@ def enable(state: State, endpoint_id: str, *, tenant: str | None = None) -> Endp
 
 
 def missed_since(state: State, before: EndpointView) -> datetime:
-    """Return the time from which on an endpoint that was enabled may have missed deliveries.
+    """Return the time since which an endpoint that was enabled may have missed deliveries.
 
     :param before: what :func:`enable` returned.
     """
     if before.failing_since is not None:
-        # The delivery that failed first is older than that: at most as old as the retry schedule is long.
+        # The delivery that failed first is older than that, by at most the length of the retry schedule.
         schedule = before.retry_schedule or state.settings.retry_schedule
         return before.failing_since - timedelta(seconds=sum(schedule))
     return before.disabled_at or before.created_at
 
 
 def disable(state: State, endpoint_id: str, *, tenant: str | None = None) -> None:
-    """Stop a standing endpoint from getting new deliveries; those that wait are still sent.
+    """Stop a standing endpoint from receiving new deliveries; those that are waiting are still sent.
 
     :raises UnknownItemError: when there is no such endpoint.
     """
@@ -454,7 +454,7 @@ def delete(state: State, endpoint_id: str, *, tenant: str | None = None) -> bool
 
 
 def own_headers(state: State, endpoint: EndpointView) -> dict[str, str] | None:
-    """Return an endpoint's own headers, unmasked; ``None`` where no configured key opens them."""
+    """Return an endpoint's own headers, unmasked; ``None`` if no configured key decrypts them."""
     if endpoint.headers is None:
         return {}
     try:

@@ -1,9 +1,9 @@
-"""What all pages have in common: permission, safe headers, the layout they appear in.
+"""What all pages have in common: permission, safe headers, and the layout in which they appear.
 
-The pages are there twice: for operators, and as the portal, where a customer finds its own rows and nothing
-else. A page appears inside the host's layout where ``BASE_TEMPLATE`` or ``PORTAL_BASE_TEMPLATE`` names one,
-and in our own layout where that one cannot be rendered. Every name that our templates add begins with
-``rqw_``, so that none of the host's is hidden.
+The pages exist twice: for operators, and as the portal, where a customer finds its own rows and nothing
+else. A page appears inside the host's layout if ``BASE_TEMPLATE`` or ``PORTAL_BASE_TEMPLATE`` names one, and
+in our own layout if that one cannot be rendered. Every name that our templates add begins with ``rqw_``, so
+that none of the host's names is hidden.
 """
 
 from __future__ import annotations
@@ -45,31 +45,31 @@ logger = logging.getLogger(__name__)
 
 View = TypeVar("View", bound=Callable[..., Any])
 
-#: With our own layout nothing but our own files is loaded and no other script runs.
+#: In our own layout, nothing but our own files is loaded, and no other script runs.
 POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'self'"
 )
-#: Inside a host's layout the host's own policy says what may be loaded.
+#: Inside a host's layout, the host's own policy says what may be loaded.
 POLICY_IN_HOST = "frame-ancestors 'self'"
 
-#: Our own layout; and one that holds title, head and content for the host's, with a mark between them that
-#: untrusted text cannot contain: it would be escaped.
+#: Our own layout; one that yields title, head and content for the host's layout; and the mark between these,
+#: which untrusted text cannot contain because it would be escaped.
 OWN_BASE, PARTS_BASE, PARTS_MARK = "rq_webhooks/base.html", "rq_webhooks/_blocks.html", "<!--rqw-part-->"
 TEMPLATES = Path(__file__).with_name("templates")
 
-#: What every page of ours contains where its layout has the block ``content``.
+#: What each of our pages contains if its layout has the block ``content``.
 CONTENT_MARK = '<div class="rqw">'
-#: What it contains where the layout has the block ``head``.
+#: What it contains if the layout has the block ``head``.
 HEAD_MARK = "dashboard.css"
 
-#: Where the template that fills the layouts of an app is cached.
+#: Key under which an app's extensions cache the template that fills its layouts.
 _CACHE = "rq_webhooks_templates"
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a view shows: a template of ours, and what it finds under ``rqw_`` and these names."""
+    """What a view shows: one of our templates, and its values; it finds these with the prefix ``rqw_``."""
 
     template: str
     values: Mapping[str, Any]
@@ -82,11 +82,11 @@ def page(template: str, status: int = 200, /, **values: Any) -> Shown:
 
 
 class Pages:
-    """Adds pages to a blueprint. Views run only for callers with the permission, and are served safely.
+    """Adds pages to a blueprint. Views run only for callers with the permission, and get safe headers.
 
-    A view gets ``tenant``: the customer whose rows alone exist for it, or ``None`` for an operator. It
-    returns a :func:`page` or a response. A change needs ``manage`` and a token of ours. Refusals are plain
-    403s, so that the host's own error pages show them.
+    A view gets ``tenant``: the only customer whose rows exist for it, or ``None`` for an operator. It returns
+    a :func:`page` or a response. A change needs ``manage`` and our token. Refusals are plain 403s, so that
+    the host's own error pages show them.
 
     :param portal: whether these are the customers' pages, which need ``own``.
     """
@@ -99,7 +99,7 @@ class Pages:
     def get(
         self, rule: str, name: str, permission: Permission = "read", *, own: bool = True
     ) -> Callable[[View], View]:
-        """Serve a view under *rule*; its endpoint is *name* after ``page_``.
+        """Serve a view under *rule*; its view name is ``page_`` followed by *name*.
 
         :param own: whether customers have it, too.
         """
@@ -129,7 +129,7 @@ class Pages:
         return decorate
 
     def _ask(self, permission: Permission) -> str | None:
-        """Check the permission; return the tenant the caller is confined to, ``None`` for an operator."""
+        """Check the permission; return the tenant the caller is restricted to, ``None`` for an operator."""
         tenant = own_tenant(self.state) if self._portal else None
         if tenant is None and (self._portal or not is_allowed(self.state, permission)):
             abort(403, f"This needs the permission {'own' if self._portal else permission!r}.")
@@ -137,9 +137,9 @@ class Pages:
 
 
 def dashboard_and_portal(blueprint: WebhookBlueprint, state: State) -> tuple[Pages, Pages]:
-    """Return what adds pages to *blueprint*, and what adds the same below ``/portal``.
+    """Return the object that adds pages to *blueprint*, and the one that adds the same below ``/portal``.
 
-    The portal is a blueprint inside the other, with the same view names, so that relative links stay within.
+    The portal is a blueprint inside the other, with the same view names, so relative links stay inside it.
     """
     blueprint.static_folder = "static"
     # Not /static: with the prefix "/" that is the host's.
@@ -183,18 +183,18 @@ def _safe(state: State, tenant: str | None, response: Response) -> Response:
 
 
 def layout_setting(state: State, *, portal: bool) -> tuple[str, str | None]:
-    """Return name and value of the setting that says in which layout pages appear."""
+    """Return name and value of the setting that names the layout of the pages."""
     if portal:
         return "RQ_WEBHOOKS_PORTAL_BASE_TEMPLATE", state.settings.portal_base_template
     return "RQ_WEBHOOKS_BASE_TEMPLATE", state.settings.base_template
 
 
 def render(state: State, template: str, *, tenant: str | None, strict: bool = False, **values: Any) -> str:
-    """Return a page of ours, in the host's layout where that is possible.
+    """Return one of our pages, in the host's layout if that is possible.
 
-    :param tenant: the customer that sees it, without what concerns operators only; ``None`` for an operator.
-    :param strict: raise what the host's layout raises, instead of using ours.
-    :param values: what the template shows; it finds them under their names with ``rqw_`` before them.
+    :param tenant: the customer who sees it, without what concerns operators only; ``None`` for an operator.
+    :param strict: raise what the host's layout raises, instead of using our layout.
+    :param values: what the template shows; it finds them under their names with the prefix ``rqw_``.
     """
     values.setdefault("now", datetime.now(UTC))
     if tenant is not None or template == "unavailable.html":
@@ -220,7 +220,7 @@ def render(state: State, template: str, *, tenant: str | None, strict: bool = Fa
         parts = found.render(rqw_base=PARTS_BASE, **context).split(PARTS_MARK)
         try:
             return _in_layout(state, base, parts, context)
-        # The host's layout may raise anything, and the dashboard is needed most in trouble.
+        # The host's layout may raise anything, and the dashboard is needed most when there is trouble.
         except Exception as exc:
             if strict:
                 raise
@@ -240,7 +240,7 @@ def environment() -> Environment:
 
 
 def _in_layout(state: State, base: str, parts: Sequence[str], context: Mapping[str, Any]) -> str:
-    """Return a page in the host's layout, with style and script also where that has no block for them."""
+    """Return a page in the host's layout, with style and script even if that has no block for them."""
     title, head, content = map(Markup, parts)
     filled = {"rqw_base": base, "rqw_title": title, "rqw_head": head, "rqw_content": content}
     html = render_template(_filling(state), **{**context, **filled})
@@ -250,7 +250,7 @@ def _in_layout(state: State, base: str, parts: Sequence[str], context: Mapping[s
 
 
 def _filling(state: State) -> Template:
-    """Return a template, in the host's delimiters, that extends its layout and fills the three blocks."""
+    """Return a template, with the host's delimiters, that extends its layout and fills the three blocks."""
     app = state.app
     if _CACHE not in app.extensions:
         env = app.jinja_env
@@ -271,7 +271,7 @@ def _filling(state: State) -> Template:
 
 
 def done(what: str, view: str, count: int | None = None, **values: Any) -> Response:
-    """Redirect to a page that says what was done; the word is in its URL, which needs no session."""
+    """Redirect to a page that says what was done; the URL carries the word, so no session is needed."""
     if count is not None:
         values["n"] = count
     return make_response(redirect(url_for(view, done=what, **values), code=303))

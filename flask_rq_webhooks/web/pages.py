@@ -1,7 +1,7 @@
 """The pages about deliveries: the overview, tenants, the list, one delivery, one event.
 
-They need no JavaScript; ours refreshes what is in flight. What is changed is in :mod:`.operations`, what all
-pages have in common in :mod:`.page_frame`, the pages about endpoints in :mod:`.endpoint_pages`.
+They need no JavaScript; our script refreshes what is in flight. Changes are made in :mod:`.operations`. What
+all pages have in common is in :mod:`.page_frame`, the pages about endpoints are in :mod:`.endpoint_pages`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .page_frame import Pages, done, page
 
 logger = logging.getLogger(__name__)
 
-#: Deliveries on a page of the list.
+#: Deliveries per page of the list.
 PAGE_ITEMS = 50
 
-#: Seconds after which a page that shows something in flight is refreshed; the overview while nothing is
-#: delivered, where a repair is expected; and at rest.
+#: Seconds after which a page is refreshed: one that shows something in flight; the overview while nothing is
+#: delivered, because a repair is expected; and at rest.
 REFRESH_S, REFRESH_ALARM_S, REFRESH_IDLE_S = 2, 5, 15
 
 
@@ -216,7 +216,7 @@ def done_some(what: str, wanted: FilterForm, did: operations.Progress) -> Respon
 
 
 def _many(tenant: str | None) -> tuple[FilterForm, str | None]:
-    """Return the filter of a form that changes many deliveries, and where it continues."""
+    """Return the filter of a form that changes many deliveries, and the cursor at which it continues."""
     wanted = read_filter(request.form, tenant)
     if wanted.errors:
         raise operations.InvalidInputError({name: [why] for name, why in wanted.errors.items()})
@@ -251,7 +251,7 @@ def _host(text: str) -> str:
 
 
 def _job_status(state: State, job_id: str | None) -> str:
-    """Return RQ's state of a job, in words."""
+    """Return RQ's status of a job, in words."""
     try:
         found = None if job_id is None else read_jobs(state.redis, [job_id]).get(job_id)
     except RedisError as exc:

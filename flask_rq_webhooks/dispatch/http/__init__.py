@@ -1,16 +1,15 @@
 """Send one HTTP request to a receiver that may stall, flood, lie or redirect.
 
-Owns look-ups, connections, deadlines and size limits: every attempt ends within its deadline, keeps a few
-kilobytes, and reaches only addresses that the policy accepted. Knows nothing of events, SQL or Redis.
-
-A :class:`Transport` is an object handed to the dispatcher; tests hand in another one. The modules:
+This package owns look-ups, connections, deadlines and size limits: every attempt ends within its deadline,
+keeps a few kilobytes, and reaches only addresses that the policy accepted. It does not know events, SQL or
+Redis. A :class:`Transport` is an object passed to the dispatcher; tests pass in another one. The modules:
 
 ==================== ===========================================================================
 ``contract``         what the dispatcher sees: request, result, the protocol of a transport, error codes
 ``client``           the transport: the loop and its threads, and the :mod:`requests` adapter
-``pool``             connections, kept ones included; TLS verification settings
-``wire_format``      an exchange: the bytes of a request; what is read of a response, what of it is kept
-``address_guard``    which URL and which address may be used; looks names up, opens connections
+``pool``             opens connections, keeps them for reuse; TLS verification settings
+``wire_format``      an exchange: writes a request, reads a response, and selects what is kept of it
+``address_guard``    checks URLs and addresses; looks names up, opens connections
 ``deadline``         the total deadline of an attempt, and the watchdog that enforces it
 ==================== ===========================================================================
 """

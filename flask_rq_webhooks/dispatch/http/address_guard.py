@@ -1,7 +1,7 @@
-"""Which URL and which address an attempt may use, the look-up between them, and the only place that connects.
+"""Check the URL and the addresses of an attempt, look names up, and open connections (nothing else does).
 
-The policy is asked at every step: the URL before anything else, every address of a name before the first
-packet, and the peer after connecting (SECURITY 3). Names are looked up under a deadline.
+Every step is checked: the URL before anything else, every address of a name before the first packet, and the
+peer after connecting (SECURITY 3). Names are looked up under a deadline.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ...protocol.urls import CheckedURL, UrlPolicy, embedded_ipv4, nat64_ipv4
 from .contract import Failure, descriptor_shortage, transport_closed
 from .deadline import RunningAttempt, SocketHandle
 
-#: Addresses of one name at most. An answer may hold thousands, and judging them would delay other attempts.
+#: Maximum addresses of one name. An answer may hold thousands, and checking them would delay other attempts.
 _MAX_JUDGED = 256
-#: Seconds for which the NAT64 prefixes of this network are believed, and seconds their look-up may take.
+#: Seconds for which the NAT64 prefixes of this network are cached, and seconds their look-up may take.
 NAT64_LASTS_S = 300.0
 NAT64_WAIT_S = 1.0
 
@@ -35,14 +35,14 @@ NAT64_WAIT_S = 1.0
 class AddressGuard:
     """Apply the URL policy to attempts, and open their connections.
 
-    :param policy: what may be reached.
+    :param policy: decides what may be reached.
     :param lookups: resolves names.
     """
 
     def __init__(self, policy: UrlPolicy, lookups: Lookups) -> None:
         self._policy = policy
         self._lookups = lookups
-        # The policy never changes, so neither does its answer; the same few endpoints are used all day.
+        # The policy never changes, so its answers can be cached; the same few endpoints are used all day.
         self._check_url = lru_cache(maxsize=256)(policy.check_url)
         self._nat64: tuple[ipaddress.IPv6Network, ...] = ()
         self._nat64_until = 0.0
@@ -60,9 +60,9 @@ class AddressGuard:
     def connect(
         self, attempt: RunningAttempt, host: str, port: int, *, through_proxy: bool
     ) -> tuple[socket.socket, SocketHandle]:
-        """Open a connection for *attempt* to an address that was judged before the first packet.
+        """Open a connection for *attempt* to an address that was checked before the first packet.
 
-        :param through_proxy: *host* is the operator's own proxy, which decides about addresses itself.
+        :param through_proxy: whether *host* is the operator's own proxy, which checks addresses itself.
         :returns: the socket, and the handle that aborts it.
         :raises Failure: when no address may be used or none answers.
         """
@@ -82,10 +82,10 @@ class AddressGuard:
         return _open_for(attempt, addresses, port)
 
     def _usable(self, checked: CheckedURL, addresses: list[str], deadline: float) -> list[str]:
-        """Judge every address of a host and return those to connect to.
+        """Check every address of a host and return those to connect to.
 
-        An address that DNS64 made of a public IPv4 address of the name is left out, if the policy refuses
-        such addresses: the name is then reached by its IPv4 address.
+        An address that DNS64 synthesized from a public IPv4 address of the name is left out if the policy
+        refuses such addresses: the name is then reached by its IPv4 address.
 
         :raises Failure: ``blocked``, when any other address is refused; ``dns``, when there are too many.
         """
@@ -123,16 +123,16 @@ class AddressGuard:
         return True
 
     def _nat64_prefixes(self, deadline: float) -> tuple[ipaddress.IPv6Network, ...]:
-        """Return the NAT64 prefixes of this network, looked up once in a while."""
+        """Return the NAT64 prefixes of this network, looked up again from time to time."""
         now = time.monotonic()
         if now >= self._nat64_until:
-            self._nat64_until = now + NAT64_LASTS_S  # others do not wait for the look-up
+            self._nat64_until = now + NAT64_LASTS_S  # other attempts do not wait for the look-up
             self._nat64 = find_nat64(self._lookups, min(deadline, now + NAT64_WAIT_S))
         return self._nat64
 
 
 def find_nat64(lookups: Lookups, deadline: float) -> tuple[ipaddress.IPv6Network, ...]:
-    """Return the NAT64 prefixes of this network; none where DNS does not answer in time.
+    """Return the NAT64 prefixes of this network; none if DNS does not answer in time.
 
     :param deadline: on :func:`time.monotonic`'s clock.
     """
@@ -194,7 +194,7 @@ def _open_for(attempt: RunningAttempt, addresses: list[str], port: int) -> tuple
 
 
 def _in_turn(addresses: Sequence[str], deadline: float, reasons: list[str]) -> Iterator[tuple[str, float]]:
-    """Yield each address with its share of the time: the first may not use up what the others need."""
+    """Yield each address with its share of the time: the first must not use up what the others need."""
     for tried, address in enumerate(addresses):
         share_s = (deadline - time.monotonic()) / (len(addresses) - tried)
         if share_s <= 0:
@@ -241,8 +241,8 @@ def _refusal(address: str, exc: OSError) -> str:
 
 # -- NAT64 ------------------------------------------------------------------------------------------------
 
-#: The name whose only IPv4 addresses are known to all, so that what DNS64 makes of them shows the prefix
-#: (RFC 7050, 2).
+#: A name that has only IPv4 addresses, which are well known: the addresses that DNS64 synthesizes from them
+#: reveal the prefix (RFC 7050, 2).
 NAT64_PROBE = "ipv4only.arpa"
 _PROBE_ADDRESSES = (ipaddress.IPv4Address("192.0.0.170"), ipaddress.IPv4Address("192.0.0.171"))
 #: RFC 6052, 2.2.
@@ -252,7 +252,7 @@ _PREFIX_LENGTHS = (96, 64, 56, 48, 40, 32)
 def nat64_prefixes(addresses: Iterable[str]) -> tuple[ipaddress.IPv6Network, ...]:
     """Return the NAT64 prefixes of a network, the well-known one included.
 
-    :param addresses: of :data:`NAT64_PROBE`, as this network's resolver has them.
+    :param addresses: those of :data:`NAT64_PROBE`, as returned by this network's resolver.
     """
     found: dict[ipaddress.IPv6Network, None] = {}
     for text in addresses:
@@ -269,10 +269,10 @@ def nat64_prefixes(addresses: Iterable[str]) -> tuple[ipaddress.IPv6Network, ...
 
 # -- look-ups ---------------------------------------------------------------------------------------------
 
-#: Addresses of one name that are tried.
+#: Maximum number of addresses tried for one name.
 MAX_ADDRESSES = 4
 
-#: ``(host, port) -> addresses``; answers shaped like those of :func:`socket.getaddrinfo` will do as well.
+#: ``(host, port) -> addresses``; answers shaped like those of :func:`socket.getaddrinfo` are accepted, too.
 Resolver = Callable[[str, int], Iterable[str | tuple[Any, ...]]]
 
 #: Host and port.
@@ -288,14 +288,14 @@ def system_resolver(host: str, port: int) -> list[tuple[Any, ...]]:
 
 
 class Lookups:
-    """Look names up under a deadline, in threads that may be left behind.
+    """Look names up under a deadline, in threads that may be abandoned.
 
-    One name takes one thread however many attempts ask for it. The names of one domain take at most a quarter
-    of all threads, so one stalling name server cannot take them all. An owner of several domains can: until
-    those look-ups end, other names are not found (``dns``). A domain is the last two labels of a name, so
-    the names below ``co.uk`` share a quarter.
+    One name takes one thread, however many attempts ask for it. The names of one domain take at most a
+    quarter of all threads, so one stalling name server cannot occupy them all. The owner of several domains
+    can: until those look-ups end, other names are not found (``dns``). A domain is the last two labels of a
+    name, so the names below ``co.uk`` share a quarter.
 
-    :param limit: look-ups at once.
+    :param limit: maximum number of look-ups at once.
     """
 
     def __init__(self, resolver: Resolver, *, limit: int) -> None:
@@ -308,7 +308,7 @@ class Lookups:
         self._aborted = False
 
     def look_up(self, host: str, port: int, deadline: float) -> list[str]:
-        """Return the addresses of *host* without repeats.
+        """Return the addresses of *host* without duplicates.
 
         :param deadline: on :func:`time.monotonic`'s clock.
         :raises Failure: ``dns``, also when there was no thread in time; ``internal`` after :meth:`abort`.
@@ -322,15 +322,15 @@ class Lookups:
             raise look_up_failure(host, exc) from exc
 
     def begin(self, host: str, port: int) -> Future[list[str]] | None:
-        """Have *host* looked up, together with other attempts that ask for it now.
+        """Start looking up *host*, or join the look-up of other attempts that are asking for it now.
 
-        :returns: a future for the addresses; ``None`` when all threads it might have are taken. It is shared,
-            and cannot be cancelled.
+        :returns: a future for the addresses; ``None`` when all threads it might use are taken. The future is
+            shared, and cannot be cancelled.
         """
         return self._begin((host, port), 0)
 
     def abort(self) -> None:
-        """End every look-up that is waited for, and refuse new ones."""
+        """End every pending look-up, and refuse new ones."""
         with self._changed:
             self._aborted = True
             self._changed.notify_all()
@@ -359,7 +359,7 @@ class Lookups:
             threading.Thread(
                 target=self._resolve, args=(name, future), name="rq-webhooks-lookup", daemon=True
             ).start()
-        except RuntimeError as exc:  # no thread to be had; the next one may try again
+        except RuntimeError as exc:  # no thread could be started; the next look-up may try again
             self._end(name)
             _settle(future, exc)
         return future
@@ -368,7 +368,7 @@ class Lookups:
         outcome: list[str] | Exception
         try:
             outcome = list(dict.fromkeys(_address(answer) for answer in self._resolver(*name)))
-        except Exception as exc:  # passed to those that wait; the thread must be given back
+        except Exception as exc:  # passed to the waiting attempts; the thread must be given back
             outcome = exc
         self._end(name)
         _settle(future, outcome)
@@ -396,7 +396,7 @@ def _settle(future: Future[list[str]], outcome: list[str] | Exception) -> None:
 
 
 def look_up_failure(host: str, exc: BaseException) -> Failure:
-    """Return what to say of a look-up that raised :exc:`OSError` or did not answer in time."""
+    """Return the failure for a look-up that raised :exc:`OSError` or did not answer in time."""
     if isinstance(exc, OSError) and (shortage := descriptor_shortage(exc)) is not None:
         return shortage
     if isinstance(exc, FutureTimeoutError) and not exc.args:
@@ -409,7 +409,7 @@ def _address(answer: str | tuple[Any, ...]) -> str:
 
 
 def alternate(addresses: Sequence[str]) -> list[str]:
-    """Return the addresses with families taking turns, so that a broken one is left early (RFC 8305, 4)."""
+    """Return the addresses with alternating families, so that a broken family is left early (RFC 8305, 4)."""
     first_is_v6 = ":" in addresses[0]
     same = [address for address in addresses if (":" in address) is first_is_v6]
     other = [address for address in addresses if (":" in address) is not first_is_v6]

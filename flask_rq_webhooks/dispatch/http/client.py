@@ -1,11 +1,11 @@
-"""The transport: a :mod:`requests` adapter, one thread that does not wait for receivers, and some that may.
+"""The transport: a :mod:`requests` adapter, one thread that never waits for receivers, and threads that may.
 
 Requests go through :meth:`requests.adapters.HTTPAdapter.send`, so that whatever intercepts it (such as the
 package ``responses``) sees every delivery. Where the adapter would call urllib3's ``urlopen``, it calls
-:class:`.Exchange`: judged addresses, a total deadline, strict parsing, and half the CPU.
+:class:`.Exchange`, which uses checked addresses, a total deadline, strict parsing, and half the CPU.
 
-Most requests find a kept connection: one thread writes them (or who submits, while it sleeps) and reads
-what comes in one piece without TLS. A thread for each would take turns for the interpreter for as long again.
+Most requests find a kept connection. One thread (while it sleeps, the submitting one) writes them, and reads
+responses that come in one piece without TLS. With one thread per request, switching would take as long again.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from .wire_format import BODY_CAP, Exchange, clean, head_of, wire_headers
 
 logger = logging.getLogger(__name__)
 
-#: Timeout of a socket as :mod:`requests` has it: none, the watchdog ends what takes too long.
+#: Socket timeout in the form :mod:`requests` uses: none, the watchdog aborts what takes too long.
 _BY_WATCHDOG: Any = Timeout()
-#: Characters of an error that are kept.
+#: Maximum characters of an error that are kept.
 _MAX_DETAIL = 300
-#: Requests begun before answers are looked for.
+#: Requests started before the loop looks for responses.
 _BEGUN_AT_ONCE = 16
-#: Seconds the loop rests after an error of its own.
+#: Seconds the loop pauses after an error of its own.
 _REST_S = 0.1
 
 
 def open_transport(settings: Settings, policy: UrlPolicy, *, concurrency: int) -> RequestsTransport:
-    """Return a transport as *settings* ask for, to be closed by the caller.
+    """Return a transport configured by *settings*; the caller has to close it.
 
-    :param concurrency: requests in flight at most.
-    :raises ConfigurationError: when a file of certificates cannot be used.
+    :param concurrency: maximum number of requests in flight.
+    :raises ConfigurationError: when a certificate or key file cannot be used.
     """
     try:
         return RequestsTransport(
@@ -77,15 +77,15 @@ def open_transport(settings: Settings, policy: UrlPolicy, *, concurrency: int) -
 class RequestsTransport:
     """Send through a :mod:`requests` adapter.
 
-    :param policy: what may be reached.
-    :param concurrency: requests in flight at most.
+    :param policy: decides what may be reached.
+    :param concurrency: maximum number of requests in flight.
     :param proxy_url: egress proxy; it then decides about addresses, and may itself have a private one.
     :param resolver: ``(host, port) -> addresses``; may block and raise :exc:`OSError`. Called in a thread of
         its own, since a look-up cannot be given a deadline.
-    :param ssl_context: instead of :func:`.default_ssl_context`; has to verify names.
-    :param ca_file: PEM file of authorities that are believed beside the public ones.
-    :param client_certs: files of certificate and key by host; shown to no other host.
-    :param body_cap: bytes of a response body that are kept.
+    :param ssl_context: used instead of :func:`.default_ssl_context`; must verify names.
+    :param ca_file: PEM file of certificate authorities to trust in addition to the public ones.
+    :param client_certs: certificate file and key file by host; presented to no other host.
+    :param body_cap: maximum bytes of a response body that are kept.
     :raises ValueError: for a context that does not verify certificates and names.
     """
 
@@ -120,7 +120,7 @@ class RequestsTransport:
     def submit(self, request: AttemptRequest) -> Future[AttemptResult]:
         """Send *request* as soon as fewer than *concurrency* are in flight.
 
-        :returns: a future that never raises: what went wrong is in the result.
+        :returns: a future that never raises: errors are reported in the result.
         :raises RuntimeError: after :meth:`close`.
         """
         future: Future[AttemptResult] = Future()
@@ -131,10 +131,10 @@ class RequestsTransport:
         return future
 
     def close(self, *, wait: bool) -> None:
-        """Take no more requests, end the threads and close the connections.
+        """Accept no more requests, end the threads and close the connections.
 
-        :param wait: let requests in flight finish, which their deadlines bound. Otherwise they are aborted
-            and end as ``internal``.
+        :param wait: let requests in flight finish, at their deadlines at the latest. Otherwise they are
+            aborted and end as ``internal``.
         """
         with self._close_lock:
             already, self._closed = self._closed, True
@@ -157,9 +157,9 @@ class RequestsTransport:
 
 
 class Submission:
-    """A request on its way to its result. What goes wrong is in the result.
+    """A request in progress. Errors are reported in its result.
 
-    :param future: gets the result.
+    :param future: receives the result.
     """
 
     def __init__(
@@ -182,11 +182,11 @@ class Submission:
 
     @property
     def waits_for(self) -> socket.socket | None:
-        """Return what has to become readable before :meth:`resume`; ``None``: :meth:`finish` is next."""
+        """Return the socket to become readable before :meth:`resume`; if ``None``, :meth:`finish` is next."""
         return self._exchange.waits_for if self._exchange is not None else None
 
     def begin(self) -> bool:
-        """Go as far as possible without waiting; return whether that was all."""
+        """Proceed as far as possible without waiting; return whether the request has ended."""
         if not self._future.set_running_or_notify_cancel():
             return True
         self._started_at = datetime.now(UTC)
@@ -194,11 +194,11 @@ class Submission:
         return self._go_on(self._send)
 
     def resume(self) -> bool:
-        """Go on when something can be read; return whether that was all."""
+        """Continue when something can be read; return whether the request has ended."""
         return self._go_on(cast(Exchange, self._exchange).resume)
 
     def finish(self) -> None:
-        """Do the rest, and wait where that is necessary."""
+        """Do the rest, waiting where necessary."""
         self._go_on(cast(Exchange, self._exchange).finish)
 
     def _send(self) -> dict[str, Any] | None:
@@ -213,7 +213,7 @@ class Submission:
         outgoing = _OutgoingRequest(self._running, request)
         try:
             response = self._adapter.send(outgoing, timeout=_BY_WATCHDOG)
-        except NETWORK_ERRORS as exc:  # only from what stands in for the adapter in tests
+        except NETWORK_ERRORS as exc:  # only raised by what replaces the adapter in tests
             raise failure_of(exc) from exc
         self._exchange = outgoing.exchange
         return cast(_IncomingResponse, response).outcome or None
@@ -225,7 +225,7 @@ class Submission:
                 return False
         except Failure as failure:
             outcome = {"error_code": failure.code, "error_detail": clean(failure.detail, _MAX_DETAIL)}
-        except BaseException:  # the future's promise: a fault of ours is a result too, and is logged
+        except BaseException:  # the future never raises: our own faults are results too, and logged
             logger.exception("Sending to %s failed with an unexpected error.", redact_url(self._request.url))
             outcome = {"error_code": "internal", "error_detail": "an error of the sender; see its log"}
         if self._running is not None:
@@ -249,21 +249,21 @@ class _OutgoingRequest(PreparedRequest):
         self.url = attempt.checked.url
         self.wire_headers = wire_headers(request)
         self.headers = CaseInsensitiveDict()
-        vars(self.headers)["_store"] = self.wire_headers  # as it keeps them; filling it takes far longer
+        vars(self.headers)["_store"] = self.wire_headers  # its own format; filling it takes far longer
         self.body = request.body
         self.attempt = attempt
-        #: Made by the adapter, unless something intercepts it.
+        #: Created by the adapter, unless something intercepts the request.
         self.exchange: Exchange | None = None
 
 
 class _IncomingResponse(Response):
     """One response as :mod:`requests` sees it.
 
-    :param outcome: the fields of :class:`.AttemptResult` that it fills; empty while it has not come.
+    :param outcome: the fields of :class:`.AttemptResult` that it fills; empty until it has arrived.
     """
 
     def __init__(self, request: PreparedRequest, outcome: dict[str, Any]) -> None:
-        # Not the base class's: its cookie jar costs as much as the rest of the adapter.
+        # The base class's is not called: its cookie jar costs as much as the rest of the adapter.
         self.request = request
         self.url = cast(str, request.url)
         self.status_code = outcome.get("status_code", 0)
@@ -277,11 +277,11 @@ class _IncomingResponse(Response):
 
 
 class WebhookAdapter(HTTPAdapter):
-    """A :mod:`requests` adapter whose requests travel over the connections of a :class:`.ConnectionPool`.
+    """A :mod:`requests` adapter that sends requests over the connections of a :class:`.ConnectionPool`.
 
     :meth:`send` itself is not overridden: it is what ``responses`` replaces.
 
-    :param body_cap: bytes of a response body that are kept.
+    :param body_cap: maximum bytes of a response body that are kept.
     """
 
     def __init__(self, connections: ConnectionPool, body_cap: int) -> None:
@@ -290,7 +290,7 @@ class WebhookAdapter(HTTPAdapter):
         self._body_cap = body_cap
 
     def get_connection_with_tls_context(self, request: PreparedRequest, *_args: Any, **_options: Any) -> Any:
-        """Return what :meth:`send` calls ``urlopen`` on."""
+        """Return the object on which :meth:`send` calls ``urlopen``."""
         outgoing = cast(_OutgoingRequest, request)
         outgoing.exchange = Exchange(
             outgoing.attempt,
@@ -302,16 +302,16 @@ class WebhookAdapter(HTTPAdapter):
         return outgoing.exchange
 
     def cert_verify(self, *_args: Any, **_options: Any) -> None:
-        """Change nothing: the pool's TLS context verifies certificates and names."""
+        """Do nothing: the pool's TLS context verifies certificates and names."""
 
     def request_url(self, *_args: Any, **_options: Any) -> str:
-        """Return nothing of use: the exchange writes the request line itself."""
+        """Return an empty string: the exchange writes the request line itself."""
         return ""
 
     def build_response(self, req: PreparedRequest, resp: Any) -> Response:
         """Return the response to *req*.
 
-        :param resp: what :class:`.Exchange` returned, or a urllib3 response of a package that intercepts
+        :param resp: what :class:`.Exchange` returned, or a urllib3 response from a package that intercepts
             requests.
         """
         if isinstance(resp, HTTPResponse):
@@ -324,13 +324,13 @@ class WebhookAdapter(HTTPAdapter):
 
 
 class SendLoop:
-    """Begin submissions in the order in which they were given, and go on with each as soon as possible.
+    """Start submissions in the order they were added, and continue each as soon as possible.
 
-    One thread does all that does not wait; the rest is done in threads started as needed. The standard
-    library's pool is not used for these: the interpreter waits for its threads at exit.
+    One thread does everything that needs no waiting; the rest is done in threads started as needed. The
+    standard library's pool is not used for these: the interpreter waits for its threads at exit.
 
-    :param name: of the threads.
-    :param limit: submissions in progress at most.
+    :param name: name of the threads.
+    :param limit: maximum number of submissions in progress.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -347,12 +347,12 @@ class SendLoop:
         self._selector.register(self._woken, selectors.EVENT_READ)
 
     def add(self, submission: Submission) -> None:
-        """Begin *submission* as soon as there is a place: here and now, where the loop sleeps."""
+        """Start *submission* as soon as there is a place: at once, in this thread, if the loop is asleep."""
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 thread.start()
-                self._thread = thread  # only now: the next one tries again where there was none to be had
+                self._thread = thread  # only now: if no thread could be started, the next one tries again
             here = self._sleeps and not self._waiting and self._in_progress < self._limit
             self._in_progress += here
             if not here:
@@ -362,7 +362,7 @@ class SendLoop:
         self._wake()
 
     def end(self) -> None:
-        """Let all threads end once the submissions given so far have."""
+        """Let all threads end once the submissions added so far have ended."""
         self._ended = True
         self._wake()
 
@@ -386,12 +386,12 @@ class SendLoop:
         while goes_on:
             try:
                 goes_on = self._advance()
-            except BaseException:  # the host's code raised it; without this thread, nothing would be sent
+            except BaseException:  # the host app's code raised it; without this thread, nothing is sent
                 logger.exception("The loop of requests failed; it goes on.")
                 time.sleep(_REST_S)
 
     def _advance(self) -> bool:
-        """Do what can be done now, or wait for it; return whether there may be more to do."""
+        """Do what can be done now, or wait until there is something; return whether there may be more."""
         with self._lock:
             if self._ended and not self._waiting and not self._in_progress:
                 return False
@@ -459,9 +459,9 @@ class DaemonThreads:
         self._threads: list[threading.Thread] = []
 
     def run(self, task: Callable[[], None]) -> None:
-        """Run *task* in a thread; tasks begin in the order in which they were given.
+        """Run *task* in a thread; tasks start in the order in which they were given.
 
-        :raises RuntimeError: where there is none and none can be started.
+        :raises RuntimeError: if there is no thread and none can be started.
         """
         with self._lock:
             if self._idle <= 0 and len(self._threads) < self._limit:
@@ -477,7 +477,7 @@ class DaemonThreads:
         except RuntimeError:
             if not self._threads:
                 raise
-            return  # the first one free takes the task
+            return  # the first free thread takes the task
         self._threads.append(thread)
         self._idle += 1
 

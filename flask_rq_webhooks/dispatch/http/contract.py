@@ -1,6 +1,6 @@
-"""What a transport promises to the dispatcher: the request, the result and the object between them.
+"""The contract between dispatcher and transport: the request, the result, and the transport's protocol.
 
-A :class:`Failure` carries the coarse error code into the result. Knows nothing of how bytes travel.
+A :class:`Failure` carries the coarse error code into the result. How requests are sent is not known here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from urllib3 import exceptions as urllib3_errors
 class AttemptRequest:
     """One HTTP request to be made.
 
-    :param url: as stored; judged again before it is used.
-    :param headers: final, in order.
+    :param url: as stored; checked again before it is used.
+    :param headers: the final headers, in order.
     :param timeout_s: total deadline, from the look-up to the last byte read.
     :param connect_timeout_s: deadline for the look-up and opening a connection.
     """
@@ -38,16 +38,16 @@ class AttemptRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptResult:
-    """What came of one request.
+    """The result of one request.
 
     :param started_at: aware UTC.
-    :param status_code: the response's, if one arrived whole and in time.
-    :param error_code: ``None`` where the status says everything, else one of ``blocked``, ``dns``,
+    :param status_code: of the response, if a complete one arrived in time.
+    :param error_code: ``None`` if the status says everything, else one of ``blocked``, ``dns``,
         ``connect``, ``tls``, ``timeout``, ``reset``, ``redirect``, ``internal``.
     :param error_detail: for people; never shown to the client.
-    :param response_headers: those of :data:`~.wire_format.KEPT_HEADERS` that came, in lower case, shortened.
-    :param response_body: as it came over the wire, at most the transport's cap.
-    :param retry_after: the header as it came; see :mod:`flask_rq_webhooks.storage.attempts`.
+    :param response_headers: the received :data:`~.wire_format.KEPT_HEADERS`, names in lower case, shortened.
+    :param response_body: as received on the wire, at most the transport's cap.
+    :param retry_after: the header as received; see :mod:`flask_rq_webhooks.storage.attempts`.
     """
 
     started_at: datetime
@@ -61,21 +61,21 @@ class AttemptResult:
 
 
 class Transport(Protocol):
-    """What sends requests."""
+    """An object that sends requests."""
 
     def submit(self, request: AttemptRequest) -> Future[AttemptResult]:
         """Send *request* as soon as a slot is free.
 
-        :returns: a future that never raises: what went wrong is in the result.
+        :returns: a future that never raises: errors are reported in the result.
         :raises RuntimeError: after :meth:`close`.
         """
         ...
 
     def close(self, *, wait: bool) -> None:
-        """Take no more requests.
+        """Accept no more requests.
 
-        :param wait: let those under way end by themselves, which their deadlines bound, instead of breaking
-            them off.
+        :param wait: let requests in progress finish, at their deadlines at the latest, instead of aborting
+            them.
         """
         ...
 
@@ -102,7 +102,7 @@ class ProxyFailure(Exception):  # noqa: N818  (never leaves this package)
     """The operator's own proxy could not be reached or refused the tunnel; the cause says why."""
 
 
-#: Everything an exchange may raise beside :exc:`Failure`.
+#: Everything an exchange may raise besides :exc:`Failure`.
 NETWORK_ERRORS = (ProxyFailure, urllib3_errors.HTTPError, http.client.HTTPException, OSError)
 
 
@@ -117,7 +117,7 @@ def transport_closed() -> Failure:
 
 
 def descriptor_shortage(exc: OSError) -> Failure | None:
-    """Return a failure that names this machine if *exc* says it has no file descriptors left."""
+    """Return a failure that blames this machine, if *exc* says it has no file descriptors left."""
     if exc.errno not in (errno.EMFILE, errno.ENFILE):
         return None
     return Failure("internal", f"the sender is short of file descriptors: {os.strerror(exc.errno)}")
@@ -141,7 +141,7 @@ def failure_of(exc: BaseException) -> Failure:
 
 
 def root_cause(exc: BaseException) -> str:
-    """Describe the innermost exception of a chain; those around it repeat the whole URL."""
+    """Describe the innermost exception of a chain; the outer ones repeat the whole URL."""
     seen: set[int] = set()
     while id(exc) not in seen:
         seen.add(id(exc))

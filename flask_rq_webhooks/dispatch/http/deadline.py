@@ -1,7 +1,7 @@
 """Total deadlines: the state of one attempt in progress, and the watchdog thread that aborts it in time.
 
-A socket's own timeout is per read, so a receiver that sends one byte at a time would never reach it. The
-watchdog shuts the socket down from outside instead (SECURITY 7).
+A socket's own timeout is per read, so a receiver that sends one byte at a time would never trigger it. The
+watchdog shuts the socket down from another thread instead (SECURITY 7).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SocketHandle:
 class RunningAttempt:
     """The deadlines of one attempt, and what the watchdog needs to abort it.
 
-    :param checked: where the request goes.
+    :param checked: the URL that the request goes to.
     :param deadline: total deadline, on :func:`time.monotonic`'s clock.
     :param connect_deadline: deadline for the look-up and for opening a connection.
     """
@@ -86,10 +86,10 @@ class RunningAttempt:
         self.is_repeat = False
 
     def attach(self, handle: SocketHandle, *, reused: bool) -> None:
-        """Let the watchdog abort what happens on a connection from here on.
+        """Let the watchdog abort the connection of *handle* from now on.
 
-        :param reused: the connection was kept from an earlier request.
-        :raises Failure: when the attempt was aborted already.
+        :param reused: whether the connection was kept from an earlier request.
+        :raises Failure: when the attempt has already been aborted.
         """
         with self._lock:
             if self.aborted_by is not None:
@@ -98,7 +98,7 @@ class RunningAttempt:
             self._reused = reused
 
     def detach(self) -> None:
-        """Release the connection, which other attempts may use; the watchdog cannot reach it any more."""
+        """Release the connection for other attempts to use; the watchdog can no longer abort it."""
         with self._lock:
             self._handle = None
 
@@ -127,10 +127,10 @@ class RunningAttempt:
             raise failure from cause
 
     def may_repeat(self, failure: Failure) -> bool:
-        """Say, at most once with yes, whether the request may be sent again, which takes a new connection.
+        """Return whether the request may be sent again, on a new connection; ``True`` at most once.
 
-        A kept connection was closed before a byte of a response came: most likely the receiver ended an idle
-        connection while the request was being written. Receivers recognise a repeat by its ``webhook-id``.
+        It may if a kept connection was closed before any byte of a response: most likely the receiver ended
+        an idle connection while the request was being written. Receivers know a repeat by ``webhook-id``.
         """
         if self.is_repeat or self.answered or not self._reused or failure.code not in ("reset", "tls"):
             return False
@@ -157,7 +157,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def watch(self, attempt: RunningAttempt) -> None:
-        """Abort *attempt* at its deadline unless :meth:`forget` is called before."""
+        """Abort *attempt* at its deadline unless :meth:`forget` is called first."""
         with self._condition:
             self._attempts.add(attempt)
             if self._aborted:
@@ -165,7 +165,7 @@ class Watchdog:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="rq-webhooks-watchdog", daemon=True)
                 thread.start()
-                self._thread = thread  # only now: the next attempt tries again where there was none to be had
+                self._thread = thread  # only now: if no thread could be started, the next attempt tries again
             elif attempt.deadline < self._wakes_at:
                 self._condition.notify()
 
@@ -175,7 +175,7 @@ class Watchdog:
             self._attempts.discard(attempt)
 
     def abort(self) -> None:
-        """Abort every attempt now, and all that begin later."""
+        """Abort every attempt now, and all that start later."""
         with self._condition:
             self._aborted = True
             attempts = list(self._attempts)

@@ -1,7 +1,7 @@
-"""Connections to judged addresses, kept for the next request, and the TLS verification settings.
+"""Connections to checked addresses, kept for the next request, and the TLS verification settings.
 
 Every connection is opened through :class:`.AddressGuard`, knows the deadline of its attempt, and is not kept
-too long. Kept connections are counted together, whatever host they lead to: urllib3's pools count per host.
+too long. Kept connections of all hosts are counted together, whereas urllib3's pools count per host.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .deadline import RunningAttempt, SocketHandle
 if sys.platform != "win32":
     import resource
 
-#: A kept connection is closed after so many seconds without use, and after so many in any case: an address
-#: that was judged once is not used without end.
+#: Seconds after which a kept connection is closed: if unused, and in any case. The latter because an address
+#: that was checked once must not be used forever.
 MAX_IDLE_S = 30.0
 MAX_AGE_S = 300.0
-#: Connections kept, of all hosts together, for each request in flight: many hosts that receive in turn find
-#: theirs open. Opening one costs more than a request, with TLS many times as much.
+#: Connections kept, of all hosts together, per request in flight: many hosts that receive in turn find theirs
+#: open. Opening a connection costs more than a request, and with TLS many times as much.
 KEPT_EACH = 4
-#: One connection for so many files that this process may open; but at least :data:`MIN_KEPT`.
+#: At most one connection is kept per this many files that the process may open; at least :data:`MIN_KEPT`.
 FILES_EACH = 8
 MIN_KEPT = 32
 
-#: The beginning of Linux' ``struct tcp_info`` (since 4.1): its first byte is the state, its last eight are
-#: ``tcpi_bytes_received``, what has come, read or not.
+#: The beginning of Linux's ``struct tcp_info`` (since 4.1): its first byte is the state, its last eight are
+#: ``tcpi_bytes_received``, the number of bytes received, whether read or not.
 _TCP_INFO_BYTES = 136
 _ESTABLISHED = 1
 _BYTES_RECEIVED = struct.Struct("=Q")
@@ -50,7 +50,7 @@ _Key = tuple[str, str, int]
 
 
 class _Pinned:
-    """What both kinds of connection add: the guard opens the socket, and the watchdog can abort it."""
+    """Additions to both kinds of connection: the guard opens the socket, and the watchdog can abort it."""
 
     guard: AddressGuard | None = None
     attempt: RunningAttempt | None = None
@@ -60,7 +60,7 @@ class _Pinned:
     released_at = 0.0
     #: Bytes read from it.
     received = 0
-    #: Whether reading and writing wait. TLS within TLS always does.
+    #: Whether reads and writes block. With TLS within TLS, they always do.
     waits = True
 
     def _new_conn(self) -> socket.socket:
@@ -80,7 +80,7 @@ class _Pinned:
         super().close()  # type: ignore[misc]
 
     def let_wait(self, waits: bool) -> None:
-        """Let reading and writing wait, without a deadline of their own, or not."""
+        """Make reads and writes block, without a deadline of their own, or not block."""
         sock = cast(HTTPConnection, self).sock
         if waits is not self.waits and isinstance(sock, socket.socket):
             sock.setblocking(waits)
@@ -101,11 +101,11 @@ class PinnedHTTPConnection(_Pinned, HTTPConnection):
 
     @property
     def is_connected(self) -> bool:
-        """Return whether it is still open, and nothing came that was not asked for."""
+        """Return whether it is still open and nothing unsolicited has arrived."""
         return self._is_quiet() or super().is_connected
 
     def _is_quiet(self) -> bool:
-        """Return whether Linux says so, which lets no other thread run in between, as polling does."""
+        """Return whether Linux says so; unlike polling, asking it lets no other thread run in between."""
         if type(self.sock) is not socket.socket or sys.platform != "linux":
             return False
         info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
@@ -119,7 +119,7 @@ class PinnedHTTPSConnection(_Pinned, HTTPSConnection):
     """A connection over TLS."""
 
 
-#: Destinations whose pools urllib3 remembers; one costs a few microseconds to make.
+#: Number of destinations whose pools urllib3 remembers; creating one takes a few microseconds.
 _POOLS = 256
 
 PinnedConnection = PinnedHTTPConnection | PinnedHTTPSConnection
@@ -128,18 +128,18 @@ PinnedConnection = PinnedHTTPConnection | PinnedHTTPSConnection
 class KeptConnections:
     """Idle connections to all hosts, kept for the next request.
 
-    :param limit: how many at most; beyond it, the one idle for longest is closed.
+    :param limit: maximum number of connections; beyond it, the one idle for longest is closed.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        #: All of them, and those of one key, oldest first.
+        #: All kept connections, and those of each key; oldest first.
         self._all: dict[PinnedConnection, None] = {}
         self._by_key: dict[_Key, list[PinnedConnection]] = {}
 
     def take(self, key: _Key) -> PinnedConnection | None:
-        """Return the most recently used one that is still open and unused; it belongs to the caller."""
+        """Return the most recently used connection that is still open and unused; the caller then owns it."""
         while True:
             with self._lock:
                 if key not in self._by_key:
@@ -164,12 +164,12 @@ class KeptConnections:
             dropped.close()
 
     def close_old(self) -> None:
-        """Close those that have been idle for too long."""
+        """Close connections that are too old to be used again."""
         now = time.monotonic()
         self._close([connection for connection in self._listed() if connection.is_old(now)])
 
     def close(self) -> None:
-        """Close all."""
+        """Close all kept connections."""
         self._close(self._listed())
 
     def _listed(self) -> list[PinnedConnection]:
@@ -196,13 +196,13 @@ class KeptConnections:
 
 
 class PinnedHTTPPool(HTTPConnectionPool):
-    """Makes plain connections to one host."""
+    """Creates plain connections to one host."""
 
     ConnectionCls = PinnedHTTPConnection
 
 
 class PinnedHTTPSPool(HTTPSConnectionPool):
-    """Makes connections over TLS to one host."""
+    """Creates TLS connections to one host."""
 
     ConnectionCls = PinnedHTTPSConnection
 
@@ -210,13 +210,13 @@ class PinnedHTTPSPool(HTTPSConnectionPool):
 class ConnectionPool:
     """Open connections for attempts, and keep those that may carry another request.
 
-    urllib3's pools only know how to make connections; they keep none.
+    urllib3's pools are only used to create connections; they keep none.
 
     :param guard: opens every socket.
-    :param concurrency: requests in flight at most; decides how many connections are kept.
-    :param ssl_context: TLS verification settings, to receivers and to the proxy.
+    :param concurrency: maximum number of requests in flight; determines how many connections are kept.
+    :param ssl_context: TLS verification settings for receivers and for the proxy.
     :param proxy_url: proxy that every connection goes through.
-    :param host_contexts: the same for single hosts, which get a client certificate.
+    :param host_contexts: the same for individual hosts that get a client certificate.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class ConnectionPool:
         self._manager.pool_classes_by_scheme = {"http": PinnedHTTPPool, "https": PinnedHTTPSPool}
 
     def take_kept(self, attempt: RunningAttempt) -> PinnedConnection | None:
-        """Return a kept connection for *attempt*, to be given back; ``None`` where a new one is needed."""
+        """Return a kept connection for *attempt*, to be given back; ``None`` if a new one is needed."""
         if attempt.is_repeat or (kept := self._kept.take(_key_of(attempt))) is None:
             return None
         kept.attempt = attempt
@@ -263,7 +263,7 @@ class ConnectionPool:
     def take(self, attempt: RunningAttempt) -> PinnedConnection:
         """Return an open connection for *attempt*, to be given back.
 
-        :raises Failure: when none could be opened, and why.
+        :raises Failure: when none could be opened; it says why.
         """
         if (kept := self.take_kept(attempt)) is not None:
             return kept
@@ -281,7 +281,7 @@ class ConnectionPool:
                 pool._prepare_proxy(cast(Any, connection))
             if connection.sock is None:
                 connection.connect()
-            # From here on the watchdog alone ends what takes too long: with a timeout of its own, a socket is
+            # From here on, only the watchdog enforces the deadline: a socket with its own timeout would be
             # polled before every read and write.
             connection.sock.settimeout(None)
         except Exception as exc:
@@ -295,7 +295,7 @@ class ConnectionPool:
     def give_back(self, connection: PinnedConnection, attempt: RunningAttempt, *, keep: bool) -> None:
         """Take back what :meth:`take` returned.
 
-        :param keep: the response was read to its end, so that another request may follow.
+        :param keep: whether the response was read to its end, so that another request may follow.
         """
         attempt.detach()
         connection.attempt = None
@@ -322,14 +322,14 @@ def _key_of(attempt: RunningAttempt) -> _Key:
 
 
 def most_kept(concurrency: int) -> int:
-    """Return how many connections are kept at most, of all hosts together."""
+    """Return the maximum number of connections kept, of all hosts together."""
     return max(MIN_KEPT, min(KEPT_EACH * concurrency, _file_limit() // FILES_EACH))
 
 
 def _file_limit() -> int:
     """Return how many files this process may have open."""
     if sys.platform == "win32":
-        return 512  # of the C library
+        return 512  # the C library's limit
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
@@ -337,14 +337,14 @@ def _file_limit() -> int:
 def default_ssl_context(
     ca_file: str | None = None, client_cert: tuple[str, str] | None = None
 ) -> ssl.SSLContext:
-    """Return a context that verifies certificate and name, whatever the environment says.
+    """Return a context that verifies certificates and host names, regardless of environment variables.
 
-    ``ssl.create_default_context`` is not used because it obeys ``SSLKEYLOGFILE``, nor the system's store
-    because it obeys ``SSL_CERT_FILE``.
+    ``ssl.create_default_context`` is not used because it obeys ``SSLKEYLOGFILE``, and the system's store of
+    certificates is not used because it obeys ``SSL_CERT_FILE``.
 
-    :param ca_file: PEM file of authorities beside certifi's.
-    :param client_cert: files of certificate and key, shown to a receiver that asks for one.
-    :raises OSError: for a file that cannot be read, or is not what it should be.
+    :param ca_file: PEM file of certificate authorities to trust in addition to certifi's.
+    :param client_cert: certificate file and key file, presented to a receiver that asks for a certificate.
+    :raises OSError: for a file that cannot be read or has the wrong content.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

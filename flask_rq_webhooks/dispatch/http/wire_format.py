@@ -1,10 +1,10 @@
 """HTTP/1.1 on the wire: write a request, read a response, and keep a bounded part of it.
 
-Headers that belong to the connection are set here, whatever the request says. Responses are read strictly by
-RFC 9112, within bounds; :mod:`http.client`, which takes four times the CPU, lends its exceptions. Bodies are
-never decoded, and read only up to the cap (SECURITY 8).
+Connection headers are set here, regardless of the request's own. Responses are parsed strictly by RFC 9112,
+within limits; of :mod:`http.client`, which takes four times the CPU, only the exceptions are used. Bodies
+are never decoded, and are read only up to the cap (SECURITY 8).
 
-:class:`Exchange` does both over a connection of the pool, as far as possible without waiting.
+:class:`Exchange` writes and reads over a connection of the pool, as far as possible without waiting.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _TRANSPORT_HEADERS = frozenset(
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e]*")
 
-#: Bytes of a response body that are kept.
+#: Maximum bytes of a response body that are kept.
 BODY_CAP = 16 * 1024
-#: Bytes of a response's status lines and headers, those of interim responses (100, 103) included.
+#: Maximum bytes of a response's status lines and headers, including those of interim responses (100, 103).
 MAX_HEADER_BYTES = 64 * 1024
 
 #: Response headers worth keeping; everything else a receiver sends is dropped.
@@ -55,22 +55,22 @@ KEPT_HEADERS = (
 _KEPT = frozenset(KEPT_HEADERS)
 _MAX_KEPT_VALUE = 256
 _LENGTH = re.compile(r"[0-9]{1,18}")
-#: Where a line ends, and where the headers do: with the first empty line.
+#: The end of a line, and the end of the headers: the first empty line.
 _LINE = re.compile(rb"\n")
 _HEAD = re.compile(rb"(?:\A|\n)\r?\n")
 _STATUS_LINE = re.compile(r"HTTP/(0\.9|1\.\S+)\s+([1-9][0-9]{2})\s")
 _FIELD = re.compile(r"^([!-9;-~]+):([^\r\n]*)\r?\n", re.MULTILINE)
-#: Lines of a response's headers, the empty one included.
+#: Maximum lines of a response's headers, including the empty one.
 _MAX_LINES = 100
 _SWITCHING_PROTOCOLS = 101
 _WITHOUT_BODY = frozenset({204, 304})
-#: RFC 9112, 7.1. Python's own ``int`` would have ``-1`` as well, which http.client reads without end.
+#: RFC 9112, 7.1. Python's own ``int`` would also accept ``-1``, for which http.client reads without end.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r\n")
-#: As much as a TLS record holds.
+#: The maximum size of a TLS record.
 _READ_BYTES = 16 * 1024
-#: Bytes of a response that are read while other requests wait; hardly any has more.
+#: Maximum bytes of a response that are read while other requests wait; hardly any response has more.
 _READ_AT_ONCE = 32 * 1024
-#: What a connection raises that would have to wait to write; TLS may have to read before.
+#: Raised by a connection that would have to wait to write; TLS may have to read first.
 _WOULD_WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -80,11 +80,11 @@ def request_bytes(
     body: bytes,
     proxy_headers: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Return head and body of a request, for one write.
+    """Return head and body of a request, for a single write.
 
-    :param headers: names and values of all headers but ``Host``.
-    :param proxy_headers: for a request that a proxy has to forward: the request line then holds the whole
-        URL, and these headers are for the proxy.
+    :param headers: names and values of all headers except ``Host``.
+    :param proxy_headers: headers for the proxy, if one has to forward the request; the request line then
+        contains the whole URL.
     """
     netloc = checked.url[len(checked.scheme) + 3 :].partition("/")[0]
     target = checked.target if proxy_headers is None else checked.url
@@ -97,9 +97,9 @@ def request_bytes(
 
 
 def wire_headers(request: AttemptRequest) -> dict[str, tuple[str, str]]:
-    """Return name and value of all headers but ``Host``, in order, by name in lower case.
+    """Return name and value of all headers except ``Host``, in order, keyed by the name in lower case.
 
-    Of names that differ in case only, the last one counts.
+    If names differ only in case, the last one wins.
 
     :raises Failure: ``internal``, for a name or value that must not be sent; both were validated long before.
     """
@@ -125,7 +125,7 @@ def wire_headers(request: AttemptRequest) -> dict[str, tuple[str, str]]:
 def _lower(name: str) -> str:
     """Return the name of a header in lower case.
 
-    :raises Failure: ``internal``, for what cannot be a name.
+    :raises Failure: ``internal``, if it cannot be the name of a header.
     """
     if not _NAME.fullmatch(name):
         raise Failure("internal", f"{name!r} cannot be the name of a header")
@@ -133,12 +133,12 @@ def _lower(name: str) -> str:
 
 
 class _Stream:
-    """Read a connection in lines and blocks, and know what has not been read yet.
+    """Read lines and blocks from a connection, and keep track of what has not been read yet.
 
     :param sock: the connection.
     :param attempt: marked as answered at the first byte.
-    :param begun: what was read of the response before.
-    :param at_once: read no more than :data:`_READ_AT_ONCE`, and keep it in :attr:`parts`.
+    :param begun: the part of the response that was read before.
+    :param at_once: whether to read no more than :data:`_READ_AT_ONCE`, and keep it in :attr:`parts`.
     """
 
     def __init__(self, sock: socket.socket, attempt: RunningAttempt, begun: bytes, at_once: bool) -> None:
@@ -147,12 +147,12 @@ class _Stream:
         self._data = bytearray(begun)
         #: Bytes of lines that may still be read.
         self.left = MAX_HEADER_BYTES
-        #: Bytes that came.
+        #: Bytes received so far.
         self.received = len(begun)
         self.parts: list[bytes] | None = [] if at_once else None
 
     def read_to(self, end: re.Pattern[bytes]) -> bytes:
-        """Return what comes up to and with *end*; nothing if the connection ended before its first byte."""
+        """Return data up to and including *end*; nothing if the connection ended before the first byte."""
         looked_at = 0
         while not (match := end.search(self._data, max(0, looked_at - 2))):  # an end has three bytes at most
             looked_at = len(self._data)
@@ -169,7 +169,7 @@ class _Stream:
         return self._take(size)
 
     def read_up_to(self, size: int) -> bytes:
-        """Return *size* bytes, or all there are until the connection ends."""
+        """Return *size* bytes, or fewer if the connection ends first."""
         while len(self._data) < size and self._receive():
             pass
         return self._take(size)
@@ -177,7 +177,7 @@ class _Stream:
     def read_exactly(self, size: int) -> bytes:
         """Return *size* bytes.
 
-        :raises http.client.IncompleteRead: when the connection ends before.
+        :raises http.client.IncompleteRead: when the connection ends first.
         """
         data = self.read_up_to(size)
         if len(data) < size:
@@ -186,13 +186,13 @@ class _Stream:
 
     @property
     def has_more(self) -> bool:
-        """Return whether more arrived than was read, here or in the layers of TLS."""
+        """Return whether unread data has arrived, here or in the TLS layers."""
         if self._data:
             return True
         sock: Any = self._sock
         if isinstance(sock, ssl.SSLSocket):
             return sock.pending() > 0
-        if isinstance(sock, SSLTransport):  # within a proxy's own
+        if isinstance(sock, SSLTransport):  # TLS within the proxy's TLS
             return bool(sock.incoming.pending or sock.sslobj.pending())
         return False
 
@@ -217,11 +217,11 @@ class _Stream:
 
 
 class BoundedResponse:
-    """A response with bounded headers, after any interim ones.
+    """A response with bounded headers, after any interim responses.
 
     :param sock: the connection.
     :param attempt: marked as answered at the first byte.
-    :param begun: what was read of it before.
+    :param begun: the part of it that was read before.
     :param at_once: raise :exc:`BlockingIOError` rather than read more than :data:`_READ_AT_ONCE`.
     """
 
@@ -230,7 +230,7 @@ class BoundedResponse:
     ) -> None:
         self._stream = _Stream(sock, attempt, begun, at_once)
         self.status = 0
-        #: By name in lower case; values of one name are joined.
+        #: By name in lower case; values of the same name are joined.
         self.headers: dict[str, str] = {}
         self._is_doubtful = self._is_chunked = self._was_read = self._will_close = False
         self._length: int | None = None
@@ -269,21 +269,21 @@ class BoundedResponse:
 
     @property
     def may_be_followed(self) -> bool:
-        """Return whether it was read to its end, nothing came after it, and the connection stays open."""
+        """Return whether it was read to its end, nothing followed it, and the connection stays open."""
         return self._was_read and not self._will_close and not self._stream.has_more
 
     @property
     def received(self) -> int:
-        """Return how many bytes were read of it."""
+        """Return how many bytes of it were read."""
         return self._stream.received
 
     @property
     def so_far(self) -> bytes:
-        """Return what was read of it *at_once*."""
+        """Return the part of it that was read with *at_once*."""
         return b"".join(self._stream.parts or ())
 
     def _judge_framing(self, is_old: bool, head: str) -> None:
-        """Keep only the status where other parsers may see the end of the body elsewhere (RFC 9112, 6.3)."""
+        """Keep only the status if other parsers might see the end of the body elsewhere (RFC 9112, 6.3)."""
         headers, fields = self.headers, _FIELD.findall(head)
         for name, value in fields:
             name, value = name.lower(), value.strip(" \t")
@@ -291,7 +291,7 @@ class BoundedResponse:
         length, coding = headers.get("content-length"), headers.get("transfer-encoding")
         self._is_chunked = coding is not None and coding.lower() == "chunked"
         self._is_doubtful = (
-            len(fields) + 1 < head.count("\n")  # a line that is no header, or continues one
+            len(fields) + 1 < head.count("\n")  # a line that is not a header, or continues one
             or not (length is None or _LENGTH.fullmatch(length))
             or not (coding is None or self._is_chunked)
         )
@@ -330,10 +330,10 @@ class Exchange:
     """One request and its response over one connection; in rare cases over a second one.
 
     :meth:`urlopen` and :meth:`resume` go as far as they can without waiting. :meth:`finish` does the rest in
-    a thread that may wait: new connections, requests not taken at once, responses over TLS or in parts.
+    a thread that may wait: new connections, requests not written at once, responses over TLS or in parts.
 
-    :param headers: names and values of all headers but ``Host``.
-    :param body_cap: bytes of a response body that are kept.
+    :param headers: names and values of all headers except ``Host``.
+    :param body_cap: maximum bytes of a response body that are kept.
     """
 
     def __init__(
@@ -351,43 +351,43 @@ class Exchange:
         self._body_cap = body_cap
         self._connection: PinnedConnection | None = None
         self._may_be_kept = self._has_come = False
-        #: What is not written yet of the request, and what was read of the response.
+        #: The part of the request not written yet, and the part of the response read so far.
         self._unsent = self._begun = b""
 
     @property
     def waits_for(self) -> socket.socket | None:
-        """Return what has to become readable before :meth:`resume`; ``None``: :meth:`finish` is next."""
+        """Return the socket to become readable before :meth:`resume`; if ``None``, :meth:`finish` is next."""
         if self._connection is None or self._unsent or self._has_come:
             return None
         return self._connection.sock
 
     def urlopen(self, **_options: Any) -> dict[str, Any]:
-        """Write the request to a kept connection, if there is one; what :meth:`HTTPAdapter.send` calls.
+        """Write the request to a kept connection, if there is one; called by :meth:`HTTPAdapter.send`.
 
-        :returns: nothing; the response comes later.
-        :raises Failure: when there can be none.
+        :returns: an empty mapping; the response comes later.
+        :raises Failure: when there can be no response.
         """
         self._try(self._write_at_once)
         return {}
 
     def resume(self) -> dict[str, Any] | None:
-        """Read what came, as :meth:`finish`; return ``None`` where that was not all."""
+        """Read what arrived, and return what :meth:`finish` would; ``None`` if there is more to do."""
         return self._try(self._read_at_once)
 
     def finish(self) -> dict[str, Any]:
-        """Do all that is left, and wait where that is necessary.
+        """Do everything that is left, waiting where necessary.
 
         :returns: fields of :class:`.AttemptResult`.
         :raises Failure: when there is no response.
         """
         while (outcome := self._try(self._write_and_read)) is None:
-            pass  # once more at most: `may_repeat`
+            pass  # repeated at most once: see `may_repeat`
         return outcome
 
     def _try(self, step: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
-        """Return what *step* returns; nothing if the request is to be made again.
+        """Return what *step* returns; ``None`` if the request is to be made again.
 
-        Translates everything that can go wrong on the way. With a result, the connection is given back.
+        Translates all errors on the way. Once there is a result, the connection is given back.
         """
         try:
             try:
@@ -397,7 +397,7 @@ class Exchange:
                 raise failure_of(exc) from exc
             if outcome is not None:
                 self._give_back()
-                self._attempt.raise_if_aborted()  # a socket shut down in mid-body can look like its end
+                self._attempt.raise_if_aborted()  # a socket shut down mid-body can look like its end
             return outcome
         except BaseException as exc:
             self._give_back()
@@ -421,13 +421,13 @@ class Exchange:
             self._unsent = self._unsent[connection.sock.send(self._unsent) :]
         except _WOULD_WAIT:
             return
-        except (BrokenPipeError, ConnectionResetError):  # it may have answered before
+        except (BrokenPipeError, ConnectionResetError):  # the receiver may have answered already
             self._unsent = b""
 
     def _read_at_once(self) -> dict[str, Any] | None:
         connection = cast(PinnedConnection, self._connection)
         if isinstance(connection.sock, ssl.SSLSocket):
-            self._has_come = True  # one read would last as long as records without data come
+            self._has_come = True  # one read would last as long as records without data arrive
             return None
         response = BoundedResponse(connection.sock, self._attempt, at_once=True)
         try:
@@ -444,7 +444,7 @@ class Exchange:
         connection = self._connection
         connection.let_wait(True)
         if self._unsent:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered already
                 connection.sock.sendall(self._unsent)
         return self._read(connection, BoundedResponse(connection.sock, self._attempt, self._begun))
 
@@ -457,7 +457,7 @@ class Exchange:
         outcome = head_of(response.status, response.headers.items())
         if "error_code" in outcome:
             return outcome
-        # One byte more than is kept, so that a body of just that size is seen to have ended.
+        # One byte more than is kept, to notice that a body of exactly that size has ended.
         body = response.read_body(self._body_cap + 1)
         outcome["response_body"] = body[: self._body_cap]
         connection.received += response.received
@@ -468,9 +468,9 @@ class Exchange:
 def head_of(status: int, raw_headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Return the fields of :class:`.AttemptResult` that come from status line and headers.
 
-    With the ``error_code`` ``redirect``, the body must not be read.
+    If the ``error_code`` is ``redirect``, the body must not be read.
 
-    :param raw_headers: names and values as they came; values of one name are joined.
+    :param raw_headers: names and values as received; values of the same name are joined.
     """
     headers: dict[str, str] = {}
     for raw_name, value in raw_headers:
@@ -493,7 +493,7 @@ def head_of(status: int, raw_headers: Iterable[tuple[str, str]]) -> dict[str, An
 
 
 def clean(text: str, limit: int) -> str:
-    """Return untrusted text cut to *limit* and without characters that databases and pages cannot show."""
+    """Return untrusted text cut to *limit*, without characters that databases and pages cannot show."""
     text = text[:limit]
     if text.isprintable():
         return text
