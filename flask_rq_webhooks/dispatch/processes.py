@@ -154,9 +154,9 @@ class Supervisor:
     def run(self) -> int:
         """Run until stopped; return the exit code.
 
-        When no child ever gets as far as its first heartbeat, the exit code is that of the last one and
-        nothing is retried: a wrong setting stays wrong. A signal, such as that of a machine out of memory or
-        ours to a child that hangs, says nothing about settings.
+        If no child ever reaches its first heartbeat, nothing is restarted (a wrong setting stays wrong), and
+        the exit code is that of the last child. A signal, such as one sent when the machine is out of memory
+        or ours to a hanging child, says nothing about settings.
         """
         before = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
