@@ -282,7 +282,7 @@ class Field:
             for job_id in self.redis.lrange(f"rq:queue:{queue}:intermediate", 0, -1):
                 if self.redis.hget(b"rq:job:" + job_id, "status") == b"queued":
                     self.redis.rpush(f"rq:queue:{queue}", job_id)
-            self.redis.delete(f"rq:queue:{queue}:intermediate", f"rq:clean_registries:{queue}")
+            self.redis.delete(f"rq:queue:{queue}:intermediate")
         self.restart_dead()
         self.start("worker-last")
         self.start("simple-last")
