@@ -207,7 +207,10 @@ def test_no_more_in_flight_than_the_limit_and_in_order(
         assert attacker.connections <= concurrency
     assert most == concurrency
     assert sorted(begun) == list(range(60))
-    assert all(abs(place - number) < concurrency + 1 for place, number in enumerate(begun))
+    started = [future.result().started_at for future in futures]
+    assert started == sorted(started)
+    if concurrency == 1:  # of several requests at once, the receiver's threads take any first
+        assert begun == sorted(begun)
 
 
 def test_many_who_submit_lose_nothing(make_transport: MakeTransport) -> None:
