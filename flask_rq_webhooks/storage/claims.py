@@ -7,10 +7,10 @@ How a claim stays fast and fair with a million deliveries due:
 
 1. *oldest*: read the first :data:`WINDOW` due rows of the index on ``next_attempt_at``. If there are fewer,
    they are all that is due, and their hosts are the candidates.
-2. Otherwise take hosts *in turn*. A recursive walk jumps from host to host in the index on ``(host,
-   next_attempt_at)``, starting after the host this process claimed last, and stops at as many due hosts as
-   rows are wanted. So neither the alphabet nor an old backlog decides who is served, and the cost depends on
-   the rows wanted, not on the rows due.
+2. Otherwise take hosts *in turn*. A recursive walk jumps from host to host in the index on
+   ``(host, next_attempt_at)``, starting after the host this process claimed last, and stops at as many due
+   hosts as rows are wanted. So neither the alphabet nor an old backlog decides who is served, and the
+   cost depends on the rows wanted, not on the rows due.
 3. *slots*: for each candidate, take the rows it has room for, ranked by how many requests the host would
    then have in flight; the lowest ranks win, and among equals the longest due.
 4. PostgreSQL locks exactly those rows with ``SKIP LOCKED``, so that concurrent dispatchers share a host's

@@ -236,7 +236,7 @@ class Database:
                 if self.is_sqlite:
                     begin, restore = _sqlite_transaction(connection.info, writes, busy_timeout_s, durable)
                 elif single_statement and not connection.info.get("rq_webhooks_isolated"):
-                    # Not by SQLAlchemy's isolation levels, for which psycopg has to wait again and again.
+                    # Without SQLAlchemy's isolation levels, for which psycopg has to wait repeatedly.
                     cast(Any, connection.connection.dbapi_connection).autocommit = True
                     yield connection
                     return

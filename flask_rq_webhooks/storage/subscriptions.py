@@ -85,7 +85,7 @@ class EndpointRow:
 
 
 def is_endpoint(endpoint_id: str | None) -> bool:
-    """Return whether a callback's token names an endpoint, or only that standing ones may get its events."""
+    """Return whether a callback's token names an endpoint; if not, only standing ones may get its events."""
     return endpoint_id is not None and not endpoint_id.endswith(NO_ENDPOINT_SUFFIX)
 
 
