@@ -1,7 +1,7 @@
-"""Attempts: decide what follows from one, and record it and all that follows in one transaction.
+"""Attempts: decide what follows from each one, and record it with its consequences in one transaction.
 
-:class:`RetryPolicy` decides, and is pure. Owns the status of a delivery after an attempt, and the record of
-standing endpoints. Knows nothing of how requests are sent.
+:class:`RetryPolicy` makes the decision and is pure. Owns a delivery's status after an attempt, and the
+failure counts of standing endpoints. Knows nothing of how requests are sent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .claims import ClaimedDelivery
 from .database import Database
 from .models import SUCCEEDED, Attempt, Delivery, Endpoint, UTCDateTime, new_id
 
-#: A standing endpoint is disabled only when it has failed for this long, however many attempts that were.
+#: A standing endpoint is disabled for failures only after failing this long, however many attempts failed.
 FAILING_FOR = timedelta(hours=24)
 
 #: Why a standing endpoint was disabled: it answered 410 Gone, or it failed too often.
@@ -31,10 +31,10 @@ FAILING = "failing"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptRecord:
-    """One attempt that was made, and what it means.
+    """A completed attempt, and the decision that follows from it.
 
     :param request_headers: as sent, secrets masked.
-    :param response_body: cut to the stored cap.
+    :param response_body: truncated to the maximum that is stored.
     """
 
     delivery: ClaimedDelivery
@@ -51,12 +51,12 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class RecordResult:
-    """What became of a batch.
+    """The result of recording a batch.
 
-    :param recorded: delivery id → its status now.
-    :param stale: deliveries no longer held by the sender: its lease had ended. Nothing was recorded; they
-        are sent again, or were, with the same event id.
-    :param disabled: standing endpoint id → reason, of those this batch disabled.
+    :param recorded: delivery id → its new status.
+    :param stale: deliveries that the sender no longer held because its lease had ended. Nothing was recorded
+        for them; they will be sent again, or already were, with the same event id.
+    :param disabled: standing endpoint id → reason, for the endpoints that this batch disabled.
     """
 
     recorded: Mapping[str, str]
@@ -65,9 +65,9 @@ class RecordResult:
 
 
 def latest_outcomes(database: Database, limit: int) -> dict[str, bool]:
-    """Return hosts with whether their latest attempt succeeded, as far as one ever did.
+    """Map hosts to whether their latest attempt succeeded; leave out hosts where none ever did.
 
-    :param limit: latest attempts that are looked at.
+    :param limit: how many of the latest attempts are examined.
     """
     latest = (
         select(Attempt.delivery_id, Attempt.status, Attempt.started_at)
@@ -96,19 +96,19 @@ def record_attempts(
     disable_after: int,
     in_transaction: Callable[[Connection, RecordResult], object] = lambda connection, result: None,
 ) -> RecordResult:
-    """Store attempts, set their deliveries' status and next attempt, and free the leases; one transaction.
+    """Store attempts, set the deliveries' status and next attempt, and free leases, in one transaction.
 
-    Only where the lease is still the sender's own. A delivery that an operator canceled while it was being
-    sent keeps the attempt and stays canceled, unless the attempt succeeded: what arrived has arrived. May
-    be repeated with the same records: those recorded before are stale then.
+    Only deliveries whose lease the sender still holds are changed. If an operator canceled a delivery while
+    it was being sent, the attempt is stored and the delivery stays canceled, unless the attempt succeeded:
+    then it did arrive. Safe to call again with the same records: those already recorded are then stale.
 
-    :param disable_after: consecutive failed attempts that disable a standing endpoint which has been
-        failing for :data:`FAILING_FOR`.
-    :param in_transaction: called before the commit with what is about to be committed.
+    :param disable_after: number of consecutive failed attempts that disables a standing endpoint, once it
+        has been failing for :data:`FAILING_FOR`.
+    :param in_transaction: called before the commit with the result that is about to be committed.
     """
     if not records:
         return RecordResult({}, (), {})
-    # Of two attempts of one delivery in a batch, the earlier was made under a lease that has run out.
+    # If a batch holds two attempts of one delivery, the earlier one's lease had expired.
     newest: dict[str, AttemptRecord] = {}
     for record in sorted(records, key=lambda record: record.delivery.lease_id):
         newest[record.delivery.id] = record
@@ -135,7 +135,7 @@ def record_attempts(
 def _update_deliveries(
     database: Database, connection: Connection, records: Mapping[str, AttemptRecord]
 ) -> dict[str, str]:
-    """Update what is still held, in one statement; return its status now by id."""
+    """Update the deliveries that are still held, in one statement; return their new status by id."""
     now = datetime.now(UTC)
     made = [
         {
@@ -159,10 +159,10 @@ def _as_sqlite_stores(moment: datetime) -> str:
     return moment.replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
-# One statement for a batch: a statement per row costs more than all the rest. Every batch locks in the order
-# of ids, so that none wait in a circle; and the clock is read after the locks, for which it may have waited.
-# "+" and "||" keep the databases from looking through all rows of that status, PostgreSQL through all those
-# that had it since the last vacuum.
+# One statement per batch: a statement per row costs more than everything else. Every batch locks rows in the
+# order of their ids, so that batches cannot deadlock. The clock is read after taking the locks, because
+# waiting for them takes time. "+" and "||" keep the databases from scanning all rows with that status;
+# PostgreSQL would scan all rows that had it since the last vacuum.
 
 _UPDATE_POSTGRESQL = text("""
 WITH made AS MATERIALIZED (
@@ -248,7 +248,7 @@ def _judge_standing(
         if row.failures or any(record.decision.status != SUCCEEDED for record in by_endpoint[row.id])
     ]
     if not touched:
-        return {}  # all is well, and was: nothing to write, no row to wait for
+        return {}  # no failures, now or before: nothing to write, no row to wait for
     disabled: dict[str, str] = {}
     locked = query.where(Endpoint.id.in_(touched)).with_for_update(key_share=True)
     held = connection.execute(locked).all()
@@ -270,29 +270,29 @@ def _judge_standing(
     return disabled
 
 
-# -- retry: what follows from an attempt ------------------------------------------------------------------
+# -- retry: deciding what follows an attempt ---------------------------------------------------------------
 
-#: Longest delay a receiver can ask for, seconds.
+#: Longest delay a receiver can ask for, in seconds.
 MAX_RETRY_AFTER_S = 86_400.0
-#: Statuses that often pass within minutes: we called back before the client stored the job's id, or it is
-#: rotating its keys. They get the first delays of the schedule, and no more attempts than these.
+#: Statuses that often go away within minutes: we delivered before the client stored the job's id, or it is
+#: rotating its keys. They use the first delays of the schedule, for this many attempts in all.
 SHORT_LIVED_STATUSES = frozenset({401, 403, 404})
 SHORT_LIVED_ATTEMPTS = 5
 
-#: Attempts of a ``job.progress``, and the seconds between them: soon there is a newer one.
+#: Attempts for a ``job.progress`` event, and the seconds between them: a newer one follows soon.
 PROGRESS_ATTEMPTS = 3
 PROGRESS_SCHEDULE = (1.0, 4.0)
 
 #: Error codes after which another attempt cannot help.
 _FINAL_CODES = frozenset({"blocked", "rate_limited", "redirect", "http_4xx"})
-#: Error codes that restate an HTTP status; the status decides where it is known.
+#: Error codes that restate an HTTP status; if the status is known, it decides.
 _STATUS_CODES = frozenset({"redirect", "http_4xx", "http_5xx"})
 
 _GONE = 410
 _SECONDS = re.compile(r"[0-9]{1,10}")
 _TIME = "[0-9]{2}:[0-9]{2}:[0-9]{2}"
 _MONTHS = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
-# The three forms of RFC 9110, section 5.6.7; the standard library reads far more than these.
+# The three forms of RFC 9110, section 5.6.7; the standard library accepts far more than these.
 _HTTP_DATE = re.compile(
     rf"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), [0-9]{{2}} (?:{_MONTHS}) [0-9]{{4}} {_TIME} GMT"
     r"|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day,"
@@ -303,9 +303,9 @@ _HTTP_DATE = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What becomes of a delivery after an attempt.
+    """What happens to a delivery after an attempt.
 
-    :param status: ``"succeeded"``, ``"pending"`` (again after *delay_s*) or ``"exhausted"``.
+    :param status: ``"succeeded"``, ``"pending"`` (retried after *delay_s*) or ``"exhausted"``.
     :param delay_s: seconds until the next attempt; ``None`` unless pending.
     :param disable_endpoint: the receiver said that it is gone for good (410).
     :param error_code: recorded with the attempt; ``None`` on success.
@@ -321,13 +321,13 @@ class Decision:
 class RetryPolicy:
     """When to make another attempt.
 
-    :param schedule: seconds before the second, third, … attempt; the last one repeats where an endpoint
-        allows more attempts than the schedule has.
+    :param schedule: seconds before the second, third, … attempt; the last value repeats if an endpoint
+        allows more attempts than the schedule covers.
     :param statuses: HTTP statuses that are retried.
-    :param short_lived: HTTP statuses that are retried as often as :data:`SHORT_LIVED_ATTEMPTS` says.
+    :param short_lived: HTTP statuses that are retried, up to :data:`SHORT_LIVED_ATTEMPTS` attempts in all.
     :param max_retry_after_s: longest delay a receiver can ask for.
-    :param jitter: share by which a delay varies, so that many deliveries do not return in one moment after
-        an outage.
+    :param jitter: fraction by which a delay varies, so that many deliveries are not retried at the same
+        moment after an outage.
     """
 
     schedule: tuple[float, ...]
@@ -337,10 +337,10 @@ class RetryPolicy:
     short_lived: frozenset[int] = SHORT_LIVED_STATUSES
 
     def for_endpoint(self, schedule: str | None, statuses: str | None) -> RetryPolicy:
-        """Return the policy of an endpoint that may set its own schedule and statuses.
+        """Return the policy for an endpoint, which may set its own schedule and statuses.
 
-        :param schedule: JSON list of seconds; ``None`` for those of this policy.
-        :param statuses: JSON list as :class:`~.models.EndpointFields` has it: no other status is retried.
+        :param schedule: JSON list of seconds; ``None`` keeps this policy's.
+        :param statuses: JSON list as in :class:`~.models.EndpointFields`: no other status is retried.
         """
         policy = self
         if schedule is not None:
@@ -362,18 +362,18 @@ class RetryPolicy:
         random: Callable[[], float],
         retry_4xx: bool = True,
     ) -> Decision:
-        """Decide what follows from an attempt.
+        """Decide what happens after an attempt.
 
         :param status_code: the receiver's status, ``None`` without a response.
-        :param error_code: what the transport found; it goes before the status, which may be what is left of
-            a connection shut down at its deadline.
+        :param error_code: error found by the transport; it takes precedence over the status, which may be
+            left over from a connection shut down at its deadline.
         :param number: number of the attempt just made, from 1.
-        :param max_attempts: attempts this delivery may make in all.
-        :param retry_after: the ``Retry-After`` header of the response, as it came.
-        :param now: aware time of the response.
+        :param max_attempts: total number of attempts allowed for this delivery.
+        :param retry_after: the ``Retry-After`` header of the response, as received.
+        :param now: time of the response, timezone-aware.
         :param random: returns a number from 0 to 1.
-        :param retry_4xx: whether a 4xx may be retried; not so for ``format="task"``, whose contract is that
-            every 4xx is final, unless the endpoint sets its own statuses.
+        :param retry_4xx: whether a 4xx may be retried. ``False`` for ``format="task"``, whose contract is
+            that every 4xx is final, unless the endpoint sets its own statuses.
         """
         if status_code is not None and (error_code is None or error_code in _STATUS_CODES):
             error_code = error_code_for_status(status_code)
@@ -394,7 +394,7 @@ class RetryPolicy:
         if status_code == _GONE:
             return False
         if not 200 <= status_code <= 599:
-            # No valid final answer: "as if it had a 5xx (Server Error) status code", RFC 9110, section 15.
+            # Not a final status: "as if it had a 5xx (Server Error) status code", RFC 9110, section 15.
             status_code = 500
         if status_code in self.statuses:
             return True
@@ -419,7 +419,7 @@ def _codes(text: str) -> range:
 def error_code_for_status(status: int) -> str | None:
     """Return the error code of an HTTP status, ``None`` for 2xx.
 
-    What is no valid final status (below 200, above 599) counts as ``http_5xx`` (RFC 9110, section 15).
+    An invalid final status (below 200, above 599) counts as ``http_5xx`` (RFC 9110, section 15).
     """
     if 200 <= status <= 299:
         return None
@@ -434,9 +434,9 @@ def parse_retry_after(value: str, now: datetime) -> float | None:
     """Return the seconds a ``Retry-After`` header asks for, 0 for a date that has passed.
 
     Strict, since receivers are not trusted: ``nan``, signs, fractions, non-ASCII digits and numbers of more
-    than ten digits give ``None``, as does a date in none of HTTP's forms.
+    than ten digits give ``None``, as does a date that is in none of HTTP's formats.
 
-    :param now: aware.
+    :param now: timezone-aware.
     """
     text = value.strip(" \t")
     if _SECONDS.fullmatch(text):
@@ -452,10 +452,10 @@ def parse_retry_after(value: str, now: datetime) -> float | None:
     return max(0.0, (moment - now).total_seconds())
 
 
-#: Error codes as clients see them: not whether a name exists or an address is private.
+#: Error codes as shown to clients: they do not reveal whether a name exists or an address is private.
 _COARSE = {"blocked": "unreachable", "dns": "unreachable", "connect": "unreachable"}
 
 
 def coarse_code(code: str | None) -> str | None:
-    """Return an error code as far as clients may know it."""
+    """Return an error code in the form that clients may see."""
     return None if code is None else _COARSE.get(code, code)

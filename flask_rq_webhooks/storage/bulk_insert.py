@@ -1,6 +1,6 @@
-"""``INSERT … ON CONFLICT`` on both databases, how much one statement takes, and how rows reach the driver.
+"""``INSERT … ON CONFLICT`` for both databases, size limits of one statement, and passing rows to the driver.
 
-Owns the one place where the two dialects' insert constructs are chosen.
+The only place that chooses between the two dialects' insert constructs.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from .models import Base, UTCDateTime
 Insert = postgresql.Insert | sqlite.Insert
 _Column = ColumnElement[Any] | InstrumentedAttribute[Any]
 
-#: Rows per statement; SQLite takes 32766 parameters in one.
+#: Rows per statement; SQLite allows 32766 parameters in one.
 _CHUNK = 1000
-#: Characters of rows that go as JSON, per statement, unless one row has more.
+#: Characters per statement of rows sent as JSON, unless a single row has more.
 _MAX_CHARACTERS = 8_000_000
 
 
 def chunks_of(rows: Sequence[Any]) -> Iterator[list[Any]]:
-    """Give *rows* in lists that one statement can take."""
+    """Yield *rows* in lists that fit into one statement."""
     for start in range(0, len(rows), _CHUNK):
         yield list(rows[start : start + _CHUNK])
 
 
 class Texts(TypeDecorator[list[str]]):
-    """Any number of texts as one parameter: an array, or JSON where there are none."""
+    """Any number of strings as one parameter: an array, or JSON where the database has no arrays."""
 
     impl = String
     cache_ok = True
@@ -70,7 +70,7 @@ class Texts(TypeDecorator[list[str]]):
 
 
 class _OneOf(FunctionElement[bool]):
-    """A condition for both databases, so that statements can be built once, when a module is imported."""
+    """A condition that works on both databases, so that statements can be built once, at import time."""
 
     inherit_cache = True
     name = "one_of"
@@ -90,21 +90,21 @@ def _one_of_json(element: _OneOf, compiler: SQLCompiler, **options: Any) -> str:
 
 
 def one_of(column: _Column, name: str) -> ColumnElement[bool]:
-    """Return the condition that *column* is one of the texts passed as *name*, all in one parameter."""
+    """Return the condition that *column* is one of the strings passed in the single parameter *name*."""
     return _OneOf(column, bindparam(name, type_=Texts))
 
 
 def insert_into(database: Database, model: type[Base]) -> Insert:
-    """Return the insert construct that knows ``ON CONFLICT`` on this database."""
+    """Return the insert construct that supports ``ON CONFLICT`` on this database."""
     return sqlite.insert(model) if database.is_sqlite else postgresql.insert(model)
 
 
 def insert_or_ignore(database: Database, model: type[Base]) -> Insert:
-    """Return an insert that leaves rows out which would violate any unique constraint."""
+    """Return an insert that skips rows that would violate a unique constraint."""
     return _INSERT_OR_IGNORE[database.is_sqlite](model)
 
 
-# Built once: to build a statement costs as much as to execute it.
+# Built once: building a statement costs as much as executing it.
 _INSERT_OR_IGNORE: dict[bool, Callable[[type[Base]], Insert]] = {
     False: lru_cache(lambda model: postgresql.insert(model).on_conflict_do_nothing()),
     True: lru_cache(lambda model: sqlite.insert(model).on_conflict_do_nothing()),
@@ -122,13 +122,13 @@ def insert_new(
 ) -> set[str]:
     """Insert those of *rows* that violate no unique constraint; return their ids.
 
-    The statement is the same however many rows there are. One with a list of values for each row would be
-    another for every number of them: drivers and PostgreSQL parse it anew, in four times the time
-    (``benchmarks/stages.py``), and SQLite's driver keeps a hundred of them, some dozens of megabytes.
+    The statement is the same for any number of rows. One with a list of values per row would differ for
+    every number of rows: drivers and PostgreSQL would parse it anew, taking four times as long
+    (``benchmarks/stages.py``), and SQLite's driver would cache a hundred of them, some dozens of megabytes.
 
-    :param rows: all with the same keys; defaults of columns are not filled in.
-    :param before: PostgreSQL: done in the same round trip, as often as there are parts of *rows*.
-    :param values: its parameters.
+    :param rows: all with the same keys; column defaults are not applied.
+    :param before: PostgreSQL: executed in the same round trip, once for each part that *rows* is split into.
+    :param values: parameters of *before*.
     """
     if not rows:
         return set()
@@ -150,7 +150,7 @@ def insert_new(
 def execute_rows(
     database: Database, connection: Connection, statement: Any, rows: Sequence[Mapping[str, Any]]
 ) -> int:
-    """Execute *statement* by the driver, compiled once; return how many rows were written.
+    """Execute *statement* through the driver, compiled only once; return how many rows were written.
 
     :param rows: parameters of each execution, at least one, all with the same keys.
     """
@@ -161,7 +161,7 @@ def execute_rows(
 def fetch_rows(
     database: Database, connection: Connection, statement: Any, values: Mapping[str, Any]
 ) -> list[Any]:
-    """Execute *statement* as :func:`execute_rows` does, and return its rows as the driver gives them."""
+    """Execute *statement* as :func:`execute_rows` does, and return its rows as the driver returns them."""
     sql, bind = _for_driver(statement, tuple(values), connection.dialect, database.schema)
     rows: list[Any] = execute_by_driver(connection, sql, [bind(values)])[1]
     return rows
@@ -171,7 +171,7 @@ def fetch_rows(
 def _for_driver(
     statement: Any, names: tuple[str, ...], dialect: Dialect, schema: str | None
 ) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
-    """Return *statement* with parameters *names* as the driver takes it, and what converts a row of them."""
+    """Return the driver's SQL for *statement*, and a function that converts a row of parameters *names*."""
     compiled = statement.compile(dialect=dialect, column_keys=list(names))
     fixed = {name: bind.value for name, bind in compiled.binds.items()}
     converters = [
@@ -212,7 +212,7 @@ def _insert_from_json(model: type[Base], names: tuple[str, ...], before: CTE | N
 
 
 def documents_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Give *rows* as JSON arrays that one statement can take; bytes in base64."""
+    """Yield *rows* as JSON arrays that each fit into one statement; bytes are in base64."""
     part: list[str] = []
     characters = 0
     for row in rows:

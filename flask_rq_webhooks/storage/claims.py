@@ -1,20 +1,20 @@
-"""Claim: due deliveries are leased to one sender, fairly across hosts.
+"""Claim: lease due deliveries to one sender, fairly across hosts.
 
-Owns the two claim statements and everything a lease goes through until its attempt is recorded. Knows
-nothing of senders.
+Owns the two claim statements and every change to a lease until its attempt is recorded. Knows nothing of
+senders.
 
 How a claim stays fast and fair with a million deliveries due:
 
-1. *oldest*: the first :data:`WINDOW` due rows of the index on ``next_attempt_at``. Fewer than that are all
-   there are, and their hosts are the candidates.
-2. More: the hosts *in turn*. A recursive walk jumps from host to host in the index on
-   ``(host, next_attempt_at)``, beginning behind the host this process claimed last, and stops at as many
-   due hosts as rows are wanted. So neither the alphabet nor an old backlog decides who is served, and the
-   cost is that of the rows wanted, not of those due.
-3. *slots*: of each candidate the rows it has room for, ranked by how many requests the host then has in
-   flight; the lowest ranks win, among equals the longest due.
-4. PostgreSQL locks exactly those rows with ``SKIP LOCKED``, so that dispatchers at work at once share a
-   host's backlog instead of waiting for each other.
+1. *oldest*: read the first :data:`WINDOW` due rows of the index on ``next_attempt_at``. If there are fewer,
+   they are all that is due, and their hosts are the candidates.
+2. Otherwise take hosts *in turn*. A recursive walk jumps from host to host in the index on
+   ``(host, next_attempt_at)``, starting after the host this process claimed last, and stops at as many due
+   hosts as rows are wanted. So neither the alphabet nor an old backlog decides who is served, and the
+   cost depends on the rows wanted, not on the rows due.
+3. *slots*: for each candidate, take the rows it has room for, ranked by how many requests the host would
+   then have in flight; the lowest ranks win, and among equals the longest due.
+4. PostgreSQL locks exactly those rows with ``SKIP LOCKED``, so that concurrent dispatchers share a host's
+   backlog instead of waiting for each other.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from .bulk_insert import documents_of, fetch_rows, insert_new
 from .database import Database
 from .models import CANCELED, PENDING, SENDING, SHARED, Delivery, Dispatcher, UTCDateTime, new_id
 
-#: Due rows looked at before hosts are taken in turn instead.
+#: If this many rows are due, or more, hosts are taken in turn.
 WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimedDelivery:
-    """A delivery held by one sender until it is recorded, deferred, released, or its lease ends.
+    """A delivery held by one sender until it is recorded, deferred, or released, or its lease ends.
 
     :param lease_id: proves that the row is still held.
-    :param number: of the attempt to be made, from 1.
-    :param runid: what the host calls the run; the endpoint's own before the event's.
+    :param number: number of the attempt to make, from 1.
+    :param runid: the host's name for the run; the endpoint's takes precedence over the event's.
     :param headers: the endpoint's custom headers, an encrypted JSON object.
-    :param secrets: live ones, encrypted, newest first.
-    :param trace: what the request continues: the event's trace, or that of the endpoint's own request where
-        that is another one.
-    :param retry_schedule: the endpoint's own, a JSON list, as for *retry_statuses*.
+    :param secrets: the live secrets, encrypted, newest first.
+    :param trace: trace that the request continues: the event's, or that of the endpoint's own request if it
+        is a different trace.
+    :param retry_schedule: the endpoint's own schedule, a JSON list; likewise *retry_statuses*.
     """
 
     id: str
@@ -96,16 +96,16 @@ def claim_due(
     lease_s: float,
     lease_id: str | None = None,
 ) -> list[ClaimedDelivery]:
-    """Lease due deliveries to the caller; nothing while sending is paused.
+    """Lease due deliveries to the caller; none while sending is paused.
 
-    May return fewer than are due, where another dispatcher is claiming them at this moment.
+    May return fewer than are due if another dispatcher is claiming them at the same time.
 
-    :param limit: how many at most: the free places of the caller.
+    :param limit: maximum number of deliveries: the caller's free slots.
     :param per_host: requests the caller may have in flight per host.
-    :param in_flight: how many it has, by host.
+    :param in_flight: how many requests the caller has in flight, by host.
     :param lease_s: seconds after which the deliveries are free again, on the database's clock.
-    :param lease_id: a new one by default. Who gives one can free what was claimed although the answer was
-        lost (:func:`free_leases`).
+    :param lease_id: a new one by default. A caller that provides its own can free what was claimed even if
+        the answer was lost (:func:`free_leases`).
     """
     if limit < 1:
         return []
@@ -129,10 +129,10 @@ def claim_due(
     else:
         with database.write(durable=False, repeated=True, in_order=True) as connection:
             rows = connection.execute(_CLAIM_POSTGRESQL, parameters | {"lease_s": lease_s}).all()
-            # Not by the names of the hosts: the database's collation may differ.
+            # Do not compare host names here: the database's collation may differ.
             turns = [(False, row[-1]) for row in rows]
     if rows:
-        # The last host of the walk; those it met after starting over come after all others.
+        # The last host of the walk; hosts found after it started over come after all others.
         database.claim_after = rows[max(range(len(rows)), key=turns.__getitem__)][_HOST]
     return _claimed(rows, lease_id)
 
@@ -140,7 +140,7 @@ def claim_due(
 def store_claimed(
     database: Database, connection: Connection, rows: Sequence[Mapping[str, Any]], lease_id: str
 ) -> list[ClaimedDelivery]:
-    """Insert deliveries that one sender holds from the start; return those that were not there yet.
+    """Insert deliveries that are leased to one sender from the start; return those that were new.
 
     :param rows: at least one, all with the same keys.
     """
@@ -158,7 +158,7 @@ def _loaded(database: Database, connection: Connection, ids: Sequence[str], leas
 
 
 def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: float) -> int:
-    """Put claimed deliveries off without spending an attempt, as for a rate limit.
+    """Postpone claimed deliveries without using up an attempt, for example for a rate limit.
 
     :returns: how many were still held.
     """
@@ -166,7 +166,7 @@ def defer(database: Database, claimed: Sequence[ClaimedDelivery], *, delay_s: fl
 
 
 def release(database: Database, claimed: Sequence[ClaimedDelivery]) -> int:
-    """Give claimed deliveries back, due at once; return how many were still held."""
+    """Release claimed deliveries, so that they are due at once; return how many were still held."""
     return _let_go(database, claimed, _FREE)
 
 
@@ -183,7 +183,7 @@ def _let_go(database: Database, claimed: Sequence[ClaimedDelivery], values: Mapp
             freed = connection.execute(
                 update(Delivery).where(*of_this, Delivery.status == SENDING).values(values)
             ).rowcount
-            if freed < len(ids):  # one that was canceled meanwhile is free for resend and recover again
+            if freed < len(ids):  # those canceled in the meantime can be resent and recovered again
                 connection.execute(
                     update(Delivery)
                     .where(*of_this, Delivery.status == CANCELED)
@@ -194,7 +194,7 @@ def _let_go(database: Database, claimed: Sequence[ClaimedDelivery], values: Mapp
 
 
 def free_leases(database: Database, lease_ids: Sequence[str]) -> int:
-    """Make due again whatever is held under these leases; return how many."""
+    """Make the deliveries held under these leases due again; return how many."""
     with database.write(durable=False) as connection:
         return connection.execute(
             update(Delivery)
@@ -204,7 +204,7 @@ def free_leases(database: Database, lease_ids: Sequence[str]) -> int:
 
 
 def free_expired_leases(database: Database) -> int:
-    """Make deliveries due again whose lease expired; return how many."""
+    """Make deliveries whose lease expired due again; return how many."""
     with database.write(single_statement=True, durable=False) as connection:
         return connection.execute(
             update(Delivery)
@@ -214,9 +214,9 @@ def free_expired_leases(database: Database) -> int:
 
 
 def next_due_in(database: Database) -> float | None:
-    """Return in how many seconds the next delivery is due, 0 when one is; ``None`` when none waits.
+    """Return the seconds until the next delivery is due, 0 if one is due now; ``None`` if none is waiting.
 
-    While sending is paused nothing is due: ``None``.
+    Also ``None`` while sending is paused, since nothing is due then.
     """
     paused = select(Dispatcher.paused_at).where(Dispatcher.id == SHARED)
     with database.read() as connection:
@@ -228,7 +228,7 @@ def next_due_in(database: Database) -> float | None:
 
 
 def earliest_due(database: Database, connection: Connection) -> datetime | None:
-    """Return when the first pending delivery is, or was, due; ``None`` when none waits."""
+    """Return when the first pending delivery is, or was, due; ``None`` if none is waiting."""
     statement = _EARLIEST_SQLITE if database.is_sqlite else _EARLIEST_POSTGRESQL
     return connection.execute(statement).scalar_one_or_none()
 
@@ -237,7 +237,7 @@ _FREE: dict[str, Any] = {"status": PENDING, "lease_id": None, "lease_until": Non
 
 
 def _claimed(rows: Sequence[Sequence[Any]], lease_id: str) -> list[ClaimedDelivery]:
-    """Build deliveries from *rows* of :data:`_SELECTED`, of which each has one for every live secret."""
+    """Build deliveries from *rows* of :data:`_SELECTED`; each delivery has one row per live secret."""
     by_id: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         columns = dict(zip(_COLUMNS, row, strict=False))
@@ -247,7 +247,7 @@ def _claimed(rows: Sequence[Sequence[Any]], lease_id: str) -> list[ClaimedDelive
             **several[0]
             | {
                 "lease_id": lease_id,
-                "body": bytes(several[0]["body"]),  # drivers of PostgreSQL have types of their own
+                "body": bytes(several[0]["body"]),  # PostgreSQL drivers use their own types
                 "secrets": tuple(one["secrets"] for one in several if one["secrets"] is not None),
                 "sign_payload": bool(several[0]["sign_payload"]),
             }
@@ -256,16 +256,16 @@ def _claimed(rows: Sequence[Sequence[Any]], lease_id: str) -> list[ClaimedDelive
     ]
 
 
-# The statements. A lease need not outlive the machine, so no commit waits for the disk. 'pending' is
-# written out, not a parameter: only then do they match the partial indexes. In a walk ``found`` counts the
-# due hosts before the row, and ``wrapped`` says that it started over. SQLite gets the index by name: it
-# prefers (status, id), and then sorts a million rows. The live secrets of an endpoint come newest first: the
-# one that does not expire, then the one that expires last. PostgreSQL looks up what belongs to a claimed row
-# in subqueries it cannot flatten (OFFSET 0): it does not know how few rows are claimed, and would read whole
-# tables instead. A host's rows are asked for as a range: for an equality PostgreSQL may take the index that
-# has no host, for the sake of its order.
+# The statements. A lease need not survive a crash of the machine, so no commit waits for the disk. 'pending'
+# is a literal, not a parameter: only then do the statements match the partial indexes. In a walk, ``found``
+# counts the due hosts before the row, and ``wrapped`` says that it has started over. For SQLite the index is
+# named: it prefers (status, id), and then sorts a million rows. An endpoint's live secrets come newest
+# first: the one that does not expire, then the one that expires last. PostgreSQL looks up what belongs to a
+# claimed row in subqueries it cannot flatten (OFFSET 0): it does not know how few rows are claimed, and
+# would read whole tables instead. A host's rows are selected by a range: for an equality PostgreSQL may
+# choose the index without the host, because of its order.
 
-#: What a :class:`ClaimedDelivery` holds: from delivery ``c``, event ``v``, endpoint ``e`` and secret ``s``.
+#: Fields of a :class:`ClaimedDelivery`: from delivery ``c``, event ``v``, endpoint ``e`` and secret ``s``.
 _OWN = "id trigger max_attempts body host event_id event_type endpoint_id tenant"
 _OF_ENDPOINT = "url headers sign_payload format timeout_s retry_schedule retry_statuses"
 _COLUMNS = {

@@ -1,7 +1,7 @@
 """Encryption at rest of secrets and custom headers.
 
-Owns keys and ciphertexts, and the one job that walks all ciphertexts (:func:`rekey`). Knows nothing of
-what is signed or sent.
+Owns keys and ciphertexts, and the one operation that goes through all ciphertexts (:func:`rekey`). Knows
+nothing of what is signed or sent.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _HKDF_INFO = b"flask_rq_webhooks: encryption at rest, v1"
 class Cipher:
     """Encrypt with the first key, decrypt with any.
 
-    :param keys: newest first. A key that is not a Fernet key (32 bytes, URL-safe base64) is taken as a
-        passphrase of full entropy, and a Fernet key is derived from it (HKDF-SHA256, RFC 5869).
+    :param keys: newest first. A key that is not a Fernet key (32 bytes, URL-safe base64) is treated as a
+        passphrase with full entropy, and a Fernet key is derived from it (HKDF-SHA256, RFC 5869).
     :raises ConfigurationError: when there is no key.
     """
 
@@ -48,7 +48,7 @@ class Cipher:
     ) -> Cipher:
         """Return the cipher of an app.
 
-        Keys derived from ``SECRET_KEY`` still decrypt after ``ENCRYPTION_KEYS`` was introduced, so that
+        Keys derived from ``SECRET_KEY`` can still decrypt after ``ENCRYPTION_KEYS`` is introduced, so
         introducing it loses nothing.
 
         :param encryption_keys: ``RQ_WEBHOOKS_ENCRYPTION_KEYS``.
@@ -63,14 +63,14 @@ class Cipher:
         return self._fernet.encrypt(text.encode()).decode("ascii")
 
     def decrypt(self, text: str) -> str:
-        """Return what :meth:`encrypt` was given.
+        """Return the text that was passed to :meth:`encrypt`.
 
         :raises DecryptionError: when no key opens *text*.
         """
         return self._opened(self._fernet.decrypt, text)
 
     def renew(self, text: str) -> str:
-        """Return *text*, encrypted with any of the keys, encrypted again with the first one.
+        """Return *text*, which any of the keys encrypted, re-encrypted with the first key.
 
         :raises DecryptionError: when no key opens *text*.
         """
@@ -94,15 +94,15 @@ class Cipher:
 def rekey(
     database: Database, cipher: Cipher, *, batch: int = 500, progress: Callable[[int], None] | None = None
 ) -> int:
-    """Encrypt every stored secret and header again with the first key, so that older keys can be removed.
+    """Re-encrypt every stored secret and header with the first key, so that older keys can be removed.
 
     Safe while the app and dispatchers run with the same keys: a value changed in the meantime is left alone.
-    May be stopped and started again.
+    Can be stopped and started again.
 
     :param batch: rows per transaction.
     :param progress: called with the number of values done so far, after each transaction.
-    :returns: how many values were encrypted again.
-    :raises DecryptionError: when no key opens a value; what was done before stays done.
+    :returns: how many values were re-encrypted.
+    :raises DecryptionError: when no key can decrypt a value; values already re-encrypted stay that way.
     """
     done = 0
     tables: list[tuple[FromClause, str]] = [(Secret.__table__, "secret"), (Endpoint.__table__, "headers")]
@@ -117,7 +117,7 @@ def rekey(
 
 
 def stored_samples(database: Database) -> list[str]:
-    """Return encrypted values for a test of the keys: the 20 oldest and newest secrets and headers."""
+    """Return encrypted values to test the keys with: the 20 oldest and 20 newest secrets and headers."""
     stored: list[str] = []
     with database.read() as connection:
         for column, key in ((Secret.secret, Secret.id), (Endpoint.headers, Endpoint.id)):

@@ -1,8 +1,8 @@
-"""Our own engine: a small pool beside the host's; never the host's session, connection or transaction.
+"""Our own engine: a small pool next to the host's; never uses its session, connection or transaction.
 
 Owns how a connection is opened and how a transaction begins on each database, and turns the errors that
-:mod:`.sql_errors` explains into :exc:`~flask_rq_webhooks.errors.StorageUnavailableError`. Holds no statements
-about our tables beyond creating them.
+:mod:`.sql_errors` explains into :exc:`~flask_rq_webhooks.errors.StorageUnavailableError`. Holds no
+statements on our tables other than creating them.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from .sql_errors import sqlstate, why_unavailable
 
 logger = logging.getLogger(__name__)
 
-#: Seconds a SQLite writer waits for another one, and a pool for a free connection.
+#: Seconds that a SQLite writer waits for another writer, and the pool for a free connection.
 BUSY_TIMEOUT = 5.0
 
-#: Seconds after which PostgreSQL ends a transaction of ours that has stopped: the locks of a machine that was
-#: cut off would otherwise hold up all others for as long as TCP waits, two hours by default.
+#: Seconds after which PostgreSQL ends an idle transaction of ours: otherwise the locks of a machine that was
+#: cut off would block everybody else until TCP gives up, two hours by default.
 IDLE_IN_TRANSACTION_S = 30
-#: The expression that says so, for one transaction: behind a pooler the session is the host's in the next
-#: moment.
+#: The expression that sets this limit for one transaction: behind a pooler, the host may use the session
+#: next.
 LIMIT_IDLE = f"set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_S}s', true)"
 
-#: Options of libpq: a server that vanished without closing its connections is noticed within seconds, too.
+#: libpq options to notice within seconds a server that vanished without closing its connections.
 LIBPQ_DRIVERS = frozenset({"psycopg", "psycopg2"})
 LIBPQ_TIMEOUTS = {
     "connect_timeout": int(BUSY_TIMEOUT),
@@ -64,31 +64,31 @@ LIBPQ_TIMEOUTS = {
     "keepalives_count": 3,
 }
 
-#: Seconds of rest after which a pooled connection to PostgreSQL is checked even where the caller would try
-#: again: one that was used a moment ago is hardly ever dead, and a check costs a round trip.
+#: Idle seconds after which a pooled PostgreSQL connection is checked even if the caller would retry: one
+#: that was used a moment ago is hardly ever dead, and a check costs a round trip.
 PING_AFTER_S = 1.0
 
-#: What the thread that takes a connection from the pool says about itself.
+#: Per thread: whether the caller taking a connection from the pool would repeat its transaction.
 _checkout = threading.local()
 
-#: The first SQLite with ``RETURNING``, which claiming and ingesting are built on.
+#: The first SQLite with ``RETURNING``, which claiming and ingesting rely on.
 MINIMUM_SQLITE = (3, 35, 0)
 
 
 class Database:
-    """Our tables on one database, through our own engine.
+    """Access to our tables in one database, through our own engine.
 
-    :param url: SQLAlchemy URL. An in-memory SQLite gets a database of its own, created at once.
+    :param url: SQLAlchemy URL. In-memory SQLite gets its own database, with the tables created at once.
     :param host: the host's engine for this database. Connections are then opened exactly as it opens them:
         ``connect_args``, ``creator``, listeners for ``do_connect`` and ``connect``.
-    :param connect_args: passed to the driver, without *host*.
-    :param schema: where our tables are, when it is not the default schema.
-    :param own_file: nobody else uses this SQLite file, so that it may be switched to WAL; never with *host*.
-    :param pool_size: connections kept; as many again may be opened for a moment.
+    :param connect_args: passed to the driver if there is no *host*.
+    :param schema: schema of our tables, if not the default one.
+    :param own_file: nobody else uses this SQLite file, so it may be switched to WAL; never done with *host*.
+    :param pool_size: connections kept open; as many again may be opened temporarily.
     :raises ConfigurationError: when SQLite itself is too old.
     """
 
-    #: Host the last claim of this process ended with; the next one begins behind it. A hint, not state.
+    #: Host at which this process's last claim ended; the next one begins after it. A hint, not state.
     claim_after: str = ""
 
     def __init__(
@@ -112,10 +112,10 @@ class Database:
             )
         self._wal = own_file and host is None
         self._prepares = True
-        #: Whether a transaction that has only read keeps no writer waiting.
+        #: Whether a transaction that has only read does not block writers.
         self.reads_freely = not self.is_sqlite
-        # SQLite has one writer at a time, and those who wait ask again after growing pauses; threads of one
-        # process take turns instead. In memory one connection is shared by all, so readers do as well.
+        # SQLite allows one writer at a time, and waiting writers poll with growing pauses; threads of one
+        # process take turns instead. In memory, all share one connection, so readers take turns too.
         self._turn = threading.RLock()
         self._pid = os.getpid()
         self.engine = self._create_engine(host, dict(connect_args or {}), pool_size)
@@ -132,12 +132,12 @@ class Database:
                 "poolclass": QueuePool,
                 "pool_size": pool_size,
                 "max_overflow": pool_size,
-                # The one used last has its pages and prepared statements at hand.
+                # The connection used last still has its pages and prepared statements.
                 "pool_use_lifo": True,
                 "pool_timeout": BUSY_TIMEOUT,
             }
             if not self.is_sqlite:
-                # The statements are written for it, whatever the server's or the host's default is.
+                # Our statements are written for it, whatever the default of the server or host is.
                 options["isolation_level"] = "READ COMMITTED"
             if host is not None:
                 options |= {
@@ -172,22 +172,22 @@ class Database:
         optimistic: bool = False,
         in_order: bool = False,
     ) -> AbstractContextManager[Connection]:
-        """Open one transaction that writes; commit at the end, roll back on an exception.
+        """Open one write transaction; commit at the end, roll back on an exception.
 
         :param busy_timeout_s: SQLite: wait no longer than this for another writer.
-        :param single_statement: the caller executes exactly one statement. PostgreSQL then runs it as a
-            transaction of its own, which saves the round trips of ``BEGIN`` and ``COMMIT``.
-        :param durable: ``False``: the database need not wait for the disk. What is written survives the death
-            of this process, and may be undone by that of the machine the database is on. PostgreSQL waits
-            all the same for a *single_statement*, unless that says otherwise itself.
-        :param repeated: the caller does it again if the connection turns out to be dead. PostgreSQL is then
-            not asked whether one is alive that was used within :data:`PING_AFTER_S`.
-        :param limits_idle: the caller's first statement contains :data:`LIMIT_IDLE`: one round trip less.
-        :param optimistic: SQLite: keep no other writer waiting before the caller's first write, which fails
-            if another one has written since the caller's first read.
-        :param in_order: PostgreSQL: walk an index in its order rather than sort. With statistics of a time
-            when nothing was due, sorting what little there is seems cheaper, and each look reads it all; with
-            those of a long backlog, sorting the rows of one host does.
+        :param single_statement: the caller executes exactly one statement. PostgreSQL then runs it as its
+            own transaction, which saves the round trips of ``BEGIN`` and ``COMMIT``.
+        :param durable: ``False``: the commit need not wait for the disk. The data survives the death of this
+            process, but may be lost if the database's machine crashes. PostgreSQL still waits for a
+            *single_statement*, unless the statement itself says otherwise.
+        :param repeated: the caller retries if the connection turns out to be dead. PostgreSQL connections
+            used within :data:`PING_AFTER_S` are then not checked first.
+        :param limits_idle: the caller's first statement contains :data:`LIMIT_IDLE`, saving a round trip.
+        :param optimistic: SQLite: block no other writer before the caller's first write, which fails if
+            another writer has written since the caller's first read.
+        :param in_order: PostgreSQL: read an index in order rather than sort. With statistics from a time when
+            nothing was due, the planner takes sorting the few rows for cheaper, and each lookup reads them
+            all; with statistics from a long backlog, it takes sorting the rows of one host for cheaper.
         :raises StorageUnavailableError: when the database cannot be reached, stays locked, or lacks our
             tables.
         """
@@ -207,7 +207,7 @@ class Database:
 
         :raises StorageUnavailableError: when the database cannot be reached or lacks our tables.
         """
-        # READ COMMITTED takes a new snapshot per statement anyway; so BEGIN and ROLLBACK are saved.
+        # READ COMMITTED takes a new snapshot per statement anyway, so BEGIN and ROLLBACK are left out.
         return self._transaction(writes=False, single_statement=True)
 
     @contextmanager
@@ -236,7 +236,7 @@ class Database:
                 if self.is_sqlite:
                     begin, restore = _sqlite_transaction(connection.info, writes, busy_timeout_s, durable)
                 elif single_statement and not connection.info.get("rq_webhooks_isolated"):
-                    # Not by SQLAlchemy's isolation levels, for which psycopg has to wait again and again.
+                    # Without SQLAlchemy's isolation levels, for which psycopg has to wait repeatedly.
                     cast(Any, connection.connection.dbapi_connection).autocommit = True
                     yield connection
                     return
@@ -275,7 +275,7 @@ class Database:
         pid, isolation = cursor.fetchone()
         cursor.close()
         dbapi_connection.rollback()
-        # Only BEGIN can say that a transaction is READ COMMITTED where the default is another level.
+        # If the default is another level, only BEGIN can make a transaction READ COMMITTED.
         record.info["rq_webhooks_isolated"] = isolation != "read committed"
         record.info["rq_webhooks_new"] = True
         record.info["rq_webhooks_read_only"] = _is_read_only(dbapi_connection)
@@ -286,7 +286,7 @@ class Database:
                 dbapi_connection.prepare_threshold = None
 
     def _stop_preparing(self, why: str) -> None:
-        """Use no prepared statements: in the next transaction a pooler may lead to a server without them."""
+        """Stop using prepared statements: a pooler may run the next transaction on a server without them."""
         if self._prepares:
             self._prepares = False
             logger.warning(
@@ -296,7 +296,7 @@ class Database:
             )  # fmt: skip
 
     def _judge_connection(self, context: ExceptionContext) -> None:
-        """Drop connections that lead to a server which cannot write, and those with lost statements."""
+        """Drop connections to a server that cannot write, and those whose prepared statements are lost."""
         state, reason = sqlstate(context.original_exception), str(context.original_exception)
         if 'prepared statement "_pg3_' in reason:
             self._stop_preparing(f"the server says: {reason.splitlines()[0]}")
@@ -312,9 +312,9 @@ class Database:
         return in_schema(statement, self.engine.dialect, self.schema), parameters
 
     def _forget_parent(self) -> None:
-        """After a fork, leave the parent its connections, and the turn that one of its threads may have.
+        """After a fork, leave the parent's connections to it, and replace a lock its threads may hold.
 
-        Decided by the process id: servers such as uWSGI fork without Python's hooks.
+        Detected by the process id: servers such as uWSGI fork without running Python's hooks.
         """
         self._pid = os.getpid()
         self._turn = threading.RLock()
@@ -323,7 +323,7 @@ class Database:
     def clock(self, offset_s: float = 0.0) -> ColumnElement[datetime]:
         """Return the database's clock as an expression, *offset_s* seconds from now.
 
-        Leases of several machines are compared by it alone. It advances inside a transaction.
+        Leases of different machines are compared by this clock only. It advances within a transaction.
         """
         if self.is_sqlite:
             return literal(datetime.now(UTC) + timedelta(seconds=offset_s), UTCDateTime)
@@ -333,9 +333,9 @@ class Database:
         return moment.op("+", return_type=UTCDateTime())(func.make_interval(0, 0, 0, 0, 0, 0, offset_s))
 
     def now(self, connection: Connection) -> datetime:
-        """Return the database's clock: leases of several machines are compared by it alone.
+        """Return the database's time: leases of different machines are compared by this clock only.
 
-        SQLite has no clock of its own; there it is this machine's, the only one that can be involved.
+        SQLite has no clock of its own; this machine's is used, the only one that can be involved.
         """
         if self.is_sqlite:
             return datetime.now(UTC)
@@ -352,15 +352,15 @@ class Database:
 
     def dispose(self) -> None:
         """Close every pooled connection."""
-        # The one in memory is shared: closed while a thread executes on it, it takes the process down.
+        # The in-memory connection is shared: closing it while a thread executes on it crashes the process.
         with self._turn if self.in_memory else nullcontext():
             self.engine.dispose()
 
 
 def _connect_as(host: Engine, record: ConnectionPoolEntry) -> Any:
-    """Open a connection exactly as the host's engine does, but with our time limits where it sets none."""
+    """Open a connection exactly as the host's engine does, but with our timeouts where it sets none."""
     creator: Any = host.pool._creator
-    # What create_engine made has no other way to its arguments; a creator of the host's own has none of them.
+    # A creator from create_engine holds its arguments only in its closure; the host's own creator has none.
     made = getclosurevars(creator).nonlocals if isfunction(creator) else {}
     given = made.get("cargs_tup", made.get("cargs"))  # older versions call them cargs
     if given is None or not {"dialect", "cparams"} <= made.keys():
@@ -375,14 +375,14 @@ def _connect_as(host: Engine, record: ConnectionPoolEntry) -> Any:
 
 
 def _listeners_of(host: Engine, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-    """Do what the host does with each connection it opens, such as setting a role or a search path."""
+    """Run the host's listeners for new connections, which may set a role or a search path, for example."""
     for listener in list(getattr(host.pool.dispatch.connect, "listeners", ())):
         listener(dbapi_connection, record)
 
 
 @lru_cache(maxsize=1000)
 def in_schema(statement: str, dialect: Dialect, schema: str | None) -> str:
-    """Return *statement* with the schema before each of our tables, in those written as text, too."""
+    """Return *statement* with the schema before each of our tables, even if it was written as text."""
     if schema is None:
         return statement
     quoted = dialect.identifier_preparer.quote(schema)
@@ -390,10 +390,10 @@ def in_schema(statement: str, dialect: Dialect, schema: str | None) -> str:
 
 
 def execute_by_driver(connection: Connection, sql: str, rows: Sequence[Any] = ((),)) -> tuple[int, Any]:
-    """Execute *sql* without SQLAlchemy, whose part of a short statement is the longer one, but for errors.
+    """Execute *sql* without SQLAlchemy, except for errors: it takes most of a short statement's time.
 
     :param rows: parameters of each execution, as the driver takes them.
-    :returns: how many rows were written, where *sql* writes; and those it returns, where it is executed once.
+    :returns: how many rows were written, if *sql* writes; and the rows it returns, if it is executed once.
     """
     cursor = connection.connection.cursor()
     try:
@@ -403,14 +403,14 @@ def execute_by_driver(connection: Connection, sql: str, rows: Sequence[Any] = ((
             found = cursor.fetchall() if cursor.description else []
         else:
             connection.dialect.do_executemany(cursor, sql, rows)
-    except BaseException as exc:  # the end of a greenlet, too, leaves a connection that is good for nothing
+    except BaseException as exc:  # a killed greenlet also leaves an unusable connection
         connection._handle_dbapi_exception(exc, sql, None, cursor, None)
     count: int = cursor.rowcount
     cursor.close()
     return count, found
 
 
-#: The names of our tables where no schema stands before them; not the indexes, whose names end with them.
+#: Our table names where no schema precedes them; not the index names that end with a table name.
 _OUR_TABLES = re.compile(r"(?<![\w.'\"])(?:" + "|".join(Base.metadata.tables) + r")\b")
 
 
@@ -422,20 +422,20 @@ def _timeouts(url: URL) -> dict[str, Any]:
 
 
 def _prepare_sqlite(wal: bool, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-    dbapi_connection.isolation_level = None  # we say BEGIN ourselves, see _sqlite_transaction
+    dbapi_connection.isolation_level = None  # we issue BEGIN ourselves, see _sqlite_transaction
     cursor = dbapi_connection.cursor()
     if wal:
         cursor.execute("PRAGMA journal_mode=WAL")
-    # Of this connection, and where the file is in WAL mode: pages written again and again travel to the file
-    # once per 16 MB of log instead of once per 4, a fifth of what claiming and recording cost.
+    # For this connection, and only in WAL mode: pages written repeatedly are copied to the file once per 16
+    # MB of log instead of once per 4, a fifth of what claiming and recording cost.
     cursor.execute("PRAGMA wal_autocheckpoint=4000")
     cursor.execute("PRAGMA foreign_keys=ON")
-    # FULL: a registration we answered for survives a power failure too. One fsync of the log per commit,
-    # measured 0.3 ms against 0.02 ms for NORMAL, which only survives the death of the process; ingest and
-    # record commit per batch and do not feel it. Claims say durable=False: a lease that is undone is free.
+    # FULL: a registration we have confirmed survives a power failure too. It costs one fsync of the log per
+    # commit, measured at 0.3 ms against 0.02 ms for NORMAL, which only survives the death of the process;
+    # ingest and record commit per batch and hardly notice. Claims use durable=False: a lost lease is free.
     cursor.execute("PRAGMA synchronous=FULL")
     record.info["rq_webhooks_busy_ms"] = cursor.execute("PRAGMA busy_timeout").fetchone()[0]
-    # Without WAL a power failure may damage a file that is written with less than FULL.
+    # Without WAL, a power failure may damage a file that is written with less than FULL.
     record.info["rq_webhooks_wal"] = cursor.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
     cursor.close()
 
@@ -443,9 +443,9 @@ def _prepare_sqlite(wal: bool, dbapi_connection: Any, record: ConnectionPoolEntr
 def _sqlite_transaction(
     info: Mapping[Any, Any], writes: bool, busy_timeout_s: float | None, durable: bool
 ) -> tuple[list[str], list[str]]:
-    """Return what begins a transaction, and what leaves its connection as it was."""
-    # A transaction that reads first and writes later cannot wait for another writer (SQLITE_BUSY at
-    # once); one that says IMMEDIATE waits its turn.
+    """Return the statements that begin a transaction, and those that restore its connection."""
+    # A transaction that reads first and writes later cannot wait for another writer (SQLITE_BUSY at once);
+    # BEGIN IMMEDIATE waits its turn.
     begin, restore = ["BEGIN IMMEDIATE" if writes else "BEGIN"], []
     if busy_timeout_s is not None:
         begin.insert(0, f"PRAGMA busy_timeout={int(busy_timeout_s * 1000)}")
@@ -489,12 +489,12 @@ def _ping_after_rest(
     try:
         dialect.do_ping(dbapi_connection)
     except dialect.loaded_dbapi.Error as exc:
-        raise InvalidatePoolError from exc  # the pool connects anew, and trusts none of its others
+        raise InvalidatePoolError from exc  # the pool reconnects, and invalidates its other connections
     if _is_read_only(dbapi_connection) and not record.info.get("rq_webhooks_read_only"):
-        raise InvalidatePoolError  # a former primary: the address may lead to the new one by now
+        raise InvalidatePoolError  # a former primary: the address may point to the new one by now
 
 
 def _is_read_only(dbapi_connection: Any) -> bool:
-    """Return whether the server takes no writes now; it reports that unasked, from PostgreSQL 14 on."""
+    """Return whether the server is read-only now; PostgreSQL 14 and later report this without being asked."""
     status = getattr(getattr(dbapi_connection, "info", None), "parameter_status", None)
     return status is not None and "on" in (status("in_hot_standby"), status("default_transaction_read_only"))

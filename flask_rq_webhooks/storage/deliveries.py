@@ -1,7 +1,7 @@
-"""What operators do with deliveries: resend one, make all due, recover or cancel many by a filter.
+"""Operator actions on deliveries: resend one, make all due, recover or cancel many by a filter.
 
-Owns the order in which many are walked, in parts that each take little: a part says where the next one
-begins. A walk goes up by id, so it ends, and a delivery that fails again is not met a second time.
+Owns the order in which bulk actions process deliveries, in small parts: each part returns where the next one
+begins. They go up by id, so they end, and a delivery that fails again is not processed twice.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from .subscriptions import (
     store_deliveries,
 )
 
-#: Rows per transaction of everything that may touch many.
+#: Rows per transaction of every action that may change many.
 BATCH = 500
 
-#: Events that one part looks at, for those that a disabled endpoint missed; most have their deliveries.
+#: Events that one part examines for those a disabled endpoint missed; most already have their deliveries.
 EVENTS_PER_PART = 5_000
 
-#: The last delivery changed; or the endpoint and the last event looked at.
+#: The last delivery changed; or the endpoint and the last event examined.
 _CURSOR = re.compile(r"(dlv_[0-9a-z]{26})|(ep[0-9a-z]{0,20}_[0-9a-z]{26}):(evt_[0-9a-z]{26})")
 
-#: Reports about a run under way are out of date by the time deliveries are recovered.
+#: Reports about a run in progress are outdated by the time deliveries are recovered.
 _IS_CURRENT = (Delivery.event_type.not_in(sorted(RUNNING_TYPES)),)
 
 
 def resend(database: Database, delivery_id: str, *, tenant: str | None = None) -> str | None:
-    """Make a delivery due now, for one more attempt, whatever became of it before.
+    """Make a delivery due now, for one more attempt, whatever its outcome so far.
 
-    Same event id, same bytes. The attempt decides the status anew: a delivery that had succeeded and now
-    fails for the last time is exhausted.
+    The event id and the bytes stay the same. The attempt decides the status again: a delivery that had
+    succeeded and whose last attempt now fails is exhausted.
 
-    :param tenant: only one of this tenant's.
-    :returns: its status now: ``"pending"``; ``"sending"``, unchanged, where an attempt is under way; ``None``
-        where there is no such delivery.
+    :param tenant: only a delivery of this tenant.
+    :returns: its new status: ``"pending"``; ``"sending"``, unchanged, if an attempt is in progress; ``None``
+        if there is no such delivery.
     :raises ErasedError: when its body was erased.
     """
     with database.write() as connection:
@@ -72,9 +72,9 @@ def resend(database: Database, delivery_id: str, *, tenant: str | None = None) -
 
 
 def make_all_due(database: Database) -> int:
-    """Make every delivery due that waits for its next attempt; return how many.
+    """Make every delivery that waits for its next attempt due now; return how many.
 
-    Unlike :func:`recover` it changes nothing else: same trigger, same number of attempts left.
+    Unlike :func:`recover` it changes nothing else: the trigger and the number of attempts left stay the same.
     """
     with database.write(single_statement=True) as connection:
         return connection.execute(
@@ -86,9 +86,9 @@ def make_all_due(database: Database) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a part of long work did.
+    """Result of one part of a bulk action.
 
-    :param done: deliveries changed or made.
+    :param done: number of deliveries changed or created.
     :param cursor: where the next part begins; ``None`` when everything is done.
     """
 
@@ -97,10 +97,10 @@ class Part:
 
 
 class Step(Protocol):
-    """One part of long work, from a cursor on."""
+    """A function that does one part of a bulk action, from a cursor on."""
 
     def __call__(self, *, cursor: str | None, at_most: int) -> Part:
-        """Do it; ``at_most`` so many deliveries."""
+        """Process at most ``at_most`` deliveries."""
 
 
 def recover_part(
@@ -114,13 +114,13 @@ def recover_part(
 ) -> Part:
     """Make some deliveries due now, for one more attempt each, in one transaction.
 
-    Never those about a run under way (``job.started``, ``job.progress``, ``job.stalled``). Without
-    ``where.statuses``: those exhausted or canceled, and then those that were never made because
-    their standing endpoint was disabled when the event happened (since that endpoint was made, by what it
-    listens for now). With it: those of these statuses.
+    Never those about a run in progress (``job.started``, ``job.progress``, ``job.stalled``). Without
+    ``where.statuses``: exhausted and canceled ones, then those never created because their standing endpoint
+    was disabled when the event happened (for events since the endpoint was created, by its current
+    subscription). With it: deliveries with these statuses.
 
-    :param render: see :func:`~.events.ingest`; for deliveries that were never made.
-    :param max_attempts: for those too, where the endpoint sets none.
+    :param render: see :func:`~.events.ingest`; for deliveries that were never created.
+    :param max_attempts: also for those, if the endpoint sets none.
     :param cursor: of the part before.
     :param at_most: deliveries.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
@@ -140,7 +140,7 @@ def cancel_part(
 ) -> Part:
     """Cancel some unfinished deliveries, in one transaction.
 
-    One that is being sent is canceled too: its attempt is still recorded, and no other follows.
+    A delivery being sent is canceled too: its attempt is still recorded, and no other follows.
 
     :param where: its ``statuses`` may narrow this to ``pending`` or ``sending``.
     :param cursor: of the part before.
@@ -157,8 +157,8 @@ def cancel_part(
 def left_to_recover(database: Database, where: DeliveryFilter, cursor: str | None) -> int | None:
     """Return how many deliveries the parts from *cursor* on find, up to ``COUNT_CAP`` and one more.
 
-    :returns: without those that are still to be made; ``None`` when only these are left, as it is not known
-        their number before.
+    :returns: excludes those still to be created; ``None`` when only these are left, since their number is not
+        known in advance.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     after, endpoint_id, _after_event = _read(cursor)
@@ -180,7 +180,7 @@ def _recoverable(where: DeliveryFilter) -> DeliveryFilter:
 
 
 def _cancelable(where: DeliveryFilter) -> DeliveryFilter:
-    """Return the filter for what is unfinished; with no status where that asks for nothing of it."""
+    """Return the filter for unfinished deliveries; without any status if *where* excludes them all."""
     unfinished = {PENDING, SENDING}
     return replace(where, statuses=tuple(sorted(unfinished.intersection(where.statuses or unfinished))))
 
@@ -193,17 +193,17 @@ def _change(
     after: str | None,
     at_most: int,
 ) -> Part:
-    """Change the first deliveries above *after*, waiting for those that are being claimed or recorded."""
+    """Change the first deliveries above *after*; wait for those that are being claimed or recorded."""
     query = select(Delivery.id).where(*chosen.conditions(), *also)
     if after is not None:
         query = query.where(Delivery.id > after)
-    # One more than is changed says whether there is a next part.
+    # Select one more than is changed, to know whether there is a next part.
     query = query.order_by(Delivery.id).limit(at_most + 1).with_for_update()
     with database.write() as connection:
         ids = connection.execute(query).scalars().all()
         if not ids:
             return Part(0, None)
-        # Asked again: they may have changed while we waited for them.
+        # Checked again: they may have changed while we waited for them.
         still = DeliveryFilter(statuses=chosen.statuses).conditions()
         done = connection.execute(
             update(Delivery).where(Delivery.id.in_(ids[:at_most]), *still, *also).values(**values)
@@ -222,7 +222,7 @@ def _left(database: Database, chosen: DeliveryFilter, after: str | None, *also: 
 
 
 def due_again(database: Database) -> dict[str, Any]:
-    """Return the values that make a delivery due now, for one more attempt by hand."""
+    """Return the values that make a delivery due now, for one more manual attempt."""
     one_more = Delivery.attempts + 1
     return {
         "status": PENDING,
@@ -236,7 +236,7 @@ def due_again(database: Database) -> dict[str, Any]:
 
 
 def in_flight(database: Database) -> ColumnElement[bool]:
-    """Return the condition that a sender holds the delivery; a canceled one may still be under way."""
+    """Return the condition that a sender holds the delivery; a canceled one may still be in flight."""
     held = or_(Delivery.status == SENDING, Delivery.status == CANCELED)
     return held & Delivery.lease_until.is_not(None) & (Delivery.lease_until > database.clock())
 
@@ -253,9 +253,9 @@ def _make_missing(
     after: str,
     at_most: int,
 ) -> Part:
-    """Make deliveries that one standing endpoint missed while disabled, of the events above *after*."""
+    """Create the deliveries that one standing endpoint missed while disabled, for events above *after*."""
     endpoint = _endpoint(database, where, Endpoint.id == endpoint_id)
-    if endpoint is None:  # disabled or deleted since the part before
+    if endpoint is None:  # disabled or deleted since the previous part
         return Part(0, _beginning(database, where, after=endpoint_id))
     query = (
         select(Event.id, Event.type, Event.payload)
@@ -274,8 +274,8 @@ def _make_missing(
         now = database.now(connection)
         upto = None
         if where.event_id is None and where.job_id is None and where.runid is None:
-            # The events of one job or run are few; of all others only some are looked at, as most may have
-            # their deliveries.
+            # One job or run has few events; otherwise only some are examined, as most may have their
+            # deliveries already.
             upto = connection.execute(
                 select(Event.id)
                 .where(Event.id > after)
@@ -314,7 +314,7 @@ def _make_missing(
 
 
 def _heard_by(endpoint: EndpointRow) -> list[ColumnElement[bool]]:
-    """Return the condition on events that an endpoint with a tenant may get."""
+    """Return the condition for the events that an endpoint with a tenant may get."""
     tenant = endpoint.only_tenant if endpoint.tenant is None else endpoint.tenant
     return [] if tenant is None else [Event.tenant == tenant]
 
@@ -335,7 +335,7 @@ def _event_conditions(where: DeliveryFilter) -> list[ColumnElement[bool]]:
 
 
 def _beginning(database: Database, where: DeliveryFilter, *, after: str | None) -> str | None:
-    """Return the cursor at which the endpoint after *after* begins; ``None`` after the last one."""
+    """Return the cursor where the endpoint after *after* begins; ``None`` after the last one."""
     endpoint = _endpoint(database, where, *([] if after is None else [Endpoint.id > after]))
     if endpoint is None:
         return None
@@ -346,7 +346,7 @@ def _beginning(database: Database, where: DeliveryFilter, *, after: str | None) 
 def _endpoint(
     database: Database, where: DeliveryFilter, *conditions: ColumnElement[bool]
 ) -> EndpointRow | None:
-    """Return the first enabled standing endpoint by id that the filter and *conditions* leave."""
+    """Return the first enabled standing endpoint, by id, that matches the filter and *conditions*."""
     query = select(*ENDPOINT_COLUMNS).where(Endpoint.kind == "standing", Endpoint.enabled, *conditions)
     if where.endpoint_id is not None:
         query = query.where(Endpoint.id == where.endpoint_id)
@@ -360,7 +360,7 @@ def _endpoint(
 
 
 def _read(cursor: str | None) -> tuple[str | None, str | None, str]:
-    """Return the last delivery; or the endpoint to go on with, and its last event."""
+    """Return the last delivery; or the endpoint to continue with, and its last event."""
     if cursor is None:
         return None, None, ""
     match = _CURSOR.fullmatch(cursor)

@@ -19,15 +19,15 @@ from .bulk_insert import insert_into, insert_or_ignore
 from .database import Database
 from .models import ALPHABET, SHARED, Dispatcher
 
-#: Seconds after its last heartbeat for which a dispatcher counts as alive.
+#: A dispatcher counts as alive for this many seconds after its last heartbeat.
 ALIVE_S = 30.0
 
 
 def shared_namespace(database: Database) -> str:
     """Return the namespace of our keys in Redis, generated once per SQL database.
 
-    Two apps with two SQL databases on one Redis so never touch each other's entries. Safe when several
-    processes ask for the first time at once.
+    So two apps with two SQL databases on one Redis never touch each other's entries. Safe when several
+    processes call it for the first time at once.
     """
     query = select(Dispatcher.namespace).where(Dispatcher.id == SHARED)
     with database.read() as connection:
@@ -61,14 +61,14 @@ def heartbeat(database: Database, dispatcher_id: str, *, started: bool) -> None:
 
 
 def sign_off(database: Database, dispatcher_id: str) -> None:
-    """Forget a dispatcher that ended gracefully, and give back its reconcile lease."""
+    """Delete the row of a dispatcher that shut down gracefully, and release its reconcile lease."""
     drop_reconcile_lease(database, dispatcher_id)
     with database.write(single_statement=True) as connection:
         connection.execute(delete(Dispatcher).where(Dispatcher.id == dispatcher_id, Dispatcher.id != SHARED))
 
 
 def forget_dead(database: Database) -> int:
-    """Forget dispatchers without a heartbeat for a day; return how many."""
+    """Delete the rows of dispatchers without a heartbeat for a day; return how many."""
     with database.write(single_statement=True) as connection:
         return connection.execute(
             delete(Dispatcher).where(
@@ -78,7 +78,7 @@ def forget_dead(database: Database) -> int:
 
 
 def alive(database: Database) -> tuple[ColumnElement[bool], ...]:
-    """Return the conditions on a :class:`~.models.Dispatcher` that is alive: a heartbeat within 30 s."""
+    """Return the conditions for a live :class:`~.models.Dispatcher`: a heartbeat within 30 s."""
     return Dispatcher.id != SHARED, Dispatcher.heartbeat_at >= database.clock(-ALIVE_S)
 
 
@@ -89,7 +89,7 @@ def dispatcher_alive(database: Database) -> bool:
 
 
 def pause(database: Database) -> None:
-    """Stop all claiming, until :func:`resume`; what dispatchers have claimed is sent, within seconds."""
+    """Stop all claiming until :func:`resume`; deliveries already claimed are still sent, within seconds."""
     shared_namespace(database)  # makes sure that the shared row exists
     with database.write(single_statement=True) as connection:
         connection.execute(
@@ -106,7 +106,7 @@ def resume(database: Database) -> None:
 
 
 def paused_since(database: Database) -> datetime | None:
-    """Return since when all sending is paused, or ``None``."""
+    """Return when all sending was paused; ``None`` if it is not paused."""
     with database.read() as connection:
         return connection.execute(
             select(Dispatcher.paused_at).where(Dispatcher.id == SHARED)
@@ -114,11 +114,11 @@ def paused_since(database: Database) -> datetime | None:
 
 
 def take_reconcile_lease(database: Database, owner: str, seconds: float) -> bool:
-    """Take or extend the right to reconcile; one dispatcher at a time has it.
+    """Take or extend the reconcile lease; one dispatcher at a time holds it.
 
     :param owner: id of the dispatcher.
     :param seconds: how long it lasts, on the database's clock.
-    :returns: whether *owner* has it now.
+    :returns: whether *owner* holds it now.
     """
     shared_namespace(database)  # makes sure that the shared row exists
     with database.write(single_statement=True) as connection:
@@ -138,7 +138,7 @@ def take_reconcile_lease(database: Database, owner: str, seconds: float) -> bool
 
 
 def drop_reconcile_lease(database: Database, owner: str) -> None:
-    """Give the right to reconcile back, if *owner* has it."""
+    """Release the reconcile lease, if *owner* holds it."""
     with database.write(single_statement=True) as connection:
         connection.execute(
             update(Dispatcher)

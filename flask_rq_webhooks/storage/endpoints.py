@@ -1,8 +1,8 @@
-"""Endpoints and the watches of their jobs: what was promised to whom.
+"""Endpoints and the watches of their jobs: which reports were promised to whom.
 
-Owns the rows that a request's webhook fields become (:func:`register`, before the view) and the confirmation
-of the jobs the view enqueued (:func:`confirm`, after it). Knows nothing of requests and of Redis: its callers
-say which jobs exist.
+Owns the rows created from a request's webhook fields (:func:`register`, before the view) and the confirmation
+of the jobs the view enqueued (:func:`confirm`, after it). Knows nothing of requests or Redis: its callers say
+which jobs exist.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .sql_errors import may_try_again
 
 logger = logging.getLogger(__name__)
 
-#: How often a transaction is tried, and the first pause in seconds, which doubles.
+#: How many times a transaction is tried, and the first pause in seconds, which then doubles.
 TRIES, RETRY_PAUSE_S = 4, 0.02
 
 #: A statement, and the parameters of each of its executions.
@@ -52,10 +52,10 @@ Statement = tuple[Executable, Sequence[Mapping[str, Any]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewEndpoint(EndpointFields):
-    """An endpoint before it is stored; everything was validated.
+    """An endpoint before it is stored; all fields are validated.
 
-    :param headers: custom headers, in the clear.
-    :param secret: signs every delivery; ``None`` for none of its own.
+    :param headers: custom headers, unencrypted.
+    :param secret: signs every delivery; ``None`` if the endpoint has none of its own.
     """
 
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -80,9 +80,9 @@ def register(
 
     :param namespace: see :func:`~.dispatchers.shared_namespace`; becomes part of the id.
     :param reserved_job_id: id that the first job of the view will get.
-    :param watched_job_id: instead, id of a job that exists already; reconcile reports it.
-    :param counts_from: when the current run of that job began to wait, or the job was created: that run
-        counts, even if it has ended by now. Without it, only runs from now on count.
+    :param watched_job_id: instead, id of an existing job; reconcile reports it.
+    :param counts_from: when the current run of that job was enqueued, or the job was created: that run
+        counts, even if it has already ended. Without it, only runs from now on count.
     :returns: the endpoint's id.
     :raises StorageUnavailableError: when the database cannot be reached or stays locked.
     """
@@ -99,7 +99,7 @@ def register(
     try:
         _execute(database, insertion(database, rows))
     except IntegrityError:
-        # Its id is new, so it is there already only where the first of two tries was committed after all.
+        # The id is new, so the row exists only if the first of two tries was committed after all.
         if not endpoint_exists(database, endpoint_id):
             raise
     return endpoint_id
@@ -115,21 +115,21 @@ def confirm(
     runs: Mapping[str, str] | None = None,
     busy_timeout_s: float | None = None,
 ) -> None:
-    """Note which jobs the view really enqueued. May be repeated; no watch ever goes backwards.
+    """Record which jobs the view actually enqueued. Safe to repeat: no watch ever moves backwards.
 
-    :param existing: ids of jobs that are in Redis: their watches are ``open`` now.
+    :param existing: ids of jobs that are in Redis: their watches become ``open``.
     :param unseen: ids of jobs created but not in Redis, such as those of a pipeline not yet executed:
-        ``reserved``, until reconcile meets them.
-    :param reserved_job_id: the id given to :func:`register`. Used by no job, its watch is ``closed``.
-    :param runs: the run each job was enqueued for, where it is known: it was handed to RQ. A job that is lost
-        is then reported under it, and a callback's late report corrects that.
+        ``reserved``, until reconcile finds them.
+    :param reserved_job_id: the id given to :func:`register`. If no job used it, its watch becomes ``closed``.
+    :param runs: the run each job was enqueued for, if known: the job was handed to RQ. A lost job is then
+        reported under it, and a callback's late report corrects that.
     :param busy_timeout_s: SQLite: wait no longer than this for another writer, which may be the host
         itself, in a transaction that ends only after we answer.
     :raises StorageUnavailableError: when the database cannot be written now; the caller then leaves the
         confirmation in the outbox.
     """
     now = datetime.now(UTC)
-    # The run that is confirmed counts, also that of a watched job which began before the request.
+    # The confirmed run counts, even that of a watched job that began before the request.
     since = {job_id: min(now, _began(run)) for job_id, run in (runs or {}).items()}
     existing = list(dict.fromkeys(existing))
     unseen = [job_id for job_id in dict.fromkeys(unseen) if job_id not in existing]
@@ -147,10 +147,10 @@ def confirm(
         unused = {"of_endpoint": endpoint_id, "reserved": reserved_job_id, "now": now}
         statements.append((_CLOSE_UNUSED, [unused]))
     try:
-        # Durable: of all jobs but the one whose id was reserved, this is the only record there is.
+        # Durable: for all jobs except the one whose id was reserved, this is the only record.
         _execute(database, statements, busy_timeout_s)
     except IntegrityError:
-        # A confirmation that waited in the outbox while its endpoint was pruned, or another app's.
+        # The confirmation waited in the outbox while its endpoint was pruned, or it is another app's.
         if endpoint_exists(database, endpoint_id):
             raise
         logger.warning("Jobs of the endpoint %r cannot be confirmed: it does not exist here.", endpoint_id)
@@ -159,11 +159,11 @@ def confirm(
 def watch_for_standing(
     database: Database, existing: Sequence[str], unseen: Sequence[str], runs: Mapping[str, str | None]
 ) -> None:
-    """Watch jobs that only standing endpoints get events of. May be repeated; no watch goes backwards.
+    """Watch jobs whose events go to standing endpoints only. Safe to repeat: no watch moves backwards.
 
-    :param existing: ids of jobs that RQ took.
-    :param unseen: ids of jobs that were created; reconcile finds out about them.
-    :param runs: the run of each job, or when it was created.
+    :param existing: ids of jobs that RQ accepted.
+    :param unseen: ids of jobs that were only created; reconcile finds out about them.
+    :param runs: the run of each job, or its creation time.
     """
     now = datetime.now(UTC)
     rows = [
@@ -186,7 +186,7 @@ def watch_for_standing(
 
 
 def endpoint_exists(database: Database, endpoint_id: str) -> bool:
-    """Return whether *endpoint_id* is ours; callbacks may name one that is pruned or foreign."""
+    """Return whether *endpoint_id* is ours; callbacks may name one that was pruned or is another app's."""
     with database.read() as connection:
         return connection.execute(select(Endpoint.id).where(Endpoint.id == endpoint_id)).first() is not None
 
@@ -194,7 +194,7 @@ def endpoint_exists(database: Database, endpoint_id: str) -> bool:
 def waiting_for_host(database: Database, host: str, *, at_most: int | None = None) -> int:
     """Return how many unfinished deliveries go to *host*.
 
-    :param at_most: stop counting there; the answer is then never larger.
+    :param at_most: stop counting at this number; the result is then never larger.
     """
     unfinished = select(Delivery.id).where(Delivery.host == host, Delivery.status.in_(["pending", "sending"]))
     with database.read() as connection:
@@ -223,7 +223,7 @@ def secret_row(cipher: Cipher, secret: str, endpoint_id: str, now: datetime) -> 
 
 
 def insertion(database: Database, rows: Mapping[str, Mapping[str, Any]]) -> list[Statement]:
-    """Return the statements, with their parameters, that insert one row into each of some tables."""
+    """Return the statements, with their parameters, that insert one row into each of the given tables."""
     if database.is_sqlite:
         return [(_insert(table), [row]) for table, row in rows.items()]
     columns = tuple((table, tuple(row)) for table, row in rows.items())
@@ -240,19 +240,19 @@ def _began(run: str) -> datetime:
     return parse_time(run.removeprefix("created:"))
 
 
-# The statements of every request are built and compiled once, and executed by the driver: SQLAlchemy would
-# take longer than the database.
+# The statements that run for every request are built and compiled once, and executed by the driver:
+# SQLAlchemy would take longer than the database.
 
 
 def _execute(
     database: Database, statements: Sequence[Statement], busy_timeout_s: float | None = None
 ) -> None:
-    """Execute statements in one transaction, and again when that may help.
+    """Execute statements in one transaction, and retry when that may help.
 
-    It helps after a lost connection, or when PostgreSQL ended the transaction in favour of another one.
+    It helps after a lost connection, or when PostgreSQL aborted the transaction in favour of another one.
 
-    :param statements: executing all of them twice must be as good as once. Defaults of columns are not
-        filled in.
+    :param statements: executing all of them twice must have the same effect as once. Column defaults are not
+        applied.
     :raises StorageUnavailableError: as :meth:`~.database.Database.write`.
     """
     single = len(statements) == 1 and len(statements[0][1]) == 1
@@ -277,12 +277,11 @@ def _insert(table: str) -> Executable:
 
 @cache
 def _insert_at_once(columns: tuple[tuple[str, tuple[str, ...]], ...]) -> Executable:
-    """Return one statement, which is one round trip, that inserts a row into each of some tables.
+    """Return one statement (one round trip) that inserts a row into each of the given tables.
 
-    What the rows refer to is checked when all of them are there.
+    Foreign keys are checked when all rows are there.
 
-    :param columns: tables with the columns that are given. The parameters are named
-        ``<table>_<column>``.
+    :param columns: tables with the columns that get values. The parameters are named ``<table>_<column>``.
     """
     statements = [
         insert(Base.metadata.tables[table]).values({name: bindparam(f"{table}_{name}") for name in names})
@@ -307,7 +306,7 @@ def _insert_watch(statement: Any, *changed: str) -> Executable:
     return insert
 
 
-#: What opens a watch, or notes the run on one that is only reserved: by its status, and whether on SQLite.
+#: Statements that open a watch, or note the run on a reserved one: by its status, and whether on SQLite.
 _INSERT_WATCH = {
     (status, dialect is sqlite): _insert_watch(dialect.insert(_WATCHES), *changed)
     for status, changed in ((OPEN, ("status", "confirmed_at", "run")), (RESERVED, ("run",)))

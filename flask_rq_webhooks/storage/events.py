@@ -1,8 +1,8 @@
-"""Events: an occurrence becomes an event and its deliveries, exactly once; and its position in the feed.
+"""Events: store an occurrence as an event with deliveries, exactly once, at a position in the feed.
 
 Owns the rows of events and the order of the steps within the one transaction: the event, its receivers and
 deliveries (:mod:`.subscriptions`), the watches it settles (:mod:`.watches`). Knows nothing of where
-occurrences come from; a function it is given renders the bodies.
+occurrences come from; a function passed in renders the bodies.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ from .subscriptions import (
 
 Render = Callable[[EndpointRow, str, Occurrence], bytes | Rendered]
 Scrub = Callable[[dict[str, Any]], dict[str, Any] | None]
-#: Called with an event's id, type and job, the trace of its request and another one it occurred in; returns
-#: the trace that its deliveries continue.
+#: Called with an event's id, type and job, the trace of its request, and the trace it occurred in if that is
+#: another one; returns the trace that its deliveries continue.
 Begin = Callable[[str, str, str | None, str | None, str | None], str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class IngestItem:
-    """One occurrence and who is known to want it.
+    """One occurrence, and what is known about its receivers.
 
-    :param endpoint_ids: endpoints the report names: they count whenever the run began. Endpoints that watch
-        the job, and standing ones, are found here. Ids that do not exist are ignored.
-    :param tenant: whose standing endpoints get it, beside those of operators; that of the job by default.
-    :param needs_watch: store nothing unless a watch of such an endpoint on the job stands. Any client
-        of Redis that may write can name any endpoint in a report.
-    :param trace: in which it occurred, see :mod:`~flask_rq_webhooks.tracing`.
+    :param endpoint_ids: endpoints that the report names: they count no matter when the run began. Endpoints
+        that watch the job, and standing ones, are found here. Unknown ids are ignored.
+    :param tenant: tenant whose standing endpoints get it, besides those of operators; the job's by default.
+    :param needs_watch: store nothing unless one of these endpoints has a watch on the job. Any Redis client
+        with write access can name any endpoint in a report.
+    :param trace: trace in which it occurred, see :mod:`~flask_rq_webhooks.tracing`.
     """
 
     occurrence: Occurrence
@@ -78,14 +78,14 @@ class IngestItem:
 
 @dataclass(slots=True)
 class StoredEvent:
-    """An event that is in SQL now, with all that a batch says about it.
+    """An event that is now in SQL, with everything a batch says about it.
 
-    :param created: ``False`` when it was there already.
+    :param created: ``False`` if it already existed.
     :param named: endpoints that the report named.
     :param deliveries: how many deliveries are new.
-    :param sent_to: the tenant the item names.
-    :param tenant: whose event it is.
-    :param trace: in which it occurred; once stored, what its deliveries continue.
+    :param sent_to: the tenant that the item names.
+    :param tenant: the tenant that the event belongs to.
+    :param trace: the trace in which it occurred; once stored, the trace that its deliveries continue.
     :param requests: the endpoints of the requests that asked for it, by id.
     """
 
@@ -102,11 +102,11 @@ class StoredEvent:
 
 @dataclass(frozen=True, slots=True)
 class IngestedEvent:
-    """What became of an item.
+    """The result of ingesting one item.
 
-    :param event_id: empty where no watch stands and the item needs one: nothing was stored.
-    :param type: of the stored event, which may have been there with another one.
-    :param created: ``False`` when the event was there already.
+    :param event_id: empty if the item needs a watch and there is none: nothing was stored.
+    :param type: type of the stored event; another one, perhaps, if it already existed.
+    :param created: ``False`` if the event already existed.
     :param deliveries: how many deliveries are new.
     """
 
@@ -119,9 +119,9 @@ class IngestedEvent:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A transaction that has locked some jobs and looked around them; to store is what is left to do.
+    """A transaction that has locked some jobs and read what is stored around them; only storing is left.
 
-    :param transaction: ends with it: committed, or rolled back on an exception.
+    :param transaction: leaving it commits, or rolls back on an exception.
     """
 
     connection: Connection
@@ -140,12 +140,12 @@ def hold(
 ) -> Held:
     """Begin the transaction of :func:`ingest`, before it is known what will be stored.
 
-    On SQLite it keeps nobody waiting until then, and storing fails where somebody else has written meanwhile.
+    On SQLite it blocks nobody until then, and storing fails if somebody else has written in the meantime.
 
-    :param jobs: whose events may be stored.
+    :param jobs: jobs whose events may be stored.
     :param named: ids of endpoints that the events may name.
-    :param tenants: that the events may name.
-    :param repeated: see :meth:`.Database.write`, as for *optimistic*.
+    :param tenants: tenants that the events may name.
+    :param repeated: see :meth:`.Database.write`; likewise *optimistic*.
     """
     with ExitStack() as stack:
         write = database.write(repeated=repeated, limits_idle=True, optimistic=optimistic)
@@ -164,7 +164,7 @@ def _locked(
     jobs = sorted(jobs)
     least_position = 0 if database.is_sqlite else take_locks(database, connection, jobs)
     there = look_around(database, connection, jobs, named, tenants)
-    # The clock may be set back, as by a failover.
+    # The clock may go backwards, for example after a failover.
     clock = (there.now - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
     there.next_position = max(least_position, there.next_position, clock)
     return there
@@ -178,19 +178,19 @@ def ingest(
     held: Held | None = None,
     **options: Any,
 ) -> list[IngestedEvent]:
-    """Store events and their deliveries in one transaction; doing it again changes nothing.
+    """Store events and their deliveries in one transaction; repeating it changes nothing.
 
-    A run has one terminal event, no matter who reports it and how many do so at once; an endpoint named for
-    an event that is already there gets its missing delivery, rendered from what was stored. Standing
-    endpoints get a delivery of new events only, and only while enabled: what happens while one is disabled
-    is left to :func:`~.deliveries.recover_part`.
+    A run has one terminal event, no matter who reports it or how many do so at once. An endpoint named for an
+    event that already exists gets its missing delivery, rendered from what was stored. Standing endpoints get
+    deliveries for new events only, and only while enabled: what happens while one is disabled is left to
+    :func:`~.deliveries.recover_part`.
 
-    All or nothing: where *render* or *scrub* raises, nothing of the batch is stored. The caller then
-    brings the items one by one, so that one that cannot be stored never holds up the others.
+    All or nothing: if *render* or *scrub* raises, nothing in the batch is stored. The caller then passes the
+    items one by one, so that an item that cannot be stored never holds up the others.
 
     :param repeated: see :meth:`.Database.write`.
-    :param held: for the jobs and endpoints of *items*; ended here.
-    :param options: of :func:`ingest_within`.
+    :param held: transaction held for the jobs and endpoints of *items*; ended here.
+    :param options: options of :func:`ingest_within`.
     :returns: one for each item, in their order.
     """
     if not items:
@@ -221,17 +221,17 @@ def ingest_within(
     claim: AdvanceClaim | None = None,
     there: Surroundings | None = None,
 ) -> list[IngestedEvent]:
-    """Do what :func:`ingest` does as a part of the caller's transaction.
+    """Do what :func:`ingest` does, within the caller's transaction.
 
-    :param render: the bytes to deliver, from endpoint, event id and occurrence.
-    :param max_attempts: where the endpoint itself sets none.
+    :param render: returns the bytes to deliver, given endpoint, event id and occurrence.
+    :param max_attempts: used if the endpoint itself sets none.
     :param scrub: the host's function; it gets a dict with ``event``, ``job_id``, ``runid``, ``func``,
         ``queue`` and ``result``, ``error``, ``progress`` or ``data``, and returns it changed (or changes it
-        in place). What it does to ``runid`` and to these is stored, sent and shown.
+        in place). Its changes to ``runid`` and to the last four are stored, sent and shown.
     :param begin: called for each event that may be new.
-    :param claim: stores deliveries as claimed by a sender, as far as it has places; none while sending is
+    :param claim: stores deliveries as claimed by a sender while it has free places; none while sending is
         paused.
-    :param there: what is stored around *items*, where this transaction knows it already.
+    :param there: what is stored around *items*, if this transaction has already read it.
     """
     there = there or _locked(database, connection, *_around(items))
     prepared = [
@@ -344,10 +344,10 @@ def _store_events(
     *,
     complete: Callable[[StoredEvent], None],
 ) -> tuple[list[StoredEvent], list[StoredEvent], bool]:
-    """Insert what is new and load what is not.
+    """Insert the new events and load those that already exist.
 
     :param complete: sets tenant and trace.
-    :returns: the event of each item, each event once, and whether the watches are settled.
+    :returns: the event of each item, every event once, and whether the watches are settled.
     """
     by_key: dict[str, StoredEvent] = {}
     by_item: list[StoredEvent] = []
@@ -367,10 +367,10 @@ def _store_events(
     for event in stored:
         complete(event)
     _number(stored, dict(there.counts))
-    # In the order of their keys: two dispatchers with the same entries wait for each other, not in a circle.
+    # In key order, so that two dispatchers with the same entries wait for each other without a deadlock.
     stored.sort(key=lambda event: event.occurrence.run_key or "")
     rows = [_event_values(event, there.now, there.next_position + place[event.id]) for event in stored]
-    # Where no job has an event, these are all new: its endings are known before they are stored.
+    # If no job has an event yet, all of these are new: their endings are known before they are stored.
     settled = ""
     if not database.is_sqlite and not there.counts:
         settled, _missing = settlement(stored, there.watches, there.endpoints, there.now)
@@ -388,25 +388,25 @@ def _store_events(
             event = by_key[str(key)]
             event.id, event.created, event.occurrence = event_id, False, occurrence_from_json(payload)
             if tenant is None and event.tenant is not None:
-                # Stored before the request that the job belongs to was known.
+                # It was stored before the request that the job belongs to was known.
                 connection.execute(update(Event).where(Event.id == event_id).values(tenant=event.tenant))
             event.tenant = tenant or event.tenant
     return by_item, stored, bool(settled) and not known
 
 
-#: One round trip less: together with the events.
+#: Executed together with inserting the events, which saves a round trip.
 _SETTLE = text(f"{SETTLE_POSTGRESQL.text} RETURNING w.id").columns(id=Text).cte("settling")
 
 
 def _end_key(occurrence: Occurrence) -> str | None:
-    """Return the key of the ending after which *occurrence* is not stored; ``None`` where it always is."""
+    """Return the key of the ending after which *occurrence* is not stored; ``None`` if it always is."""
     if occurrence.type not in RUNNING_TYPES or occurrence.job_id is None or occurrence.run is None:
         return None
     return run_key(occurrence.job_id, occurrence.run, JOB_SUCCESS)
 
 
 def _ended_runs(connection: Connection, items: Sequence[IngestItem]) -> set[str]:
-    """Return the keys of the endings that are stored, or are about to be, of runs said to be under way."""
+    """Return the keys of the endings, stored or about to be, of runs reported as still running."""
     keys = {key for item in items if (key := _end_key(item.occurrence)) is not None}
     ended = {key for item in items if (key := item.occurrence.run_key) is not None and key in keys}
     for chunk in chunks_of(sorted(keys)):
@@ -416,9 +416,9 @@ def _ended_runs(connection: Connection, items: Sequence[IngestItem]) -> set[str]
 
 
 def _cancel_outdated(database: Database, connection: Connection, stored: Sequence[StoredEvent]) -> None:
-    """Cancel deliveries about runs under way whose ending is stored, and of progress where newer is stored.
+    """Cancel deliveries about running jobs whose ending is stored, and of progress if newer is stored.
 
-    One that a sender holds may arrive all the same; it is not tried again.
+    A delivery that a sender holds may still arrive; it is not retried.
     """
     # Most jobs have one event.
     new = [one.occurrence for one in stored if one.created and (one.occurrence.sequence or 0) > 1]
@@ -435,7 +435,7 @@ def _cancel_outdated(database: Database, connection: Connection, stored: Sequenc
             Event.type.in_(sorted(RUNNING_TYPES)),
             Delivery.status.in_([PENDING, SENDING]),
         )
-        .order_by(Delivery.id)  # as recording locks them
+        .order_by(Delivery.id)  # the order in which recording locks them
         .with_for_update(of=Delivery)
     )
     latest = {event.id for event in stored}
@@ -455,7 +455,7 @@ def _cancel_outdated(database: Database, connection: Connection, stored: Sequenc
 
 
 def _number(events: Sequence[StoredEvent], counts: dict[str, int]) -> None:
-    """Give each event its place among those of its job."""
+    """Number each event among those of its job."""
     for event in events:
         job_id = event.occurrence.job_id
         if job_id is not None:
@@ -483,7 +483,7 @@ def _event_values(event: StoredEvent, now: datetime, position: int) -> dict[str,
 
 
 def _storable(text: str | None) -> str | None:
-    """Return *text* without what PostgreSQL's text or UTF-8 cannot hold; the payload keeps it escaped."""
+    """Replace what PostgreSQL's text or UTF-8 cannot hold in *text*; the payload keeps it escaped."""
     if text is None:
         return None
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -1,18 +1,18 @@
-"""The feed: every event in the order the database gave it, for clients that were down.
+"""The feed: all events in the order assigned by the database, for clients that were down.
 
 Knows nothing of deliveries: an event is in the feed whether or not anything was sent for it.
 
-The database orders the feed: event ids begin with the clock of the dispatcher that made them. Every event
-has a ``position``: microseconds of the database's clock, at least one more than that of the event before. A
-cursor is a position; a reader never sees one beyond which an event may still appear:
+The database orders the feed, because event ids begin with the clock of the dispatcher that made them. Every
+event has a ``position``: microseconds of the database's clock, at least one more than the previous event's. A
+cursor is a position; a reader never gets one before which an event may still appear:
 
-- SQLite has one writer at a time, so positions are committed in their order.
-- On PostgreSQL transactions end in any order. Before a writer chooses positions it takes a shared advisory
-  lock, whose key is the second it began in. A reader first notes the clock, then looks at these locks, and
+- SQLite has one writer at a time, so positions are committed in order.
+- On PostgreSQL transactions end in any order. Before choosing positions, a writer takes a shared advisory
+  lock whose key is the second it began in. A reader first notes the clock, then looks at these locks, and
   reads no further than the first second that is still locked. No reader or writer waits for another, and long
-  transactions of the host do not hold the feed up.
+  transactions of the host do not hold up the feed.
 
-Events stored before there were positions have 0 and keep the order of their ids.
+Events stored before positions existed have position 0 and are ordered by id.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .queries import EVENT_COLUMNS, EventView, Page, bounded, read_cursor, write
 
 #: First key of the advisory locks; any number that nobody else uses.
 LOCK_CLASS = 0x7271_7769
-#: The second key is a 32-bit number: seconds since this one of the Unix time.
+#: The second key is a 32-bit number: seconds since this Unix time.
 LOCK_EPOCH_S = 1_500_000_000
 #: The same for the advisory locks of jobs.
 JOB_LOCK_CLASS = 0x7271_7770
 
 
 def take_locks(database: Database, connection: Connection, jobs: Sequence[str]) -> int:
-    """Return a position that no event of this transaction may be below.
+    """Return the lowest position that an event of this transaction may get.
 
-    A transaction that stores events of these jobs waits here for others that do, in one order. The feed's
-    lock is held when the next statement reads the clock for the position.
+    A transaction that stores events of these jobs waits here for others that do, always in the same order.
+    The feed's lock is already held when the next statement reads the clock for the position.
     """
     least: int = fetch_rows(database, connection, _LOCK, {"jobs": list(jobs)})[0][0]
     return least
@@ -61,8 +61,8 @@ FROM (
     bindparam("job_class", JOB_LOCK_CLASS),
 )
 
-#: What is inside a cursor: ``1`` and the id of an event, as given out before there were positions; or ``2``,
-#: a position and an id.
+#: The content of a cursor: ``1`` and an event id, as issued before positions existed; or ``2``, a position
+#: and an id.
 _CURSOR = re.compile(r"(?:1|2(?P<position>\d{1,18})\.)(?P<id>\w+)", re.ASCII)
 
 
@@ -77,9 +77,9 @@ def events_after(
 ) -> Page[EventView]:
     """Return the events after *cursor*, oldest first: the feed for clients that were down.
 
-    :param cursor: of the last answer; ``None`` for the beginning.
+    :param cursor: from the last answer; ``None`` for the beginning.
     :param tenant: only events of this tenant.
-    :returns: a page whose cursor continues where it ends, also when it is empty.
+    :returns: a page whose cursor continues where it ends, even if the page is empty.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
     wanted = ((Event.type, event_type), (Event.runid, runid), (Event.tenant, tenant))
@@ -101,8 +101,8 @@ def events_after(
 
 _EVENT_FIELDS = [column.key for column in EVENT_COLUMNS] + ["payload"]
 
-# statement_timestamp() is earlier than the look at the locks: a transaction that takes its lock later gets
-# a later position.
+# statement_timestamp() is earlier than reading the locks: a transaction that takes its lock later gets a
+# later position.
 _HORIZON = (
     text("""
 SELECT least(

@@ -1,9 +1,9 @@
-"""Which deliveries: the filter that lists, recover and cancel share, and how a filtered list is read.
+"""The delivery filter that lists, recover and cancel share, and how a filtered list is read.
 
-One condition is one index read backwards. With several, a database reads the index of one and discards what
-the others do not match: for two frequent values that never meet, the whole index. Here the rarest condition
-leads, in windows of bounded size, and after :data:`ENOUGH_S` the walk stops where it is: a page may be short,
-and its cursor continues from there.
+One condition is one index read backwards. With several, a database reads the index of one and discards rows
+that the others exclude: for two frequent values that never occur together, it reads the whole index. Here the
+rarest condition leads, in windows of bounded size, and after :data:`ENOUGH_S` the walk stops: a page may be
+short, and its cursor continues from there.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from sqlalchemy import ColumnElement, Connection, func, literal, select
 
 from .models import Delivery, Event, first_id_at
 
-#: Rows read by the first statement and by later ones; also how far conditions are compared.
+#: Rows read by the first statement and by later ones; conditions are compared by counts up to the latter.
 FIRST_WINDOW, WINDOW = 1000, 5000
-#: Seconds after which no further window is begun.
+#: Seconds after which no further window is started.
 ENOUGH_S = 0.06
 
 #: Conditions on columns of the delivery itself, each with an index of its own; the selective ones first.
@@ -36,12 +36,12 @@ _COLUMNS: dict[str, Any] = {
 class DeliveryFilter:
     """Deliveries that meet every condition given.
 
-    :param since: made at this time or later (aware).
-    :param until: made before this time (aware).
-    :param statuses: one of these.
-    :param job_id: of the event.
-    :param runid: of the event.
-    :param tenant: whose the endpoint is.
+    :param since: created at this time or later (timezone-aware).
+    :param until: created before this time (timezone-aware).
+    :param statuses: with one of these statuses.
+    :param job_id: job id of the event.
+    :param runid: run id of the event.
+    :param tenant: tenant that owns the endpoint.
     """
 
     since: datetime | None = None
@@ -58,8 +58,8 @@ class DeliveryFilter:
     def conditions(self) -> list[ColumnElement[bool]]:
         """Return the conditions on :class:`~.models.Delivery`.
 
-        Times become bounds of the id, which begins with the time it was made: so every list walks one
-        index and needs no other for times.
+        Times become bounds on the id, which begins with its creation time: so every list walks one index and
+        needs no other for times.
         """
         found: list[ColumnElement[bool]] = []
         if self.since is not None:
@@ -80,10 +80,10 @@ class DeliveryFilter:
 
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """What a walk found.
+    """The result of a walk.
 
     :param ids: newest first.
-    :param reached: nothing that matches is left out down to this id; ``None`` when the walk came to the end.
+    :param reached: all matches down to this id were considered; ``None`` if the walk reached the end.
     """
 
     ids: tuple[str, ...]
@@ -94,12 +94,12 @@ def walk(connection: Connection, where: DeliveryFilter, *, before: str | None, l
     """Return the ids of the newest deliveries that meet *where*.
 
     :param before: only ids below this one.
-    :param limit: how many at most.
+    :param limit: maximum number of ids.
     """
     statuses = where.statuses or ()
     if len(statuses) < 2:
         return _walk(connection, where, before, limit)
-    # Each status from its own index: together they would be read and sorted as a whole.
+    # Read each status from its own index: together, all of their rows would be read and sorted.
     parts = [
         _walk(connection, replace(where, statuses=(status,)), before, limit)
         for status in dict.fromkeys(statuses)
@@ -122,7 +122,7 @@ def _walk(connection: Connection, where: DeliveryFilter, before: str | None, lim
     }
     by_event = where.event_id or where.job_id or where.runid
     if len(wanted) < 2 or by_event is not None:
-        # The events of one job or run are few: they lead.
+        # One job or run has few events: they lead.
         query = select(Delivery.id).where(*where.conditions())
         if before is not None:
             query = query.where(Delivery.id < before)
@@ -149,7 +149,7 @@ def _windows(
     began = time.monotonic()
     while True:
         rows = select(Delivery.id, *_COLUMNS.values()).where(_COLUMNS[leader] == wanted[leader], *bounds)
-        # Its own limit keeps the database from looking further for what the others do not match.
+        # Its own limit keeps the database from reading on where the other conditions do not match.
         window = rows.order_by(Delivery.id.desc()).limit(size).subquery()
         others = [window.c[_COLUMNS[name].key] == value for name, value in wanted.items() if name != leader]
         query = select(window.c.id).where(*others).order_by(window.c.id.desc()).limit(limit - len(ids))

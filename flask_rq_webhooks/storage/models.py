@@ -1,7 +1,7 @@
 """The seven tables.
 
 ===============  ==============================================================================
-endpoint         where to: job-bound (came with a request) or standing (made by an operator)
+endpoint         destination: job-bound (came with a request) or standing (made by an operator)
 secret           what an endpoint signs with; several while one is being rotated
 watch            the promise to report a job to an endpoint
 event            one thing that happened; its id is the ``webhook-id``
@@ -10,9 +10,9 @@ attempt          one HTTP request of a delivery
 dispatcher       one process that delivers, and one row of state they all share
 ===============  ==============================================================================
 
-Times are aware UTC on every database. The tables are also copied, with plain column types, into the
-metadata of the host's ``db`` so that ``create_all`` and Flask-Migrate see them
-(:func:`copy_tables`). Holds no statements.
+Times are timezone-aware UTC on every database. The tables are also copied, with plain column types, into the
+metadata of the host's ``db`` so that ``create_all`` and Flask-Migrate see them (:func:`copy_tables`). Holds
+no statements.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from sqlalchemy.schema import conv
 
 from ..protocol.payloads import MAX_CONTENT_TYPE_CHARS
 
-#: Crockford base 32, lower case: no letter that reads as another.
+#: Crockford base 32, lower case: no letter that looks like another.
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
-#: What any byte becomes in the random part of an id; each letter has the same share of them.
+#: Maps every byte to a letter in the random part of an id; each letter gets the same share of bytes.
 _RANDOM = ALPHABET.encode() * 8
-#: Random parts drawn ahead: the system is asked for so many at once, because every time another thread may
-#: get the interpreter first. A forked process draws its own.
+#: Random parts drawn in advance: many are requested from the system at once, because on every request another
+#: thread may get the interpreter first. A forked process draws its own.
 _drawn: list[str] = []
 _DRAWN_AT_ONCE = 64
 if hasattr(os, "register_at_fork"):
@@ -77,7 +77,7 @@ def new_id(prefix: str) -> str:
 
 
 def first_id_at(prefix: str, moment: datetime) -> str:
-    """Return what every id made at *moment* or later is not smaller than: a time as a bound for ids."""
+    """Return the lower bound of all ids created at *moment* or later: a time as a bound on ids."""
     return f"{prefix}_{_time(max(0, int(moment.timestamp() * 1000)))}{ALPHABET[0] * 16}"
 
 
@@ -87,7 +87,7 @@ def _time(milliseconds: int) -> str:
 
 
 class UTCDateTime(TypeDecorator[datetime]):
-    """An aware UTC time on every database; SQLite stores it without a zone."""
+    """A timezone-aware UTC time on every database; SQLite stores it without a zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -117,7 +117,7 @@ class Base(DeclarativeBase):
 
 
 Id = String(40)
-#: Characters of a tenant's name at most.
+#: Maximum number of characters in a tenant's name.
 MAX_TENANT = 128
 Tenant = String(MAX_TENANT)
 
@@ -141,7 +141,7 @@ RESERVED = "reserved"
 OPEN = "open"
 SETTLED = "settled"
 CLOSED = "closed"
-#: On a job found below the root of a tree.
+#: Watch on a job found below the root of a tree.
 MEMBER = "member"
 
 # Why an attempt is made.
@@ -151,17 +151,17 @@ MANUAL = "manual"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointFields:
-    """What a client or an operator chooses of an endpoint: columns of :class:`Endpoint`, decoded.
+    """Endpoint settings that a client or an operator chooses: columns of :class:`Endpoint`, decoded.
 
     :param url: normalised.
     :param host: see :class:`Endpoint`.
-    :param events: types it gets; ``None`` for all terminal ones. ``"*"`` on a standing endpoint: every type
-        there is.
-    :param retry_schedule: seconds before the second, third, … attempt; ``None`` for those of the settings.
-    :param retry_statuses: HTTP statuses that are retried, and no others: ``"429"``, or ``"5xx"`` for all of
-        these; ``None`` for those of the settings.
-    :param tenant: see :class:`Endpoint`, as for *only_tenant*.
-    :param trace: of the request it came with, see :mod:`~flask_rq_webhooks.tracing`; no client chooses it.
+    :param events: event types it gets; ``None`` for all terminal ones. ``"*"`` on a standing endpoint: every
+        type.
+    :param retry_schedule: seconds before the second, third, … attempt; ``None`` for the configured ones.
+    :param retry_statuses: the only HTTP statuses that are retried: ``"429"``, or ``"5xx"`` for the whole
+        class; ``None`` for the configured ones.
+    :param tenant: see :class:`Endpoint`; likewise *only_tenant*.
+    :param trace: trace of its request, see :mod:`~flask_rq_webhooks.tracing`; not chosen by a client.
     """
 
     url: str = field(repr=False)
@@ -188,27 +188,27 @@ LISTS = ("events", "retry_schedule", "retry_statuses")
 
 
 def encoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields of an endpoint as its columns hold them."""
+    """Return endpoint fields in the form in which the columns store them."""
     lists = {name: json.dumps(list(values[name])) for name in LISTS if values.get(name) is not None}
     return {**values, **lists}
 
 
 def decoded(columns: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return columns of an endpoint as its fields hold them."""
+    """Return endpoint columns in the form of :class:`EndpointFields`."""
     lists = {name: tuple(json.loads(columns[name])) for name in LISTS if columns.get(name) is not None}
     return {**columns, **lists}
 
 
 class Endpoint(Base):
-    """Where events go, and how they are rendered for it.
+    """Where events go, and how they are rendered.
 
     ``kind`` is ``"job"`` (came with a request), ``"standing"``, or ``"subscribed"``: a request without a URL,
     whose jobs are reported to the standing endpoints of its tenant; nothing is sent to its own row.
-    ``tenant`` is the customer it belongs to, ``None`` for an operator's; ``only_tenant`` narrows one of an
-    operator to the events of one customer, who does not see it. ``headers`` is an encrypted JSON object,
-    ``events`` a JSON list of types, or ``None`` for all terminal ones; the other columns in :data:`LISTS` are
-    JSON lists, too. ``host`` is the normalised destination host (with the port where it is not the default
-    one), the unit of fairness and limits.
+    ``tenant`` is the customer it belongs to, ``None`` for an operator's; ``only_tenant`` restricts an
+    operator's endpoint to the events of one customer, who does not see it. ``headers`` is an encrypted JSON
+    object, ``events`` a JSON list of types, or ``None`` for all terminal ones; the other columns in
+    :data:`LISTS` are JSON lists, too. ``host`` is the normalised destination host (with the port if it is not
+    the default one), the unit of fairness and limits.
     """
 
     __tablename__ = "rq_webhooks_endpoint"
@@ -243,8 +243,8 @@ class Endpoint(Base):
     __table_args__ = (
         Index(conv("ix_rq_webhooks_endpoint_kind"), "kind", "id"),
         _partial("ix_rq_webhooks_endpoint_tenant", "tenant IS NOT NULL", "tenant", "kind", "id"),
-        # The standing endpoints of operators, however many those of tenants are. SQLite takes it for its two
-        # equalities; with fewer it prefers the index above.
+        # The standing endpoints of operators, however many tenants' endpoints there are. SQLite chooses it
+        # for its two equalities; with fewer it prefers the index above.
         _partial(
             "ix_rq_webhooks_endpoint_operators",
             "kind = 'standing' AND tenant IS NULL",
@@ -274,9 +274,9 @@ class Watch(Base):
 
     ``status``: ``reserved`` (id handed out, job not yet seen) → ``open`` (job exists) → ``settled`` (its
     ending is an event) or ``closed`` (nothing to report); ``member`` is a job found below the root of a tree.
-    ``run`` is the last run noted; where ``settled_at`` is set, ``outcome`` is the event type it was reported
-    with. ``recheck_at`` is set while RQ keeps the job of a settled watch: every pass looks whether it runs
-    again. ``evidence`` is a callback's report that RQ has not yet committed (JSON outbox entry), or a
+    ``run`` is the last run noted; if ``settled_at`` is set, ``outcome`` is the event type it was reported
+    with. ``recheck_at`` is set while RQ keeps the job of a settled watch: every pass checks whether it is
+    running again. ``evidence`` is a callback's report that RQ has not yet committed (JSON outbox entry), or a
     member's last status. ``endpoint_id`` is ``None`` for a job that only standing endpoints subscribe to.
     """
 
@@ -308,7 +308,7 @@ class Watch(Base):
 class Event(Base):
     """One stored occurrence. ``payload`` is the canonical JSON of everything formats render from.
 
-    ``position`` is its place in the feed, see :mod:`.events`; 0 for those stored before there was one.
+    ``position`` is its place in the feed, see :mod:`.events`; 0 for events stored before positions existed.
     """
 
     __tablename__ = "rq_webhooks_event"
@@ -342,7 +342,7 @@ class Delivery(Base):
 
     ``status``: ``pending``, ``sending``, ``succeeded``, ``exhausted``, ``canceled``. ``body`` is what is
     signed and sent, on every attempt; ``content_type`` is null for JSON. ``host`` and ``event_type`` are
-    copies that lists and claims are indexed by; ``tenant`` is a copy of the endpoint's. ``attempts`` counts
+    copies for the indexes of lists and claims; ``tenant`` is a copy of the endpoint's. ``attempts`` counts
     recorded attempts; ``lease_id`` names the claim that holds a ``sending`` row until ``lease_until``.
     ``trigger`` says why the next attempt is made.
     """
@@ -386,7 +386,7 @@ class Delivery(Base):
 
 
 class Attempt(Base):
-    """One HTTP request. Headers are JSON objects with secrets masked; the body is cut to the stored cap."""
+    """One HTTP request. Headers are JSON objects with secrets masked; the body is truncated for storage."""
 
     __tablename__ = "rq_webhooks_attempt"
 
@@ -412,10 +412,10 @@ class Attempt(Base):
 
 
 class Dispatcher(Base):
-    """One dispatcher process, and under the id :data:`SHARED` the state all of them share.
+    """One dispatcher process; the row with the id :data:`SHARED` holds the state that all of them share.
 
-    On the shared row ``namespace`` names our keys in Redis, ``paused_at`` stops all sending, and
-    ``lease_owner``/``lease_until`` say who reconciles. On the others ``heartbeat_at`` says who is alive.
+    On the shared row, ``namespace`` names our keys in Redis, ``paused_at`` stops all sending, and
+    ``lease_owner``/``lease_until`` say who reconciles. On the others, ``heartbeat_at`` says who is alive.
     """
 
     __tablename__ = "rq_webhooks_dispatcher"
@@ -437,9 +437,9 @@ SHARED = "shared"
 
 
 def copy_tables(metadatas: dict[str | None, MetaData], bind_key: str | None) -> None:
-    """Copy our tables into what ``db.create_all`` and Flask-Migrate look at, in its schema if it has one.
+    """Copy our tables into the metadata that ``db.create_all`` and Flask-Migrate use, in its schema, if any.
 
-    With plain column types: one of ours would make generated migrations depend on this package.
+    Column types are plain: our own type would make generated migrations depend on this package.
     """
     metadata = metadatas.setdefault(bind_key, MetaData(info={"bind_key": bind_key}))
     for table in Base.metadata.sorted_tables:

@@ -1,8 +1,7 @@
-"""Reads for people: the status of a job's webhook, lists, details, numbers.
+"""Queries for people: the status of a job's webhook, lists, details, numbers.
 
 Owns what pages, API and command line show, with cursors and bounded cost: no query here reads more rows
-than it shows, or than one of the windows below. URLs are given as they are stored; callers redact
-them.
+than it shows, or than one of the windows below. URLs are returned as stored; callers redact them.
 """
 
 from __future__ import annotations
@@ -36,21 +35,21 @@ from .models import (
     decoded,
 )
 
-#: Items on a page at most, whatever is asked for.
+#: Maximum number of items on a page, whatever is requested.
 MAX_PAGE = 200
 
 Item = TypeVar("Item")
 
 
 class CursorError(ValueError):
-    """A cursor was not made by us."""
+    """A cursor that we did not issue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[Item]):
     """Some items, and where the next ones begin.
 
-    :param cursor: opaque; ``None`` on the last page. Of a feed: where to continue later, never ``None`` once
+    :param cursor: opaque; ``None`` on the last page. For a feed: where to continue later, never ``None`` once
         anything was read.
     """
 
@@ -76,7 +75,7 @@ class EndpointView(EndpointFields):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventView:
-    """An event. ``payload`` is the canonical JSON of the occurrence; only details have it."""
+    """An event. ``payload`` is the canonical JSON of the occurrence; only detail queries fill it."""
 
     id: str
     type: str
@@ -151,11 +150,11 @@ class DeliveryDetail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobWebhook:
-    """What the client who submitted a job may know of its webhook.
+    """What the client that submitted a job may see of its webhook.
 
-    :param url: of the endpoint registered last for it.
+    :param url: URL of the endpoint registered last for the job.
     :param runid: for the permission function.
-    :param delivery_status: ``"waiting"`` while nothing is to be delivered, else that of the newest delivery.
+    :param delivery_status: ``"waiting"`` while there is nothing to deliver, else that of the newest delivery.
     :param deliveries: to job-bound endpoints only, newest first, with their attempts.
     """
 
@@ -170,13 +169,13 @@ class JobWebhook:
 def job_webhook(
     database: Database, job_id: str, *, cleared: Callable[[str | None], bool] = lambda runid: True
 ) -> JobWebhook | None:
-    """Return the state of a job's webhook; ``None`` when the caller may know of none.
+    """Return the state of a job's webhook; ``None`` if there is none that the caller may see.
 
-    Requests may share a job id that they chose. The answer is made only of the endpoints whose run id is
-    *cleared*; a job without any takes as many statements as an unknown one. Standing endpoints are not part
-    of it: they belong to operators.
+    Several requests may have chosen the same job id. The answer covers only the endpoints whose run id is
+    *cleared*; a job without any takes as many statements as an unknown one. Standing endpoints are left out:
+    they belong to operators.
 
-    :param cleared: says whether the caller may see what belongs to a run id; asked once for each.
+    :param cleared: returns whether the caller may see what belongs to a run id; called once for each.
     """
     with database.read() as connection:
         endpoints = connection.execute(
@@ -188,7 +187,7 @@ def job_webhook(
             .order_by(Endpoint.id.desc())
             .limit(MAX_PAGE)
         ).all()
-        # The job's own run id counts for an endpoint whose request named none.
+        # For an endpoint whose request named no run id, the job's own counts.
         of_job = connection.execute(
             select(Event.runid)
             .where(Event.job_id == job_id, Event.runid.is_not(None))
@@ -217,7 +216,7 @@ def job_webhook(
         url=chosen[0].url,
         runid=chosen[0].runid or of_job,
         delivery_status=deliveries[0].status if deliveries else "waiting",
-        # An event names the run of the job, which may belong to another client's request.
+        # An event carries the job's run id, which may belong to another client's request.
         events=tuple(event if event.runid in seen else replace(event, runid=None) for event in shown),
         deliveries=tuple((delivery, tuple(attempts[delivery.id])) for delivery in deliveries),
     )
@@ -228,10 +227,10 @@ def list_deliveries(
 ) -> Page[DeliveryView]:
     """Return deliveries, newest first.
 
-    With several conditions that are each frequent a page may be short, even empty, and yet have a cursor: the
-    search has a time limit. See :mod:`.filters`.
+    With several conditions that each match many rows, a page may be short or even empty and still have a
+    cursor: the search has a time limit. See :mod:`.filters`.
 
-    :param cursor: of the page before.
+    :param cursor: from the previous page.
     :param limit: items on the page; at most :data:`MAX_PAGE`.
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """
@@ -275,7 +274,7 @@ def endpoint_detail(
 ) -> EndpointView | None:
     """Return one endpoint, standing or job-bound.
 
-    :param tenant: only one of this tenant, as below.
+    :param tenant: only an endpoint of this tenant; likewise in the functions below.
     """
     query = select(Endpoint).where(
         Endpoint.id == endpoint_id, Endpoint.kind != SUBSCRIBED, *_owned(Endpoint, tenant)
@@ -315,7 +314,7 @@ def delivery_detail(
 
 
 def _owned(model: type[Endpoint | Event | Delivery], tenant: str | None) -> list[ColumnElement[bool]]:
-    """Return the condition that a row is of *tenant*; none where *tenant* is ``None``: everybody's."""
+    """Return the condition that a row belongs to *tenant*; no condition if *tenant* is ``None``."""
     return [] if tenant is None else [model.tenant == tenant]
 
 
@@ -328,12 +327,12 @@ def _event(row: Any) -> EventView:
 
 
 def shallow(view: Any) -> dict[str, Any]:
-    """Return the fields of one of the classes above by name; those of its parts stay as they are."""
+    """Return the fields of an instance of a class above, by name; nested objects stay as they are."""
     return {one.name: getattr(view, one.name) for one in fields(view)}
 
 
 def _deliveries(connection: Connection, query: Select[Any], limit: int) -> list[DeliveryView]:
-    # The page's ids first, then what belongs to them: no plan can join more than the page.
+    # Select the page's ids first, then their details: no query plan can join more than the page.
     ids = connection.execute(query.order_by(Delivery.id.desc()).limit(limit)).scalars().all()
     rows = connection.execute(
         select(
@@ -383,7 +382,7 @@ def _page(items: Sequence[Any], limit: int) -> Page[Any]:
 
 
 def bounded(limit: int) -> int:
-    """Return how many items a page has when *limit* are asked for."""
+    """Return the number of items on a page when *limit* are requested."""
     return max(1, min(limit, MAX_PAGE))
 
 
@@ -391,12 +390,12 @@ _CURSOR = re.compile("1(?P<id>[ -~]*)")
 
 
 def write_cursor(position: str) -> str:
-    """Return *position* as an opaque text that can stand in a URL."""
+    """Return *position* as an opaque string that is safe in a URL."""
     return base64.urlsafe_b64encode(position.encode()).decode().rstrip("=")
 
 
 def read_cursor(cursor: str, form: re.Pattern[str]) -> re.Match[str]:
-    """Return what :func:`write_cursor` was given, as *form* reads it.
+    """Return what :func:`write_cursor` was given, matched by *form*.
 
     :raises CursorError: when *cursor* is malformed or from elsewhere.
     """

@@ -1,4 +1,4 @@
-"""Which runs were reported and how: read it, and write to the watches what a report means for them.
+"""Which runs were reported, and how: read this, and update watches according to a report.
 
 Knows nothing of Redis: callers hand in what RQ says. Events and deliveries are stored by
 :mod:`~flask_rq_webhooks.storage.events` alone.
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 class Reported:
     """How one run of a job was reported: its event, and the correction of it if there is one.
 
-    :param type: what was said last.
-    :param types: what was said, in order.
+    :param type: the type reported last.
+    :param types: the types reported, in order.
     :param event_id: of the first event, which a correction supersedes.
     :param ended_at: when the run ended, according to each event.
     :param stored_at: when the first event was stored.
@@ -66,7 +66,7 @@ def known_keys(database: Database, keys: Iterable[str]) -> set[str]:
 
 
 def reported_endings(database: Database, job_ids: Iterable[str]) -> dict[str, list[Reported]]:
-    """Return how the runs of each job were reported, oldest first; trees apart."""
+    """Return how the runs of each job were reported, oldest first; without trees."""
     events: dict[str, dict[str, list[Any]]] = {}
     query = (
         select(
@@ -101,7 +101,7 @@ def _reported(run: str, rows: Sequence[Any]) -> Reported:
 
 
 def last_progress(database: Database, job_ids: Sequence[str]) -> dict[str, tuple[Any, datetime]]:
-    """Return the progress of each job that was stored last, and when it was seen."""
+    """Return the last stored progress of each job, and when it was seen."""
     query = (
         select(func.max(Event.id))
         .where(one_of(Event.job_id, "jobs"), Event.type == JOB_PROGRESS)
@@ -123,10 +123,10 @@ def settlement(
     endpoints: Mapping[str, EndpointRow],
     now: datetime,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Return what *stored* means for the watches of the jobs.
+    """Return how *stored* changes the watches of its jobs.
 
-    :returns: which run of each watch was reported and how, as JSON, empty for none; and the rows of
-        watches that a callback proves to be missing.
+    :returns: which run of each watch was reported and how, as JSON, empty if there is none; and rows for
+        missing watches that a callback proves should exist.
     """
     settled: dict[str, tuple[str, str | None]] = {}
     missing: dict[str, dict[str, Any]] = {}
@@ -147,7 +147,7 @@ def settlement(
             if watch.status == OPEN and watch.id not in settled and _is_of_a_later_run(run, noted):
                 continue  # the noted run has no event yet: reconcile finds its ending and settles the watch
             if noted is None or _is_as_late(run, noted):
-                # A root's own run may have ended otherwise than its tree.
+                # A root's own run may have ended differently from its tree.
                 settled[watch.id] = (run, occurrence.type if occurrence.scope == "job" else None)
         for endpoint_id in named:
             owner = endpoints.get(endpoint_id or "")
@@ -176,22 +176,22 @@ def settle_watches(
 
 
 def _is_of_a_later_run(run: str, noted: str | None) -> bool:
-    """Return whether *run* is certainly another one than the noted run, and began after it."""
+    """Return whether *run* is certainly not the noted run, and began after it."""
     return noted is not None and not noted.startswith("created:") and run != noted and _is_as_late(run, noted)
 
 
 def _is_as_late(run: str, noted: str) -> bool:
-    """Return whether *run* is the one that was noted, or a later one by the clocks of those who enqueued.
+    """Return whether *run* is the noted one, or a later one by the clocks of the enqueuing processes.
 
-    The late report of an earlier run does not hide a newer one. Where clocks differ by more than the time
-    between two runs, a pass over the settled watches finds the newer run all the same.
+    The late report of an earlier run does not hide a newer one. If clocks differ by more than the time
+    between two runs, a pass over the settled watches still finds the newer run.
     """
     if run == noted or noted.startswith("created:"):
         return True
     return not run.startswith("created:") and run > noted
 
 
-# One statement for a batch, as in recording; PostgreSQL locks in the order of ids.
+# One statement per batch, as in recording; PostgreSQL locks in the order of ids.
 
 SETTLE_POSTGRESQL = text("""
 WITH settled AS MATERIALIZED (
@@ -229,11 +229,11 @@ def _scope_of(endpoint_id: str | None, endpoints: Mapping[str, EndpointRow]) -> 
 
 @dataclass(frozen=True, slots=True)
 class ParkedReport:
-    """A callback's report that RQ has not committed.
+    """A callback's report that RQ has not yet committed.
 
     :param endpoint_id: ``None``, or one that ends in ``_all``: no endpoint.
     :param entry: outbox entry as JSON.
-    :param needs_watch: ignore it where no watch of the endpoint on the job stands.
+    :param needs_watch: ignore it if the endpoint has no watch on the job.
     """
 
     endpoint_id: str | None
@@ -243,7 +243,7 @@ class ParkedReport:
 
 
 def park_reports(database: Database, reports: Sequence[ParkedReport]) -> None:
-    """Keep reports for reconcile; their watches are open (again) then.
+    """Store reports for reconcile; their watches are then open (again).
 
     Reports for endpoints that do not exist are ignored.
     """
@@ -254,7 +254,7 @@ def park_reports(database: Database, reports: Sequence[ParkedReport]) -> None:
         existing = existing_endpoints(
             connection, {report.endpoint_id for report in reports if is_endpoint(report.endpoint_id)}
         )
-        # In one order everywhere, so that two dispatchers never wait in a circle.
+        # In the same order everywhere, so that two dispatchers never deadlock.
         for report in sorted(reports, key=_order):
             bound = is_endpoint(report.endpoint_id)
             if bound and report.endpoint_id not in existing:
@@ -289,5 +289,5 @@ def _order(report: ParkedReport) -> tuple[str, str]:
 
 
 def unbound_watch_id(job_id: str) -> str:
-    """Return the id of the one watch on *job_id* that has no endpoint; a unique index sees no NULLs."""
+    """Return the id of the one watch on *job_id* that has no endpoint; a unique index ignores NULLs."""
     return "wat_" + blake2b(job_id.encode("utf-8", "surrogatepass"), digest_size=18).hexdigest()

@@ -1,9 +1,9 @@
 """Delete rows that ended long ago (prune), and erase the content of rows that stay.
 
-Erased: results, errors and data of events; the bytes of deliveries; the answers of receivers and the headers
-of requests; a client's own headers, reference and trace; callback reports kept as evidence. Kept: ids, types,
-times, statuses, URLs and signing secrets. ``erased_at`` of event and delivery marks them. Works in bounded
-transactions, so that it never blocks the pipeline and may be stopped and started again.
+Erased: results, errors and data of events; the bytes of deliveries; receivers' responses and the headers of
+requests; a client's own headers, reference and trace; callback reports kept as evidence. Kept: ids, types,
+times, statuses, URLs and signing secrets. ``erased_at`` of event and delivery marks them. Uses bounded
+transactions, so that it never blocks the pipeline and can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def prune(
 ) -> Pruned:
     """Delete what ended before *older_than*; never anything unfinished.
 
-    Deliveries with their attempts; events all of whose deliveries are gone; watches that are settled or
-    closed; then job-bound endpoints that nothing points to any more, with their secrets. Standing endpoints
+    First deliveries with their attempts; then events whose deliveries are all gone, watches that are settled
+    or closed, and job-bound endpoints that nothing refers to any more, with their secrets. Standing endpoints
     stay.
 
     :param older_than: aware.
     :param progress: called with the number of rows deleted so far, after each transaction.
-    :param should_stop: asked after each transaction; another call continues where this one stopped.
+    :param should_stop: called after each transaction; another call continues where this one stopped.
     """
     deleted: dict[str, int] = {}
 
@@ -109,7 +109,7 @@ def prune(
         for connection, ids in _batches(database, order, model.id, conditions, batch, should_stop):
             if model is Delivery:
                 connection.execute(delete(Attempt).where(Attempt.delivery_id.in_(ids)))
-            # Asked again now that the rows are locked: a delivery may have been made while we waited.
+            # Checked again now that the rows are locked: a delivery may have been made while we waited.
             gone = connection.execute(delete(model).where(model.id.in_(ids), *conditions))
             counted(what, gone.rowcount)
     counted("dispatchers", forget_dead(database))
@@ -124,9 +124,9 @@ def _batches(
     batch: int,
     should_stop: Callable[[], bool],
 ) -> Iterator[tuple[Connection, list[str]]]:
-    """Walk rows in the order of an index, each batch locked in a transaction of its own.
+    """Walk rows in the order of an index; each batch is locked in its own transaction.
 
-    Rows that another transaction has locked are left out.
+    Rows that another transaction has locked are skipped.
 
     :param order: the indexed column to walk.
     :param key: the id; it may be the same column.
@@ -153,9 +153,9 @@ class Erasure:
     """What one call of :func:`erase` did.
 
     :param events: erased, with their deliveries and attempts.
-    :param canceled: deliveries that were not finished.
-    :param in_flight: events with a delivery that is being sent at this moment. It is canceled; another call
-        erases them once its attempt was recorded or given up.
+    :param canceled: deliveries that were unfinished.
+    :param in_flight: events with a delivery that is being sent right now. It is canceled; another call erases
+        the events once its attempt is recorded or given up.
     :param running: jobs that have not ended; their endings will be reported, and another call erases these.
     """
 
@@ -175,14 +175,14 @@ def erase(
 ) -> Erasure:
     """Erase the content of every event of a job, a run, a reference or a tenant.
 
-    May be stopped and called again.
+    Can be stopped and called again.
 
-    Each transaction erases whole events, so that a crash leaves nothing half erased.
+    Each transaction erases whole events, so a crash leaves nothing half erased.
 
     On SQLite the freed space is overwritten and the log of a database in WAL mode is emptied as soon as no
-    reader needs it. PostgreSQL overwrites it when it reuses the space after a vacuum.
+    reader needs it. PostgreSQL overwrites freed space when it reuses it after a vacuum.
 
-    Exactly one of *job_id*, *runid*, *reference* and *tenant* is given.
+    Pass exactly one of *job_id*, *runid*, *reference* and *tenant*.
     """
     endpoints, chosen = _meant(job_id, runid, reference, tenant)
     erased = canceled = 0
@@ -208,9 +208,9 @@ def erase(
 
 
 def erase_finished(database: Database, older_than: datetime) -> int:
-    """Erase the bodies and answers of deliveries that finished before *older_than*; return how many.
+    """Erase the bodies and responses of deliveries that finished before *older_than*; return how many.
 
-    Then of events all of whose deliveries are erased.
+    Then erase the events whose deliveries are all erased.
 
     :param older_than: aware.
     """
@@ -242,7 +242,7 @@ def erase_finished(database: Database, older_than: datetime) -> int:
 def _meant(
     job_id: str | None, runid: str | None, reference: str | None, tenant: str | None
 ) -> tuple[Select[Any], ColumnElement[bool]]:
-    """Return the query for the endpoints of the requests meant, and the condition on their events."""
+    """Return the query for the endpoints of the chosen requests, and the condition on their events."""
     requests = select(Endpoint.id).where(Endpoint.kind != "standing")
     if job_id is not None:
         watched = exists().where(Watch.endpoint_id == Endpoint.id, Watch.job_id == job_id)
@@ -273,7 +273,7 @@ def _cancel(database: Database, connection: Connection, event_ids: Sequence[str]
 
 
 def _not_in_flight(database: Database, connection: Connection, event_ids: Sequence[str]) -> list[str]:
-    """Return the events no delivery of which a sender holds: it could still record what was answered."""
+    """Return the events without a delivery held by a sender, which could still record a response."""
     held = select(Delivery.event_id).where(Delivery.event_id.in_(event_ids), in_flight(database))
     busy = set(connection.execute(held).scalars())
     return [event_id for event_id in event_ids if event_id not in busy]
@@ -313,7 +313,7 @@ def _erase_deliveries(database: Database, connection: Connection, chosen: Column
 
 
 def _forget_requests(connection: Connection, job_id: str | None, endpoints: Any) -> int:
-    """Erase what came with the requests, where all their jobs have ended; return how many have not.
+    """Erase what came with requests whose jobs have all ended; return how many jobs have not.
 
     Their watches are closed: a correction would bring the result back.
     """
@@ -335,7 +335,7 @@ def _overwrite_freed_space(database: Database, connection: Connection) -> None:
 
 
 def _empty_log(database: Database) -> None:
-    """Move the log into the database file and truncate it; where a reader needs it, SQLite leaves it."""
+    """Move the log into the database file and truncate it; SQLite leaves it while a reader needs it."""
     with database.read() as connection:
         raw: Any = connection.connection.driver_connection
         raw.rollback()

@@ -1,8 +1,8 @@
 """Create or upgrade our tables, for hosts without migrations (``flask rq-webhooks init-db``).
 
-Owns the comparison of the live database with the models. Between our own versions a schema only ever
-grows: missing tables, columns and indexes are made, nothing is changed or dropped, and a database that
-migrations keep up to date needs nothing from here.
+Owns the comparison of the live database with the models. Between our versions the schema only grows: missing
+tables, columns and indexes are created, nothing is changed or dropped. A database kept up to date by
+migrations needs nothing from here.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from .sql_errors import DBAPIError, sqlstate, why_unavailable
 
 _INDEXES = {str(index.name): index for table in Base.metadata.sorted_tables for index in table.indexes}
 
-#: Seconds a change of a table waits for its users, and new users behind it; seconds until it gives up. More
-#: than the server's ``deadlock_timeout``, after which it sends an autovacuum away.
+#: Seconds that a change of a table waits for its users, with new users waiting behind it; seconds until it
+#: gives up. The first is more than the server's ``deadlock_timeout``, after which an autovacuum is canceled.
 LOCK_TIMEOUT_S, LOCKED_S = 1.5, 60
 #: SQLSTATE of a statement that waited for ``lock_timeout``.
 _LOCK_NOT_AVAILABLE = "55P03"
-#: Any number; init-db processes at once on PostgreSQL wait for each other by it.
+#: Any number; concurrent init-db processes on PostgreSQL wait for each other on it.
 _ADVISORY_LOCK = 0x7271_7768
 
 
 @dataclass(frozen=True, slots=True)
 class SchemaChanges:
-    """What is missing in a database, or was made there."""
+    """What is missing in a database, or was created there."""
 
     tables: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class SchemaChanges:
 
 
 def missing_schema(database: Database) -> SchemaChanges:
-    """Return what the database lacks, and change nothing.
+    """Return what the database lacks, without changing anything.
 
     :raises StorageUnavailableError: when the database cannot be reached.
     """
@@ -64,10 +64,10 @@ def missing_schema(database: Database) -> SchemaChanges:
 
 
 def upgrade_schema(database: Database) -> SchemaChanges:
-    """Make the tables, columns and indexes that are missing; return what was made.
+    """Create the tables, columns and indexes that are missing; return what was created.
 
-    May be repeated, also after an interruption and by several processes at once, while the app keeps running.
-    Each step is a transaction of its own. PostgreSQL builds indexes without blocking reads or writes
+    Safe to repeat, after an interruption and by several processes at once, while the app keeps running. Each
+    step is its own transaction. PostgreSQL builds indexes without blocking reads or writes
     (``CONCURRENTLY``), and a query on a table that gets columns waits for :data:`LOCK_TIMEOUT_S` at most.
     SQLite has one writer at a time: the others wait while one index is built. A column added to a table with
     rows gets its default there.
@@ -87,17 +87,17 @@ def upgrade_schema(database: Database) -> SchemaChanges:
 
 @contextmanager
 def _alone(database: Database) -> Iterator[None]:
-    """Keep other processes from upgrading; on SQLite each step does it."""
+    """Keep other processes from upgrading; on SQLite each step does this itself."""
     if database.is_sqlite:
         yield
         return
     while True:
         with database.write() as connection:
-            # Asked again and again: a statement that waited would be one that CREATE INDEX CONCURRENTLY of
-            # the process with the lock waits for.
+            # Polled: a statement waiting for the lock would itself be waited for by CREATE INDEX CONCURRENTLY
+            # in the process that holds the lock.
             lock = text("SELECT pg_try_advisory_xact_lock(:key)")
             if connection.execute(lock, {"key": _ADVISORY_LOCK}).scalar_one():
-                # It is idle while indexes are built. A session's lock would stay behind in a pooler.
+                # It is idle while indexes are built. A session lock would stay behind in a pooler.
                 connection.execute(
                     text("SELECT set_config('idle_in_transaction_session_timeout', '0', true)")
                 )
@@ -107,7 +107,7 @@ def _alone(database: Database) -> Iterator[None]:
 
 
 def _next_step(database: Database) -> SchemaChanges:
-    """Make all missing tables, or the missing columns of one table, or one index; return what was made."""
+    """Create all missing tables, or one table's missing columns, or one index; return what was created."""
     deadline = time.monotonic() + LOCKED_S
     while True:
         try:
@@ -146,7 +146,7 @@ def _make(connection: Connection, missing: SchemaChanges) -> SchemaChanges:
 
 
 def _build_index(database: Database, name: str) -> SchemaChanges:
-    """Build an index of PostgreSQL outside of a transaction, where it blocks no one."""
+    """Build an index on PostgreSQL outside a transaction, where it blocks nobody."""
     index = _INDEXES[name]
     statement = str(CreateIndex(index).compile(dialect=database.engine.dialect))
     concurrently = statement.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
@@ -154,7 +154,7 @@ def _build_index(database: Database, name: str) -> SchemaChanges:
         with database.engine.connect() as pooled:
             connection = pooled.execution_options(isolation_level="AUTOCOMMIT")
             for left in _invalid_indexes(connection, _table_of(index), database.schema):
-                # What an interrupted build leaves is written to and never read.
+                # An index left by an interrupted build is updated but never read.
                 quoted = database.engine.dialect.identifier_preparer.quote
                 schema = "" if database.schema is None else quoted(database.schema) + "."
                 connection.execute(text(f"DROP INDEX CONCURRENTLY IF EXISTS {schema}{quoted(left)}"))
@@ -168,7 +168,7 @@ def _build_index(database: Database, name: str) -> SchemaChanges:
 
 
 def _invalid_indexes(connection: Connection, table: Table, schema: str | None) -> set[str]:
-    """Return the indexes of a table that PostgreSQL did not finish and that have the place of one of ours."""
+    """Return a table's indexes that PostgreSQL did not finish and that take the place of one of ours."""
     if connection.dialect.name == "sqlite":
         return set()
     query = text(
@@ -197,7 +197,7 @@ def _compare(connection: Connection, schema: str | None) -> SchemaChanges:
             continue
         live_columns = {column["name"] for column in inspector.get_columns(table.name, schema=schema)}
         columns += [f"{table.name}.{name}" for name in sorted(set(table.columns.keys()) - live_columns)]
-        # Not by name: migrations name indexes by the host's convention.
+        # Not compared by name: migrations name indexes by the host's convention.
         invalid = _invalid_indexes(connection, table, schema)
         live_indexes = {
             _live_shape(index)
@@ -209,12 +209,12 @@ def _compare(connection: Connection, schema: str | None) -> SchemaChanges:
 
 
 def _shape(index: Index) -> tuple[tuple[str, ...], bool]:
-    """Return what distinguishes the indexes of a table: columns, and whether it is partial."""
+    """Return what distinguishes a table's indexes: the columns, and whether the index is partial."""
     return tuple(index.columns.keys()), index.dialect_options["postgresql"]["where"] is not None
 
 
 def _live_shape(index: Any) -> tuple[tuple[str, ...], bool]:
-    """Return the same of an index in the database."""
+    """Return the same for an index in the database."""
     partial = any(key.endswith("_where") for key in index.get("dialect_options", ()))
     return tuple(index["column_names"]), partial
 
@@ -228,7 +228,7 @@ def _add_column(connection: Connection, table: Table, column: Column[Any]) -> No
     dialect = connection.dialect
     declaration = str(CreateColumn(column).compile(dialect=dialect))
     if not column.nullable and column.server_default is None:
-        # Rows that are already there need a value: the model's own default, or the empty one of the type.
+        # Existing rows need a value: the model's own default, or the type's empty value.
         own = column.default.arg if isinstance(column.default, ScalarElementColumnDefault) else None
         declaration += f" DEFAULT {_literal(own if own is not None else _EMPTY[column.type.python_type])}"
     name = dialect.identifier_preparer.format_table(table)

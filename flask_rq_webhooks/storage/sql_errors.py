@@ -1,7 +1,7 @@
-"""What an error of the database means: not now, not allowed, no tables, try again, or this row.
+"""What a database error means: unavailable, not allowed, no tables, try again, or a bad row.
 
 Decided by SQLSTATE on PostgreSQL, whatever the driver; by result code on SQLite; and by the class of the
-error where there is neither, as for a connection that could not be opened.
+error if there is neither, as for a connection that could not be opened.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _TRY_AGAIN = frozenset({"40001", "40P01"})
 #: Primary result codes of SQLite that are about the file and not about a statement: internal, perm, abort,
 #: busy, locked, nomem, readonly, interrupt, ioerr, corrupt, full, cantopen, protocol, nolfs, auth, notadb.
 _SQLITE_UNAVAILABLE = frozenset({2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 22, 23, 26})
-#: Those of them that another process causes and ends: busy, locked.
+#: Those of them that another process causes and will end: busy, locked.
 _SQLITE_BUSY = frozenset({5, 6})
-#: Classes of SQLSTATE that need an operator: authorization, no such database, name or right.
+#: Classes of SQLSTATE that need an operator: authorization, no such database, name or privilege.
 _REFUSED_CLASSES = frozenset({"28", "3D", "3F", "42"})
-#: The same where a connection was refused, which drivers report without SQLSTATE.
+#: The same for refused connections, which drivers report without SQLSTATE.
 _REFUSALS = (
     "authentication failed",
     "does not exist",
@@ -40,7 +40,7 @@ _REFUSALS = (
 
 
 def sqlstate(exc: BaseException) -> str:
-    """Return the five characters that PostgreSQL names an error by; empty for other errors."""
+    """Return PostgreSQL's five-character error code; empty for other errors."""
     orig = getattr(exc, "orig", exc)
     return getattr(orig, "sqlstate", None) or getattr(orig, "pgcode", None) or ""
 
@@ -72,7 +72,7 @@ def is_missing_schema(exc: SQLAlchemyError) -> bool:
 
 
 def is_about_a_row(exc: BaseException) -> bool:
-    """Return whether *exc* is about what was to be stored, so that other rows may do better."""
+    """Return whether *exc* is about the values to be stored, so that other rows may succeed."""
     if isinstance(exc, StorageUnavailableError):
         return False
     return not isinstance(exc, DBAPIError) or isinstance(exc, DataError | IntegrityError)
@@ -85,13 +85,13 @@ def may_try_again(exc: StorageUnavailableError) -> bool:
 
 
 def is_overtaken(exc: StorageUnavailableError) -> bool:
-    """Return whether another writer of SQLite was there first."""
+    """Return whether another SQLite writer was faster."""
     orig = getattr(exc.__cause__, "orig", None)
     return getattr(orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BUSY
 
 
 def is_away(exc: StorageUnavailableError) -> bool:
-    """Return whether waiting may help: the database is down, starting or busy, and refuses nothing."""
+    """Return whether waiting may help: the database is down, starting or busy, but does not refuse us."""
     cause = exc.__cause__
     if not isinstance(cause, DBAPIError):
         return True

@@ -1,7 +1,7 @@
 """Standing endpoints: made by operators and tenants, changed, disabled, deleted.
 
-Owns their rows and secrets once they are made (:func:`.endpoints.register` inserts those of every endpoint).
-Knows nothing of what a URL may be: callers validated it.
+Owns their rows and secrets once they are created (:func:`.endpoints.register` inserts those of every
+endpoint). Does not validate URLs: callers have done so.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .database import Database
 from .endpoints import NewEndpoint, encrypted_headers, insertion, rows_of, secret_row
 from .models import ALPHABET, Attempt, Delivery, Endpoint, Secret, encoded, new_id
 
-#: Seconds that a replaced secret also signs after its replacement.
+#: Seconds for which a replaced secret keeps signing after its replacement.
 ROTATION_GRACE_S = 86400.0
 
 
-#: First key of the advisory lock under which endpoints are made and a tenant's are counted; no other lock of
-#: ours has it.
+#: First key of the advisory lock held while an endpoint is created and a tenant's are counted; no other lock
+#: of ours uses it.
 CREATE_LOCK_CLASS = 0x7271_7771
 
 
@@ -34,7 +34,7 @@ class TenantLimitError(RQWebhooksError):
 
 
 class ExistsError(Exception):
-    """An endpoint was made before with the same idempotency key.
+    """An endpoint was already created with the same idempotency key.
 
     :param endpoint_id: its id.
     """
@@ -55,17 +55,17 @@ def create_standing(
 ) -> str:
     """Store a standing endpoint and return its id.
 
-    :param at_most: standing endpoints that its tenant may have with this one; 0 for any number.
-    :param idempotency_key: the endpoint's id is made of it, so that only one is made, however many requests
-        with it come at once. Such ids do not sort by time.
-    :raises ExistsError: when there is one with this key.
+    :param at_most: standing endpoints that its tenant may have, including this one; 0 for no limit.
+    :param idempotency_key: the endpoint's id is derived from it, so that only one is created, however many
+        requests with it arrive at once. Such ids do not sort by time.
+    :raises ExistsError: when an endpoint with this key exists.
     :raises TenantLimitError: when the tenant has *at_most* endpoints already.
     """
     if endpoint.kind != "standing":
         raise ValueError(f"expected kind 'standing', got {endpoint.kind!r}")
     endpoint_id = new_id("ep" + namespace)
     if idempotency_key is not None:
-        # A key contains no NUL. Two tenants may use the same key.
+        # Keys contain no NUL. Two tenants may use the same key.
         owner = "" if endpoint.tenant is None else f"{endpoint.tenant}\0"
         number = int.from_bytes(blake2b((owner + idempotency_key).encode(), digest_size=17).digest())
         letters = (ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
@@ -86,7 +86,7 @@ def create_standing(
     return endpoint_id
 
 
-#: What :func:`update_standing` may change; the rest has functions of its own, or is fixed.
+#: What :func:`update_standing` may change; other fields have their own functions, or are fixed.
 CHANGEABLE = {one.name for one in fields(NewEndpoint)} - {"secret", "kind", "scope", "tenant", "trace"}
 
 
@@ -98,7 +98,7 @@ def update_standing(
     *,
     tenant: str | None = None,
 ) -> bool:
-    """Change a standing endpoint. Waiting deliveries go to the new URL; their bytes stay what they are.
+    """Change a standing endpoint. Waiting deliveries go to the new URL; their bytes do not change.
 
     :param changes: attributes of :class:`NewEndpoint`, those in :data:`CHANGEABLE`. ``url`` and ``host``
         go together.
@@ -144,7 +144,7 @@ def rotate_secret(
     """
     now = datetime.now(UTC)
     with database.write() as connection:
-        # The update also makes two rotations at once wait for each other.
+        # The update also makes concurrent rotations wait for each other.
         found = connection.execute(
             update(Endpoint).where(*_this_standing(endpoint_id, tenant)).values(updated_at=now)
         ).rowcount
@@ -163,7 +163,7 @@ def rotate_secret(
 
 
 def enable_standing(database: Database, endpoint_id: str, *, tenant: str | None = None) -> bool:
-    """Let a standing endpoint get deliveries again, with a clean record.
+    """Let a standing endpoint get deliveries again, with its failures reset.
 
     What it missed is delivered by :func:`~.deliveries.recover_part`.
 
@@ -175,7 +175,7 @@ def enable_standing(database: Database, endpoint_id: str, *, tenant: str | None 
 def disable_standing(
     database: Database, endpoint_id: str, *, reason: str = "operator", tenant: str | None = None
 ) -> bool:
-    """Stop a standing endpoint from getting new deliveries. Those that wait are still sent.
+    """Stop a standing endpoint from getting new deliveries. Waiting ones are still sent.
 
     :returns: whether there is such an endpoint.
     """
@@ -195,9 +195,9 @@ def disable_tenant(database: Database, tenant: str) -> int:
 def delete_standing_part(
     database: Database, endpoint_id: str, *, at_most: int = 1000, tenant: str | None = None
 ) -> bool | None:
-    """Disable a standing endpoint and delete some of its deliveries; with the last of them, itself.
+    """Disable a standing endpoint and delete some of its deliveries; with the last ones, the endpoint too.
 
-    :param at_most: deliveries, in one transaction.
+    :param at_most: maximum number of deliveries, deleted in one transaction.
     :returns: whether it is deleted now; otherwise call again. ``None``: there is no such endpoint.
     """
     if not disable_standing(database, endpoint_id, reason="deleted", tenant=tenant):

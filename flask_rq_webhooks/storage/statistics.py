@@ -1,7 +1,7 @@
 """Numbers for the overview and for metrics.
 
-Owns counts over bounded windows: no number here costs more as history grows. Where there is more than a
-window holds, the number says so.
+Owns counts over bounded windows: no number here costs more as history grows. If there is more than a window
+holds, the number says so.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .models import (
 
 #: Rows are counted up to this; one more stands for "more than that".
 COUNT_CAP = 10_000
-#: Finished deliveries looked at for the hours, the newest.
+#: How many of the newest finished deliveries are counted by hour.
 FINISHED_WINDOW = 50_000
-#: Attempts looked at for latency and hosts, the newest.
+#: How many of the newest attempts are read for latency and hosts.
 ATTEMPT_WINDOW = 2_000
-#: Deliveries of a tenant whose attempts are looked at, the newest: not adjacent, so each costs a read.
+#: How many of a tenant's newest deliveries have their attempts read: not adjacent, so each costs a read.
 TENANT_WINDOW = 500
-#: Hosts shown at most.
+#: Maximum number of hosts shown.
 WORST_HOSTS = 10
 
 
@@ -72,16 +72,16 @@ class Statistics:
     """The overview.
 
     :param counts: by delivery status, each up to :data:`COUNT_CAP`; one more means "more".
-    :param oldest_due_s: for how long the longest due delivery has been due; ``None`` when none is.
+    :param oldest_due_s: how long the longest due delivery has been due; ``None`` if none is due.
     :param hours: oldest first, only those with any ending.
-    :param hours_complete: ``False`` when more ended than :data:`FINISHED_WINDOW`, so that the oldest hours
-        are short.
+    :param hours_complete: ``False`` if more than :data:`FINISHED_WINDOW` ended, so that the oldest hours are
+        incomplete.
     :param success_rate: succeeded ÷ (succeeded + exhausted) over these hours; ``None`` without any.
-    :param p50_ms: of recent attempts' duration; ``None`` without any.
+    :param p50_ms: median duration of recent attempts; ``None`` without any.
     :param worst_hosts: hosts with failures among recent attempts, most failures first.
     :param watches: ``"open"`` and ``"reserved"``, up to :data:`COUNT_CAP`.
-    :param oldest_watch: when the oldest of those counted was made.
-    :param dispatchers: how many had a heartbeat lately.
+    :param oldest_watch: when the oldest of those counted was created.
+    :param dispatchers: how many had a recent heartbeat.
     """
 
     counts: Mapping[str, int]
@@ -115,9 +115,9 @@ class TenantNumbers:
 def tenant_numbers(database: Database, *, hours: int = 24) -> list[TenantNumbers]:
     """Return the tenants with failures or a backlog, most failures first.
 
-    Counted among the newest :data:`FINISHED_WINDOW` deliveries of each status.
+    Counts cover the newest :data:`FINISHED_WINDOW` deliveries of each status.
 
-    :param hours: how far back the failed ones were made.
+    :param hours: how far back failed deliveries may have been created.
     """
     found: dict[str, Counter[str]] = {}
     with database.read() as connection:
@@ -141,8 +141,8 @@ def statistics(database: Database, *, hours: int = 24, tenant: str | None = None
     """Return the numbers of the overview.
 
     :param hours: how far back endings are counted.
-    :param tenant: of this tenant's deliveries and endpoints alone, and without what is the operators':
-        watches, dispatchers, pauses, how long deliveries have been due.
+    :param tenant: only this tenant's deliveries and endpoints, without what only operators see: watches,
+        dispatchers, pauses, how long deliveries have been due.
     """
     if tenant is not None:
         return _of_tenant(database, tenant, hours)
@@ -184,7 +184,7 @@ def _of_deliveries(
     finished: Sequence[ColumnElement[bool]] = (),
     attempted: Sequence[ColumnElement[bool]] = (),
 ) -> dict[str, Any]:
-    """Return the numbers that both operators and tenants see, of the rows that the conditions choose."""
+    """Return the numbers that both operators and tenants see, for the rows that meet the conditions."""
     since = database.now(connection) - timedelta(hours=hours)
     by_hour, complete = _finished_by_hour(database, connection, since, *finished)
     succeeded = sum(hour.succeeded for hour in by_hour)
@@ -218,7 +218,7 @@ def _finished_by_hour(
         .limit(FINISHED_WINDOW)
         .subquery()
     )
-    # In UTC on both, whatever the server's own time zone is.
+    # In UTC on both databases, whatever the server's own time zone is.
     if database.is_sqlite:
         name = func.strftime("%Y-%m-%d %H", window.c.finished_at)
     else:

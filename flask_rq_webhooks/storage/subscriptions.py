@@ -1,7 +1,7 @@
-"""Which endpoints get an event, and the deliveries that makes.
+"""Select the endpoints that get an event, and build its deliveries.
 
-Owns the rows of endpoints as ingest sees them, the choice among them, and the rows of new deliveries. Knows
-nothing of how bodies are rendered, and nothing of watches but which endpoint they belong to.
+Owns endpoint rows as ingest sees them, the choice among them, and the rows of new deliveries. Knows nothing
+of how bodies are rendered, and of watches only which endpoint they belong to.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Ends the token of jobs that only standing endpoints get events of (``ATTACH="all"``).
+#: Ends the token of jobs whose events go only to standing endpoints (``ATTACH="all"``).
 NO_ENDPOINT_SUFFIX = "_all"
-#: As the partial indexes have it: a parameter would hide it from the planner.
+#: Written as in the partial indexes: a parameter would hide it from the planner.
 _IS_STANDING = text("kind = 'standing'")
 _TENANTS_STANDING = and_(_IS_STANDING, Endpoint.enabled, Endpoint.tenant.is_not(None))
-#: Locks an endpoint: pruning must not take it before its delivery is there.
+#: Locks an endpoint: pruning must not delete it before its delivery is stored.
 _SHARED: dict[str, Any] = {"read": True, "key_share": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointRow:
-    """What rendering may know of an endpoint: no URL, no secret, no header."""
+    """What rendering may know about an endpoint: no URL, no secret, no header."""
 
     id: str
     kind: str
@@ -85,7 +85,7 @@ class EndpointRow:
 
 
 def is_endpoint(endpoint_id: str | None) -> bool:
-    """Return whether a callback's token names an endpoint, or only that standing ones may get its events."""
+    """Return whether a callback's token names an endpoint; if not, only standing ones may get its events."""
     return endpoint_id is not None and not endpoint_id.endswith(NO_ENDPOINT_SUFFIX)
 
 
@@ -99,7 +99,7 @@ ENDPOINT_COLUMNS = tuple(getattr(Endpoint, one.name) for one in fields(EndpointR
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobWatch:
-    """What counts of a watch while events of its job are stored."""
+    """The part of a watch that matters while events of its job are stored."""
 
     id: str
     endpoint_id: str | None
@@ -110,13 +110,13 @@ class JobWatch:
 
 @dataclass(slots=True)
 class Surroundings:
-    """What is stored already around events that are about to be stored.
+    """What is already stored around events that are about to be stored.
 
     :ivar now: the database's clock.
-    :ivar next_position: in the feed.
+    :ivar next_position: next position in the feed.
     :ivar paused: whether sending is paused.
     :ivar counts: how many events each job has.
-    :ivar watches: on each job.
+    :ivar watches: the watches on each job.
     :ivar endpoints: those that are named or have a watch on a job, by id.
     :ivar standing: the enabled standing endpoints of operators and of the tenants of those; nobody else's.
     """
@@ -169,7 +169,7 @@ def _endpoint_in(row: dict[str, Any]) -> EndpointRow:
 
 
 def warn_of_missing(items: Sequence[IngestItem], endpoints: Collection[str]) -> None:
-    """Log which endpoints are named with the items and not among *endpoints*."""
+    """Log the endpoints that items name and that are not among *endpoints*."""
     for item in items:
         for endpoint_id in item.endpoint_ids:
             if is_endpoint(endpoint_id) and endpoint_id not in endpoints:
@@ -182,8 +182,8 @@ def warn_of_missing(items: Sequence[IngestItem], endpoints: Collection[str]) -> 
 def _look(*, among: str, also_among: str, as_object: str, as_array: str, clock: str, lock: str) -> TextClause:
     """Return the statement of :func:`look_around`: rows of several tables, in one JSON object.
 
-    :param among: the condition that follows a column whose values are those of a parameter.
-    :param also_among: the same with a further column of a table.
+    :param among: condition to put after a column whose value must be among a parameter's.
+    :param also_among: the same, also allowing the values of a table's column.
     """
     columns = [one.name for one in fields(EndpointRow)]
     endpoints = f"SELECT {', '.join(columns)} FROM rq_webhooks_endpoint WHERE"  # noqa: S608
@@ -220,7 +220,7 @@ SELECT CAST({as_object}(
     return statement.bindparams(*(bindparam(name, type_=Texts) for name in ("jobs", "named", "tenants")))
 
 
-#: By whether it is for SQLite. The locks are taken in the order of ids, as everywhere.
+#: Keyed by whether it is for SQLite. Locks are taken in the order of ids, as everywhere.
 _LOOK = {
     True: _look(
         among="IN (SELECT value FROM json_each(:{}))",
@@ -230,7 +230,7 @@ _LOOK = {
         clock="NULL",
         lock="",
     ),
-    # Arrays, because the planner does not know how few rows a query gives, and would read whole tables.
+    # Arrays, because the planner does not know how few rows a query returns, and would read whole tables.
     False: _look(
         among="= ANY(CAST(:{} AS text[]))",
         also_among="= ANY(ARRAY(SELECT {}::text FROM {}) || CAST(:{} AS text[]))",
@@ -245,10 +245,10 @@ _LOOK = {
 def wanted_by_standing(
     connection: Connection, event_types: Iterable[str], tenants: Collection[str] | None = None
 ) -> dict[str | None, frozenset[str]]:
-    """Return to which of *event_types* enabled standing endpoints subscribe by name or by ``"*"``.
+    """Return which of *event_types* enabled standing endpoints subscribe to, by name or by ``"*"``.
 
-    :param tenants: whose endpoints beside those of operators; ``None``: everybody's.
-    :returns: by tenant; under ``None`` what operators subscribe to.
+    :param tenants: tenants whose endpoints count besides those of operators; ``None``: everybody's.
+    :returns: types by tenant; under ``None`` what operators subscribe to.
     """
     query = select(Endpoint.tenant, Endpoint.events).distinct()
     query = query.where(_IS_STANDING, Endpoint.enabled, Endpoint.events.is_not(None))
@@ -270,14 +270,14 @@ def wanted_by_standing(
 def subscribing_tenants(database: Database, *, at_most: int) -> dict[str, frozenset[str]] | None:
     """Return, by tenant, the event types of jobs that enabled standing endpoints of tenants want.
 
-    The database writes the tenants of each list of types into one text: twenty thousand rows would keep
-    the interpreter busy for longer than it takes to find them.
+    The database joins the tenants of each list of types into one string: twenty thousand rows would keep the
+    interpreter busy for longer than it takes to find them.
 
-    :param at_most: endpoints that are read.
-    :returns: only tenants that want any; ``None`` where there are more endpoints than *at_most*.
+    :param at_most: maximum number of endpoints to read.
+    :returns: only tenants that want any; ``None`` if there are more endpoints than *at_most*.
     """
     theirs = select(Endpoint.tenant, Endpoint.events).where(_TENANTS_STANDING).limit(at_most + 1).subquery()
-    # Grouped twice, and not json_agg(DISTINCT …), for which PostgreSQL sorts.
+    # Grouped twice instead of json_agg(DISTINCT …), for which PostgreSQL sorts.
     once = select(theirs, func.count().label("count")).group_by(*theirs.c).subquery()
     several = func.json_group_array if database.is_sqlite else func.json_agg
     tenants = cast(several(once.c.tenant), Text)
@@ -309,12 +309,12 @@ def _job_types(events: str | None) -> frozenset[str]:
     return frozenset(one for one in JOB_TYPES if is_wanted(one, named))
 
 
-#: Endpoints that are looked at for one tenant.
+#: Maximum number of endpoints read for one tenant.
 _MAX_LOOK = 1000
 
 
 def existing_endpoints(connection: Connection, ids: Iterable[str | None]) -> set[str]:
-    """Return those of *ids* that are there, locked against pruning."""
+    """Return those of *ids* that exist, locked against pruning."""
     found: set[str] = set()
     for chunk in chunks_of(sorted(endpoint_id for endpoint_id in ids if endpoint_id is not None)):
         query = select(Endpoint.id).where(Endpoint.id.in_(chunk)).with_for_update(**_SHARED)
@@ -334,13 +334,13 @@ def requests_of(
         if endpoint is None or watch.status == CLOSED or occurrence.scope == "tree":
             continue  # a tree is reported to the one endpoint it was evaluated for
         counts = began is None or began >= endpoint.created_at - CLOCK_SKEW
-        if counts or watch.run == occurrence.run:  # it was noted as one that counts, whatever the clocks say
+        if counts or watch.run == occurrence.run:  # noted as a run that counts, whatever the clocks say
             chosen[endpoint.id] = endpoint
     return chosen
 
 
 def owner_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | None:
-    """Return the tenant whose *event* is: of the request its report names, else of the newest one."""
+    """Return the tenant that owns *event*: of the request its report names, else of the newest request."""
     return _of_request(event, requests, "tenant")
 
 
@@ -350,7 +350,7 @@ def trace_of(event: StoredEvent, requests: Mapping[str, EndpointRow]) -> str | N
 
 
 def _of_request(event: StoredEvent, requests: Mapping[str, EndpointRow], name: str) -> str | None:
-    """Return a field of the request that the report names, else of the newest one, as far as it is set."""
+    """Return a field of the request the report names, else of the newest; only requests that set it count."""
     having = [row for row in requests.values() if getattr(row, name) is not None]
     if not having:
         return None
@@ -377,13 +377,13 @@ def receivers_of(
     :param standing: the endpoints of operators, and of the tenants of this event and of others.
     """
     occurrence = event.occurrence
-    if occurrence.type == WEBHOOK_PING:  # a test of the named endpoint, whatever it listens for
+    if occurrence.type == WEBHOOK_PING:  # a test of the named endpoint, whatever it subscribes to
         return list(requests.values())
     in_scope = [row for row in requests.values() if row.scope == occurrence.scope and row.kind != SUBSCRIBED]
     tenants = tenants_of(event, requests)
     for row in standing:
         if row.tenant is not None:
-            # Whether the request was about a job or a tree was its route's choice, as with a URL.
+            # As with a URL, the request's route chose whether it is about a job or a tree.
             if row.tenant in tenants and (event.created or event.named):
                 in_scope.append(row)
         elif (
@@ -441,14 +441,14 @@ def delivery_values(
 
 @dataclass(slots=True, kw_only=True)
 class AdvanceClaim:
-    """Places of a sender for deliveries that are about to be stored: those are stored as claimed by it.
+    """A sender's free places for deliveries about to be stored, which are then stored as claimed by it.
 
     :param lease_id: as :func:`.claim_due` has it.
     :param lease_s: as :func:`.claim_due` has it.
-    :param take_place: keeps a place for one request to a host; ``False`` where there is none.
+    :param take_place: reserves a place for one request to a host; ``False`` if there is none.
     :ivar hosts: host of each delivery that got a place, by its id.
     :ivar claimed: those that were stored, as :func:`.claim_due` returns them.
-    :ivar complete: whether no other delivery was stored, which would have to be claimed.
+    :ivar complete: whether no other delivery was stored that would still have to be claimed.
     """
 
     lease_id: str
@@ -481,7 +481,7 @@ def store_deliveries(
 
 
 def in_order(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what new deliveries are sorted by, so that two who insert them never wait in a circle."""
+    """Return the sort key of new deliveries, so that concurrent inserts never deadlock."""
     return row["event_id"], row["endpoint_id"]
 
 

@@ -1,8 +1,8 @@
-"""Watches: what ingest and reconcile read of them, and write to them.
+"""Watches: what ingest and reconcile read from them and write to them.
 
-Which jobs belong to a tree, and how they were when last seen, is stored here, too. Knows nothing of
-Redis: callers pass in what RQ says. Events and deliveries are stored by
-:mod:`~flask_rq_webhooks.storage.events` alone.
+Which jobs belong to a tree, and their status when last seen, is stored here too. Knows nothing of Redis:
+callers pass in what RQ says. Events and deliveries are stored by :mod:`~flask_rq_webhooks.storage.events`
+alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .subscriptions import wanted_by_standing
 
 @dataclass(frozen=True, slots=True)
 class WatchProbe:
-    """As little of an open or reserved watch as a pass over many of them needs.
+    """The minimum that a pass over many open or reserved watches needs of each.
 
     :param needs_full_read: it holds a report, or a run of its job was reported before.
     :param wants: optional types that an endpoint asks for.
@@ -41,7 +41,7 @@ class WatchProbe:
 
 @dataclass(frozen=True, slots=True)
 class SettledProbe:
-    """As little of a settled watch.
+    """The same minimum of a settled watch.
 
     :param outcome: event type its run was reported with; ``None`` for a tree.
     """
@@ -55,7 +55,7 @@ class SettledProbe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchRow:
-    """A watch with what its endpoint says about it.
+    """A watch, with the settings of its endpoint that concern it.
 
     :param counts_from: runs that began earlier were not promised.
     :param scope: ``"job"`` or ``"tree"``; ``"job"`` without an endpoint.
@@ -76,10 +76,10 @@ class WatchRow:
 
 @dataclass(slots=True)
 class WatchUpdates:
-    """What a pass found out about watches, written in one transaction by :func:`write_updates`.
+    """What a pass found out about watches; :func:`write_updates` writes it in one transaction.
 
-    :param began: watch → the run it had noted, and the one that is open now.
-    :param caught_up: watch → the run it had noted, the one that was reported since, and how.
+    :param began: watch → the run it had noted, and the run that is open now.
+    :param caught_up: watch → the run it had noted, the run reported since, and how it was reported.
     :param kept: RQ has the jobs of these settled watches again; the opposite of *forgotten*.
     """
 
@@ -142,7 +142,7 @@ def _optional_types(events: str | None) -> frozenset[str]:
 def probe_settled(database: Database, *, kept: bool, after: str, limit: int) -> list[SettledProbe]:
     """Return one page of the settled watches, by id.
 
-    :param kept: those whose jobs RQ keeps, or those whose jobs it had forgotten at the last look.
+    :param kept: those whose jobs RQ keeps, or those whose jobs RQ had forgotten at the last check.
     :param after: id of the last one of the page before; empty for the first page.
     """
     query = (
@@ -190,7 +190,7 @@ def optional_types_of_standing(database: Database) -> dict[str | None, frozenset
 
 
 def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | None = None) -> None:
-    """Write what a pass found out. A watch that others changed in the meantime stays as it is."""
+    """Write what a pass found out. A watch changed by others in the meantime stays as it is."""
     if not updates:
         return
     now = now or datetime.now(UTC)
@@ -206,7 +206,7 @@ def write_updates(database: Database, updates: WatchUpdates, *, now: datetime | 
         _each(connection, this.where(waiting).values(missing_passes=0), updates.present)
         close = this.where(waiting).values(status=CLOSED, settled_at=now, recheck_at=None)
         _each(connection, close, updates.closed)
-        # A report that settled nothing leaves a watch as settled as it was.
+        # After a report that settled nothing, a watch settled before is settled again.
         _each(connection, this.values(evidence=None), updates.decided)
         settled_before = this.where(Watch.status == OPEN, Watch.settled_at.is_not(None))
         _each(connection, settled_before.values(status=SETTLED), updates.decided)
@@ -241,7 +241,7 @@ def _each(
     what: Mapping[str, tuple[Any, ...]] | set[str],
     *parameters: str,
 ) -> None:
-    """Execute *statement* for each watch, in the order of ids: two dispatchers never wait in a circle."""
+    """Execute *statement* for each watch, in the order of ids, so two dispatchers never deadlock."""
     rows = []
     for watch_id in sorted(what):
         values = what[watch_id] if isinstance(what, Mapping) else ()
@@ -252,15 +252,15 @@ def _each(
 
 # -- of trees ---------------------------------------------------------------------------------------------
 
-# A member of a tree, a job found below its roots, has a watch of the status MEMBER, which keeps the member's
-# last known status as its ``evidence``.
+# A member of a tree (a job found below its roots) has a watch with the status MEMBER, which keeps the
+# member's last known status as its ``evidence``.
 
 
 @dataclass(frozen=True, slots=True)
 class TreeRow:
-    """One job of a tree as SQL remembers it.
+    """One job of a tree, as stored in SQL.
 
-    :param evidence: of a member, its status when it was last seen.
+    :param evidence: for a member, its status when it was last seen.
     """
 
     watch_id: str
@@ -273,19 +273,19 @@ class TreeRow:
 
     @property
     def root(self) -> bool:
-        """Return whether a request enqueued it itself; the others were found below."""
+        """Return whether a request enqueued it directly; the others were found below."""
         return self.status != MEMBER
 
 
 def open_trees(database: Database, *, after: str = "", limit: int = 200) -> list[str]:
-    """Return ids of endpoints with a tree that was not reported yet, by id."""
+    """Return the ids of endpoints with a tree that has not been reported yet, in order of id."""
     query = _OPEN_TREES.where(Watch.endpoint_id > after).order_by(Watch.endpoint_id).limit(limit)
     with database.read() as connection:
         return [endpoint_id for endpoint_id in connection.execute(query).scalars() if endpoint_id is not None]
 
 
 def open_trees_of(database: Database, job_ids: Collection[str]) -> list[str]:
-    """Return the same for those trees that jobs are known to be part of, by id."""
+    """Return the same for the trees that these jobs are known to belong to, in order of id."""
     found: set[str] = set()
     query = _OPEN_TREES.where(one_of(Watch.job_id, "jobs"))
     for chunk in chunks_of(sorted(job_ids)):
@@ -332,7 +332,7 @@ def remember_members(
     found: Mapping[str, str],
     changed: Mapping[str, str],
 ) -> None:
-    """Note jobs found below a root, so that the tree is known when the root's own record is gone.
+    """Record jobs found below a root, so that the tree is known when the root's own record is gone.
 
     :param found: new members: job id → status.
     :param changed: known members that changed: watch id → status.
@@ -349,7 +349,7 @@ def remember_members(
         ]  # fmt: skip
         for chunk in chunks_of(rows):
             connection.execute(
-                # A member of a tree that was reported and began again.
+                # A conflict: a member of a tree that was reported and began again.
                 insert_into(database, Watch)
                 .values(chunk)
                 .on_conflict_do_update(
@@ -370,9 +370,9 @@ def remember_members(
 def settle_tree(
     database: Database, endpoint_id: str, *, run: str, runs: Mapping[str, str], now: datetime | None = None
 ) -> None:
-    """Note that a tree was reported: its roots are settled, its members are no longer read.
+    """Record that a tree was reported: its roots are settled, its members are no longer read.
 
-    :param run: the run the tree was reported under, for roots of which no run is known.
+    :param run: the run the tree was reported under, used for roots without a known run.
     :param runs: job id → the run a root was in.
     """
     now = now or datetime.now(UTC)
