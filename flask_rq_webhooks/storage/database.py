@@ -427,7 +427,7 @@ def _prepare_sqlite(wal: bool, dbapi_connection: Any, record: ConnectionPoolEntr
     if wal:
         cursor.execute("PRAGMA journal_mode=WAL")
     # For this connection, and only in WAL mode: pages written repeatedly are copied to the file once per 16
-    # MB of log instead of once per 4, a fifth of what claiming and recording cost.
+    # MB of log instead of once per 4, which saves claim and record a fifth.
     cursor.execute("PRAGMA wal_autocheckpoint=4000")
     cursor.execute("PRAGMA foreign_keys=ON")
     # FULL: a registration we have confirmed survives a power failure too. It costs one fsync of the log per
