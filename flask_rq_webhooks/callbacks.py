@@ -4,18 +4,18 @@ A job with a webhook carries three dotted names::
 
     flask_rq_webhooks.callbacks.<kind>.<endpoint id>[~<outbox length>[n]][.<the user's own callback>]
 
-``kind`` is ``success``, ``failure`` or ``stopped``; ``n`` says that no argument of the job names its run. RQ
+``kind`` is ``success``, ``failure`` or ``stopped``; ``n`` means that no argument of the job names its run. RQ
 resolves them through :func:`__getattr__`, so nothing else needs to be stored with the job and nothing is lost
-when its meta is overwritten. The names live in users' Redis: they are a promise.
+when its meta is overwritten. The names are stored in users' Redis: they are a promise.
 
-The user's own callback comes first, with the arguments RQ hands in, and means to RQ what it meant before:
+The user's own callback runs first, with the arguments RQ passes, and has the same meaning to RQ as before:
 what it raises, RQ gets. Our own part appends one JSON entry with one command on the job's own connection.
 It never raises, never sleeps, and gives up after :data:`RENDER_LIMIT_S` and :data:`APPEND_LIMIT_S`.
 
-RQ imports this module inside every forked work-horse: every line of it is paid for by every job. So it
-imports only what RQ has loaded already, builds nothing when imported, and leaves what a job that succeeds
-with a plain result does not need to modules that are imported when they are needed. It knows nothing of
-Flask, SQL or HTTP, nor of what becomes of an entry.
+RQ imports this module inside every forked work-horse: every job pays for every line of it. So it
+imports only what RQ has already loaded, builds nothing when imported, and leaves what a job that succeeds
+with a plain result does not need to modules that are imported on demand. It knows nothing of
+Flask, SQL or HTTP, nor of what happens to an entry.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ if TYPE_CHECKING:
 
 #: First part of the stream's key; the rest is the first part of the endpoint id.
 OUTBOX_KEY_PREFIX = "rq_webhooks:outbox:"
-#: Entries kept in the stream when the dotted name does not say otherwise.
+#: Entries kept in the stream unless the dotted name says otherwise.
 DEFAULT_MAXLEN = 100_000
 #: Version of the entries written here.
 ENTRY_VERSION = 1
-#: Bytes of JSON of a result; a larger one is left out and marked.
+#: Maximum size of a result in bytes of JSON; a larger one is left out and marked.
 MAX_RESULT_BYTES = 2**20
-#: Characters kept of a function name, a queue name and a run id.
+#: Maximum characters kept of a function name, a queue name and a run id.
 MAX_NAME_CHARS = 512
-#: Characters of a first argument that may name a run; a longer one is content.
+#: Maximum characters of a first argument that may name a run; a longer one is content.
 MAX_ARGUMENT_CHARS = 128
-#: Seconds our part may take to turn the outcome into JSON, and to hand it to Redis. redis-py's own retries
-#: hold a caller for 4.4 s when Redis refuses connections, and a silent server without end.
+#: Seconds our part may take to turn the outcome into JSON, and to send it to Redis. redis-py's own retries
+#: block a caller for 4.4 s when Redis refuses connections, and without end when a server is silent.
 RENDER_LIMIT_S, APPEND_LIMIT_S = 2.0, 3.0
 
 _KINDS = ("success", "failure", "stopped")
-#: Values and characters, and containers within containers, of a result that may be reported as it stands.
+#: Maximum number of values and characters, and maximum nesting, of a result that may be reported unchanged.
 _PLAIN_SIZE, _PLAIN_DEPTH = 20_000, 10
 
-#: The callback ``hasattr`` has just built; RQ asks for the same name with ``getattr`` right after.
+#: The callback that ``hasattr`` has just built; RQ asks for the same name with ``getattr`` right after.
 _just_built: tuple[str, Callable[..., None]] | None = None
 
 
@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Callable[..., None]:
 
 
 def _is_token(token: str) -> bool:
-    """Return whether *token* is ``ep<letters and digits>_<letters and digits>``, perhaps with ``~<number>``
+    """Return whether *token* is ``ep<letters and digits>_<letters and digits>``, possibly with ``~<number>``
     and an ``n``."""
     endpoint, tilde, maxlen = token.partition("~")
     namespace, _, rest = endpoint.partition("_")
@@ -93,7 +93,7 @@ def _is_token(token: str) -> bool:
 
 
 def _build(kind: str, token: str, user_path: str) -> Callable[..., None]:
-    """Return the callback for one dotted name; what is wrong with the user's own is raised when it runs."""
+    """Return the callback for one dotted name; a problem with the user's own is raised when it runs."""
     user: Callable[..., Any] | None = None
     problem: BaseException | None = None
     if user_path:
@@ -112,7 +112,7 @@ def _build(kind: str, token: str, user_path: str) -> Callable[..., None]:
 
     def report_success(job: Job, connection: Redis, *outcome: Any) -> None:
         run_user_callback(job, connection, outcome)
-        # Only now: when the user's callback raises, RQ calls the job failed and runs on_failure.
+        # Only now: if the user's callback raises, RQ calls the job failed and runs on_failure.
         _append(kind, token, job, connection, outcome)
 
     def report(job: Job, connection: Redis, *outcome: Any) -> None:
@@ -125,7 +125,7 @@ def _build(kind: str, token: str, user_path: str) -> Callable[..., None]:
 
 
 def _refusal(kind: str, user: Any) -> TypeError | None:
-    """Return the error with which RQ 3 refuses a coroutine function; it cannot see through to it any more."""
+    """Return the error with which RQ 3 refuses a coroutine function; RQ cannot see it behind our callback."""
     import inspect
 
     refuses = hasattr(sys.modules.get("rq.callbacks"), "execute_success_callback")
@@ -138,7 +138,7 @@ def _refusal(kind: str, user: Any) -> TypeError | None:
 
 
 def _append(kind: str, token: str, job: Job, connection: Redis, outcome: tuple[Any, ...]) -> None:
-    """Append what is known of the job's end to the outbox stream. Never raises for anything but a signal."""
+    """Append what is known about the job's end to the outbox stream. Only a signal makes it raise."""
     endpoint, _, options = token.partition("~")
     maxlen = int(options.removesuffix("n") or DEFAULT_MAXLEN)
     key = OUTBOX_KEY_PREFIX + endpoint.partition("_")[0]
@@ -201,7 +201,7 @@ def _entry(kind: str, endpoint: str, job: Job, outcome: tuple[Any, ...], ignores
 
 
 def _trace() -> str | None:
-    """Return the trace of the span that RQ calls us in, where the worker is instrumented."""
+    """Return the trace of the span in which RQ calls us, if the worker is instrumented."""
     try:
         span = sys.modules["opentelemetry.trace"].get_current_span()
         if not span.get_span_context().is_valid:
@@ -221,10 +221,10 @@ def _trace() -> str | None:
 
 
 def _call_of(kind: str, job: Job, outcome: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Return the job's function name and its first positional argument, as far as they may be looked at.
+    """Return the job's function name and its first positional argument, as far as they may be read.
 
-    A stopped or abandoned job did not run in this process: it is a worker that must not import the user's
-    modules, so there the job's data is read only as far as plain values go.
+    A stopped or abandoned job did not run in this process: this is a worker, which must not import the user's
+    modules, so only plain values are read from the job's data.
     """
     if kind == "success" or (kind == "failure" and isinstance(outcome[-1], TracebackType)):
         return _get(job, "func_name"), _item(_get(job, "args"), 0)
@@ -240,7 +240,7 @@ def _error(outcome: tuple[Any, ...]) -> dict[str, str]:
 
 
 def _result(value: Any) -> tuple[Any, bool]:
-    """Return *value* as JSON can hold it, and whether it was left out because it is too large."""
+    """Return *value* in a form JSON can hold, and whether it was left out because it is too large."""
     if _is_plain(value):
         return value, False
     from .protocol.json_safe import dumps_capped
@@ -249,7 +249,7 @@ def _result(value: Any) -> tuple[Any, bool]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether *value* is small and JSON as it stands: converting it would change nothing."""
+    """Return whether *value* is small and already JSON: converting it would change nothing."""
     left = _PLAIN_SIZE
     level = [value]
     for _ in range(_PLAIN_DEPTH):
@@ -288,8 +288,8 @@ def run_name(runid: Any, argument: Any) -> str | None:
     """Return what the host calls a run; the same rule for callbacks, reconcile and requests.
 
     :param runid: ``job.meta["runid"]``, a text or an integer.
-    :param argument: the job's first positional argument: it counts where there is no *runid*, if it is a
-        text that looks like a name and not like content (SQL, the subject of an e-mail).
+    :param argument: the job's first positional argument: used if there is no *runid* and it is a text that
+        looks like a name and not like content (SQL, the subject of an e-mail).
     """
     if isinstance(runid, int) and not isinstance(runid, bool):
         return str(runid)
@@ -301,7 +301,7 @@ def run_name(runid: Any, argument: Any) -> str | None:
 
 
 def _time(job: Job, name: str) -> str | None:
-    """Return a time of the job's as RQ writes it; RQ before 2.0 hands out naive UTC."""
+    """Return a time of the job's as RQ writes it; RQ before 2.0 returns naive UTC."""
     moment = _get(job, name)
     try:
         if moment.tzinfo is not None:
@@ -324,7 +324,7 @@ def _name(value: Any) -> str | None:
 
 
 def _get(job: Job, name: str) -> Any:
-    """Return an attribute of *job*, or ``None`` where it cannot be read."""
+    """Return an attribute of *job*, or ``None`` if it cannot be read."""
     try:
         return getattr(job, name)
     except Exception:
@@ -339,17 +339,17 @@ def _item(container: Any, key: Any) -> Any:
 
 
 class _OutOfTime(BaseException):
-    """Our part takes too long. No :exc:`Exception`: what we call must not take it for its own."""
+    """Our part takes too long. Not an :exc:`Exception`: code that we call must not catch it as its own."""
 
 
 def _in_turn(*steps: tuple[float, Callable[[Any], Any]]) -> None:
-    """Take steps, each with what the one before returned, and each ended by :exc:`_OutOfTime` after its time.
+    """Run steps, each with the previous one's result, and each ended by :exc:`_OutOfTime` after its time.
 
-    RQ's alarm limits the user's callback, which has returned by now. If it rang in here, a job that is good
-    would be called failed. So it is put aside and set again for what is left of it. Signals reach the main
-    thread only; in other threads, and where there are no alarms, the steps take the time they take.
+    RQ's alarm limits the user's callback, which has returned by now. If it went off in here, a good job
+    would be called failed. So it is suspended, and set again for the time it has left. Signals reach the main
+    thread only; in other threads, and where there are no alarms, the steps are not limited.
 
-    :param steps: seconds, and what is to be done within them.
+    :param steps: seconds, and what to do within them.
     """
     value = None
     previous = None
@@ -381,6 +381,6 @@ def _in_turn(*steps: tuple[float, Callable[[Any], Any]]) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
         if left_s:
-            # Due while we were busy: let it ring when RQ has had the time to take it back.
+            # It came due while we were busy: let it go off after RQ has had the time to cancel it.
             left_s = max(left_s - (time.monotonic() - started), 0.05)
             signal.setitimer(signal.ITIMER_REAL, left_s, interval_s)

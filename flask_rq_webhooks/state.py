@@ -2,7 +2,7 @@
 
 Lives in ``app.extensions["rq_webhooks"]``. Everything that opens a connection is built on first use, so
 that ``init_app`` works before ``db.init_app`` and without any server. Knows nothing of requests, views,
-or how deliveries travel.
+or how deliveries are sent.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Hooks(Protocol):
 
 
 class State:
-    """Everything of one app. Read-only for its users; built lazily, once, in any thread.
+    """Everything that belongs to one app. Read-only for its users; built lazily, once, in any thread.
 
     :param app: the app; its config was read into *settings*.
     :param hooks: the extension object.
@@ -124,7 +124,7 @@ class State:
 
     @property
     def cipher(self) -> Cipher:
-        """Return what encrypts secrets and headers at rest.
+        """Return the cipher for secrets and headers at rest.
 
         :raises ConfigurationError: when there is neither ``SECRET_KEY`` nor ``ENCRYPTION_KEYS``.
         """
@@ -212,7 +212,7 @@ class State:
         return Database(bind["url"], connect_args=bind.get("connect_args"), own_file=False)
 
     def _shared(self, uri: str) -> Database | None:
-        """Return the database *uri* as the host opens it, where it is one of the host's."""
+        """Return the database *uri* opened as the host opens it, if it is one of the host's."""
         if self._db is None:
             return None
         with suppress(ConfigurationError):
@@ -223,7 +223,7 @@ class State:
 
     def _like_host(self, db: SQLAlchemy, bind_key: str | None) -> Database:
         engine = self._host_engines(db)[bind_key]
-        # Where db.create_all() and migrations put our tables.
+        # The schema in which db.create_all() and migrations put our tables.
         schema = db.metadatas[bind_key].schema if bind_key in db.metadatas else None
         renamed = engine.get_execution_options().get("schema_translate_map") or {}
         return Database(engine.url, host=engine, schema=renamed.get(schema, schema))

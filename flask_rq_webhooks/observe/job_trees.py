@@ -1,9 +1,9 @@
-"""Trees: one event when everything a request set off has ended (``scope="tree"``).
+"""Trees: one event when everything a request started has ended (``scope="tree"``).
 
 Owns which jobs belong to a tree and when it is over. A tree is its roots (the jobs the request enqueued),
 the jobs named in their meta under ``CHILD_META_PREFIX`` keys, RQ's dependents, and theirs in turn. What was
 found is remembered in SQL, because a root's record expires while its children run for hours, and because RQ
-forgets a dependent as soon as it is released: one that nobody noted in meta is known only if a look was taken
+forgets a dependent as soon as it is released: one that nobody noted in meta is known only if it was seen
 while it waited.
 
 May run in several processes at once: the event of a tree is unique by its root's run.
@@ -60,13 +60,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Jobs of one tree that are looked at.
+#: Maximum number of jobs of one tree that are read.
 MAX_JOBS = 10_000
 #: Trees per page.
 _PAGE = 200
 
 _STATUS_OF_TYPE = {event_type: status for status, event_type in TYPE_OF_STATUS.items()}
-#: What makes a tree more than a success, the gravest first.
+#: What makes a tree anything but a success, most serious first.
 _GRAVITY = (
     ("failed", JOB_FAILURE),
     ("stopped", JOB_STOPPED),
@@ -92,8 +92,8 @@ def verdict_on(
     """Return how a tree ended, or ``None`` while something in it is active.
 
     :param statuses: of the jobs that exist or whose ending is known.
-    :param blocked: deferred jobs that wait for what will not happen: they count as not run.
-    :param lost: roots that are gone without a word.
+    :param blocked: deferred jobs that wait for something that will never happen: they count as not run.
+    :param lost: roots that are gone without any report.
     """
     if any(status not in TYPE_OF_STATUS and id_ not in blocked for id_, status in statuses.items()):
         return None
@@ -102,15 +102,15 @@ def verdict_on(
         counts["lost"] = len(lost)
     event_type = next((event_type for status, event_type in _GRAVITY if counts[status]), JOB_SUCCESS)
     if event_type == JOB_SUCCESS and blocked:
-        # A deferred job waits for a job that is gone: not all of the tree has finished.
+        # A deferred job waits for a job that is gone: not everything in the tree has finished.
         event_type = JOB_FAILURE
     return TreeVerdict(type=event_type, counts=dict(sorted(counts.items())))
 
 
 def blocked_jobs(jobs: Mapping[str, JobRecord], statuses: Mapping[str, str | None]) -> frozenset[str]:
-    """Return the deferred jobs that will not run, those behind other blocked ones included.
+    """Return the deferred jobs that will never run, including those that depend on other blocked ones.
 
-    :param statuses: of every job the deferred ones depend on.
+    :param statuses: of every job that the deferred ones depend on.
     """
     blocked: frozenset[str] = frozenset()
     while True:
@@ -145,18 +145,18 @@ class TreeReporter:
         self._lock = threading.Lock()
 
     def look_sooner(self, job_ids: Iterable[str]) -> None:
-        """Note that these jobs ended: :meth:`run_hinted` looks at their trees. From any thread."""
+        """Note that these jobs ended, for :meth:`run_hinted` to evaluate their trees. From any thread."""
         with self._lock:
             self._hints.update(job_ids)
 
     def run_hinted(self) -> list[str]:
-        """Evaluate the trees of the jobs noted since the last call; return the types reported."""
+        """Evaluate the trees of the jobs noted since the last call; return the reported event types."""
         with self._lock:
             hints, self._hints = self._hints, set()
         return self._evaluate_all(storage.open_trees_of(self._database, hints))
 
     def run_once(self, should_stop: Callable[[], bool] = lambda: False) -> list[str]:
-        """Evaluate every open tree; return the types reported."""
+        """Evaluate every open tree; return the reported event types."""
         reported: list[str] = []
         after = ""
         while not should_stop():
@@ -197,18 +197,18 @@ class TreeReporter:
             return None
         known, lost = self._remembered(rows, jobs)
         if any(row.job_id not in jobs and row.job_id not in known | lost for row in roots):
-            return None  # gone, but not yet certainly; the pass over all watches will tell
+            return None  # gone, but not yet for certain; the pass over all watches will find out
         statuses = {id_: job.status or "created" for id_, job in jobs.items()} | known
         self._remember(endpoint_id, rows, statuses)
         verdict = verdict_on(statuses, self._blocked(jobs), lost=frozenset(lost))
         if verdict is None:
             return None
-        # A job may have noted a child with a parent we had read by then.
+        # A job may have noted a child on a parent that we had already read.
         again = self._walk(rows)
         if {id_: job.status for id_, job in again.items()} != {id_: job.status for id_, job in jobs.items()}:
             return None
         present = [row for row in roots if row.job_id in jobs]
-        # The first the request enqueued.
+        # The first job that the request enqueued.
         root = min(present, key=lambda row: jobs[row.job_id].created_at) if present else roots[0]
         self._report(endpoint_id, root, jobs, verdict, now)
         runs = {row.job_id: jobs[row.job_id].run for row in present}
@@ -234,7 +234,7 @@ class TreeReporter:
     def _remembered(
         self, rows: Sequence[TreeRow], jobs: Mapping[str, JobRecord]
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Return how jobs ended whose record is gone, and the roots that were lost; both by job id."""
+        """Return how jobs ended whose record is gone, and which roots were lost; both by job id."""
         known: dict[str, str] = {}
         lost: dict[str, str] = {}
         for row in rows:
@@ -304,7 +304,7 @@ class TreeReporter:
         self._publish([IngestItem(occurrence, (endpoint_id,))])
 
     def _result(self, root_id: str, root: JobRecord | None, verdict: TreeVerdict) -> tuple[Any, bool]:
-        """Return what the root returned, where RQ still has it."""
+        """Return the root's return value, if RQ still has it."""
         if verdict.type != JOB_SUCCESS or root is None or not self._settings.include_result:
             return None, False
         value = read_result_value(self._redis, root_id)

@@ -1,10 +1,10 @@
-"""Open and reserved watches: jobs whose endings are not reported, and ids whose jobs are yet to come.
+"""Open and reserved watches: jobs whose endings are not yet reported, and ids whose jobs do not exist yet.
 
-Owns how a page of them is compared with RQ: cheaply first, closely where something is not simply waiting; and
-what is published of a run under way to endpoints that subscribe to it: ``job.started`` and ``job.stalled``
-once, ``job.progress`` whenever it changed.
-:mod:`~flask_rq_webhooks.observe.outcomes` decides what the facts mean. Updates of a watch are written after
-its events are stored, so that a pass may die anywhere.
+Owns how a page of them is compared with RQ: cheaply first, closely where a job is not simply waiting; and
+what is published about a running job to endpoints that subscribe to it: ``job.started`` and ``job.stalled``
+once, ``job.progress`` whenever it has changed.
+:mod:`~flask_rq_webhooks.observe.outcomes` decides what the facts mean. A watch is updated only after
+its events are stored, so that a pass may be killed anywhere.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class OpenWatches:
     def pass_over(
         self, page: Sequence[WatchProbe], report: ReconcileReport, now: datetime, *, outbox: OutboxRead
     ) -> set[str]:
-        """Look at a page as cheaply as can be, and closely at what is not simply waiting.
+        """Check a page as cheaply as possible, and check closely what is not simply waiting.
 
-        :returns: the queues of jobs that RQ calls started.
+        :returns: the queues of the jobs that RQ calls started.
         """
         report.looked_at += len(page)
         queues: set[str] = set()
@@ -123,7 +123,7 @@ class OpenWatches:
         return queues
 
     def publish_progress(self, page: Sequence[WatchProbe], now: datetime) -> Counter[str]:
-        """Publish the progress of the jobs of *page* that are running, and nothing else."""
+        """Publish the progress of those jobs of *page* that are running, and nothing else."""
         jobs = probe_jobs(self._redis, [watch.job_id for watch in page])
         running = [
             _running(watch, job)
@@ -141,7 +141,7 @@ class OpenWatches:
         outbox: OutboxRead,
         wants_blocked: set[str] | None = None,
     ) -> None:
-        """Judge these watches by all that RQ and SQL know of their jobs, and publish what is new.
+        """Judge these watches by everything RQ and SQL know about their jobs, and publish what is new.
 
         :param wants_blocked: those whose endpoints subscribe to ``job.blocked``.
         """
@@ -150,14 +150,14 @@ class OpenWatches:
             return
         job_ids = list({row.job_id for row in rows})
         jobs = read_jobs(self._redis, job_ids, results=True)
-        # After Redis: what ingest stores meanwhile is seen, and not taken for unreported.
+        # Read after Redis, so that what ingest stores meanwhile is seen and not taken for unreported.
         reported = reported_runs.reported_endings(self._database, job_ids)
         events, updates = PendingEvents(self._database), WatchUpdates()
         blocked: list[tuple[WatchRow, JobRecord]] = []
-        # Those that know the run first: the others of the same job then report the same one.
+        # Watches that know the run come first: the others of the same job then report the same run.
         for row in sorted(rows, key=lambda row: row.run is None):
             if row.job_id in jobs.unreadable:
-                continue  # a broken hash is no evidence of anything
+                continue  # a broken hash proves nothing
             job = jobs.get(row.job_id)
             try:
                 self._judge(
@@ -240,7 +240,7 @@ class OpenWatches:
             if not is_blocked(job, statuses):
                 continue
             if any(statuses[id_] is None for id_ in job.dependency_ids):
-                # A dependency that is deleted as it ends is gone a moment before its dependents are queued.
+                # A dependency deleted as it ends disappears a moment before its dependents are queued.
                 self._without_dependency.add(row.id)
                 if row.id not in absent_before:
                     continue
@@ -281,7 +281,7 @@ def _parked_report(row: WatchRow) -> OutboxEntry | None:
 
 # -- runs that are under way ------------------------------------------------------------------------------
 
-#: Events that are remembered as stored, so that SQL is not asked for them in every pass.
+#: Number of events remembered as stored, so that SQL is not queried for them in every pass.
 _MAX_REMEMBERED = 200_000
 
 
@@ -289,7 +289,7 @@ _MAX_REMEMBERED = 200_000
 class RunningJob:
     """A watched job that RQ calls started.
 
-    :param wants: optional types that the watch's endpoint or a standing one asks for.
+    :param wants: optional types that the watch's endpoint or a standing one subscribes to.
     """
 
     job_id: str
@@ -302,9 +302,9 @@ class RunningJob:
 class _Progress:
     """What was last seen of a job's progress.
 
-    :param meta: hash of the meta that was last looked into.
-    :param value: as it was last stored.
-    :param at: when that was.
+    :param meta: hash of the meta that was last read.
+    :param value: the value last stored.
+    :param at: when it was stored.
     """
 
     meta: int | None = None
@@ -313,7 +313,7 @@ class _Progress:
 
 
 class RunningJobs:
-    """Publish what is new about runs that are under way."""
+    """Publish what is new about running jobs."""
 
     def __init__(
         self, database: Database, redis: Redis, *, publish: Publish, occurrences: OccurrenceReader
@@ -352,7 +352,7 @@ class RunningJobs:
             job, event_type = found[key]
             record = records.get(job.job_id)
             if record is None or record.status != "started" or record.run != job.run:
-                continue  # it ended meanwhile
+                continue  # it has ended meanwhile
             occurrence = self._occurrences.of_job(record, Outcome(type=event_type, run=job.run), now=now)
             if event_type == JOB_STARTED:
                 occurrence = replace(occurrence, occurred_at=record.started_at or now)
@@ -361,9 +361,9 @@ class RunningJobs:
         return Counter(item.occurrence.type for item in published)
 
     def publish_progress(self, jobs: Sequence[RunningJob], now: datetime) -> Counter[str]:
-        """Publish the progress of those of *jobs* whose meta says something else than was stored last.
+        """Publish the progress of those of *jobs* whose meta differs from what was stored last.
 
-        At most one in ``PROGRESS_INTERVAL``; what changes in between waits for the next pass.
+        At most once per ``PROGRESS_INTERVAL``; changes in between wait for the next pass.
 
         :returns: how many occurrences were published, by type.
         """
@@ -375,9 +375,9 @@ class RunningJobs:
         if len(self._progress) > _MAX_REMEMBERED or (
             self._looked_at is not None and (now - self._looked_at).total_seconds() > 2 * interval_s
         ):
-            self._progress.clear()  # another dispatcher may have gone on meanwhile
+            self._progress.clear()  # another dispatcher may have continued meanwhile
         self._looked_at = now
-        # Passes begin a little sooner or later than the interval says.
+        # Passes begin slightly earlier or later than the interval says.
         not_since = now - timedelta(seconds=interval_s - min(0.5, 0.1 * interval_s))
         changed: dict[str, tuple[int, Any]] = {}
         for job_id, meta in zip(wanted, read_metas(self._redis, list(wanted)), strict=True):

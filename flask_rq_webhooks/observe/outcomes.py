@@ -1,16 +1,16 @@
-"""How a run of a job ended: the one rule book of ingest and reconcile. Pure: everything is handed in.
+"""How a run of a job ended: the only rules, shared by ingest and reconcile. Pure: everything is passed in.
 
 A callback reports *before* RQ commits, and the work-horse may die in between. So a report is evidence, and
-what RQ committed wins. A report stands alone only where RQ no longer knows.
+what RQ committed takes precedence. A report counts alone only where RQ no longer knows.
 
-A job's hash shows its current run only. How an earlier run ended is in RQ's results, which do not name the
-run they belong to. These rules attribute them without trusting any two clocks more than they have to:
+A job's hash shows only its current run. How an earlier run ended is in RQ's results, which do not name the
+run they belong to. These rules attribute them while relying on clocks agreeing no more than necessary:
 
-* The hash and the results are of one moment, so the newest result is the current run's if the run is over,
-  and an earlier run's if it is not.
-* A retry leaves no result and takes one from ``retries_left``.
+* The hash and the results are from the same moment, so the newest result is the current run's if the run is
+  over, and an earlier run's if it is not.
+* A retry leaves no result and decrements ``retries_left``.
 * A callback's report and RQ's result are stamped by the same Redis server, the report first.
-* A result that an event was made of is not reported again.
+* A result from which an event was made is not reported again.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ..queue.job_reader import JobRecord, JobResult
 from ..queue.outbox_entry import OutboxEntry
 from ..storage.reported_runs import Reported
 
-#: How long RQ may change its mind about a run, such as when an orphaned work-horse finishes after all.
-#: Worse: the change is not reported.
+#: How long RQ may change its verdict on a run, such as when an orphaned work-horse finishes after all.
+#: If exceeded: the change is not reported.
 CORRECTIONS_FOR = timedelta(hours=24)
-#: How far apart the clocks of Redis and of those who enqueue may be, where nothing else tells whose a result
-#: is. Worse: a run that ended without a callback and began again between two passes is not reported.
+#: How far the clocks of Redis and of those who enqueue may differ, where nothing else tells whose a result
+#: is. If exceeded: a run that ended without a callback and began again between two passes is not reported.
 LARGE_CLOCK_SKEW = timedelta(minutes=2)
 #: Precision of the times in Redis' streams.
 _MILLISECOND = timedelta(milliseconds=1)
@@ -57,9 +57,9 @@ _TYPE_OF_KIND = {
     "stopped": JOB_STOPPED,
     "retried": JOB_RETRYING,
 }
-#: A job between two runs that RQ starts by itself; ``enqueued_at`` is still that of the first.
+#: A job between two runs that RQ starts by itself; ``enqueued_at`` is still that of the first run.
 _BETWEEN_RUNS = frozenset({"scheduled", "queued", "deferred", "ready_to_enqueue", "rate_limited"})
-#: Of these, the job's current run has not begun.
+#: Those of them in which the job's current run has not begun.
 _NOT_BEGUN = frozenset({"queued", "deferred"})
 
 
@@ -70,7 +70,7 @@ class Undecided(enum.Enum):
     UNCOMMITTED = enum.auto()
     #: RQ's results must be read first.
     NEEDS_RESULTS = enum.auto()
-    #: The ending was reported, as that of another run.
+    #: The ending was reported as that of another run.
     REPORTED = enum.auto()
 
 
@@ -80,11 +80,11 @@ class Outcome:
 
     :param type: event type; final if it is a terminal one.
     :param run: identity of the run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.
-    :param ended_at: when, where RQ says so.
-    :param exc: traceback text that RQ kept of a failure.
+    :param ended_at: when it ended, if RQ says so.
+    :param exc: traceback text that RQ kept for a failure.
     :param committed: whether RQ says so; otherwise only the callback does, or nobody (``job.lost``).
-    :param result: the result it was taken from, where the job is in a newer run by now.
-    :param supersedes: id of the event it corrects.
+    :param result: the result it was taken from, if the job is in a newer run by now.
+    :param supersedes: id of the event that it corrects.
     """
 
     type: str
@@ -115,13 +115,13 @@ def outcome_of(
 ) -> Outcome | Undecided:
     """Return how *run* ended.
 
-    :param job: the job now, ``None`` where RQ has no such job; with its results, if they were read.
+    :param job: the job now, ``None`` if RQ has no such job; with its results, if they were read.
     :param report: what the run's callback reported, of kind ``success``, ``failure`` or ``stopped``.
-    :param following: the report of a later run that comes next, where it is at hand.
-    :param reported: the job's endings that were reported already, oldest first; needed only where the job is
+    :param following: the report of the next later run, if it has been read.
+    :param reported: the job's endings already reported, oldest first; needed only if the job is
         absent or in another run.
     :param patient: whether the commit may still come. ``False`` accepts a job that stays ``canceled``, and a
-        hash whose run looks older than the report's: clocks of machines differ.
+        hash whose run looks older than the report's, because the clocks of machines differ.
     """
     if job is None:
         return Undecided.UNCOMMITTED if report is None else by_report(report, following)
@@ -151,10 +151,10 @@ def _of_current_run(
             return Outcome(type=JOB_RETRYING, run=run)
         if job.status in _NOT_BEGUN:
             return Undecided.UNCOMMITTED
-        # Waits for its repetition, or for a retry after the work-horse died behind on_success.
+        # It waits for its repetition, or for a retry after the work-horse died after on_success.
         return _of_superseded_run(job, report, following, reported)
     if committed == JOB_CANCELED and report is not None and report.kind != "stopped" and patient:
-        return Undecided.UNCOMMITTED  # a job canceled while it runs becomes finished or failed at its commit
+        return Undecided.UNCOMMITTED  # a job canceled while running becomes finished or failed at its commit
     exc = None
     own = own_result(job)
     if committed == JOB_FAILURE and (report is None or report.kind != "failure"):
@@ -185,7 +185,7 @@ def _of_superseded_run(
 
 
 def by_report(report: OutboxEntry, following: OutboxEntry | None = None) -> Outcome:
-    """Return what a callback reported of a run that RQ no longer knows."""
+    """Return what a callback reported about a run that RQ no longer knows."""
     if _expects_retry(report) or _was_retried(report, following):
         return Outcome(type=JOB_RETRYING, run=report.run, committed=False)
     return Outcome(
@@ -204,7 +204,7 @@ def _expects_retry(report: OutboxEntry) -> bool:
 
 
 def _was_retried(report: OutboxEntry, later: JobRecord | OutboxEntry | None) -> bool:
-    """Return whether RQ began the reported run again: every retry takes one from what is left."""
+    """Return whether RQ started the reported run again: every retry decrements ``retries_left``."""
     return (
         later is not None
         and report.retries_left is not None
@@ -233,12 +233,12 @@ def _result_after(report: OutboxEntry, following: OutboxEntry | None, job: JobRe
 
 
 def reported_at(report: OutboxEntry) -> datetime:
-    """Return when Redis took the report."""
+    """Return when Redis received the report."""
     return datetime.fromtimestamp(report.at, UTC)
 
 
 def _began_before(run: str, other: str) -> bool:
-    """Return whether *run* looks older than *other*; never for a job that had not been enqueued."""
+    """Return whether *run* looks older than *other*; never so for a job that had not been enqueued."""
     return not run.startswith("created:") and not other.startswith("created:") and run < other
 
 
@@ -246,7 +246,7 @@ def _began_before(run: str, other: str) -> bool:
 
 
 def own_result(job: JobRecord) -> JobResult | None:
-    """Return the result of the job's current run: the newest one, if it says what the hash says."""
+    """Return the result of the job's current run: the newest one, if it agrees with the hash."""
     if not job.results:
         return None
     last = job.results[-1]
@@ -268,11 +268,11 @@ def unreported_outcomes(
     run_is_reported: bool,
     taken: Sequence[JobResult] = (),
 ) -> list[Outcome]:
-    """Return how runs before the job's current one ended, as far as RQ knows and no event says.
+    """Return how runs before the job's current one ended, as far as RQ knows and no event reports it.
 
-    :param run: the run that was noted last, ``None`` where none was.
+    :param run: the run that was noted last, ``None`` if none was.
     :param since: when the first run that counts began.
-    :param run_is_reported: whether an event says how *run* ended.
+    :param run_is_reported: whether an event reports how *run* ended.
     :param taken: results that belong to a report at hand.
     """
     own = own_result(job)
@@ -284,7 +284,7 @@ def unreported_outcomes(
         and result not in taken
         and (result.ended_at is None or result.ended_at != job.ended_at)
     ]
-    # The current run's ending was made of the current run's result.
+    # The current run's ending was made from the current run's result.
     others = [ending for ending in reported if own is None or ending.run != job.run]
     left = _unclaimed(results, others)
     if run is None:
@@ -294,23 +294,23 @@ def unreported_outcomes(
         found = [result for result in left if result.at >= since - CLOCK_SKEW]
     open_run = None if run_is_reported else run
     if not found and left and open_run is not None and not may_have_been_retried(job):
-        # It has ended, or the job could not be in a newer run: the clocks differ.
+        # The run has ended, or the job could not be in a newer one: the clocks differ.
         found = [result for result in left[-1:] if result.at >= since - LARGE_CLOCK_SKEW]
     outcomes = []
     for result in found:
-        # An unseen run has no known identity; when it ended is as unique as when it was enqueued.
+        # An unseen run has no known identity; its end time is as unique as its enqueue time.
         outcomes.append(_by_result(open_run or format_time(result.ended_at or result.at), result))
         open_run = None
     return outcomes
 
 
 def may_have_been_retried(job: JobRecord) -> bool:
-    """Return whether RQ may have begun a run of the job again that it did not commit."""
+    """Return whether RQ may have restarted a run of the job without committing its end."""
     return job.retries_left is not None or any(result.type == "retried" for result in job.results or ())
 
 
 def _unclaimed(results: Sequence[JobResult], reported: Sequence[Reported]) -> list[JobResult]:
-    """Return the results that no reported ending was made of."""
+    """Return the results from which no reported ending was made."""
     left = list(results)
     unmatched = []
     for ending in reported:
@@ -333,7 +333,7 @@ def _is_claimed(result: JobResult, ending: Reported) -> bool:
 
 
 def _type_of(result: JobResult) -> str:
-    # RQ records a stop as a failure, with a sentence of its own.
+    # RQ records a stop as a failure with a message of its own.
     if result.type == "failure" and (result.exc or "").startswith("Job stopped by user"):
         return JOB_STOPPED
     return _TYPE_OF_KIND[result.type]
@@ -350,10 +350,10 @@ def _ended_at(job: JobRecord, result: JobResult | None) -> datetime | None:
 
 
 def news(outcome: Outcome, reported: Iterable[Reported], *, now: datetime) -> Outcome | None:
-    """Return *outcome* as it is to be published: as it is, as a correction, or not at all.
+    """Return *outcome* in the form to publish: unchanged, as a correction, or not at all.
 
     A run has one ending and at most one correction. Only what RQ committed corrects what RQ had committed;
-    ``job.lost`` means that the outcome was not known, so a callback's report corrects it too.
+    ``job.lost`` means that the outcome was unknown, so a callback's report corrects it, too.
     """
     if not outcome.is_final:
         return outcome
@@ -369,7 +369,7 @@ def news(outcome: Outcome, reported: Iterable[Reported], *, now: datetime) -> Ou
 
 
 def is_loss_of(ending: Reported, outcome: Outcome) -> bool:
-    """Return whether *ending* is a loss of a job that nobody had seen, and *outcome* how it really ended."""
+    """Return whether *ending* is the loss of a job nobody had seen, and *outcome* how it really ended."""
     if JOB_LOST not in ending.types or not ending.run.startswith("created:"):
         return False
     began = outcome.run.removeprefix("created:")

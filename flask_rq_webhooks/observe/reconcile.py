@@ -1,16 +1,16 @@
-"""Reconcile: find every ending no callback reported, and every run RQ changed its mind about.
+"""Reconcile: find every ending no callback reported, and every run whose verdict RQ changed.
 
 Owns the order of one pass: settled watches first, then open and reserved ones
 (:mod:`~flask_rq_webhooks.observe.open_watches`), trees (:mod:`~flask_rq_webhooks.observe.job_trees`), and
-last what RQ is to end itself (:mod:`~flask_rq_webhooks.queue.abandoned_jobs`). Reads jobs by the ids it
-watches, many in one round trip; never searches Redis.
+last the jobs that RQ should end itself (:mod:`~flask_rq_webhooks.queue.abandoned_jobs`). Reads jobs by the
+watched ids, many in one round trip; never scans Redis.
 
-While RQ keeps the job of a settled watch, every pass looks whether it is in another run. Jobs that RQ has
-forgotten come back only under the same id, such as those of a cron; a sweep over them finds these within
+While RQ keeps the job of a settled watch, every pass checks whether it is in another run. Jobs that RQ has
+forgotten can only come back under the same id, such as those of a cron; a sweep over them finds these within
 minutes. Pages come from SQL, so memory does not grow with the number of runs.
 
 A pass may be interrupted anywhere and repeated by any dispatcher: events are unique by their run key, and a
-watch is updated after its event is stored.
+watch is updated only after its event is stored.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ PAGE = 1000
 class Reconciler:
     """Compare what was promised with what RQ committed, and report what nobody reported.
 
-    One at a time: the caller holds the reconcile lease. Two at once would do no harm, only work twice.
+    One at a time: the caller holds the reconcile lease. Two at once would do no harm, only duplicate work.
 
     :param publish: stores occurrences as events and deliveries, each once.
-    :param outbox_key: the stream of callbacks' reports; while one may be about a job, its absence proves
-        nothing.
+    :param outbox_key: the stream of callbacks' reports; while one of them may be about a job, the absence
+        of the job proves nothing.
     :param clock: aware UTC now.
     """
 
@@ -74,20 +74,20 @@ class Reconciler:
         self._open = OpenWatches(database, redis, publish=publish, occurrences=occurrences)
         self._settled = SettledWatches(database, redis, self._open)
         self.trees = TreeReporter(database, redis, publish=publish, settings=settings, clock=clock)
-        #: When the last whole pass ended, on Redis' clock and on ours.
+        #: When the last complete pass ended, on Redis' clock and on ours.
         self._last_pass: tuple[datetime, float] | None = None
 
     def run_once(self, should_stop: Callable[[], bool] = lambda: False) -> ReconcileReport:
         """Make one pass over every open, reserved and kept settled watch, and every open tree.
 
-        :param should_stop: asked between pages.
-        :raises redis.RedisError: when Redis cannot be asked; nothing is lost, call again.
+        :param should_stop: called between pages.
+        :raises redis.RedisError: when Redis cannot be reached; nothing is lost, call again.
         :raises StorageUnavailableError: when SQL cannot be used; nothing is lost, call again.
         """
         report = ReconcileReport()
         now = self._clock()
         outbox = self._look_at_outbox()
-        # First, so that a new run of a settled job is judged in this very pass.
+        # First, so that a new run of a settled job is judged in this same pass.
         self._settled.look_again(report, now, outbox=outbox, page=PAGE, should_stop=should_stop)
         queues: set[str] = set()
         for page in self._waiting_pages():
@@ -101,7 +101,7 @@ class Reconciler:
         return report
 
     def publish_progress(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Publish the progress of running jobs, and look at nothing else; for short intervals."""
+        """Publish the progress of running jobs, and check nothing else; for short intervals."""
         now = self._clock()
         for page in self._waiting_pages((OPEN,), wanting=JOB_PROGRESS):
             if should_stop():
@@ -111,13 +111,13 @@ class Reconciler:
     def _look_at_outbox(self) -> OutboxRead:
         """Return how far the callbacks' reports have been read.
 
-        Asked before anything else: whatever was read by then is stored by the time SQL is asked.
+        Called before anything else: whatever was read by then is stored by the time SQL is queried.
         """
         asked_at = server_time(self._redis)
         until = read_until(self._redis, self._outbox_key)
         absent_since = server_time(self._redis)
-        # A job missed in the pass before was absent at its end. A longer time ago another dispatcher may
-        # have made a pass, so only now is certain.
+        # A job missed in the previous pass was absent when that pass ended. If that was longer ago, another
+        # dispatcher may have made a pass since, so only the current time is certain.
         if self._last_pass is not None:
             ended_at, noted = self._last_pass
             if time.monotonic() - noted < 2 * self._settings.reconcile_interval:
@@ -153,15 +153,15 @@ class Reconciler:
 
 #: A settled watch counts as kept for at least this long: a lost job may come back.
 _FRESH = timedelta(minutes=10)
-#: Watches whose jobs RQ keeps, looked at in one pass. Where there are more, they take turns.
+#: Maximum number of watches, of jobs RQ keeps, checked in one pass. If there are more, they take turns.
 KEPT_AT_ONCE = 100_000
-#: Watches whose jobs RQ has forgotten, looked at in one pass. A million take twelve passes; RQ keeps the
-#: result of a job that ran again for 500 s.
+#: Maximum number of watches, of jobs RQ has forgotten, checked in one pass. A million take twelve passes; RQ
+#: keeps the result of a job that ran again for 500 s.
 FORGOTTEN_AT_ONCE = 100_000
 
 
 class SettledWatches:
-    """Find the settled watches whose jobs RQ says something new of."""
+    """Find the settled watches for whose jobs RQ has something new."""
 
     def __init__(self, database: Database, redis: Redis, watches: OpenWatches) -> None:
         self._database = database
@@ -178,10 +178,10 @@ class SettledWatches:
         page: int,
         should_stop: Callable[[], bool],
     ) -> None:
-        """Look at the kept ones, then at the next part of the forgotten ones.
+        """Check the kept ones, then the next part of the forgotten ones.
 
-        :param page: watches a statement and a round trip.
-        :param should_stop: asked between pages.
+        :param page: watches per statement and round trip.
+        :param should_stop: called between pages.
         """
         for kept, at_once in ((True, KEPT_AT_ONCE), (False, FORGOTTEN_AT_ONCE)):
             for _ in range(max(1, at_once // page)):

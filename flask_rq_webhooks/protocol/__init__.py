@@ -2,10 +2,10 @@
 
 :mod:`events` has the vocabulary: event types, the ``Occurrence``, and the key that makes the end of a run
 unique. :mod:`payloads` renders an occurrence in the four formats and makes it fit the size limit;
-:mod:`json_safe` turns any Python value into JSON without raising, and :mod:`job_errors` makes type, message
-and traceback of a failure. :mod:`signatures` signs; :mod:`headers` and :mod:`urls` decide what a client may
-let us send, and where to.
+:mod:`json_safe` turns any Python value into JSON without raising, and :mod:`job_errors` extracts type,
+message and traceback of a failure. :mod:`signatures` signs; :mod:`headers` and :mod:`urls` decide what a
+client may make us send, and where to.
 
-No I/O, no Flask, no RQ, no SQL: clock and resolver are handed in. Imports nothing of the package but
+No I/O, no Flask, no RQ, no SQL: clock and resolver are passed in. Imports nothing from the package but
 :mod:`flask_rq_webhooks.errors`.
 """

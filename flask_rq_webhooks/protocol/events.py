@@ -28,19 +28,19 @@ DELIVERY_EXHAUSTED = "webhook.delivery_exhausted"
 
 #: Every run ends with one of these.
 TERMINAL_TYPES = frozenset({JOB_SUCCESS, JOB_FAILURE, JOB_STOPPED, JOB_CANCELED, JOB_LOST})
-#: Sent only to those who ask for them by name.
+#: Sent only to those who subscribe to them by name.
 OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED, JOB_STARTED, JOB_PROGRESS, JOB_STALLED})
-#: About a run that is under way: never stored after its ending, and no longer sent.
+#: About a run in progress: never stored after its ending, and no longer sent.
 RUNNING_TYPES = frozenset({JOB_STARTED, JOB_PROGRESS, JOB_STALLED})
 JOB_TYPES = TERMINAL_TYPES | OPTIONAL_TYPES
-#: In the event list of an endpoint: every type there is but ``job.progress``, application types included.
+#: In the event list of an endpoint: every type except ``job.progress``, application types included.
 EVERY_TYPE = "*"
-#: About deliveries, for the standing endpoints of operators that ask for them by name.
+#: About deliveries, for the standing endpoints of operators that subscribe to them by name.
 OPERATOR_TYPES = frozenset({ENDPOINT_DISABLED, DELIVERY_EXHAUSTED})
 
 #: How far apart the clocks of web hosts, workers and databases may be. A run may seem to begin this long
-#: before the registration that caused it. Worse: where only times can tell, which is for a job that does not
-#: carry our callbacks, a run that began just after registration may be taken for one before it.
+#: before the registration that caused it. If exceeded: where only times can tell, which is for a job without
+#: our callbacks, a run that began just after registration may be taken for one before it.
 CLOCK_SKEW = timedelta(seconds=1)
 
 #: How we learned of it.
@@ -63,7 +63,7 @@ def is_application_type(event_type: str) -> bool:
     )
 
 
-#: Ingest reads and writes each time of a job several times.
+#: A cache, because ingest reads and writes each time of a job several times.
 _few = lru_cache(maxsize=4096)
 
 
@@ -98,8 +98,8 @@ def run_of(enqueued_at: datetime | None, created_at: datetime) -> str:
 def is_wanted(event_type: str, names: Collection[str] | None) -> bool:
     """Return whether an endpoint with the event list *names* gets events of *event_type*.
 
-    Without a list: of every terminal type. With one: of what it names; :data:`EVERY_TYPE` names everything
-    but ``job.progress``, of which a long job has very many.
+    Without a list: every terminal type. With one: the types it names; :data:`EVERY_TYPE` names everything
+    except ``job.progress``, of which a long job has very many.
     """
     if names is None:
         return event_type in TERMINAL_TYPES
@@ -112,32 +112,32 @@ def run_key(job_id: str, run: str, event_type: str, *, correction: bool = False)
     Every terminal type shares one key, so a run has one terminal event; a correction has its own.
 
     :param run: the run's ``enqueued_at`` as :func:`format_time` writes it, or ``created:<created_at>``
-        where a job was never enqueued.
+        if the job was never enqueued.
     """
     if event_type in TERMINAL_TYPES:
         return f"{job_id}|{run}|{'correction' if correction else 'end'}"
     return f"{job_id}|{run}|{event_type}"
 
 
-# Not frozen: that takes three times as long, for every entry.
+# Not frozen: that would take three times as long, for every entry.
 @dataclass(slots=True, kw_only=True)
 class Occurrence:
     """One thing that happened, before it is stored as an event.
 
     :param type: one of :data:`JOB_TYPES`, :data:`WEBHOOK_PING` or an application type.
-    :param occurred_at: aware UTC; the end of the run where it is known.
+    :param occurred_at: aware UTC; the end of the run if it is known.
     :param source: ``"callback"``, ``"reconciled"`` or ``"application"``.
     :param job_id: RQ's id, ``None`` for application events.
     :param run: identity of the run, see :func:`run_key`.
     :param runid: what the host calls the run: from ``job.meta["runid"]`` or the first positional
-        argument; an endpoint's own run id goes before it when a payload is rendered.
+        argument; an endpoint's own run id takes precedence when a payload is rendered.
     :param result: JSON-safe return value; ``None`` unless the type is ``job.success``.
     :param error: ``{"type", "message", "traceback"}``; only with ``job.failure``.
     :param jobs: for trees, counts by status.
     :param supersedes: id of the event this one corrects.
-    :param progress: JSON-safe value in the job's meta, where it is known.
+    :param progress: JSON-safe value in the job's meta, if it is known.
     :param data: an application event's own object.
-    :param sequence: 1, 2, 3 … of the job's events, given when it is stored.
+    :param sequence: 1, 2, 3 … among the job's events, assigned when it is stored.
     """
 
     type: str
@@ -163,7 +163,7 @@ class Occurrence:
 
     @property
     def run_key(self) -> str | None:
-        """Return the key unique in SQL, or ``None`` where an occurrence may be stored again and again."""
+        """Return the key unique in SQL, or ``None`` if an occurrence may be stored again and again."""
         if self.job_id is None or self.run is None:
             return None
         key = run_key(self.job_id, self.run, self.type, correction=self.supersedes is not None)

@@ -1,8 +1,8 @@
 """Any Python value as JSON, without ever raising, and with bounded work.
 
 Owns the conversion of results and error texts. Runs inside users' forked work-horses, once per job, so
-it imports only what RQ has loaded already and recognises everything else (dataclasses, numpy, RQ jobs)
-by the shape of its class. It must not know what the values are for.
+it imports only what RQ has already loaded and recognises everything else (dataclasses, numpy, RQ jobs)
+by the shape of its class. Knows nothing of what the values are for.
 
 What becomes what:
 
@@ -10,10 +10,10 @@ What becomes what:
 ``None``, ``bool``, finite numbers    themselves; NaN and infinities ``null``; integers beyond 2048 bits
                                       their hexadecimal text, since many JSON parsers refuse the number
 ``str``                               itself; lone surrogates as the text ``\\udc80``
-``dict``                              object; a key that is no text becomes the text of its JSON
+``dict``                              object; a key that is not a string becomes the text of its JSON
 ``list``, ``tuple``                   array
 ``set``, ``frozenset``                array, sorted
-``bytes`` and their like              ``"<bytes length=1234>"``, never their content
+``bytes`` and similar                 ``"<bytes length=1234>"``, never their content
 ``datetime``, ``date``, ``time``      ISO 8601
 ``timedelta``                         seconds
 ``Enum``                              its value
@@ -24,7 +24,7 @@ anything else                         ``str()``: ``Path``, ``UUID``, ``Decimal``
 ====================================  ===================================================================
 
 A value nested deeper than 50 levels, a container that contains itself, and an object that cannot be
-turned into text are replaced by a text in angle brackets that says so; what surrounds them is kept.
+turned into text are replaced by a text in angle brackets that says so; everything around them is kept.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-#: Containers within containers; more is cut off there. Common JSON parsers stop at 64.
+#: Maximum nesting of containers; what is deeper is cut off. Common JSON parsers stop at 64.
 MAX_DEPTH = 50
-#: Characters kept of the text of an object that is not a string itself.
+#: Maximum characters kept of the text of an object that is not itself a string.
 MAX_TEXT = 10_000
-#: Bytes of JSON :func:`to_json_safe` makes at most.
+#: Maximum bytes of JSON that :func:`to_json_safe` makes.
 MAX_BYTES = 4 * 2**20
 
 _MAX_INT_BITS = 2048
@@ -51,7 +51,7 @@ _name_of: Callable[[type], str] = type.__dict__["__name__"].__get__
 _module_of: Callable[[type], Any] = type.__dict__["__module__"].__get__
 _namespace_of: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
 
-#: Said of a value that is best shown by its ``str()``.
+#: Marks a value that is best shown by its ``str()``.
 _ITS_TEXT = object()
 
 
@@ -60,14 +60,14 @@ class _TooLarge(Exception):  # noqa: N818  (a jump, not an error anyone sees)
 
 
 class _Interrupted(Exception):  # noqa: N818
-    """The process was asked to stop while foreign code ran; nothing more of it may be called."""
+    """The process was asked to stop while foreign code ran; no more of that code may be called."""
 
 
 def to_json_safe(value: Any) -> Any:
     """Return *value* as plain ``dict``, ``list``, ``str``, ``int``, ``float``, ``bool`` and ``None``.
 
-    Never raises for anything the value does. A value of more than :data:`MAX_BYTES` becomes one text that
-    says so; use :func:`dumps_capped` where that has to be noticed. Only an operator's Ctrl-C
+    Never raises, whatever the value does. A value of more than :data:`MAX_BYTES` becomes one text that
+    says so; use :func:`dumps_capped` where that must be noticed. Only an operator's Ctrl-C
     (:exc:`KeyboardInterrupt`) and the end of a coroutine (:exc:`GeneratorExit`) pass through.
 
     :param value: anything. Generators and iterators are not consumed, files not read.
@@ -81,13 +81,13 @@ def to_json_safe(value: Any) -> Any:
 
 
 def dumps_capped(value: Any, max_bytes: int) -> tuple[Any, bool]:
-    """Return *value* JSON-safe and ``False``, or ``None`` and ``True`` where it is too large.
+    """Return *value* JSON-safe and ``False``, or ``None`` and ``True`` if it is too large.
 
-    All or nothing: a result with its end missing would be taken for the whole. The work stops as soon as
-    the limit is passed, however large the value is. A value whose own code was interrupted (RQ's job
-    timeout, ``sys.exit``) counts as too large: its text would be an accident.
+    All or nothing: a result without its end would be mistaken for the whole. The work stops as soon as
+    the limit is exceeded, however large the value is. A value whose own code was interrupted (RQ's job
+    timeout, ``sys.exit``) counts as too large: its text would be accidental.
 
-    :param value: anything, converted already or not.
+    :param value: anything, whether already converted or not.
     :param max_bytes: limit for the compact ASCII JSON of the value.
     """
     try:
@@ -99,9 +99,9 @@ def dumps_capped(value: Any, max_bytes: int) -> tuple[Any, bool]:
 
 
 def safe_text(value: Any, max_chars: int = MAX_TEXT) -> str:
-    """Return ``str(value)``, cut to *max_chars*, or a text that names the class where that fails.
+    """Return ``str(value)``, cut to *max_chars*, or a text that names the class if that fails.
 
-    Never raises for anything the value does, like :func:`to_json_safe`.
+    Never raises, whatever the value does, like :func:`to_json_safe`.
 
     :param value: anything; a class name, a message, an exception.
     """
@@ -112,10 +112,10 @@ def safe_text(value: Any, max_chars: int = MAX_TEXT) -> str:
 
 
 def _convert(value: Any, budget: int) -> Any:
-    """Convert within *budget*, with a fence around what our own guards cannot foresee.
+    """Convert within *budget*, and catch what our own guards cannot foresee.
 
-    RQ ends a job or callback that is out of time by an exception from a signal handler, which can arrive
-    between any two instructions here, and a value at the edge of the interpreter's stack fails anywhere.
+    RQ ends a job or callback that is out of time with an exception from a signal handler, which can arrive
+    between any two instructions here, and a value at the limit of the interpreter's stack can fail anywhere.
     """
     converter = _Converter(budget)
     try:
@@ -129,7 +129,7 @@ def _convert(value: Any, budget: int) -> Any:
 
 
 class _Converter:
-    """One conversion: what is left of the budget, and the containers that are open."""
+    """One conversion: the remaining budget, and the containers that are open."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -156,7 +156,7 @@ class _Converter:
             self.spend(3)
             return number if number - number == 0 else None
         if issubclass(kind, str):
-            # Cut before it is copied: one character more than fits is enough to be too large.
+            # Cut before copying: one character more than fits is enough to be too large.
             return self.string(str.__getitem__(value, slice(0, max(self.budget, 0) + 1)))
         if issubclass(kind, dict | list | tuple | set | frozenset):
             return self.container(value, depth)
@@ -197,7 +197,7 @@ class _Converter:
                 return _sorted(self.items(base.__iter__(value), depth))
             return self.items((list if issubclass(kind, list) else tuple).__iter__(value), depth)
         except RuntimeError as exc:
-            # Foreign code, or another thread, changed the container under us.
+            # Foreign code, or another thread, changed the container while we read it.
             return self.string(f"<{_class_name(value)} not converted: {_class_name(exc)}>")
         finally:
             self.open.discard(marker)
@@ -205,7 +205,7 @@ class _Converter:
     def items(self, values: Iterable[Any], depth: int) -> list[Any]:
         converted: list[Any] = []
         for item in values:
-            # The comma; the budget ends a list of any length.
+            # The comma; so the budget also ends a list of any length.
             if converted:
                 self.spend(1)
             converted.append(self.convert(item, depth + 1))
@@ -228,7 +228,7 @@ class _Converter:
         return json.dumps(safe, separators=(",", ":"), allow_nan=False)
 
     def object(self, value: Any, depth: int) -> Any:
-        """Convert what is not one of JSON's own kinds, calling its code under guard."""
+        """Convert what is not one of JSON's own types, calling its code under guard."""
         marker = id(value)
         if marker in self.open:
             return self.string(f"<{_class_name(value)} inside itself>")
@@ -237,14 +237,14 @@ class _Converter:
             replaced = _guarded(_replacement, value)
             if replaced is _ITS_TEXT or type(replaced) is type(value):
                 return self.string(_text(value, MAX_TEXT))
-            # Counted as a level: an object may stand for itself through others without end.
+            # Counted as a level: an object may be replaced by others without end.
             return self.convert(replaced, depth + 1)
         finally:
             self.open.discard(marker)
 
 
 def _replacement(value: Any) -> Any:
-    """Return what stands for *value*, or :data:`_ITS_TEXT`."""
+    """Return what represents *value*, or :data:`_ITS_TEXT`."""
     kind = type(value)
     if issubclass(kind, Enum):
         return value._value_
@@ -278,11 +278,11 @@ def _attribute(name: str, owner: Any) -> Any:
 
 
 def _guarded(function: Callable[[Any], Any], value: Any) -> Any:
-    """Return ``function(value)``, which may run any code, or a text that says why it has no value.
+    """Return ``function(value)``, which may run any code, or a text that says why there is no value.
 
     :raises _Interrupted: when the process was asked to stop meanwhile. RQ's timeouts come from a one-shot
-        alarm: taken for a broken ``__str__``, the alarm would be spent and the next slow object would hang
-        the worker for good. ``SystemExit`` in a work-horse can only come from the value itself, and would
+        alarm: mistaken for a broken ``__str__``, the alarm would be used up and the next slow object would
+        hang the worker forever. ``SystemExit`` in a work-horse can only come from the value itself, and would
         turn a good job into a failed one; a SimpleWorker has noted the stop before it raises it.
     """
     try:
@@ -308,7 +308,7 @@ def _class_name(value: Any) -> str:
 
 
 def _clean(text: str, max_chars: int | None) -> str:
-    """Return *text* as valid Unicode, cut to *max_chars* with an ellipsis as its end."""
+    """Return *text* as valid Unicode, cut to *max_chars* with an ellipsis at its end."""
     if max_chars is not None and len(text) > max_chars:
         text = text[: max(max_chars - 3, 0)] + "..."[:max_chars]
     if text.isascii():

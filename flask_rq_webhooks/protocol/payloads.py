@@ -1,7 +1,7 @@
 """From an occurrence to the bytes that are stored, signed and sent.
 
-Owns the three wire contracts (``job``, ``task``, ``standard``), how they are made to fit
-``MAX_PAYLOAD_BYTES``, and the canonical JSON kept of every event. Knows nothing of endpoints, headers and
+Owns the wire contracts (``job``, ``task``, ``standard``, ``cloudevents``), how they are made to fit
+``MAX_PAYLOAD_BYTES``, and the canonical JSON kept of every event. Knows nothing of endpoints, headers or
 signatures.
 
 A body is serialised once, ASCII and compact; the stored bytes are sent unchanged on every attempt.
@@ -40,10 +40,10 @@ from .json_safe import to_json_safe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderContext:
-    """What a payload says beside the occurrence, and how much of it.
+    """What a payload contains besides the occurrence, and how much of it.
 
     :param event_id: the event's id, also its ``webhook-id``.
-    :param runid: the endpoint's own run id, which goes before the occurrence's; or ``None``.
+    :param runid: the endpoint's own run id, which takes precedence over the occurrence's; or ``None``.
     :param reference: what the client sent as ``webhook_reference``.
     :param traceback: ``"full"``, ``"last"`` (the innermost frame and the exception) or ``"none"``.
     :param include_result: whether a result is sent; ``False`` sends ``null`` in its place.
@@ -68,7 +68,7 @@ class Rendered(NamedTuple):
     content_type: str = JSON
 
 
-#: Bytes stand for JSON.
+#: Plain bytes are JSON.
 PayloadFormat = Callable[[Occurrence, RenderContext], bytes | Rendered]
 
 #: RFC 9110, "Media Type", printable and on one line.
@@ -93,7 +93,7 @@ _TASK_WORDS = MappingProxyType(
     }
 )
 
-#: Said where RQ has left no message of its own.
+#: Used where RQ has left no message of its own.
 _MESSAGES = MappingProxyType(
     {
         JOB_FAILURE: "The job failed; RQ has kept no error.",
@@ -115,8 +115,8 @@ def job_payload(occurrence: Occurrence, context: RenderContext) -> dict[str, Any
     ``event``, ``job_id``, ``runid``, ``timestamp`` (unix seconds); ``result`` of a success, ``error`` of a
     failure and wherever else one is known, ``data`` of application events; then ``id``, ``func``,
     ``queue``, ``enqueued_at``, ``started_at``, ``ended_at``, ``source``, ``reference``, for a correction
-    ``supersedes``, for a tree ``scope`` and ``jobs``. What concerns a job only is absent from application
-    events and pings, but ``job_id`` is always there.
+    ``supersedes``, for a tree ``scope`` and ``jobs``. What only concerns a job is absent from application
+    events and pings, but ``job_id`` is always present.
     """
     return fit(_job, occurrence, context)[0]
 
@@ -133,9 +133,9 @@ def render_task(occurrence: Occurrence, context: RenderContext) -> bytes:
     function) and ``status``; then ``result`` of a success, else ``error``, a message. A stopped or
     canceled job is ``task.cancelled``, a lost one ``task.failed`` with a message that says the outcome is
     unknown; ``task.retrying`` (``RETRY``), ``task.blocked`` (``PENDING``), ``task.started``,
-    ``task.progress`` and ``task.stalled`` (``STARTED``) only for those who ask for them. Application events
-    and pings have ``event_type``, ``timestamp`` and ``data``. ``reference``, ``supersedes`` and
-    ``progress`` are added where there is one.
+    ``task.progress`` and ``task.stalled`` (``STARTED``) only for those who subscribe to them. Application
+    events and pings have ``event_type``, ``timestamp`` and ``data``. ``reference``, ``supersedes`` and
+    ``progress`` are added if there is one.
     """
     return fit(_task, occurrence, context, sort_keys=True)[1]
 
@@ -144,7 +144,7 @@ def render_standard(occurrence: Occurrence, context: RenderContext) -> bytes:
     """Return the body of ``format="standard"``: ``type``, ``timestamp`` (ISO 8601, UTC) and ``data``.
 
     ``data`` is the ``job`` payload without ``event`` and ``timestamp``; of an application event or a ping
-    it is the application's own object, as it is.
+    it is the application's own object, unchanged.
 
     Source: Standard Webhooks, "Payload structure".
     """
@@ -169,7 +169,7 @@ FORMATS: Mapping[str, PayloadFormat] = MappingProxyType(
 
 
 def as_rendered(made: bytes | Rendered) -> Rendered:
-    """Return what a format made, as body and media type."""
+    """Return the output of a format as body and media type."""
     return made if isinstance(made, Rendered) else Rendered(made)
 
 
@@ -177,9 +177,9 @@ CustomFormat = Callable[[dict[str, Any]], Mapping[str, Any] | bytes | tuple[byte
 
 
 def custom_format(function: CustomFormat) -> PayloadFormat:
-    """Return a format that hands the ``job`` payload to *function* and sends what it returns.
+    """Return a format that passes the ``job`` payload to *function* and sends what it returns.
 
-    :param function: takes the payload as a dict of its own; returns a dict, sent as compact JSON, the bytes
+    :param function: takes the payload as its own dict; returns a dict, sent as compact JSON, the bytes
         of a JSON body, or ``(bytes, content type)``. Its exceptions reach the caller; the size of what it
         returns is not limited here.
     """
@@ -217,11 +217,11 @@ def fit(
     *,
     sort_keys: bool = False,
 ) -> tuple[dict[str, Any], bytes]:
-    """Return what *build* makes of *occurrence* and its bytes, at most ``context.max_bytes`` of them.
+    """Return what *build* makes of *occurrence*, and its bytes, at most ``context.max_bytes`` of them.
 
-    What goes first is what is large and least missed: the progress, the result or the data as a whole
-    (``null``, and ``result_truncated`` or ``data_truncated`` says so), the beginning of the traceback, the
-    end of the error message, then of other texts. The job's id is never cut.
+    What is large and least missed is cut first: the progress, the result or the data as a whole
+    (``null``, and ``result_truncated`` or ``data_truncated`` says so), then the beginning of the
+    traceback, the end of the error message, then of other texts. The job's id is never cut.
     """
     payload = build(occurrence, context)
     body = _serialise(payload, sort_keys=sort_keys)
@@ -239,16 +239,16 @@ def fit(
 def _smaller(
     occurrence: Occurrence, context: RenderContext, excess: int
 ) -> Iterator[tuple[Occurrence, RenderContext]]:
-    """Yield smaller and smaller versions of a payload that is *excess* bytes too large."""
+    """Yield ever smaller versions of a payload that is *excess* bytes too large."""
     error = occurrence.error
     if error is None:
-        # Nothing else is large: the result, an application's data, or absurd names.
+        # Only the result, an application's data, or absurd names can be large.
         occurrence = replace(occurrence, result=None, data={}, result_truncated=True, progress=None)
         yield occurrence, context
     else:
         occurrence = replace(occurrence, progress=None)
         traceback = error.get("traceback") or ""
-        # One character is one byte of JSON at least, so cutting the excess may be enough.
+        # One character is at least one byte of JSON, so cutting the excess may be enough.
         enough = len(traceback) - excess - len(_CUT) - 1
         for keep in (enough, context.max_bytes // 2, context.max_bytes // 8, context.max_bytes // 16):
             if 0 < keep < len(traceback):
@@ -373,7 +373,7 @@ def _runid(occurrence: Occurrence, context: RenderContext) -> str | None:
 
 
 def _outcome(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
-    """Return what came of it: ``result``, ``error`` or ``data``."""
+    """Return the outcome: ``result``, ``error`` or ``data``."""
     if occurrence.type == JOB_SUCCESS:
         if occurrence.result_truncated:
             return {"result": None, "result_truncated": True}
@@ -401,7 +401,7 @@ def _error(occurrence: Occurrence, context: RenderContext) -> dict[str, str | No
 
 
 def _last_frame(traceback: str) -> str:
-    """Return the innermost frame and the exception: what a traceback ends with."""
+    """Return the innermost frame and the exception, with which a traceback ends."""
     start = traceback.rfind('\n  File "')
     if start >= 0:
         return traceback[start + 1 :]
@@ -441,7 +441,7 @@ _OBJECTS = ("error", "jobs", "data")
 
 
 def occurrence_to_json(occurrence: Occurrence) -> str:
-    """Return the canonical JSON of *occurrence*: what is stored of an event, ASCII."""
+    """Return the canonical JSON of *occurrence*, ASCII: the form in which an event is stored."""
     values = dict(zip(_FIELDS, _all_of(occurrence), strict=True))
     for name in _TIMES:
         values[name] = _time(values[name])
@@ -453,8 +453,8 @@ def occurrence_to_json(occurrence: Occurrence) -> str:
 def occurrence_from_json(text: str) -> Occurrence:
     """Return the occurrence that :func:`occurrence_to_json` wrote.
 
-    Fields a newer version may have added are left out; fields an older one did not know get their
-    default.
+    Fields that a newer version may have added are ignored; fields that an older one did not know get their
+    defaults.
 
     :raises ValueError: when *text* is not such JSON.
     """

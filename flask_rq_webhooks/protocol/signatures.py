@@ -1,10 +1,10 @@
-"""Signatures of a webhook, and how a secret becomes a key.
+"""Signatures of a webhook, and how a key is derived from a secret.
 
 Two families over the same bytes: Standard Webhooks (``webhook-signature``, over id, timestamp and body;
 ``v1`` with a shared secret, ``v1a`` with an Ed25519 key of the server) and the plain one many receivers know
-(``X-Webhook-Signature: sha256=…``, over the body alone). Where secrets are kept and which are live is decided
-elsewhere. The receiver imports this module, so it needs the standard library only, and ``cryptography`` where
-an Ed25519 key is used.
+(``X-Webhook-Signature: sha256=…``, over the body alone). Where secrets are kept and which of them are live is
+decided elsewhere. The receiver imports this module, so it needs only the standard library, and
+``cryptography`` where an Ed25519 key is used.
 
 Source: Standard Webhooks, "Signature scheme" (symmetric ``v1``, asymmetric ``v1a``).
 """
@@ -41,11 +41,11 @@ def generate_secret() -> str:
 def standard_key(secret: str | bytes) -> bytes:
     """Return the key of the ``v1`` signature.
 
-    ``whsec_`` followed by base64 (padded or not) stands for the bytes it encodes; anything else is its
-    UTF-8 bytes. The official libraries know only base64: they take ``whsec_`` + base64 of such a plain
-    secret and arrive at the same key.
+    ``whsec_`` followed by base64 (padded or not) stands for the bytes it encodes; anything else is used as
+    its UTF-8 bytes. The official libraries know only base64: given ``whsec_`` + base64 of such a plain
+    secret, they arrive at the same key.
 
-    :raises ValueError: when the secret is empty or holds a lone surrogate.
+    :raises ValueError: if the secret is empty or contains a lone surrogate.
     """
     key = body_key(secret)
     if key.startswith(_WHSEC.encode()):
@@ -54,9 +54,9 @@ def standard_key(secret: str | bytes) -> bytes:
 
 
 def body_key(secret: str | bytes) -> bytes:
-    """Return the key of the ``sha256=`` signature: the secret's UTF-8 bytes as they are.
+    """Return the key of the ``sha256=`` signature: the secret's UTF-8 bytes, unchanged.
 
-    :raises ValueError: when the secret is empty or holds a lone surrogate.
+    :raises ValueError: if the secret is empty or contains a lone surrogate.
     """
     key = secret.encode() if isinstance(secret, str) else bytes(secret)
     if not key:
@@ -68,8 +68,8 @@ def body_key(secret: str | bytes) -> bytes:
 class SigningKey:
     """An Ed25519 key of the server: ``whsk_`` and base64 of its seed (32 bytes), or seed and public key (64).
 
-    :param text: the key as it is configured.
-    :raises ValueError: when *text* is not such a key, or its public half belongs to another seed.
+    :param text: the key as configured.
+    :raises ValueError: if *text* is not such a key, or its public half belongs to another seed.
     """
 
     text: str = field(repr=False)
@@ -83,7 +83,7 @@ class SigningKey:
 
     @classmethod
     def generate(cls) -> SigningKey:
-        """Return a new key, as 64 bytes: what the official libraries read."""
+        """Return a new key, as 64 bytes: the form that the official libraries read."""
         seed_only = cls(PRIVATE_KEY + base64.b64encode(random_secrets.token_bytes(32)).decode("ascii"))
         return cls(PRIVATE_KEY + base64.b64encode(seed_only._seed + seed_only._public_bytes).decode("ascii"))
 
@@ -113,7 +113,7 @@ class SigningKey:
 
 
 def public_key(text: str) -> Ed25519PublicKey:
-    """Return the Ed25519 key that ``whpk_…`` stands for.
+    """Return the Ed25519 key that ``whpk_…`` encodes.
 
     :raises ValueError: when *text* is not such a key.
     :raises ImportError: when ``cryptography`` is not installed.
@@ -146,7 +146,7 @@ def _signed_content(event_id: str, timestamp: int, body: bytes) -> bytes:
 
 
 def standard_signature(secret: str | bytes, event_id: str, timestamp: int, body: bytes) -> str:
-    """Return the ``v1,<base64>`` entry of one secret.
+    """Return the ``v1,<base64>`` entry for one secret.
 
     :param timestamp: unix seconds, as in ``webhook-timestamp``.
     :raises ValueError: when the secret cannot sign, see :func:`standard_key`.
@@ -157,7 +157,7 @@ def standard_signature(secret: str | bytes, event_id: str, timestamp: int, body:
 
 
 def body_signature(secret: str | bytes, body: bytes) -> str:
-    """Return ``sha256=<lower-case hex>`` of one secret.
+    """Return ``sha256=<lower-case hex>`` for one secret.
 
     :raises ValueError: when the secret cannot sign, see :func:`body_key`.
     """
@@ -176,11 +176,11 @@ def signature_headers(
     timestamp_header: str | None = None,
     signing_keys: Sequence[SigningKey] = (),
 ) -> dict[str, str]:
-    """Return the headers that prove one attempt; none where there is neither a secret nor a key.
+    """Return the headers that prove one attempt; none if there is neither a secret nor a key.
 
-    ``webhook-signature`` has one ``v1`` entry per secret, so that receivers can change over at any time
-    during a rotation, and one ``v1a`` entry of the newest server key. The plain signature has room for one
-    and uses the newest secret.
+    ``webhook-signature`` has one ``v1`` entry per secret, so that receivers can switch at any time
+    during a rotation, and one ``v1a`` entry of the newest server key. The plain signature only has room for
+    one and uses the newest secret.
 
     :param secrets: live secrets, newest first.
     :param timestamp: unix seconds of this attempt; the same as ``webhook-timestamp``.
@@ -188,7 +188,7 @@ def signature_headers(
     :param signature_header: full name of the plain signature's header; ``<prefix>-Signature`` otherwise.
     :param timestamp_header: full name of its time's header; ``<prefix>-Timestamp`` otherwise.
     :param signing_keys: the server's keys, newest first.
-    :raises ValueError: when a secret cannot sign. There is no unsigned fallback.
+    :raises ValueError: if a secret cannot sign. There is no unsigned fallback.
     """
     entries = [standard_signature(secret, event_id, timestamp, body) for secret in secrets]
     entries += [key.signature(event_id, timestamp, body) for key in signing_keys[:1]]
@@ -203,7 +203,7 @@ def signature_headers(
 
 
 def _decoded(text: bytes) -> bytes | None:
-    """Return what base64 *text* encodes, ``None`` where it is not whole, standard base64."""
+    """Return what the base64 *text* encodes; ``None`` if it is not complete, standard base64."""
     digits = text.rstrip(b"=")
     padding = len(text) - len(digits)
     if _BASE64.fullmatch(digits.decode("latin-1")) is None or len(digits) % 4 == 1:

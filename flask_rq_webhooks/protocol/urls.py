@@ -1,6 +1,6 @@
 """Which URLs and addresses a webhook may go to.
 
-Owns parsing, the policy, and what of a URL may be shown. A URL is checked by :meth:`UrlPolicy.check_url`
+Owns parsing, the policy, and what part of a URL may be shown. A URL is checked by :meth:`UrlPolicy.check_url`
 before it is stored and again before it is used, and every address of its name by
 :meth:`UrlPolicy.check_address` before a connection is opened. Knows nothing of DNS, sockets or SQL.
 
@@ -33,7 +33,7 @@ _LOCAL_NAMES = frozenset((
 ))  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
-#: Controls, spaces of every script, line and paragraph separators, surrogates, backslash.
+#: Control characters, spaces of every script, line and paragraph separators, surrogates, backslash.
 _FORBIDDEN = re.compile(
     "[\x00-\x20\\\\\x7f-\xa0\u1680\u180e\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ud800-\udfff\ufeff]"
 )
@@ -46,7 +46,7 @@ _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _DOTTED_QUAD = re.compile(rf"{_OCTET}(?:\.{_OCTET}){{3}}")
 _IPV6_TEXT = re.compile(r"[0-9A-Fa-f:.]{2,45}")
-#: What may not stand in a path or query as it is (RFC 3986, 3.3 and 3.4); urllib3 sends the rest untouched.
+#: What may not appear unescaped in a path or query (RFC 3986, 3.3 and 3.4); urllib3 sends the rest unchanged.
 _UNSAFE = re.compile(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~!$&'()*+,;=:@/?%-]")
 
 _MESSAGES = {
@@ -77,15 +77,15 @@ def _refuse(code: str, cause: BaseException | None = None) -> NoReturn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedURL:
-    """A URL that was parsed strictly and may be used, as far as can be said without DNS.
+    """A URL that was parsed strictly and may be used, as far as can be decided without DNS.
 
     :param url: normalised: ASCII, no fragment, no default port, host in lower case. Checking it again
-        gives the same.
+        gives the same result.
     :param scheme: ``"http"`` or ``"https"``.
     :param host: ASCII, lower case, without brackets or trailing dot.
-    :param port: the given or the scheme's own.
-    :param target: path and query, the bytes of the request line.
-    :param host_key: one destination: the host, with its port where that is not the scheme's own.
+    :param port: the given port, or the scheme's default.
+    :param target: path and query, as in the request line.
+    :param host_key: identifies one destination: the host, with its port unless that is the scheme's default.
     """
 
     url: str
@@ -106,7 +106,7 @@ class UrlPolicy:
     :param allow_networks: private networks that may be reached.
     :param deny_networks: networks that may not be reached; wins over *allow_networks*.
     :param allowed_domains: if any is given, only these hosts and their sub-domains. ``"*.example.com"`` or
-        ``".example.com"`` means the sub-domains alone.
+        ``".example.com"`` means only the sub-domains.
     :param blocked_ports: ports that may not be reached.
     :param allow_nat64: allow addresses in ``64:ff9b::/96`` that carry a public IPv4 address.
     :raises ConfigurationError: naming the entry that is not a domain.
@@ -137,7 +137,7 @@ class UrlPolicy:
     def check_url(self, url: str) -> CheckedURL:
         """Parse *url* strictly and refuse what may not be a destination.
 
-        A literal address is judged here already; a name only when :meth:`check_address` sees what it
+        A literal address is judged here; a name is judged only when :meth:`check_address` sees what it
         resolves to.
 
         :param url: untrusted text.
@@ -183,11 +183,11 @@ class UrlPolicy:
     ) -> None:
         """Refuse an address to which no connection may be opened.
 
-        To be called with every address a name resolved to, before the first packet. An address within a
+        Must be called with every address a name resolved to, before the first packet. An address within a
         NAT64 prefix leads to the IPv4 address it carries, so that one is judged, too.
 
         :param ip: the address as text, without zone.
-        :param port: the port to be connected to.
+        :param port: the port to connect to.
         :param scheme: plain ``http`` may only go to loopback and to the allowed networks.
         :param nat64: NAT64 prefixes of this network, in addition to the well-known ``64:ff9b::/96``.
         :raises BlockedURLError: with one of the codes ``address``, ``port_blocked``, ``denied_network``,
@@ -223,7 +223,7 @@ class UrlPolicy:
                 _refuse("local_name")
             return
         if self._allow_networks:
-            return  # an operator's own names, of whatever form, may lead there; their addresses are judged
+            return  # an operator's own names, in any form, may lead there; their addresses are judged
         if scheme == "http":
             _refuse("http")
         if host in _LOCAL_NAMES or ("." not in host and not self._allowed_domains):
@@ -231,12 +231,12 @@ class UrlPolicy:
 
 
 def redact_url(url: object) -> str:
-    """Return what of *url* may be shown to people and written to logs.
+    """Return the part of *url* that may be shown to people and written to logs.
 
-    Scheme, host and port stay; user name, query and fragment go; of the path only plain words, versions
-    and short numbers stay, since many services put their secret there. Never raises.
+    Scheme, host and port are kept; user name, query and fragment are removed; of the path only plain words,
+    versions and short numbers are kept, because many services put their secret there. Never raises.
 
-    :param url: any text, also a malformed URL.
+    :param url: any text, even a malformed URL.
     """
     form = r"([A-Za-z][A-Za-z0-9+.-]{0,15})://([^/?#]*)([^?#]*)"
     match = re.match(form, url, re.ASCII | re.DOTALL) if isinstance(url, str) else None
@@ -320,7 +320,7 @@ def _parse_literal(host: str) -> ipaddress.IPv6Address | None:
 def _ascii_host(host: str, underscores: bool) -> str:
     """Return the host name in lower case and ASCII, without trailing dot.
 
-    :param underscores: accept them, since an operator's own network may have such names.
+    :param underscores: accept them, because an operator's own network may have such names.
     """
     if len(host) > 254:
         _refuse("host")
@@ -329,7 +329,7 @@ def _ascii_host(host: str, underscores: bool) -> str:
         labels.pop()
     ascii_labels = [_ascii_label(label, underscores) for label in labels]
     if not host.isascii() and not any(label.startswith("xn--") for label in ascii_labels):
-        _refuse("idna")  # other programs may not see the host in it that we do, such as 127。0。0。1
+        _refuse("idna")  # other programs may see another host in it than we do, such as 127。0。0。1
     name = ".".join(ascii_labels)
     if len(name) > 253:
         _refuse("host")
@@ -355,13 +355,13 @@ def _ascii_label(label: str, underscores: bool) -> str:
 
 
 def _target(rest: str) -> str:
-    """Return path and query as they go over the wire; escapes stay as they came, URLs may be signed."""
+    """Return path and query as sent over the wire; escapes are kept as received, as URLs may be signed."""
     path, mark, query = rest.partition("#")[0].partition("?")
     return _UNSAFE.sub(lambda found: quote(found[0], safe=""), (path or "/") + mark + query)
 
 
 def _check_agreement(url: str, host: str, port: str | None) -> None:
-    """Refuse what the two parsers on the way to the socket read differently from us."""
+    """Refuse what the two other parsers on the way to the socket read differently from us."""
     expected = (host.strip("[]").lower(), None if port is None else int(port), None)
     try:
         by_stdlib = urlsplit(url)
@@ -385,7 +385,7 @@ def _parse_address(ip: Any) -> IPAddress:
 
 
 def _domain(entry: Any) -> str:
-    """Return the entry in ASCII; a leading dot means the sub-domains alone."""
+    """Return the entry in ASCII; a leading dot means only the sub-domains."""
     try:
         if not isinstance(entry, str) or not entry.isprintable():
             _refuse("host")
@@ -416,7 +416,7 @@ def _covered(host: str, domains: tuple[str, ...]) -> bool:
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-#: No public receiver lives here. Source: IANA IPv4 Special-Purpose Address Registry,
+#: No public receiver has these addresses. Source: IANA IPv4 Special-Purpose Address Registry,
 #: plus multicast, the deprecated 6to4 relays, and two addresses outside of it on which clouds serve secrets.
 _IPV4_DENIED = tuple(map(ipaddress.IPv4Network, (
     "0.0.0.0/8",  # "this network"; Linux connects 0.0.0.0 to itself

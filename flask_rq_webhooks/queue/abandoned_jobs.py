@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
-    """Let RQ end the jobs of *queues* whose worker is gone: it runs their failure callbacks here and now.
+    """Let RQ end the jobs of *queues* whose worker is gone: it runs their failure callbacks here, now.
 
     :returns: how many queues had any.
     """
     if threading.current_thread() is not threading.main_thread():
-        # RQ before 3.0 raises there, and 3.0 never runs the callback.
+        # RQ before 3.0 raises in other threads, and 3.0 never runs the callback there.
         logger.warning("Abandoned jobs are cleaned in the main thread only; this pass leaves them.")
         return 0
     cleaned = 0
@@ -40,7 +40,7 @@ def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
         try:
             registry.cleanup()
         except Exception:
-            # A host's own failure callback may raise anything; RQ before 3.0 lets it through.
+            # A host's own failure callback may raise anything; RQ before 3.0 does not catch it.
             logger.exception("Cleaning the registry of started jobs of the queue %r failed.", queue)
         else:
             cleaned += 1
@@ -65,7 +65,7 @@ def _job_ids(entries: Any) -> set[str]:
 def _uses_pickle(redis: Redis, queue: str) -> bool:
     """Return whether the started jobs of *queue* were written by RQ's default serializer.
 
-    Judged by one of them; ``True`` if there is no worker to judge by.
+    Judged by one of them; ``True`` if there is none to judge by.
     """
     for job_id in _job_ids(redis.zrange(StartedJobRegistry(queue, connection=redis).key, 0, 0)):
         data: Any = redis.execute_command("HGET", job_key(job_id), "data", NEVER_DECODE=True)  # type: ignore[no-untyped-call]

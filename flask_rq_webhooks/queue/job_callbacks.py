@@ -1,12 +1,12 @@
-"""Our callbacks on the jobs that are enqueued while a webhook is asked for.
+"""Puts our callbacks on the jobs that are enqueued while a webhook is asked for.
 
-Owns the seam ``Queue.create_job``, through which RQ makes every job that a queue enqueues, and what is
-known of the jobs made there: most of them ``Queue.enqueue_job`` has written. Knows nothing of requests, SQL,
-or what an endpoint is.
+Owns the hook into ``Queue.create_job``, through which RQ creates every job that a queue enqueues, and what is
+known about the jobs created there, most of which ``Queue.enqueue_job`` has written. Knows nothing of
+requests, SQL, or what an endpoint is.
 
 The user's own callbacks stay in charge: ours run after them and carry their dotted path in our own name
-(:mod:`flask_rq_webhooks.callbacks`). Nothing else of a job is changed but the id of the first one that has
-none.
+(:mod:`flask_rq_webhooks.callbacks`). Nothing else in a job is changed, except the id of the first one that
+has none.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ from .redis_database import database_name, redis_identity, redis_parameters
 
 logger = logging.getLogger(__name__)
 
-#: Where the dotted names begin. Stored in users' Redis: never rename.
+#: Prefix of the dotted names. Stored in users' Redis: never rename.
 CALLBACKS = "flask_rq_webhooks.callbacks"
 
 _OPTIONS = {"on_success": "success", "on_failure": "failure", "on_stopped": "stopped"}
-#: Place of ``job_id`` among the positional arguments of ``create_job``, the same in every RQ version.
+#: Position of ``job_id`` among the positional arguments of ``create_job``, the same in every RQ version.
 _JOB_ID_POSITION = 9
-#: Where the last database is noted that jobs with webhooks were refused in.
+#: Key of the last database in which jobs with webhooks were refused.
 _REFUSED_KEY = "rq_webhooks:refused"
 
 
 @dataclass(eq=False)
 class Attachment:
-    """What jobs made now are attached to.
+    """What jobs created now are attached to.
 
     :param endpoint_id: id of the endpoint; ``None`` for jobs that are reported to standing endpoints only.
     :param token: the endpoint's part of the dotted name, see :func:`make_token`.
-    :param reserved_job_id: id for the first job that is made without one.
+    :param reserved_job_id: id for the first job that is created without one.
     :param same_database: says whether a queue's connection leads to the configured database;
         :class:`SameDatabase` does.
-    :param chosen: says by the dotted name of its function whether a job is to be reported; ``None``: all.
-    :param on_created: called with each job where no request asks for them; must not raise.
-    :param jobs: the jobs attached, in the order they were made. A job made is not yet a job enqueued.
-    :param written: for each job with an id that no one else can use yet, whether RQ has written it.
+    :param chosen: decides by the dotted name of its function whether a job is reported; ``None``: all are.
+    :param on_created: called with each job if no request asks for them; must not raise.
+    :param jobs: the attached jobs, in order of creation. A created job is not yet an enqueued job.
+    :param written: for each job with an id that nobody else can use yet, whether RQ has written it.
     :param watched: ids of jobs that are reported although they do not carry our callbacks.
     :param passed_over: functions of the jobs that were not *chosen*.
-    :param refused: whether a job could not be attached, for its id or its queue's database, which is logged.
+    :param refused: whether a job could not be attached, because of its id or its queue's database (logged).
     :param unfit_id: the latest job id that our tables cannot hold.
-    :param closed: whether the view is over, so that nobody will look at *jobs* any more.
+    :param closed: whether the view is over, so that nobody will read *jobs* any more.
     """
 
     endpoint_id: str | None
@@ -104,7 +104,7 @@ _default_attachment: Callable[[], Attachment | None] | None = None
 def set_default_attachment(function: Callable[[], Attachment | None] | None) -> None:
     """Set what jobs are attached to while no request asks for a webhook (``RQ_WEBHOOKS_ATTACH="all"``).
 
-    :param function: called for every job; its attachments do not collect jobs. ``None`` for nothing.
+    :param function: called for every job; its attachments do not collect jobs. ``None`` to attach nothing.
     """
     global _default_attachment
     _default_attachment = function
@@ -128,7 +128,7 @@ def make_token(endpoint: str, maxlen: int = DEFAULT_MAXLEN, *, ignores_argument:
 class Queue(rq.Queue):
     """A drop-in for :class:`rq.Queue` whose jobs carry the webhook of the request that enqueues them.
 
-    Outside of such a request it is an :class:`rq.Queue` and nothing else.
+    Outside such a request it is just an :class:`rq.Queue`.
     """
 
     def create_job(self, *args: Any, **kwargs: Any) -> Job:
@@ -141,7 +141,7 @@ class Queue(rq.Queue):
 
 
 def attached(queue: rq.Queue) -> rq.Queue:
-    """Return a copy of any queue that does what :class:`Queue` does; *queue* itself stays as it is."""
+    """Return a copy of any queue that does what :class:`Queue` does; *queue* itself is not changed."""
     twin = copy.copy(queue)
     twin.create_job = functools.partial(_create_twin_job, queue)  # type: ignore[method-assign]
     return twin
@@ -162,10 +162,10 @@ _instrumented = False
 
 
 def instrument() -> None:
-    """Let every :class:`rq.Queue` of this process do what :class:`Queue` does.
+    """Make every :class:`rq.Queue` of this process do what :class:`Queue` does.
 
-    Safe to call again, from any thread, and beside other wrappers, around or inside this one: it replaces
-    ``create_job``, in which ``enqueue``, ``enqueue_call`` and all the others end, and ``enqueue_job``.
+    Safe to call again, from any thread, and together with other wrappers, around or inside this one: it
+    replaces ``create_job``, which ``enqueue``, ``enqueue_call`` and all the others call, and ``enqueue_job``.
     """
     global _instrumented
     with _instrument_lock:
@@ -179,7 +179,7 @@ def instrument() -> None:
 def uninstrument() -> None:
     """Undo :func:`instrument`.
 
-    Where the host has put a wrapper of its own around ours since then, ours stays inside, without effect.
+    If the host has since put its own wrapper around ours, ours stays inside, without effect.
     """
     global _instrumented
     with _instrument_lock:
@@ -196,7 +196,7 @@ def is_instrumented() -> bool:
 
 
 class _Instrumented:
-    """A method of ``rq.Queue`` with ours around it; a descriptor, as functions are."""
+    """A method of ``rq.Queue`` wrapped by ours; a descriptor, as functions are."""
 
     def __init__(self, original: Callable[..., Job], function: Callable[..., Job]) -> None:
         functools.update_wrapper(self, original)
@@ -250,7 +250,7 @@ def _create_job(
     try:
         job = original(*args, **kwargs)
     finally:
-        if job is None and reserved:  # refused by RQ; the next job may have it
+        if job is None and reserved:  # refused by RQ; the next job may use it
             attachment._give_reserved_id_back()
     if requested is not None:
         requested.jobs.append(job)
@@ -267,20 +267,20 @@ def _enqueue_job(
     job = original(*args, **kwargs)
     attachment = current_attachment.get()
     if attachment is not None and job.id in attachment.written:
-        # Without a pipeline of the caller's, RQ has executed its own.
+        # If the caller passed no pipeline, RQ has executed its own.
         attachment.written[job.id] = (args[1] if len(args) > 1 else kwargs.get("pipeline")) is None
     return job
 
 
 def why_unfit(job_id: Any) -> str | None:
-    """Return why our tables and indexes cannot hold *job_id*, though RQ takes it; ``None`` if they can."""
+    """Return why our tables and indexes cannot hold *job_id*, though RQ accepts it; ``None`` if they can."""
     if not isinstance(job_id, str) or (len(job_id) <= MAX_JOB_ID and "\0" not in job_id):
         return None
     return f"Its id {job_id[:60]!r}… has {len(job_id)} characters. Use at most {MAX_JOB_ID}, and no NUL."
 
 
 def is_unfit(job_id: Any, attachment: Attachment) -> bool:
-    """Return whether our tables cannot hold *job_id*; log it once, for a job may come here several times."""
+    """Return whether our tables cannot hold *job_id*; log it once, as a job may come here several times."""
     why = why_unfit(job_id)
     if why is not None and attachment.unfit_id != job_id:
         attachment.refused, attachment.unfit_id = True, job_id
@@ -289,7 +289,7 @@ def is_unfit(job_id: Any, attachment: Attachment) -> bool:
 
 
 def name_of(func: Any) -> str:
-    """Return the dotted name of a job's function, as it is given to a queue."""
+    """Return the dotted name of a job's function, as passed to a queue."""
     if isinstance(func, str):
         return func
     name = getattr(func, "__qualname__", type(func).__qualname__)
@@ -308,7 +308,7 @@ def _default() -> Attachment | None:
 
 
 def _is_attached(callback: Any, attachment: Attachment) -> bool:
-    """Return whether an outer layer (our :class:`Queue` over an instrumented one) has been here."""
+    """Return whether an outer layer (our :class:`Queue` over an instrumented one) has already been here."""
     if not isinstance(callback, Callback) or not isinstance(callback.func, str):
         return False
     name = f"{CALLBACKS}.success.{attachment.token}"
@@ -318,7 +318,7 @@ def _is_attached(callback: Any, attachment: Attachment) -> bool:
 def _chained(option: str, kind: str, token: str, callback: Any) -> Callback:
     """Return our callback, with the user's own in its name and the user's own timeout.
 
-    What RQ refuses as a callback is refused here in the same words, and what it warns of is warned of.
+    What RQ refuses as a callback is refused here with the same message, and its warnings are issued, too.
     """
     name = f"{CALLBACKS}.{kind}.{token}"
     if not callback:
@@ -337,9 +337,9 @@ def _chained(option: str, kind: str, token: str, callback: Any) -> Callback:
 
 
 class SameDatabase:
-    """Says whether a connection leads to the configured Redis database.
+    """Tells whether a connection leads to the configured Redis database.
 
-    By run id and database number, so that one server under two names is one. Where a server hides
+    Compares run id and database number, so that one server under two names counts as one. If a server hides
     its run id, both clients must use the same address.
 
     :param configured: a client for ``RQ_WEBHOOKS_REDIS_URL``.
@@ -362,7 +362,7 @@ class SameDatabase:
             logger.debug("The refusal could not be noted.", exc_info=True)
 
     def refusals(self) -> list[str]:
-        """Return the name noted last, if any."""
+        """Return the last name noted, if any."""
         name = self._configured.get(_REFUSED_KEY)
         return [_text(name)] if isinstance(name, str | bytes) else []
 
@@ -395,15 +395,15 @@ _refused_databases: set[str] = set()
 
 
 def databases_elsewhere(same_database: SameDatabase, *owners: Mapping[str, Any]) -> list[str]:
-    """Return the names of other databases that this app has queues in, or enqueued jobs in of late.
+    """Return the names of other databases in which this app has queues, or recently enqueued jobs.
 
-    :param owners: where the app keeps its queues, beside the modules it loaded; a list or a mapping in there,
+    :param owners: where the app keeps its queues, besides the loaded modules; a list or a mapping in there,
         or an extension, may hold them, too.
     """
     found = set(same_database.refusals())
     modules = [value for module in list(sys.modules.values()) for value in list(vars(module).values())]
     kept = [value for owner in owners for value in owner.values()]
-    # Of types that are exactly so: a proxy of another extension may fail outside its requests.
+    # Only these exact types: a proxy of another extension may fail outside its requests.
     kept += [vars(value) for value in kept if type(value).__dictoffset__]
     for value in (*modules, *kept):
         values = (
@@ -423,7 +423,7 @@ def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:
         if attachment.same_database(connection):
             return True
     except RedisError:
-        return True  # enqueuing is about to fail in its own words
+        return True  # enqueuing is about to fail with its own error
     attachment.refused = True
     name = database_name(connection)
     if name not in _refused_databases:
@@ -440,20 +440,20 @@ def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:
 
 # -- confirmation -------------------------------------------------------------------------------------------
 
-#: Statuses a job object has only after it was handed to RQ; ``queued`` is what every new one says.
+#: Statuses that a job object has only after it was handed to RQ; every new one says ``queued``.
 _HANDED_OVER = ("deferred", "scheduled", "ready_to_enqueue", "rate_limited")
 
 
 def look_at_jobs(redis: Redis, attachment: Attachment, jobs: Iterable[Job]) -> tuple[list[str], list[str]]:
-    """Say which of the jobs made under an attachment are really there, in one round trip at most.
+    """Return which of the jobs created under an attachment really exist, in at most one round trip.
 
-    A job that was made may never have been enqueued: RQ refuses a duplicate (``unique=True``) only
+    A created job may never have been enqueued: RQ refuses a duplicate (``unique=True``) only
     afterwards, and a pipeline may not have been executed yet. A hash without our endpoint belongs to an
-    earlier job of the same id and counts for nothing, unless that job is watched. A job under an id of its
-    own, which RQ has written and handed over, is there without a look.
+    earlier job with the same id and does not count, unless that job is watched. A job with an id of its
+    own, which RQ has written and which was handed over, exists without a check.
 
     :param jobs: some of :attr:`Attachment.jobs`.
-    :returns: ids of the jobs that are there and will be reported, and ids of those without a hash.
+    :returns: ids of the jobs that exist and will be reported, and ids of those without a hash.
     :raises redis.RedisError: when Redis cannot be asked.
     """
     unique = {job.id: job for job in jobs}
@@ -471,7 +471,7 @@ def look_at_jobs(redis: Redis, attachment: Attachment, jobs: Iterable[Job]) -> t
 
 
 def was_handed_over(job: Job) -> bool:
-    """Return whether a job object shows that its job was enqueued, so that it is on its way, or gone already.
+    """Return whether a job object shows that its job was enqueued, so that it is on its way, or already gone.
 
     ``enqueued_at`` is set before RQ sends anything, a status other than ``queued`` while it does.
     """

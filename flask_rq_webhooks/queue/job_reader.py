@@ -3,8 +3,8 @@
 Reads fields of job hashes and entries of result streams, many jobs in one round trip, on every supported RQ
 version. Works with clients that decode and with those that do not. Changes nothing, and never uses RQ's
 registries, whose reading methods clean them. ``Job.fetch`` would import and call whatever a Redis writer
-names; calls, meta and return values are read by :mod:`~flask_rq_webhooks.queue.safe_pickle` instead.
-
+registries, whose reading methods clean them. ``Job.fetch`` would import and call whatever a client that can
+write to Redis names; :mod:`~flask_rq_webhooks.queue.safe_pickle` reads calls, meta and return values instead.
 One broken job never stops the others: a key of another type, or a hash that RQ cannot have written, is
 logged once and reported in :attr:`Jobs.unreadable`.
 """
@@ -31,19 +31,19 @@ from .safe_pickle import MAX_BYTES, UNKNOWN, inflated, load_plain, plain_call
 
 logger = logging.getLogger(__name__)
 
-#: Jobs per pipeline: keeps one round trip of a reasonable size.
+#: Jobs per pipeline, which keeps a round trip at a reasonable size.
 _CHUNK = 500
-#: Jobs per transaction: the server answers nobody else meanwhile.
+#: Jobs per transaction: the server serves nobody else meanwhile.
 _TRANSACTION = 100
 #: RQ keeps the last ten results of a job.
 _RESULTS = 10
-#: Bytes of a traceback text that are looked at; characters of a function's, a queue's and a run's name.
+#: Bytes of a traceback text that are read; characters of a function's, a queue's and a run's name.
 _MAX_EXC_BYTES, MAX_NAME = 2**20, 512
-#: Unreadable jobs that are remembered, so that each is logged once.
+#: Number of unreadable jobs that are remembered, so that each is logged once.
 _MAX_LOGGED = 10_000
 
 _PROBE_FIELDS = ("status", "enqueued_at", "created_at", "origin")
-#: Fields that say how a run ended that has ended as was reported, and those that say it of every run.
+#: Fields that say how a run ended if it ended as reported, and those that say it for every run.
 _REPORTED_FIELDS = ("status", "created_at", "enqueued_at", "ended_at", "meta")
 _ENDING_FIELDS = (*_REPORTED_FIELDS, "retries_left", "exc_info")
 _CALLBACK_FIELDS = ("success_callback_name", "failure_callback_name", "stopped_callback_name")
@@ -52,7 +52,7 @@ _FIELDS = (
     "dependency_ids", "dependency_id", "allow_dependency_failures", "data",
 )  # fmt: skip
 _TOKEN = re.compile(r"flask_rq_webhooks\.callbacks\.(?:success|failure|stopped)\.(ep[0-9a-z]+_[0-9a-z]+)")
-#: The names of jobs whose first argument does not name their run.
+#: Callback names of jobs whose first argument does not name their run.
 _IGNORES_ARGUMENT = re.compile(r"flask_rq_webhooks\.callbacks\.[a-z]+\.ep[0-9a-z]+_[0-9a-z]+~[0-9]+n(?:\.|$)")
 
 
@@ -74,7 +74,7 @@ class JobResult:
     ended_at: datetime | None = None
 
 
-# Not frozen: that takes three times as long, for every entry.
+# Not frozen: that would take three times as long, for every entry.
 @dataclass(slots=True, kw_only=True)
 class JobRecord:
     """One existing job's hash. Times are aware UTC.
@@ -85,12 +85,12 @@ class JobRecord:
     :param run: identity of the current run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.
     :param func: dotted name of the function, where the call or RQ's own description shows it.
     :param runid: what a callback would call the run, see :func:`~flask_rq_webhooks.callbacks.run_name`.
-    :param retries_left: ``None`` where the job was enqueued without ``Retry``.
+    :param retries_left: ``None`` if the job was enqueued without ``Retry``.
     :param tokens: ids of the endpoints its callbacks report to.
     :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
     :param meta: as RQ serialized it, see :func:`~.safe_pickle.progress_in`.
-    :param children: ids in meta under the prefix asked for.
-    :param results: RQ's results of the job at the same moment, oldest first; ``None`` where not asked for.
+    :param children: ids in meta under the requested prefix.
+    :param results: RQ's results of the job at the same moment, oldest first; ``None`` if not requested.
     """
 
     job_id: str
@@ -134,25 +134,25 @@ def read_jobs(
     """Return the jobs that exist, in one pipelined round trip (per 500 jobs).
 
     :param results: also read each job's results, in one transaction with its hash. What is judged together
-        has to be of one moment: between two reads a retry may begin and end.
-    :param child_prefix: also read the children named in meta under keys that begin so.
+        must be from the same moment: between two reads a retry may begin and end.
+    :param child_prefix: also read the children named in meta under keys with this prefix.
     :raises redis.RedisError: when Redis cannot be asked.
     """
     return _read(redis, job_ids, _FIELDS, results=results, child_prefix=child_prefix)
 
 
 def read_endings(redis: Redis, job_ids: Iterable[str], *, results: bool = False) -> Jobs:
-    """Return the jobs that exist, with the fields that say how the run ended and no others.
+    """Return the jobs that exist, with only the fields that say how the run ended.
 
     For ingest, which reads very many jobs: a third of the work of :func:`read_jobs`, whose parameters it has.
 
-    :param results: without them, what RQ has left of retries and of a traceback is not read either.
+    :param results: if false, RQ's remaining retries and its traceback are not read either.
     """
     return _read(redis, job_ids, _ENDING_FIELDS if results else _REPORTED_FIELDS, results=results)
 
 
 def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes, bytes] | None]:
-    """Return status, run and queue of many jobs, undecoded and as cheaply as can be; ``None`` if absent.
+    """Return status, run and queue of many jobs, undecoded and as cheaply as possible; ``None`` if absent.
 
     The run is ``enqueued_at``, or empty for a job that was not enqueued yet.
     """
@@ -164,7 +164,7 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
             pipeline.execute_command("HMGET", prefix + job_id, *_PROBE_FIELDS)  # type: ignore[no-untyped-call]
         answers = _executed(pipeline)
     return [
-        # A heartbeat that came late leaves a hash without `created_at`; an error is met again by `read_jobs`.
+        # A late heartbeat leaves a hash without `created_at`; an error shows up again in `read_jobs`.
         None
         if isinstance(answer, Exception) or answer[2] is None
         else (_bytes(answer[0]), _bytes(answer[1]), _bytes(answer[3]))
@@ -185,7 +185,7 @@ def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]
 
 
 def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResult]]:
-    """Return what RQ keeps of each job's results, oldest first, without their return values."""
+    """Return the results that RQ keeps of each job, oldest first, without their return values."""
     results = {}
     for chunk, answers in _pipelined(redis, job_ids, _last_results):
         for job_id, entries in zip(chunk, answers, strict=True):
@@ -210,7 +210,7 @@ def read_result_value(redis: Redis, job_id: str) -> Any:
 
 
 def read_callback_names(redis: Redis, keys: Sequence[str]) -> list[frozenset[str] | None]:
-    """Return for each key of a job's hash which endpoints its callbacks report to; ``None`` for no hash.
+    """Return, for each key of a job's hash, the endpoints its callbacks report to; ``None`` without a hash.
 
     :raises redis.RedisError: when Redis cannot be asked.
     """
@@ -262,7 +262,7 @@ def _read(
     child_prefix: str | None = None,
 ) -> Jobs:
     jobs = Jobs()
-    # Encoded here, once, and not by the client for every job.
+    # Encoded once here, not by the client for every job.
     names = [name.encode() for name in fields]
     for job_id, values, entries in _answers(redis, list(dict.fromkeys(job_ids)), names, results=results):
         try:
@@ -282,7 +282,7 @@ def _read(
 def _answers(
     redis: Redis, job_ids: Sequence[str], names: Sequence[bytes], *, results: bool
 ) -> Iterable[tuple[str, Any, Any]]:
-    """Give the fields of each job, and its last results of the same moment."""
+    """Yield the fields of each job, and its last results from the same moment."""
     if not results:
         for chunk, answers in _pipelined(redis, job_ids, lambda job_id: ("HMGET", job_key(job_id), *names)):
             yield from ((job_id, values, None) for job_id, values in zip(chunk, answers, strict=True))
@@ -293,7 +293,7 @@ def _answers(
             for job_id in chunk:
                 pipeline.execute_command("HMGET", job_key(job_id), *names)  # type: ignore[no-untyped-call]
                 pipeline.execute_command(*_last_results(job_id))  # type: ignore[no-untyped-call]
-            # The answers of a transaction come as one: undecoded all together, or not at all.
+            # The answers of a transaction arrive as one: they are left undecoded all together, or not at all.
             undecoded = functools.partial(pipeline.parse_response, NEVER_DECODE=True)
             pipeline.parse_response = undecoded  # type: ignore[method-assign]
             answers = _executed(pipeline)
@@ -307,13 +307,13 @@ def _pipelined(
         chunk = items[start : start + _CHUNK]
         with redis.pipeline(transaction=False) as pipeline:
             for item in chunk:
-                # Undecoded even where the client decodes: a compressed traceback is no text.
+                # Undecoded even if the client decodes: a compressed traceback is not text.
                 pipeline.execute_command(*command(item), NEVER_DECODE=True)  # type: ignore[no-untyped-call]
             yield chunk, _executed(pipeline)
 
 
 def _executed(pipeline: Any) -> list[Any]:
-    """Return the answers, with the error in place of each that is about its own key."""
+    """Return the answers; an error that concerns only its own key takes the place of its answer."""
     answers: list[Any] = pipeline.execute(raise_on_error=False)
     for answer in answers:
         if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
@@ -335,7 +335,7 @@ def _log_once(job_id: str, why: str) -> None:
 def _record(
     job_id: str, fields: dict[str, Any], results: tuple[JobResult, ...] | None, child_prefix: str | None
 ) -> JobRecord | None:
-    if fields["created_at"] is None:  # a heartbeat that came late leaves a hash without it
+    if fields["created_at"] is None:  # a late heartbeat leaves a hash without it
         return None
     created_at, enqueued_at = _moment(fields["created_at"]), _moment(fields["enqueued_at"])
     if created_at is None:
@@ -377,7 +377,7 @@ def _call(fields: dict[str, Any], child_prefix: str | None) -> tuple[str | None,
 
 
 def _name(text: Any) -> str | None:
-    """Return *text* as callbacks report it: one that SQL can hold, and an index of PostgreSQL too."""
+    """Return *text* in the form callbacks report it: one that SQL and a PostgreSQL index can hold."""
     return safe_text(text.replace("\0", ""), MAX_NAME) or None if isinstance(text, str) else None
 
 
@@ -395,7 +395,7 @@ def _dependencies(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _is_job_id(item: Any) -> bool:
-    """Return whether *item* can be a job's id: one that Redis and SQL can be asked for."""
+    """Return whether *item* can be a job's id, for which Redis and SQL can be queried."""
     return isinstance(item, str) and 0 < len(item) <= MAX_NAME and _name(item) == item
 
 
@@ -445,7 +445,7 @@ def _result(job_id: str, entry: Any) -> JobResult | None:
 
 
 def pairs_in(answer: Any) -> Iterable[tuple[Any, Any]]:
-    """Return the names and values of an answer that is a map, in whichever shape the protocol has it."""
+    """Return the names and values of an answer that is a map, in whichever shape the protocol returns it."""
     return answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=False)
 
 
@@ -486,7 +486,7 @@ def _count(value: Any) -> int | None:
 
 
 def _from_base64(value: Any) -> bytes | None:
-    """Return what *value* encodes; ``None`` where it is no base64, or too much of it."""
+    """Return the bytes that *value* encodes; ``None`` if it is not base64, or too long."""
     if len(value) > 2 * MAX_BYTES:
         return None
     try:

@@ -1,7 +1,7 @@
 """The outbox: one Redis stream between the callbacks in users' workers and the dispatchers.
 
-Owns the stream's keys and its consumer group. Knows nothing of what an entry says
-(:mod:`~flask_rq_webhooks.queue.outbox_entry`), nor of what becomes of it.
+Owns the stream's keys and its consumer group. Knows nothing of the content of an entry
+(:mod:`~flask_rq_webhooks.queue.outbox_entry`), nor of what happens to it.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from ..errors import OutboxEntryError
 from .job_reader import pairs_in
 from .outbox_entry import OutboxEntry, dump_entry, parse_entry
 
-#: The consumer group all dispatchers of one SQL database belong to.
+#: The consumer group to which all dispatchers of one SQL database belong.
 GROUP = "dispatchers"
-#: Entries kept in the stream of rejected ones, and bytes kept of each.
+#: Maximum number of entries in the stream of rejected ones, and bytes kept of each.
 MAX_REJECTED, MAX_REJECTED_BYTES = 1000, 65_536
-#: Milliseconds after which an entry a reader took and did not finish goes to another one. A living reader
-#: keeps one for 5 s at most while SQL is there; reading it twice does no harm.
+#: Milliseconds after which an entry that a reader took but did not finish goes to another reader. A living
+#: reader keeps one for at most 5 s while SQL is available; reading it twice does no harm.
 TAKE_OVER_IDLE_MS = 15_000
-#: Seconds between two looks for such entries, and for readers that are gone for good.
+#: Seconds between two checks for such entries, and for readers that are gone for good.
 TAKE_OVER_EVERY_S, FORGET_EVERY_S = 5.0, 3600.0
-#: Shortest wait that the server is asked for, milliseconds. It may end a wait :data:`TICK_MS` too late (Redis
-#: and Valkey look ten times a second); shorter ones are slept through here.
+#: Shortest wait requested from the server, in milliseconds. The server may end a wait :data:`TICK_MS` late
+#: (Redis and Valkey check ten times a second); shorter waits are slept through here.
 SHORTEST_WAIT_MS, TICK_MS = 20, 100
-#: Milliseconds of silence after which a reader that holds nothing is forgotten.
+#: Milliseconds of silence after which a reader without entries is forgotten.
 FORGET_IDLE_MS = 24 * 3600 * 1000
 
-#: Jobs without a callback's report from which on it is said, and seconds for which they are counted. A few
-#: mean nothing: a callback that meets a server on its way down leaves no report either.
+#: Number of jobs without a callback report from which on this is reported, and seconds for which they are
+#: counted. A few mean nothing: a callback that meets a server shutting down leaves no report either.
 SILENT_CALLBACKS, SILENCE_S = 3, 3600
 
-#: How servers say that the stream or its group is not there, or was deleted while we waited for it. The last
-#: one is fakeredis.
+#: How servers report that the stream or its group does not exist, or was deleted while we waited for it. The
+#: last one is fakeredis's.
 _NO_GROUP = ("NOGROUP", "UNBLOCKED", "requires the key to exist")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry as it was read.
+    """One entry as read from the stream.
 
-    :param id: its id in the stream; hand it back to :meth:`Outbox.done` or :meth:`Outbox.reject`.
-    :param entry: what it says, or ``None`` where it is not valid.
+    :param id: its id in the stream; pass it to :meth:`Outbox.done` or :meth:`Outbox.reject`.
+    :param entry: its content, or ``None`` if it is not valid.
     :param error: why it is not valid.
-    :param raw: its bytes, as far as there are any.
+    :param raw: its bytes, if there are any.
     """
 
     id: str
@@ -61,11 +61,11 @@ class Entry:
 
 
 class Outbox:
-    """The stream of one SQL database's endpoints. Any thread may append, one at a time may read.
+    """The stream of one SQL database's endpoints. Any thread may append, but only one at a time may read.
 
-    :param redis: a client for the database RQ uses, whether it decodes or not.
-    :param namespace: what the SQL database's endpoint ids begin with, after ``ep``.
-    :param maxlen: entries kept while nobody reads.
+    :param redis: a client for the database that RQ uses, decoding or not.
+    :param namespace: the prefix of the SQL database's endpoint ids, after ``ep``.
+    :param maxlen: number of entries kept while nobody reads.
     """
 
     def __init__(self, redis: Redis, namespace: str, *, maxlen: int = DEFAULT_MAXLEN) -> None:
@@ -103,14 +103,14 @@ class Outbox:
             pipeline.execute()
 
     def silent_callbacks(self) -> int:
-        """Return how many such jobs there were; 0 while there are too few to mean anything."""
+        """Return the number of such jobs; 0 while there are too few to mean anything."""
         count = int(self._redis.get(self._silent_key) or 0)
         return count if count >= SILENT_CALLBACKS else 0
 
     def refused_user(self) -> str | None:
         """Return a Redis user whose commands on the stream were refused recently, if the server says so.
 
-        Only ``ACL LOG`` proves it, which not every user may read; ``None`` means unknown.
+        Only ``ACL LOG`` proves it, and not every user may read that; ``None`` means unknown.
         """
         try:
             log = self._raw("ACL", "LOG", 128)
@@ -123,8 +123,8 @@ class Outbox:
         return None
 
     def read(self, consumer: str, count: int, block_ms: float) -> list[Entry]:
-        """Return up to *count* entries: first what this reader left unfinished before a restart, then what a
-        dead reader left, then new ones.
+        """Return up to *count* entries: first what this reader left unfinished before a restart, then what
+        a dead reader left, then new ones.
 
         An entry may be returned again until it is done; processing it twice must do no harm.
 
@@ -154,7 +154,7 @@ class Outbox:
     def reject(self, id: str, raw: bytes | str, why: str) -> None:  # noqa: A002
         """Set an entry aside in the stream of rejected ones, where an operator can look at it.
 
-        :param raw: its bytes; cut where they are many.
+        :param raw: its bytes; truncated if there are many.
         :param why: one sentence.
         """
         raw = raw.encode("utf-8", "backslashreplace") if isinstance(raw, str) else raw
@@ -166,7 +166,7 @@ class Outbox:
         with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.xadd(self.rejected_key, fields, maxlen=MAX_REJECTED, approximate=True)
             pipeline.execute()
-        # Only then: an entry set aside twice is better than one that is gone.
+        # Only now: an entry set aside twice is better than one that is lost.
         self.done([id])
 
     def _read(self, consumer: str, count: int, block_ms: float) -> list[Entry]:
@@ -261,8 +261,8 @@ class Outbox:
         return Entry(entry_id, entry, None, raw)
 
     def _longest_wait_ms(self) -> int:
-        """Return how long the server may surely be waited for within the client's socket timeout."""
-        # Connections made without one have redis-py's own: none before release 8, 5 seconds since.
+        """Return how long we may safely wait for the server within the client's socket timeout."""
+        # Without a timeout of its own, a connection has redis-py's: none before release 8, 5 seconds since.
         timeout_s = self._redis.connection_pool.connection_kwargs.get("socket_timeout", 5)
         return max(1, int(timeout_s * 500) - TICK_MS) if timeout_s else 60_000
 
@@ -274,12 +274,12 @@ class Outbox:
                 raise
 
     def _raw(self, *command: Any) -> Any:
-        # Undecoded even where the client decodes: bytes that are no text must not end the whole read.
+        # Undecoded even if the client decodes: bytes that are not text must not fail the whole read.
         return self._redis.execute_command(*command, NEVER_DECODE=True)  # type: ignore[no-untyped-call]
 
 
 def missing_reports(outbox: Outbox, count: int) -> tuple[str, str]:
-    """Return what is known of jobs whose callbacks left no report, and what to do about it.
+    """Return what is known about jobs whose callbacks left no report, and what to do about it.
 
     :param count: :meth:`Outbox.silent_callbacks`.
     """
@@ -297,9 +297,9 @@ def missing_reports(outbox: Outbox, count: int) -> tuple[str, str]:
 
 
 def age_of_oldest(redis: Redis, key: str) -> float | None:
-    """Return for how many seconds the oldest entry of a stream has waited, ``None`` if the stream is empty.
+    """Return for how many seconds the oldest entry of a stream has waited; ``None`` if the stream is empty.
 
-    :param key: the stream's, :attr:`Outbox.key`.
+    :param key: the stream's key, :attr:`Outbox.key`.
     """
     with redis.pipeline(transaction=False) as pipeline:
         pipeline.xrange(key, count=1)
@@ -312,12 +312,12 @@ def age_of_oldest(redis: Redis, key: str) -> float | None:
 
 
 def read_until(redis: Redis, key: str | None) -> datetime | None:
-    """Return when Redis took the oldest entry that is not done: every earlier one is stored in SQL by now.
+    """Return when Redis received the oldest unfinished entry: every earlier one is stored in SQL by now.
 
-    Entries stay until then, whether nobody has read them yet or a reader died that had.
+    Entries stay until they are stored, whether nobody has read them yet or their reader died.
 
-    :param key: the stream's, :attr:`Outbox.key`.
-    :returns: ``None`` where the stream is empty.
+    :param key: the stream's key, :attr:`Outbox.key`.
+    :returns: ``None`` if the stream is empty.
     """
     oldest: Any = redis.xrange(key, count=1) if key is not None else []
     if not oldest:
@@ -338,7 +338,7 @@ def _milliseconds(entry_id: str) -> int:
 
 
 def _only_stream(answer: Any) -> Any:
-    """Return the entries of the one stream asked for, in whichever shape the protocol version has."""
+    """Return the entries of the one stream requested, in whichever shape the protocol version has them."""
     if not answer:
         return []
     entries = next(iter(answer.values())) if isinstance(answer, dict) else answer[0][1]

@@ -1,6 +1,6 @@
-"""What a valid outbox entry looks like, written by our callbacks and by web processes.
+"""The format of a valid outbox entry, as written by our callbacks and by web processes.
 
-Every client of Redis with write access can write to the stream: entries are validated like any input. Pure.
+Any Redis client with write access can write to the stream, so entries are validated like any input. Pure.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ..errors import OutboxEntryError
 from ..protocol.events import parse_time
 from ..tracing import checked
 
-#: Bytes of a valid entry: a result of 1 MiB, a traceback of 64 Ki characters escaped, and the rest.
+#: Maximum bytes of a valid entry: a result of 1 MiB, an escaped traceback of 64 Ki characters, and the rest.
 MAX_ENTRY_BYTES = 2 * 2**20
-#: Lists and objects of an entry, with the brackets in its texts: an empty one takes thirty times its bytes.
+#: Maximum lists and objects of an entry, and brackets in its texts: an empty one takes thirty times its size.
 MAX_CONTAINERS = 200_000
-#: Containers within containers. Results come cut at 50.
+#: Maximum nesting of containers. Results arrive cut at 50.
 MAX_DEPTH = 60
-#: Characters of a job's id: what an index of PostgreSQL holds beside the rest of its row.
+#: Maximum characters of a job's id: what a PostgreSQL index holds beside the rest of its row.
 MAX_JOB_ID = 512
-#: Job ids in one ``confirm`` entry.
+#: Maximum number of job ids in one ``confirm`` entry.
 MAX_JOBS = 10_000
 
 _KINDS = frozenset({"success", "failure", "stopped"})
@@ -40,24 +40,24 @@ _JOB_FIELDS = dict.fromkeys((
 _CONFIRM_FIELDS = dict.fromkeys(("v", "kind", "endpoint", "jobs"))
 
 
-# Not frozen: that takes three times as long, for every entry.
+# Not frozen: that would take three times as long, for every entry.
 @dataclass(slots=True, kw_only=True)
 class OutboxEntry:
     """One valid entry. Times are texts as RQ writes them, or ``None``.
 
     :param kind: ``"success"``, ``"failure"``, ``"stopped"``: a callback's report; ``"confirm"``: jobs whose
         watches the web process could not confirm in SQL.
-    :param endpoint: endpoint id, or ``ep<namespace>_all`` for a job of standing endpoints only.
+    :param endpoint: endpoint id, or ``ep<namespace>_all`` for a job whose events only standing endpoints get.
     :param job_id: RQ's id; empty for ``"confirm"``.
     :param run: identity of the run, see :func:`~flask_rq_webhooks.protocol.events.run_key`; empty for
         ``"confirm"``.
-    :param at: when Redis took the entry, unix seconds: RQ's results are stamped by the same clock.
-    :param retries_left: as the failing run left it; more than 0 means RQ will retry.
+    :param at: when Redis received the entry, unix seconds: RQ's results are stamped by the same clock.
+    :param retries_left: the value that the failing run left; more than 0 means RQ will retry.
     :param error: ``{"type", "message", "traceback"}`` with kind ``"failure"``.
-    :param trace: of the span in which the callback ran, where the worker has OpenTelemetry; absent elsewhere.
+    :param trace: of the span in which the callback ran, if the worker has OpenTelemetry; otherwise absent.
     :param jobs: job ids, only with ``"confirm"``.
     :param seal: what a web process encrypted, only with ``"confirm"``; see :func:`confirm_entry`.
-    :param size: bytes of the JSON it was read from; 0 where it was not.
+    :param size: bytes of the JSON it was read from; 0 if it was not read from JSON.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class OutboxEntry:
     size: int = field(default=0, compare=False)
 
     def to_json(self) -> str:
-        """Return the entry as :func:`parse_entry` reads it."""
+        """Return the entry in the form that :func:`parse_entry` reads."""
         if self.kind == "confirm":
             return dump_entry(confirm_entry(self.endpoint, self.jobs, seal=self.seal))
         fields = {name: getattr(self, name) for name in _JOB_FIELDS if name != "v"}
@@ -90,13 +90,13 @@ class OutboxEntry:
 
 
 def confirm_entry(endpoint: str, jobs: Sequence[str], *, seal: str | None = None) -> dict[str, Any]:
-    """Return the entry by which a web process that cannot write to SQL asks for its watches' confirmation.
+    """Return the entry with which a web process that cannot write to SQL asks for its watches' confirmation.
 
     :param endpoint: endpoint id.
     :param jobs: ids of the jobs the request enqueued.
-    :param seal: the same once more, encrypted, with each job's run and the ids of those that were not in
-        Redis yet: proof that the entry comes from a web process. Without it, it counts only for jobs whose
-        own hash names the endpoint.
+    :param seal: the same data again, encrypted, with each job's run and the ids of those that were not in
+        Redis yet: proof that the entry comes from a web process. Without it, the entry counts only for jobs
+        whose own hash names the endpoint.
     """
     entry = {"v": ENTRY_VERSION, "kind": "confirm", "endpoint": endpoint, "jobs": list(jobs)}
     return entry if seal is None else {**entry, "seal": seal}
@@ -108,10 +108,10 @@ def dump_entry(entry: Mapping[str, Any]) -> str:
 
 
 def parse_entry(raw: bytes, *, at: float | None = None) -> OutboxEntry:
-    """Return the entry that *raw* is.
+    """Return the entry that *raw* encodes.
 
-    :param raw: ASCII JSON, exactly the fields of its kind.
-    :param at: when Redis took it (unix seconds); what it says itself by default.
+    :param raw: ASCII JSON with exactly the fields of its kind.
+    :param at: when Redis received it (unix seconds); by default what the entry itself says.
     :raises OutboxEntryError: saying what is wrong with it, without repeating its content at length.
     """
     fields = _loads(raw)
@@ -174,15 +174,15 @@ def _loads(raw: bytes) -> dict[str, Any]:
     if containers > MAX_CONTAINERS:
         raise OutboxEntryError(f"it has more than {MAX_CONTAINERS} lists and objects.")
     try:
-        # Text first: bytes would also be accepted as UTF-16 or UTF-32.
+        # Decode to text first: bytes would also be accepted as UTF-16 or UTF-32.
         fields = _DECODER.decode(raw.decode("ascii"))
     except RecursionError:
         raise OutboxEntryError("it is nested too deeply.") from None
-    except ValueError as exc:  # UnicodeDecodeError and JSONDecodeError are ones; so is a number too long
+    except ValueError as exc:  # includes UnicodeDecodeError, JSONDecodeError, and a number that is too long
         raise OutboxEntryError(f"it is not JSON ({type(exc).__name__}).") from exc
     if not isinstance(fields, dict):
         raise OutboxEntryError("it is not a JSON object.")
-    # Half characters need an escape, and depth needs as many brackets: nearly every entry has neither.
+    # Lone surrogates need an escape, and depth needs as many brackets: nearly every entry has neither.
     if b"\\u" in raw or containers >= MAX_DEPTH:
         _check_values(fields)
     return fields
@@ -211,7 +211,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_co
 
 
 def _check_values(fields: dict[str, Any]) -> None:
-    """Refuse what JSON can say and SQL or a receiver cannot: depth and half characters."""
+    """Reject what JSON can express but SQL or a receiver cannot handle: depth and lone surrogates."""
     level: list[Any] = [fields]
     for _depth in range(MAX_DEPTH):
         deeper: list[Any] = []

@@ -1,4 +1,4 @@
-"""Our own Redis client, and which database a client leads to: for comparing two, and for naming one."""
+"""Our own Redis client, and which database a client leads to: to compare two, and to name one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redis.retry import Retry
 def redis_identity(connection: Redis) -> str | None:
     """Return what identifies a Redis database: the server's run id and the database number.
 
-    A restarted server has a new one, so it is good for comparing, not for keeping.
+    A restarted server has a new one, so it is good for comparing, but not for storing.
 
     :returns: ``None`` where the server hides it (an ACL or a proxy forbids ``INFO``, fakeredis).
     :raises redis.RedisError: when Redis cannot be reached.
@@ -31,7 +31,7 @@ def redis_identity(connection: Redis) -> str | None:
 def redis_parameters(connection: Redis) -> tuple[Any, ...]:
     """Return the address *connection* was made for; equal for two clients of one database.
 
-    Unequal ones may still lead to one database, by another name.
+    Different addresses may still lead to the same database, under another name.
     """
     pool = connection.connection_pool
     kwargs = pool.connection_kwargs
@@ -51,7 +51,7 @@ def redis_parameters(connection: Redis) -> tuple[Any, ...]:
 
 
 def database_name(connection: Redis) -> str:
-    """Return a name of the database for people, without user name and password."""
+    """Return a display name of the database, without user name and password."""
     kind, where, *more = redis_parameters(connection)
     database = more[-1]
     if kind == "tcp":
@@ -68,15 +68,15 @@ def _database_number(connection: Redis) -> int:
 def connect(url: str) -> Redis:
     """Return our own client for *url*; nothing is opened yet.
 
-    After a failover an open connection may lead to a server that is a replica now. redis-py keeps it outside
-    of Sentinel and keeps failing; here it is closed, and the command is sent again on a new one.
+    After a failover an open connection may lead to a server that is now a replica. Outside Sentinel, redis-py
+    keeps it and keeps failing; here it is closed, and the command is sent again on a new one.
     """
     client = Redis.from_url(
         url,
         socket_connect_timeout=2,
         socket_timeout=10,
         health_check_interval=30,
-        # The client's own default retries hold a caller for seconds while Redis is down.
+        # The client's default retries block a caller for seconds while Redis is down.
         retry=Retry(NoBackoff(), 1),
         retry_on_error=[RedisConnectionError],  # redis-py before 6 retries nothing by itself
     )
@@ -89,7 +89,7 @@ class _ClosedByReadOnly:
     """A connection, over any transport, that is not used again after it answered ``READONLY``."""
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        """Read an answer as the client does."""
+        """Read a response as the client does."""
         try:
             return super().read_response(*args, **kwargs)  # type: ignore[misc]
         except ReadOnlyError as exc:

@@ -2,7 +2,7 @@
 
 ``pickle.load`` is never called on them. ``pickletools.genops`` splits a pickle into opcodes, and the small
 machine here builds texts, numbers, dates and containers from them. It imports nothing, calls nothing a pickle
-names, and hands out no class: the constructors below are our own functions. Whatever is not plain data
+names, and returns no class: the constructors below are our own functions. Whatever is not plain data
 becomes :data:`UNKNOWN`. Work and memory are bounded: see :data:`MAX_BYTES` and :data:`MAX_STEPS`.
 
 RQ's ``JSONSerializer`` writes JSON instead; :func:`load_plain` reads that too.
@@ -24,18 +24,18 @@ from uuid import UUID
 
 from ..protocol.json_safe import dumps_capped
 
-#: Bytes of a pickle, and of JSON, that are read. Of one text, four bytes of memory may come of each.
+#: Maximum size of a pickle, and of JSON, in bytes. Each byte of a text may take four bytes of memory.
 MAX_BYTES, MAX_JSON_BYTES = 4 * 2**20, 2**20
-#: Opcodes that are carried out, which bounds the number of objects: about 0.2 s and 15 MB.
+#: Maximum number of opcodes executed, which bounds the number of objects: about 0.2 s and 15 MB.
 MAX_STEPS = 200_000
-#: What a set costs: an empty one takes four times the memory of a list or dict.
+#: Steps that a set costs: an empty one takes four times the memory of a list or dict.
 _SET_STEPS = 4
-#: Keys and set members whose hashes can be chosen so that they collide: n of them take n² comparisons.
+#: Maximum number of keys and set members whose hashes can be made to collide: n of them take n² comparisons.
 _MAX_WEAK_KEYS = 1000
-#: Values within one tuple that is a key: each container of shared tuples doubles what hashing it costs.
+#: Maximum number of values in one tuple used as a key: each container of shared tuples doubles the hashing.
 _MAX_KEY_VALUES = 64
 
-#: Bytes of the JSON of a job's progress.
+#: Maximum size of a job's progress, in bytes of JSON.
 MAX_PROGRESS_BYTES = 4096
 
 #: How RQ's own description of a job begins.
@@ -49,20 +49,20 @@ class _Unknown(Enum):
         return "UNKNOWN"
 
 
-#: A value that is not kept any more, or that only its own program could read.
+#: A value that is no longer kept, or that only its own program could read.
 UNKNOWN: Final = _Unknown.UNKNOWN
 
 
 class _UnsafeError(Exception):
-    """The pickle does what no pickle of plain data does, or too much of it."""
+    """The pickle does something that no pickle of plain data does, or too much of it."""
 
 
 def load_plain(raw: bytes, *, whole: bool = False) -> Any:
     """Return what *raw* holds, with :data:`UNKNOWN` in place of each value that is not plain data.
 
     :param raw: written by RQ's pickle or JSON serializer; already decompressed.
-    :param whole: return :data:`UNKNOWN` for the whole if any part of it is.
-    :returns: :data:`UNKNOWN` where *raw* is broken, too large or does what plain data does not need.
+    :param whole: return :data:`UNKNOWN` for the whole value if any part of it is unknown.
+    :returns: :data:`UNKNOWN` if *raw* is broken, too large or does what plain data does not need.
     """
     try:
         if raw[:1] != b"\x80":
@@ -93,11 +93,11 @@ def plain_call(data: bytes, description: str | None = None) -> tuple[str | None,
 
 
 def progress_in(meta: bytes | None, key: str) -> Any:
-    """Return the value under *key* in a job's meta, JSON-safe; ``None`` where it has no such key.
+    """Return the value under *key* in a job's meta, JSON-safe; ``None`` if it has no such key.
 
-    What cannot be read, and what takes more than :data:`MAX_PROGRESS_BYTES`, counts as none.
+    A value that cannot be read, or takes more than :data:`MAX_PROGRESS_BYTES`, counts as absent.
     """
-    # Both serializers write an ordinary key as it is.
+    # Both serializers write an ordinary key verbatim.
     if not meta or (key.isidentifier() and key.isascii() and key.encode() not in meta):
         return None
     values = load_plain(meta)
@@ -106,9 +106,9 @@ def progress_in(meta: bytes | None, key: str) -> Any:
 
 
 def inflated(value: bytes, limit: int = MAX_BYTES) -> bytes:
-    """Return *value* decompressed, or as it is where RQ did not compress it.
+    """Return *value* decompressed, or unchanged if RQ did not compress it.
 
-    :param limit: bytes; a few compressed ones may stand for gigabytes, so more than this is cut off.
+    :param limit: in bytes; a few compressed ones may expand to gigabytes, so the rest is cut off.
     """
     try:
         return zlib.decompressobj().decompress(value, limit)
@@ -120,7 +120,7 @@ def inflated(value: bytes, limit: int = MAX_BYTES) -> bytes:
 
 
 def _dated(kind: Any) -> Callable[..., Any]:
-    """Return a constructor of one of the types of :mod:`datetime` from the bytes its own pickles hold."""
+    """Return a constructor for one of the types of :mod:`datetime`, from the bytes in its own pickles."""
 
     def dated(state: Any, *zone: Any) -> Any:
         if type(state) is not bytes or not all(isinstance(part, timezone) for part in zone):
@@ -151,7 +151,7 @@ def _decimal(text: Any) -> Decimal:
 
 
 def _path(kind: Callable[..., Any]) -> Callable[..., str]:
-    """Return a constructor of the path's text: nothing but the text is wanted."""
+    """Return a constructor that returns the path's text: nothing else is needed."""
 
     def path(*parts: Any) -> str:
         if any(type(part) is not str for part in parts) or sum(map(len, parts)) > 4096:
@@ -161,11 +161,11 @@ def _path(kind: Callable[..., Any]) -> Callable[..., str]:
     return path
 
 
-# These give back what they are given. A copy of a large value costs a pickle four bytes.
+# These return what they are given: with four bytes a pickle could request a copy of a large value.
 
 
 def _bytearray(content: Any = b"") -> bytes:
-    if type(content) is not bytes:  # a number would allocate as many bytes
+    if type(content) is not bytes:  # a number would allocate that many bytes
         raise _UnsafeError
     return content
 
@@ -193,7 +193,7 @@ _PATHS = {
     "WindowsPath": _WINDOWS, "PureWindowsPath": _WINDOWS,
 }  # fmt: skip
 
-#: (module, name) a pickle may name → what is called in its place. Python 3.13 moved the paths' classes.
+#: (module, name) that a pickle may name → what is called instead. Python 3.13 moved the path classes.
 _CONSTRUCTORS: dict[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "bytearray"): _bytearray,
     ("builtins", "complex"): _complex,
@@ -213,7 +213,7 @@ _SETS: dict[tuple[str, str], Callable[[list[Any]], Any]] = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
 }
-#: Made by NEWOBJ and filled by BUILD, in its own way; nothing else may be filled.
+#: Created by NEWOBJ and filled by BUILD, in its own way; nothing else may be filled.
 _UUID = ("uuid", "UUID")
 
 
@@ -230,7 +230,7 @@ class _Global:
 
 
 _MARK = object()
-#: Opcodes whose argument, as ``genops`` reads it, is the value.
+#: Opcodes whose argument, as ``genops`` reads it, is already the value.
 _VALUES = frozenset(
     (
         "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
@@ -244,7 +244,7 @@ _PUTS, _GETS = frozenset(("PUT", "BINPUT", "LONG_BINPUT")), frozenset(("GET", "B
 
 
 class _Machine:
-    """The stack machine that pickles are programs of, for plain data only."""
+    """The stack machine that executes pickles, for plain data only."""
 
     def __init__(self) -> None:
         self.met_unknown = False
@@ -254,9 +254,9 @@ class _Machine:
         self._weak_keys = 0
 
     def run(self, raw: bytes) -> Any:
-        """Return the value *raw* describes.
+        """Return the value that *raw* describes.
 
-        :raises Exception: where it describes none.
+        :raises Exception: if it describes none.
         """
         stack, memo = self._stack, self._memo
         argument: Any
@@ -280,7 +280,7 @@ class _Machine:
             elif name == "STOP":
                 return self._value(stack.pop())
             elif name not in ("PROTO", "FRAME"):
-                # What is not in the table (DUP, extension codes, buffers) is in no pickle of plain data.
+                # Opcodes not in the table (DUP, extension codes, buffers) occur in no pickle of plain data.
                 _OPCODES[name](self, argument)
         raise _UnsafeError
 
@@ -353,10 +353,10 @@ class _Machine:
             target[self._key(key)] = item
 
     def _key(self, key: Any) -> Any:
-        """Return *key*, which is about to be hashed, if that is cheap.
+        """Return *key*, which is about to be hashed, if hashing it is cheap.
 
-        The hashes of texts and bytes cannot be chosen by the author of the pickle, and hardly any two floats
-        or small integers share one. Tuples, large integers, decimals and UUIDs can be made to.
+        The author of a pickle cannot choose the hashes of texts and bytes, and hardly any two floats
+        or small integers share one. Tuples, large integers, decimals and UUIDs can be made to collide.
         """
         kind = type(key)
         if kind is str or kind is bytes or kind is float or (kind is int and key.bit_length() < 61):
@@ -379,7 +379,7 @@ class _Machine:
     # -- names, calls and objects ---------------------------------------------------------------------
 
     def _call(self, count: int) -> None:
-        """Replace a name and its arguments by what our constructor of that name makes of them."""
+        """Replace a name and its arguments with the result of our constructor for that name."""
         if len(self._stack) < count:
             raise _UnsafeError
         called = self._stack[-count]
@@ -396,7 +396,7 @@ class _Machine:
         if path in _SETS:
             return _SETS[path](self._members(arguments))
         constructor = _CONSTRUCTORS.get(path)
-        # A defaultdict's factory is a name, and does not matter to what it holds.
+        # A defaultdict's factory is a name, and does not matter for its content.
         if constructor is None or (UNKNOWN in arguments and constructor is not _dict):
             return self._value(UNKNOWN)
         value = constructor(*arguments)
@@ -405,7 +405,7 @@ class _Machine:
         return value
 
     def _members(self, arguments: tuple[Any, ...]) -> list[Any]:
-        """Return the members of a set as protocols before 4 write it."""
+        """Return the members of a set as protocols before 4 write them."""
         (items,) = arguments or ([],)
         if type(items) is not list:
             raise _UnsafeError
@@ -419,7 +419,7 @@ class _Machine:
             number = state.get("int")
             if type(number) is not int or not 0 <= number < 2**128:
                 raise _UnsafeError
-            # It may be in the memo already, so it is changed and not replaced.
+            # It may already be in the memo, so it is changed, not replaced.
             object.__setattr__(target, "int", number)
         elif target is not UNKNOWN and not isinstance(target, _Global):
             raise _UnsafeError
@@ -431,7 +431,7 @@ class _Machine:
         self._stack.append(self._value(UNKNOWN))
 
 
-#: What is done for each opcode, given the machine and the opcode's argument.
+#: What to do for each opcode, given the machine and the opcode's argument.
 _OPCODES: dict[str, Callable[[_Machine, Any], Any]] = {
     "POP": lambda machine, _: machine._stack.pop(),
     "POP_MARK": lambda machine, _: machine._pop_to_mark(),

@@ -1,7 +1,7 @@
 """Standing endpoints: made by operators and tenants, changed, disabled, deleted.
 
-Owns their rows and secrets once they are created (:func:`.endpoints.register` inserts those of every
-endpoint). Does not validate URLs: callers have done so.
+Owns their rows and secrets. :func:`.endpoints.register` inserts the job-bound endpoints. Does not validate
+URLs: callers have done so.
 """
 
 from __future__ import annotations
