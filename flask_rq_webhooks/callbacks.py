@@ -1,21 +1,21 @@
-"""What RQ calls in users' workers when a job ends: the evidence goes to the outbox stream.
+"""The callbacks that RQ calls in users' workers when a job ends; they write evidence to the outbox stream.
 
 A job with a webhook carries three dotted names::
 
     flask_rq_webhooks.callbacks.<kind>.<endpoint id>[~<outbox length>[n]][.<the user's own callback>]
 
-``kind`` is ``success``, ``failure`` or ``stopped``; ``n`` means that no argument of the job names its run. RQ
+``kind`` is ``success``, ``failure`` or ``stopped``; ``n`` says that no argument of the job names its run. RQ
 resolves them through :func:`__getattr__`, so nothing else needs to be stored with the job and nothing is lost
-when its meta is overwritten. The names are stored in users' Redis: they are a promise.
+when its meta is overwritten. The names are stored in users' Redis, so their form must not change.
 
-The user's own callback runs first, with the arguments RQ passes, and has the same meaning to RQ as before:
-what it raises, RQ gets. Our own part appends one JSON entry with one command on the job's own connection.
+The user's own callback runs first, with the arguments that RQ passes, and has the same effect on RQ as
+before: RQ gets what it raises. Our part appends one JSON entry with one command on the job's own connection.
 It never raises, never sleeps, and gives up after :data:`RENDER_LIMIT_S` and :data:`APPEND_LIMIT_S`.
 
-RQ imports this module inside every forked work-horse: every job pays for every line of it. So it
-imports only what RQ has already loaded, builds nothing when imported, and leaves what a job that succeeds
-with a plain result does not need to modules that are imported on demand. It knows nothing of
-Flask, SQL or HTTP, nor of what happens to an entry.
+RQ imports this module inside every forked work-horse, so every job pays for every line of it. Therefore it
+imports only what RQ has already loaded, builds nothing at import, and leaves what a job with a plain
+successful result does not need to modules that are imported on demand. It does not know about Flask, SQL or
+HTTP, or what happens to an entry.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ if TYPE_CHECKING:
 
 #: First part of the stream's key; the rest is the first part of the endpoint id.
 OUTBOX_KEY_PREFIX = "rq_webhooks:outbox:"
-#: Entries kept in the stream unless the dotted name says otherwise.
+#: Entries kept in the stream when the dotted name does not say otherwise.
 DEFAULT_MAXLEN = 100_000
 #: Version of the entries written here.
 ENTRY_VERSION = 1
-#: Maximum size of a result in bytes of JSON; a larger one is left out and marked.
+#: Maximum bytes of JSON of a result; a larger one is left out and marked.
 MAX_RESULT_BYTES = 2**20
 #: Maximum characters kept of a function name, a queue name and a run id.
 MAX_NAME_CHARS = 512
 #: Maximum characters of a first argument that may name a run; a longer one is content.
 MAX_ARGUMENT_CHARS = 128
-#: Seconds our part may take to turn the outcome into JSON, and to send it to Redis. redis-py's own retries
-#: block a caller for 4.4 s when Redis refuses connections, and without end when a server is silent.
+#: Seconds our part may take to turn the outcome into JSON, and to pass it to Redis. redis-py's own retries
+#: block the caller for 4.4 s if Redis refuses connections, and a silent server blocks it forever.
 RENDER_LIMIT_S, APPEND_LIMIT_S = 2.0, 3.0
 
 _KINDS = ("success", "failure", "stopped")
-#: Maximum number of values and characters, and maximum nesting, of a result that may be reported unchanged.
+#: Maximum number of values and characters, and maximum nesting, of a result that is reported unconverted.
 _PLAIN_SIZE, _PLAIN_DEPTH = 20_000, 10
 
-#: The callback that ``hasattr`` has just built; RQ asks for the same name with ``getattr`` right after.
+#: The callback that ``hasattr`` has just built; RQ calls ``getattr`` for the same name right after.
 _just_built: tuple[str, Callable[..., None]] | None = None
 
 
@@ -78,8 +78,8 @@ def __getattr__(name: str) -> Callable[..., None]:
 
 
 def _is_token(token: str) -> bool:
-    """Return whether *token* is ``ep<letters and digits>_<letters and digits>``, possibly with ``~<number>``
-    and an ``n``."""
+    """Return whether *token* is ``ep<letters and digits>_<letters and digits>``, optionally with
+    ``~<number>`` and an ``n``."""
     endpoint, tilde, maxlen = token.partition("~")
     namespace, _, rest = endpoint.partition("_")
     return (
@@ -93,13 +93,13 @@ def _is_token(token: str) -> bool:
 
 
 def _build(kind: str, token: str, user_path: str) -> Callable[..., None]:
-    """Return the callback for one dotted name; a problem with the user's own is raised when it runs."""
+    """Return the callback for one dotted name; errors in the user's callback are raised when it runs."""
     user: Callable[..., Any] | None = None
     problem: BaseException | None = None
     if user_path:
         try:
             user = import_attribute(user_path)
-        except (Exception, SystemExit) as exc:  # whatever the user's module does when imported
+        except (Exception, SystemExit) as exc:  # the user's module may do anything when imported
             problem = exc
         else:
             problem = _refusal(kind, user)
@@ -112,7 +112,7 @@ def _build(kind: str, token: str, user_path: str) -> Callable[..., None]:
 
     def report_success(job: Job, connection: Redis, *outcome: Any) -> None:
         run_user_callback(job, connection, outcome)
-        # Only now: if the user's callback raises, RQ calls the job failed and runs on_failure.
+        # Append only now: if the user's callback raises, RQ marks the job failed and runs on_failure.
         _append(kind, token, job, connection, outcome)
 
     def report(job: Job, connection: Redis, *outcome: Any) -> None:
@@ -125,7 +125,7 @@ def _build(kind: str, token: str, user_path: str) -> Callable[..., None]:
 
 
 def _refusal(kind: str, user: Any) -> TypeError | None:
-    """Return the error with which RQ 3 refuses a coroutine function; RQ cannot see it behind our callback."""
+    """Return the error with which RQ 3 refuses a coroutine function: behind our callback RQ cannot see it."""
     import inspect
 
     refuses = hasattr(sys.modules.get("rq.callbacks"), "execute_success_callback")
@@ -138,7 +138,7 @@ def _refusal(kind: str, user: Any) -> TypeError | None:
 
 
 def _append(kind: str, token: str, job: Job, connection: Redis, outcome: tuple[Any, ...]) -> None:
-    """Append what is known about the job's end to the outbox stream. Only a signal makes it raise."""
+    """Append what is known about the job's end to the outbox stream. Never raises, except for a signal."""
     endpoint, _, options = token.partition("~")
     maxlen = int(options.removesuffix("n") or DEFAULT_MAXLEN)
     key = OUTBOX_KEY_PREFIX + endpoint.partition("_")[0]
@@ -223,8 +223,8 @@ def _trace() -> str | None:
 def _call_of(kind: str, job: Job, outcome: tuple[Any, ...]) -> tuple[Any, Any]:
     """Return the job's function name and its first positional argument, as far as they may be read.
 
-    A stopped or abandoned job did not run in this process: this is a worker, which must not import the user's
-    modules, so only plain values are read from the job's data.
+    A stopped or abandoned job did not run in this process: this is a worker that must not import the user's
+    modules, so it reads only plain values from the job's data.
     """
     if kind == "success" or (kind == "failure" and isinstance(outcome[-1], TracebackType)):
         return _get(job, "func_name"), _item(_get(job, "args"), 0)
@@ -240,7 +240,7 @@ def _error(outcome: tuple[Any, ...]) -> dict[str, str]:
 
 
 def _result(value: Any) -> tuple[Any, bool]:
-    """Return *value* in a form JSON can hold, and whether it was left out because it is too large."""
+    """Return *value* in a form that JSON can hold, and whether it was left out because it is too large."""
     if _is_plain(value):
         return value, False
     from .protocol.json_safe import dumps_capped
@@ -249,7 +249,7 @@ def _result(value: Any) -> tuple[Any, bool]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether *value* is small and already JSON: converting it would change nothing."""
+    """Return whether *value* is small and valid JSON already, so that converting it would change nothing."""
     left = _PLAIN_SIZE
     level = [value]
     for _ in range(_PLAIN_DEPTH):
@@ -285,10 +285,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def run_name(runid: Any, argument: Any) -> str | None:
-    """Return what the host calls a run; the same rule for callbacks, reconcile and requests.
+    """Return the host's name for a run; the same rule for callbacks, reconcile and requests.
 
-    :param runid: ``job.meta["runid"]``, a text or an integer.
-    :param argument: the job's first positional argument: used if there is no *runid* and it is a text that
+    :param runid: ``job.meta["runid"]``, a string or an integer.
+    :param argument: the job's first positional argument: used if there is no *runid* and it is a string that
         looks like a name and not like content (SQL, the subject of an e-mail).
     """
     if isinstance(runid, int) and not isinstance(runid, bool):
@@ -301,7 +301,7 @@ def run_name(runid: Any, argument: Any) -> str | None:
 
 
 def _time(job: Job, name: str) -> str | None:
-    """Return a time of the job's as RQ writes it; RQ before 2.0 returns naive UTC."""
+    """Return one of the job's times as RQ writes it; RQ before 2.0 returns naive UTC."""
     moment = _get(job, name)
     try:
         if moment.tzinfo is not None:
@@ -312,7 +312,7 @@ def _time(job: Job, name: str) -> str | None:
 
 
 def _name(value: Any) -> str | None:
-    """Return a text that SQL can store unchanged; ``None`` if there is no text."""
+    """Return a string that SQL can store unchanged; ``None`` if there is no string."""
     if not isinstance(value, str):
         return None
     text = value.replace("\0", "")
@@ -339,23 +339,23 @@ def _item(container: Any, key: Any) -> Any:
 
 
 class _OutOfTime(BaseException):
-    """Our part takes too long. Not an :exc:`Exception`: code that we call must not catch it as its own."""
+    """Our part takes too long. Not an :exc:`Exception`, so that the code we call does not catch it as one."""
 
 
 def _in_turn(*steps: tuple[float, Callable[[Any], Any]]) -> None:
-    """Run steps, each with the previous one's result, and each ended by :exc:`_OutOfTime` after its time.
+    """Run steps, each with the previous one's result, and end each with :exc:`_OutOfTime` after its time.
 
-    RQ's alarm limits the user's callback, which has returned by now. If it went off in here, a good job
-    would be called failed. So it is suspended, and set again for the time it has left. Signals reach the main
-    thread only; in other threads, and where there are no alarms, the steps are not limited.
+    RQ's alarm limits the user's callback, which has returned by now. If the alarm rang in here, a good job
+    would be marked failed. So it is suspended and then set again for the rest of its time. Signals reach only
+    the main thread; in other threads, and where there are no alarms, the steps have no time limit.
 
-    :param steps: seconds, and what to do within them.
+    :param steps: pairs of a limit in seconds and the function to call within it.
     """
     value = None
     previous = None
     if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
         previous = signal.getsignal(signal.SIGALRM)
-    if previous is None:  # also: not set from Python, so it could not be set again
+    if previous is None:  # or the handler was not set from Python and could not be restored
         for _limit_s, step in steps:
             value = step(value)
         return
@@ -381,6 +381,6 @@ def _in_turn(*steps: tuple[float, Callable[[Any], Any]]) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
         if left_s:
-            # It came due while we were busy: let it go off after RQ has had the time to cancel it.
+            # If it came due while we were busy, let it ring only after RQ has had time to cancel it.
             left_s = max(left_s - (time.monotonic() - started), 0.05)
             signal.setitimer(signal.ITIMER_REAL, left_s, interval_s)

@@ -1,8 +1,8 @@
 """What one app needs, built once: settings, database, Redis, keys, policies, formats.
 
-Lives in ``app.extensions["rq_webhooks"]``. Everything that opens a connection is built on first use, so
-that ``init_app`` works before ``db.init_app`` and without any server. Knows nothing of requests, views,
-or how deliveries are sent.
+Stored in ``app.extensions["rq_webhooks"]``. Everything that opens a connection is built on first use, so
+``init_app`` works before ``db.init_app`` and without any server. Does not know about requests, views, or how
+deliveries are sent.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Hooks(Protocol):
 class State:
     """Everything that belongs to one app. Read-only for its users; built lazily, once, in any thread.
 
-    :param app: the app; its config was read into *settings*.
+    :param app: the app; its config has been read into *settings*.
     :param hooks: the extension object.
     :param db: the host's Flask-SQLAlchemy object, or ``None``.
     :param redis: a client, a function that returns one, or ``None`` for ``REDIS_URL``.
@@ -99,7 +99,7 @@ class State:
         self._built: dict[str, Any] = {}
 
     def once(self, name: str, build: Callable[[], Built]) -> Built:
-        """Return what *build* returned when this app first asked for *name*, in any thread."""
+        """Return what *build* returned when *name* was first requested for this app; thread-safe."""
         try:
             built: Built = self._built[name]
         except KeyError:
@@ -118,13 +118,13 @@ class State:
     def database(self) -> Database:
         """Return our own database access.
 
-        :raises ConfigurationError: when no setting says where it is.
+        :raises ConfigurationError: when no setting tells where the database is.
         """
         return self.once("database", self._build_database)
 
     @property
     def cipher(self) -> Cipher:
-        """Return the cipher for secrets and headers at rest.
+        """Return the cipher that encrypts secrets and headers at rest.
 
         :raises ConfigurationError: when there is neither ``SECRET_KEY`` nor ``ENCRYPTION_KEYS``.
         """
@@ -144,7 +144,7 @@ class State:
 
     @property
     def namespace(self) -> str:
-        """Return the part of our Redis keys that belongs to this SQL database alone."""
+        """Return the part of our Redis keys that is unique to this SQL database."""
         return self.once("namespace", lambda: shared_namespace(self.database))
 
     @property
@@ -154,7 +154,7 @@ class State:
         return self.once("outbox", lambda: Outbox(self.redis, self.namespace, maxlen=maxlen))
 
     def render(self, endpoint: Endpoint | Any, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
-        """Return the body for *endpoint* and its media type: stored, signed and sent as they are.
+        """Return the body for *endpoint* and its media type: stored, signed and sent unchanged.
 
         :param endpoint: a row with ``format``, ``runid`` and ``reference``.
         :raises ConfigurationError: when the endpoint's format is not registered in this process.
@@ -172,7 +172,7 @@ class State:
     def render_context(
         self, event_id: str, runid: str | None = None, reference: str | None = None
     ) -> RenderContext:
-        """Return what a payload contains besides the occurrence, and how much this app's settings allow."""
+        """Return what a payload contains besides the occurrence, within the limits of this app's settings."""
         settings = self.settings
         return RenderContext(
             event_id=event_id,
@@ -212,7 +212,7 @@ class State:
         return Database(bind["url"], connect_args=bind.get("connect_args"), own_file=False)
 
     def _shared(self, uri: str) -> Database | None:
-        """Return the database *uri* opened as the host opens it, if it is one of the host's."""
+        """Return the database *uri* opened like the host opens it, if it is one of the host's databases."""
         if self._db is None:
             return None
         with suppress(ConfigurationError):
@@ -250,7 +250,7 @@ class State:
 def get_state(app: Flask | None = None) -> State:
     """Return the state of *app*, or of the current app.
 
-    :raises ConfigurationError: when the extension was not initialised for it.
+    :raises ConfigurationError: when the extension was not initialised for that app.
     """
     app = app or current_app
     try:

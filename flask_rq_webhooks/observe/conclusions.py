@@ -1,4 +1,4 @@
-"""What outcomes mean for a watch: what to publish, and what to note. Pure: everything is passed in.
+"""Decide what outcomes mean for a watch: what to publish and what to note. Pure: everything is passed in.
 
 Decides which runs count, when an absent job is lost, and when absence proves nothing. How a run ended is
 decided in :mod:`~flask_rq_webhooks.observe.outcomes`.
@@ -27,39 +27,39 @@ from .outcomes import (
 )
 
 #: Passes that must miss a job before it counts as lost: a job that is being replaced is absent for a moment.
-#: At worst: a job absent for longer than a pass is reported as lost, and corrected when it is back.
+#: A job absent for longer than a pass is reported as lost, and corrected when it is back.
 LOST_AFTER_PASSES = 2
 #: How long a reserved job id waits for its job: views may take minutes, pipelines may be executed later.
-#: If exceeded: the watch is closed; a callback of the job still names the endpoint and is reported.
+#: After that the watch is closed; a callback of the job still names the endpoint and is reported.
 RESERVED_GRACE = timedelta(minutes=15)
-#: How long a view that has not reported its end may enqueue further jobs of a tree; most servers kill it
-#: by then. If exceeded: a tree whose jobs so far have ended is reported before its last jobs.
+#: How long a view that has not reported that it is done may enqueue further jobs of a tree; most servers kill
+#: it by then. If it takes longer, a tree whose jobs so far have ended is reported before its last jobs.
 VIEW_GRACE = timedelta(seconds=30)
-#: How long reconcile leaves a job that carries our callbacks to them, because they know its result.
-#: If exceeded: reconcile reports the same ending first, with as much of the result as RQ keeps.
+#: How long reconcile waits for the callbacks of a job that carries them, because they know its result. If
+#: they take longer, reconcile reports the same ending first, with the result as far as RQ keeps it.
 CALLBACK_GRACE = timedelta(seconds=1.5)
 
 
 def view_may_enqueue(status: str, created_at: datetime, now: datetime) -> bool:
     """Return whether the view that reserved a job of a tree may still be enqueuing others.
 
-    :param status: of the job's watch, made at *created_at*; no longer ``"reserved"`` once the view is done.
+    :param status: of the watch, which was created at *created_at*; not ``"reserved"`` once the view is done.
     """
     return status == "reserved" and now - created_at <= VIEW_GRACE
 
 
 class WatchAction(enum.Enum):
-    """What happens to a watch, besides publishing the outcomes."""
+    """What to do with a watch, apart from publishing its outcomes."""
 
-    #: It keeps waiting, or stays settled.
+    #: The watch keeps waiting, or stays settled.
     WAIT = enum.auto()
-    #: Its job is absent, and must be missed once more before that counts.
+    #: Its job is absent, and must be missing in another pass before that counts.
     MISSING = enum.auto()
     #: Its job is gone, and nobody reported how it ended.
     LOST = enum.auto()
-    #: Its job id was reserved, but no job of this request ever used it.
+    #: Its job id was reserved and never became a job of this request.
     UNUSED = enum.auto()
-    #: The job is in a run that has not been reported: the watch is opened for this run.
+    #: The job is in a run that has not been reported: the watch is open, for this run.
     BEGAN = enum.auto()
     #: The job's newest run has been reported: the watch is settled with it.
     CAUGHT_UP = enum.auto()
@@ -69,9 +69,9 @@ class WatchAction(enum.Enum):
 class WatchFacts:
     """What SQL knows about a watch.
 
-    :param run: last run noted; its ending has been reported if *settled* is true.
+    :param run: the last run noted; its ending has been reported if *settled* is true.
     :param counts_from: runs that began earlier do not count, unless the job carries our endpoint.
-    :param report: a callback's report that RQ had not yet committed.
+    :param report: a callback's report of an ending that RQ had not committed.
     """
 
     job_id: str
@@ -88,11 +88,11 @@ class WatchFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboxRead:
-    """How far the callbacks' reports have been read, on Redis' clock.
+    """How far the callbacks' reports have been read, by Redis' clock.
 
-    :param until: every report before this time was read, and its event is stored.
-    :param absent_since: a job that was absent in the previous pass was absent then; its reports are older.
-    :param complete_until: like *until*, but as late as is certain; ``None`` if nobody needs it.
+    :param until: every report made before this time was read, and its event is stored.
+    :param absent_since: a job missing in the previous pass was absent at this time; its reports are older.
+    :param complete_until: like *until*, but no later than is certain; ``None`` if it is not needed.
     """
 
     until: datetime
@@ -101,16 +101,16 @@ class OutboxRead:
 
     @property
     def has_all_of_absent(self) -> bool:
-        """Return whether no report can be waiting there about a job that the previous pass missed."""
+        """Return whether no report can be waiting about a job that was missing in the previous pass."""
         return self.until >= self.absent_since
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conclusion:
-    """What a watch and RQ's committed state mean together.
+    """What follows from a watch and RQ's committed state.
 
-    :param outcomes: outcomes to publish for the watch's endpoint.
-    :param uses_report: whether the watch's report has been decided.
+    :param outcomes: the outcomes to publish for the watch's endpoint.
+    :param uses_report: whether the watch's report has been dealt with.
     """
 
     action: WatchAction = WatchAction.WAIT
@@ -128,8 +128,8 @@ def conclude(
 ) -> Conclusion:
     """Return what to do about a watch.
 
-    :param job: with its results; ``None`` if RQ has no such job.
-    :param reported: the job's reported endings, oldest first.
+    :param job: the job with its results; ``None`` if RQ has no such job.
+    :param reported: the job's endings that were reported, oldest first.
     """
     if job is None:
         return _of_absent_job(watch, reported, now=now, outbox=outbox)
@@ -152,7 +152,7 @@ def conclude(
         if job.tokens and any(
             outcome.result is not None and outcome.result.at >= outbox.until for outcome in earlier
         ):
-            # The callback's report may be waiting, and it knows which run the ending belongs to.
+            # The callback's report may still be unread; it tells which run this ending belongs to.
             return Conclusion(outcomes=_published(watch, outcomes, reported, now), uses_report=uses_report)
         outcomes += earlier
         is_reported = any(ending.run == job.run for ending in reported) and not watch.of_tree
@@ -188,12 +188,12 @@ def _of_earlier_runs(
 ) -> list[Outcome]:
     """Return how the runs between the one noted on the watch and the current one ended.
 
-    :param of_report: the outcome of the watch's report.
+    :param of_report: the outcomes taken from the report on the watch.
     """
     if watch.of_tree and watch.settled:
         return []
     noted = None if watch.run is None or watch.run.startswith("created:") else watch.run
-    # A run whose report is on the watch is judged by that report.
+    # A run whose report is stored on the watch is judged by that report.
     is_reported = (
         watch.settled
         or any(ending.run == noted for ending in reported)
@@ -219,23 +219,23 @@ def _of_absent_job(
         return Conclusion()
     if watch.report is not None:
         if not outbox.has_all_of_absent:
-            return Conclusion()  # a later run may have reported, and shows that RQ began this one again
+            return Conclusion()  # a later run's report may be unread and show that RQ retried this run
         outcome = news(by_report(watch.report), reported, now=now)
         return Conclusion(outcomes=() if outcome is None else (outcome,), uses_report=True)
     if not watch.of_tree and later_run(watch.run, reported) is not None:
-        return Conclusion(action=WatchAction.CAUGHT_UP)  # it ran again: this run's ending is no longer known
+        return Conclusion(action=WatchAction.CAUGHT_UP)  # it ran again: how this run ended is no longer known
     if watch.status == "reserved" and watch.run is None:
         unused = now - watch.created_at > RESERVED_GRACE
         return Conclusion(action=WatchAction.UNUSED if unused else WatchAction.WAIT)
     if watch.status == "reserved" and now - watch.created_at <= RESERVED_GRACE:
-        return Conclusion()  # handed to RQ in a pipeline that has not been executed yet
+        return Conclusion()  # it may be in a pipeline that is not executed yet
     if watch.missing_passes + 1 < LOST_AFTER_PASSES:
         return Conclusion(action=WatchAction.MISSING)
     return Conclusion(action=WatchAction.LOST if outbox.has_all_of_absent else WatchAction.WAIT)
 
 
 def lacks_report(outcome: Outcome, outbox: OutboxRead) -> bool:
-    """Return whether a callback should have reported *outcome* but has not: it reports every success."""
+    """Return whether a callback should have reported *outcome* but has not: they report every success."""
     at = outcome.ended_at if outcome.result is None else outcome.result.at
     return (
         outcome.type == JOB_SUCCESS
@@ -247,7 +247,7 @@ def lacks_report(outcome: Outcome, outbox: OutboxRead) -> bool:
 
 
 def later_run(run: str | None, reported: Sequence[Reported]) -> Reported | None:
-    """Return the newest reported ending of a run later than *run*, the one noted on a watch."""
+    """Return the newest reported ending of a run later than *run*, the run noted on a watch."""
     if run is None or run.startswith("created:"):
         return None
     later = [ending for ending in reported if not ending.run.startswith("created:") and ending.run > run]
@@ -255,13 +255,13 @@ def later_run(run: str | None, reported: Sequence[Reported]) -> Reported | None:
 
 
 def outcome_of_loss(watch: WatchFacts) -> Outcome:
-    """Return that the job of *watch* is gone and that it is not known how it ended."""
+    """Return the outcome for a watch whose job is gone: how it ended is not known."""
     run = watch.run or "created:" + format_time(watch.created_at)
     return Outcome(type=JOB_LOST, run=run, committed=False)
 
 
 def _is_same_loss(watch: WatchFacts, job: JobRecord, reported: Sequence[Reported]) -> bool:
-    """Return whether a job is back that was lost before anybody had noted its run."""
+    """Return whether the job was reported lost before its run had been noted, and is now back."""
     if watch.run is None or not watch.run.startswith("created:"):
         return False
     began = Outcome(type=JOB_SUCCESS, run=job.run)
@@ -271,8 +271,8 @@ def _is_same_loss(watch: WatchFacts, job: JobRecord, reported: Sequence[Reported
 def counts(watch: WatchFacts, job: JobRecord) -> bool:
     """Return whether the job's current run began after we promised to report it.
 
-    A job whose callbacks carry the endpoint was enqueued for it, whatever the clocks say. A run other than
-    the one that was noted counts, too.
+    A job whose callbacks carry the endpoint was enqueued for it, whatever the clocks say.
+    Once a run has been noted on a watch that is no longer reserved, later runs count too.
     """
     if watch.endpoint_id is not None and watch.endpoint_id in job.tokens:
         return True
@@ -297,10 +297,10 @@ def _report_of(watch: WatchFacts, run: str) -> OutboxEntry | None:
 def is_blocked(
     job: JobRecord, statuses: Mapping[str, str | None], *, blocked: frozenset[str] = frozenset()
 ) -> bool:
-    """Return whether a deferred job waits for something that will never happen.
+    """Return whether a deferred job waits for something that will not happen.
 
-    :param statuses: of the jobs it depends on; ``None`` for absent ones.
-    :param blocked: dependencies that are themselves known to be blocked.
+    :param statuses: the statuses of the jobs it depends on; ``None`` for absent ones.
+    :param blocked: dependencies that are known to be blocked themselves.
     """
     if job.status != "deferred":
         return False

@@ -2,7 +2,7 @@
 
 Owns the order of those steps. :mod:`~flask_rq_webhooks.queue.job_reader` reads what RQ committed,
 :mod:`~flask_rq_webhooks.observe.outcomes` decides what it means, and
-:mod:`~flask_rq_webhooks.observe.publisher` stores events. Knows nothing of sending.
+:mod:`~flask_rq_webhooks.observe.publisher` stores events. Does not know about sending.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds an entry may wait for RQ's commit before it is left to reconcile. RQ commits within milliseconds.
-#: If exceeded: reconcile reports the ending in its next pass.
+#: Seconds an entry may wait for RQ's commit before it is left to reconcile, which then reports the ending in
+#: its next pass. RQ commits within milliseconds.
 PATIENCE_S = 5.0
-#: The first and the longest pause between two checks of an uncommitted job, in seconds; in between, the pause
-#: is this share of the time it has waited.
+#: The first and the longest pause between two looks at an uncommitted job, in seconds. Between these limits
+#: the pause is this share of the time it has waited.
 FIRST_LOOK_S, LONGEST_LOOK_S, LOOK_SHARE = 0.0002, 0.1, 0.25
-#: Pauses shorter than this, in milliseconds, need not end when a new entry arrives.
+#: Pauses shorter than this need not end when a new entry arrives.
 SHORT_PAUSE_MS = 5.0
-#: Up to this many new reports are awaited inside the transaction that will store them, with this many checks.
+#: How many new reports at most are awaited inside the transaction that stores them, and for how many looks.
 HELD_REPORTS, HELD_LOOKS = 4, 8
-#: Seconds after which that transaction is too old to use: Redis kept us waiting, and the leases have begun.
+#: Seconds after which that transaction is too old to use: Redis was slow, and the leases have begun.
 HELD_S = 1.0
-#: Maximum number of entries held in memory; the rest stays in the stream.
+#: The most entries held in memory; the rest stay in the stream.
 MAX_WAITING = 5000
 
 
@@ -55,7 +55,7 @@ MAX_WAITING = 5000
 class _Waiting:
     """An entry that was read and is still in the stream.
 
-    :param since: when it was first checked.
+    :param since: when it was first looked at.
     :param proven: whether the job's own hash names the entry's endpoint.
     """
 
@@ -73,10 +73,10 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Judged:
-    """What RQ's hashes, as read at one moment, say about reports.
+    """What RQ's job hashes, read at one moment, say about the reports.
 
     :param close: reports for which RQ's results have to be read.
-    :param undecided: reports of what RQ has not yet committed.
+    :param undecided: reports of endings that RQ has not committed.
     """
 
     jobs: Jobs
@@ -88,12 +88,12 @@ class _Judged:
 class Ingest:
     """Turn outbox entries into events, in one thread.
 
-    An entry leaves the stream only after its event is committed in SQL. If anything fails in between, it
-    stays there, and repeating the work is a no-op (the run key is unique).
+    An entry leaves the stream only after its event is committed in SQL. After any failure before that it is
+    still there, and processing it again is a no-op (the run key is unique).
 
     :param state: the app's state.
     :param consumer: name of this reader within the stream's group.
-    :param publisher: stores what has been confirmed.
+    :param publisher: stores the confirmed events.
     :param clock: monotonic seconds.
     """
 
@@ -112,25 +112,25 @@ class Ingest:
         self._waiting: dict[str, _Waiting] = {}
         self._done: list[str] = []
         self._skips = False
-        #: When the stream was last read to the end.
+        #: When the stream was last read to its end.
         self._caught_up_at = 0.0
 
     @property
     def waiting(self) -> int:
-        """Return how many entries were read and are not yet finished."""
+        """Return how many entries have been read but are not yet acknowledged."""
         return len(self._waiting) + len(self._done)
 
     def is_idle(self) -> bool:
         """Return whether nothing waits here and the stream is empty.
 
-        :raises redis.RedisError: when Redis cannot be reached.
+        :raises redis.RedisError: when Redis cannot be asked.
         """
         return not self.waiting and self._state.outbox.length() == 0
 
     def run_once(self, block_ms: float = 300) -> int:
-        """Read new entries, store what can be stored, and return how many entries were finished.
+        """Read the new entries, store what can be stored, and return how many entries were finished.
 
-        :param block_ms: how long to wait for new entries; shorter while uncommitted ones are due for a check.
+        :param block_ms: how long to wait for new entries; less while uncommitted ones are due for a look.
         :raises redis.RedisError: when Redis cannot be reached; nothing is lost, call again.
         :raises StorageUnavailableError: when SQL cannot be reached; nothing is lost, call again.
         """
@@ -138,7 +138,7 @@ class Ingest:
         self._read(block_ms)
         now = self._clock()
         jobs = {waiting.entry.job_id for waiting in self._waiting.values() if waiting.look_at <= now}
-        # Reports of one job are judged together: a later one shows that RQ started the run again.
+        # Reports of one job are judged together: a later one shows that RQ began the run again.
         due = [waiting for waiting in self._waiting.values() if waiting.entry.job_id in jobs]
         if not due:
             return 0
@@ -156,7 +156,7 @@ class Ingest:
         if self._waiting:
             next_look = min(waiting.look_at for waiting in self._waiting.values())
             block_ms = max(0.1, min(block_ms, (next_look - self._clock()) * 1000))
-        # Every other short pause only sleeps: what we wait for is RQ's commit.
+        # Every other short pause only sleeps and reads no entries: it waits for RQ's commit.
         is_short = self._waiting and block_ms < SHORT_PAUSE_MS
         self._skips = bool(is_short and not self._skips)
         if room <= 0 or self._skips:
@@ -210,7 +210,7 @@ class Ingest:
         self._look_again(judged.undecided)
 
     def _hold(self, reports: Sequence[_Waiting]) -> Held | None:
-        """Begin the transaction that will store a few new reports, while RQ commits what they report."""
+        """Begin the transaction for a few new reports early, while RQ commits the endings they report."""
         may_wait = 0 < len(reports) <= HELD_REPORTS and self._state.database.reads_freely
         if not may_wait or any(waiting.look_at > waiting.since for waiting in reports):
             return None
@@ -219,7 +219,7 @@ class Ingest:
         return hold(self._state.database, jobs, named, repeated=True)
 
     def _judge(self, reports: Sequence[_Waiting], following: Mapping[str, OutboxEntry]) -> _Judged:
-        """Return what RQ's hashes say about the reported runs, and for which reports they do not suffice."""
+        """Return what RQ's hashes say about the reported runs, and which reports need more than that."""
         judged = _Judged(read_endings(self._state.redis, list({one.entry.job_id for one in reports})))
         for waiting in reports:
             job = _existing(judged.jobs, waiting.entry.job_id)
@@ -233,9 +233,9 @@ class Ingest:
         return judged
 
     def _look_closely(self, judged: _Judged, following: Mapping[str, OutboxEntry]) -> None:
-        """Judge by RQ's results and by what has been reported of the job.
+        """Judge by RQ's results and by what was already reported about the job.
 
-        The job is read again, together with its results: both have to be from the same moment.
+        The job is read again, together with its results: both must be from the same moment.
         """
         job_ids = list({waiting.entry.job_id for waiting in judged.close})
         jobs = read_endings(self._state.redis, job_ids, results=True)
@@ -248,13 +248,13 @@ class Ingest:
             job = _existing(jobs, entry.job_id)
             is_newest = waiting.id not in following
             if job is None and is_newest and entry.retries_left and self._caught_up_at < waiting.since:
-                undecided.append(waiting)  # the report of a later run, which shows the retry, may still come
+                undecided.append(waiting)  # a later run's report, which shows the retry, may still come
                 continue
             outcome = self._outcome_of(waiting, job, following, known)
             if isinstance(outcome, Outcome):
                 new = news(outcome, known, now=now)
                 if new is None and any(ending.run == outcome.run for ending in known):
-                    new = outcome  # the event exists; it may lack the delivery to this endpoint
+                    new = outcome  # the event exists but may lack the delivery to this endpoint
                 if new is None:
                     self._finish([waiting])
                 else:
@@ -369,7 +369,7 @@ class Ingest:
         self._finish([waiting])
 
     def _unsealed(self, entry: OutboxEntry) -> tuple[dict[str, str | None], list[str]] | None:
-        """Return the run of each job, and which jobs were not in Redis yet; ``None`` without a valid seal."""
+        """Return each job's run, and the jobs that were not in Redis yet; ``None`` without a valid seal."""
         if entry.seal is None:
             return None
         try:
@@ -382,8 +382,8 @@ class Ingest:
 
     def _store(self, judged: _Judged, held: Held | None = None) -> None:
         items: list[tuple[_Waiting, IngestItem]] = []
-        # Two callbacks may report one run (on_success timed out, then on_failure); the one that agrees with
-        # RQ knows more and goes first; the other is then a no-op.
+        # Two callbacks may report one run (on_success timed out, then on_failure). The one that agrees with
+        # RQ knows more and is stored first; the other is then a no-op.
         for waiting, outcome in sorted(judged.decided, key=lambda pair: not _agrees(pair[0].entry, pair[1])):
             occurrence = occurrence_of_report(
                 waiting.entry, outcome, self._state.settings, judged.jobs.get(waiting.entry.job_id)
@@ -455,7 +455,7 @@ class Ingest:
 
 
 def _existing(jobs: Jobs, job_id: str) -> JobRecord | None:
-    """Return the job, or ``None`` for a hash without a status, as a late write leaves it."""
+    """Return the job, or ``None`` if its hash has no status: a late write can leave such a hash."""
     job = jobs.get(job_id)
     return job if job is not None and job.status is not None else None
 
@@ -478,7 +478,7 @@ def _item(waiting: _Waiting, occurrence: Occurrence) -> IngestItem:
 
 
 def _is_unforeseen_loss(occurrence: Occurrence, stored_type: str, *, created: bool) -> bool:
-    """Return whether the run was reported as lost and *occurrence* is how it really ended."""
+    """Return whether the run was reported as lost, and *occurrence* says how it really ended."""
     return (
         not created
         and stored_type == JOB_LOST

@@ -1,10 +1,10 @@
 """Trees: one event when everything a request started has ended (``scope="tree"``).
 
-Owns which jobs belong to a tree and when it is over. A tree is its roots (the jobs the request enqueued),
-the jobs named in their meta under ``CHILD_META_PREFIX`` keys, RQ's dependents, and theirs in turn. What was
-found is remembered in SQL, because a root's record expires while its children run for hours, and because RQ
-forgets a dependent as soon as it is released: one that nobody noted in meta is known only if it was seen
-while it waited.
+Decides which jobs belong to a tree and when it is over. A tree consists of its roots (the jobs the request
+enqueued), the jobs named in their meta under ``CHILD_META_PREFIX`` keys, their RQ dependents, and so on down.
+The members found are remembered in SQL, because a root's record expires while its children run for hours, and
+because RQ forgets a dependent as soon as it is released: a dependent not noted in meta is known only if the
+tree was examined while it waited.
 
 May run in several processes at once: the event of a tree is unique by its root's run.
 """
@@ -60,13 +60,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Maximum number of jobs of one tree that are read.
+#: The most jobs of one tree that are examined.
 MAX_JOBS = 10_000
 #: Trees per page.
 _PAGE = 200
 
 _STATUS_OF_TYPE = {event_type: status for status, event_type in TYPE_OF_STATUS.items()}
-#: What makes a tree anything but a success, most serious first.
+#: Job statuses that give a tree another event type than success, the most serious first.
 _GRAVITY = (
     ("failed", JOB_FAILURE),
     ("stopped", JOB_STOPPED),
@@ -79,7 +79,7 @@ _GRAVITY = (
 class TreeVerdict:
     """How a tree ended.
 
-    :param counts: jobs by status; ``deferred`` ones could not run.
+    :param counts: number of jobs by status; ``deferred`` ones could not run.
     """
 
     type: str
@@ -91,9 +91,9 @@ def verdict_on(
 ) -> TreeVerdict | None:
     """Return how a tree ended, or ``None`` while something in it is active.
 
-    :param statuses: of the jobs that exist or whose ending is known.
-    :param blocked: deferred jobs that wait for something that will never happen: they count as not run.
-    :param lost: roots that are gone without any report.
+    :param statuses: the statuses of the jobs that exist or whose ending is known.
+    :param blocked: deferred jobs that wait for something that will not happen: they count as not run.
+    :param lost: roots that are gone and whose endings are not known.
     """
     if any(status not in TYPE_OF_STATUS and id_ not in blocked for id_, status in statuses.items()):
         return None
@@ -102,15 +102,15 @@ def verdict_on(
         counts["lost"] = len(lost)
     event_type = next((event_type for status, event_type in _GRAVITY if counts[status]), JOB_SUCCESS)
     if event_type == JOB_SUCCESS and blocked:
-        # A deferred job waits for a job that is gone: not everything in the tree has finished.
+        # A deferred job waits for a job that is gone, so not all of the tree has finished.
         event_type = JOB_FAILURE
     return TreeVerdict(type=event_type, counts=dict(sorted(counts.items())))
 
 
 def blocked_jobs(jobs: Mapping[str, JobRecord], statuses: Mapping[str, str | None]) -> frozenset[str]:
-    """Return the deferred jobs that will never run, including those that depend on other blocked ones.
+    """Return the deferred jobs that will not run, including those that depend on other blocked jobs.
 
-    :param statuses: of every job that the deferred ones depend on.
+    :param statuses: the statuses of all jobs that the deferred ones depend on.
     """
     blocked: frozenset[str] = frozenset()
     while True:
@@ -124,7 +124,7 @@ class TreeReporter:
     """Evaluate open trees and publish those that are over.
 
     :param publish: stores occurrences as events and deliveries, each once.
-    :param clock: aware UTC now.
+    :param clock: returns the current time, aware and in UTC.
     """
 
     def __init__(
@@ -145,18 +145,18 @@ class TreeReporter:
         self._lock = threading.Lock()
 
     def look_sooner(self, job_ids: Iterable[str]) -> None:
-        """Note that these jobs ended, for :meth:`run_hinted` to evaluate their trees. From any thread."""
+        """Note that these jobs ended, for :meth:`run_hinted` to evaluate their trees. Thread-safe."""
         with self._lock:
             self._hints.update(job_ids)
 
     def run_hinted(self) -> list[str]:
-        """Evaluate the trees of the jobs noted since the last call; return the reported event types."""
+        """Evaluate the trees of the jobs noted since the last call; return the event types reported."""
         with self._lock:
             hints, self._hints = self._hints, set()
         return self._evaluate_all(storage.open_trees_of(self._database, hints))
 
     def run_once(self, should_stop: Callable[[], bool] = lambda: False) -> list[str]:
-        """Evaluate every open tree; return the reported event types."""
+        """Evaluate every open tree; return the event types reported."""
         reported: list[str] = []
         after = ""
         while not should_stop():
@@ -191,19 +191,19 @@ class TreeReporter:
             return None
         unused = [row for row in roots if row.status == RESERVED and row.job_id not in jobs]
         if any(now - row.created_at <= RESERVED_GRACE for row in unused):
-            return None  # they may be in a pipeline that is executed later
+            return None  # they may be in a pipeline that is not executed yet
         roots = [row for row in roots if row not in unused]
         if not roots:
             return None
         known, lost = self._remembered(rows, jobs)
         if any(row.job_id not in jobs and row.job_id not in known | lost for row in roots):
-            return None  # gone, but not yet for certain; the pass over all watches will find out
+            return None  # absent, but not certainly lost; the pass over all watches decides
         statuses = {id_: job.status or "created" for id_, job in jobs.items()} | known
         self._remember(endpoint_id, rows, statuses)
         verdict = verdict_on(statuses, self._blocked(jobs), lost=frozenset(lost))
         if verdict is None:
             return None
-        # A job may have noted a child on a parent that we had already read.
+        # A job may have noted a child in a parent that we had already read.
         again = self._walk(rows)
         if {id_: job.status for id_, job in again.items()} != {id_: job.status for id_, job in jobs.items()}:
             return None
@@ -217,7 +217,7 @@ class TreeReporter:
         return verdict.type
 
     def _walk(self, rows: Sequence[TreeRow]) -> dict[str, JobRecord]:
-        """Return every job of the tree that exists, level by level, each once."""
+        """Return every existing job of the tree; walks it level by level and visits each job once."""
         jobs: dict[str, JobRecord] = {}
         looked_for: set[str] = set()
         level = list(dict.fromkeys(row.job_id for row in rows))
@@ -234,7 +234,7 @@ class TreeReporter:
     def _remembered(
         self, rows: Sequence[TreeRow], jobs: Mapping[str, JobRecord]
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Return how jobs ended whose record is gone, and which roots were lost; both by job id."""
+        """Return how the jobs with no record left ended, and the roots that were lost; both by job id."""
         known: dict[str, str] = {}
         lost: dict[str, str] = {}
         for row in rows:
@@ -304,7 +304,7 @@ class TreeReporter:
         self._publish([IngestItem(occurrence, (endpoint_id,))])
 
     def _result(self, root_id: str, root: JobRecord | None, verdict: TreeVerdict) -> tuple[Any, bool]:
-        """Return the root's return value, if RQ still has it."""
+        """Return what the root returned, if RQ still has it, and whether it was truncated."""
         if verdict.type != JOB_SUCCESS or root is None or not self._settings.include_result:
             return None, False
         value = read_result_value(self._redis, root_id)

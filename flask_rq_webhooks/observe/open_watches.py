@@ -1,10 +1,10 @@
-"""Open and reserved watches: jobs whose endings are not yet reported, and ids whose jobs do not exist yet.
+"""Open and reserved watches: jobs whose endings are not reported yet, and ids whose jobs do not exist yet.
 
-Owns how a page of them is compared with RQ: cheaply first, closely where a job is not simply waiting; and
-what is published about a running job to endpoints that subscribe to it: ``job.started`` and ``job.stalled``
+Compares a page of watches with RQ: with a cheap probe first, closely if a job is not simply waiting. Also
+publishes the events of a running job to endpoints that subscribe to them: ``job.started`` and ``job.stalled``
 once, ``job.progress`` whenever it has changed.
-:mod:`~flask_rq_webhooks.observe.outcomes` decides what the facts mean. A watch is updated only after
-its events are stored, so that a pass may be killed anywhere.
+:mod:`~flask_rq_webhooks.observe.outcomes` decides what the facts mean. Updates of a watch are written after
+its events are stored, so a pass may be killed at any point.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class OpenWatches:
     def pass_over(
         self, page: Sequence[WatchProbe], report: ReconcileReport, now: datetime, *, outbox: OutboxRead
     ) -> set[str]:
-        """Check a page as cheaply as possible, and check closely what is not simply waiting.
+        """Probe a page as cheaply as possible, and look closely at the watches that are not simply waiting.
 
-        :returns: the queues of the jobs that RQ calls started.
+        :returns: the queues of the jobs whose RQ status is ``started``.
         """
         report.looked_at += len(page)
         queues: set[str] = set()
@@ -123,7 +123,7 @@ class OpenWatches:
         return queues
 
     def publish_progress(self, page: Sequence[WatchProbe], now: datetime) -> Counter[str]:
-        """Publish the progress of those jobs of *page* that are running, and nothing else."""
+        """Publish only the progress of the running jobs in *page*."""
         jobs = probe_jobs(self._redis, [watch.job_id for watch in page])
         running = [
             _running(watch, job)
@@ -143,14 +143,14 @@ class OpenWatches:
     ) -> None:
         """Judge these watches by everything RQ and SQL know about their jobs, and publish what is new.
 
-        :param wants_blocked: those whose endpoints subscribe to ``job.blocked``.
+        :param wants_blocked: ids of the watches whose endpoints subscribe to ``job.blocked``.
         """
         rows = storage.load_watches(self._database, watch_ids)
         if not rows:
             return
         job_ids = list({row.job_id for row in rows})
         jobs = read_jobs(self._redis, job_ids, results=True)
-        # Read after Redis, so that what ingest stores meanwhile is seen and not taken for unreported.
+        # Read after Redis, so that endings ingest stores in the meantime are not taken for unreported.
         reported = reported_runs.reported_endings(self._database, job_ids)
         events, updates = PendingEvents(self._database), WatchUpdates()
         blocked: list[tuple[WatchRow, JobRecord]] = []
@@ -240,7 +240,7 @@ class OpenWatches:
             if not is_blocked(job, statuses):
                 continue
             if any(statuses[id_] is None for id_ in job.dependency_ids):
-                # A dependency deleted as it ends disappears a moment before its dependents are queued.
+                # A dependency that is deleted when it ends is gone just before its dependents are queued.
                 self._without_dependency.add(row.id)
                 if row.id not in absent_before:
                     continue
@@ -279,17 +279,17 @@ def _parked_report(row: WatchRow) -> OutboxEntry | None:
     return entry if entry.kind != "confirm" else None
 
 
-# -- runs that are under way ------------------------------------------------------------------------------
+# -- running jobs -----------------------------------------------------------------------------------------
 
-#: Number of events remembered as stored, so that SQL is not queried for them in every pass.
+#: How many events are remembered as stored, so that SQL is not asked for them in every pass.
 _MAX_REMEMBERED = 200_000
 
 
 @dataclass(frozen=True, slots=True)
 class RunningJob:
-    """A watched job that RQ calls started.
+    """A watched job whose RQ status is ``started``.
 
-    :param wants: optional types that the watch's endpoint or a standing one subscribes to.
+    :param wants: optional event types that the watch's endpoint or a standing endpoint subscribes to.
     """
 
     job_id: str
@@ -302,8 +302,8 @@ class RunningJob:
 class _Progress:
     """What was last seen of a job's progress.
 
-    :param meta: hash of the meta that was last read.
-    :param value: the value last stored.
+    :param meta: hash of the last meta that was examined.
+    :param value: the progress last stored.
     :param at: when it was stored.
     """
 
@@ -352,7 +352,7 @@ class RunningJobs:
             job, event_type = found[key]
             record = records.get(job.job_id)
             if record is None or record.status != "started" or record.run != job.run:
-                continue  # it has ended meanwhile
+                continue  # it has ended in the meantime
             occurrence = self._occurrences.of_job(record, Outcome(type=event_type, run=job.run), now=now)
             if event_type == JOB_STARTED:
                 occurrence = replace(occurrence, occurred_at=record.started_at or now)
@@ -361,9 +361,9 @@ class RunningJobs:
         return Counter(item.occurrence.type for item in published)
 
     def publish_progress(self, jobs: Sequence[RunningJob], now: datetime) -> Counter[str]:
-        """Publish the progress of those of *jobs* whose meta differs from what was stored last.
+        """Publish the progress of those *jobs* whose meta differs from what was stored last.
 
-        At most once per ``PROGRESS_INTERVAL``; changes in between wait for the next pass.
+        At most one event per job in each ``PROGRESS_INTERVAL``; changes in between wait for the next pass.
 
         :returns: how many occurrences were published, by type.
         """
@@ -375,7 +375,7 @@ class RunningJobs:
         if len(self._progress) > _MAX_REMEMBERED or (
             self._looked_at is not None and (now - self._looked_at).total_seconds() > 2 * interval_s
         ):
-            self._progress.clear()  # another dispatcher may have continued meanwhile
+            self._progress.clear()  # another dispatcher may have continued in the meantime
         self._looked_at = now
         # Passes begin slightly earlier or later than the interval says.
         not_since = now - timedelta(seconds=interval_s - min(0.5, 0.1 * interval_s))

@@ -1,15 +1,15 @@
-"""How a run of a job ended: the only rules, shared by ingest and reconcile. Pure: everything is passed in.
+"""How a run of a job ended: the rules that ingest and reconcile share. Pure: everything is passed in.
 
-A callback reports *before* RQ commits, and the work-horse may die in between. So a report is evidence, and
-what RQ committed takes precedence. A report counts alone only where RQ no longer knows.
+A callback reports *before* RQ commits, and the work-horse may die in between. So a report is only evidence,
+and what RQ committed wins. A report counts on its own only if RQ no longer knows the run.
 
 A job's hash shows only its current run. How an earlier run ended is in RQ's results, which do not name the
-run they belong to. These rules attribute them while relying on clocks agreeing no more than necessary:
+run they belong to. These rules assign each result to a run and rely on as few clock comparisons as possible:
 
-* The hash and the results are from the same moment, so the newest result is the current run's if the run is
-  over, and an earlier run's if it is not.
-* A retry leaves no result and decrements ``retries_left``.
-* A callback's report and RQ's result are stamped by the same Redis server, the report first.
+* The hash and the results are read at the same moment, so the newest result belongs to the current run if
+  that run is over, and to an earlier run if it is not.
+* A retry leaves no result and reduces ``retries_left`` by one.
+* The same Redis server timestamps a callback's report and RQ's result, the report first.
 * A result from which an event was made is not reported again.
 """
 
@@ -36,13 +36,13 @@ from ..queue.job_reader import JobRecord, JobResult
 from ..queue.outbox_entry import OutboxEntry
 from ..storage.reported_runs import Reported
 
-#: How long RQ may change its verdict on a run, such as when an orphaned work-horse finishes after all.
-#: If exceeded: the change is not reported.
+#: How long RQ may still change the ending of a run, such as when an orphaned work-horse finishes after all.
+#: Later changes are not reported.
 CORRECTIONS_FOR = timedelta(hours=24)
-#: How far the clocks of Redis and of those who enqueue may differ, where nothing else tells whose a result
-#: is. If exceeded: a run that ended without a callback and began again between two passes is not reported.
+#: How far the clocks of Redis and of enqueuing machines may differ if nothing else tells whose a result is.
+#: Beyond that, a run that ended without a callback and began again between two passes is not reported.
 LARGE_CLOCK_SKEW = timedelta(minutes=2)
-#: Precision of the times in Redis' streams.
+#: Precision of the timestamps in Redis streams.
 _MILLISECOND = timedelta(milliseconds=1)
 
 TYPE_OF_STATUS = {
@@ -70,7 +70,7 @@ class Undecided(enum.Enum):
     UNCOMMITTED = enum.auto()
     #: RQ's results must be read first.
     NEEDS_RESULTS = enum.auto()
-    #: The ending was reported as that of another run.
+    #: The ending was already reported as that of another run.
     REPORTED = enum.auto()
 
 
@@ -78,12 +78,12 @@ class Undecided(enum.Enum):
 class Outcome:
     """How a run ended.
 
-    :param type: event type; final if it is a terminal one.
+    :param type: the event type; the outcome is final if this is a terminal one.
     :param run: identity of the run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.
-    :param ended_at: when it ended, if RQ says so.
-    :param exc: traceback text that RQ kept for a failure.
-    :param committed: whether RQ says so; otherwise only the callback does, or nobody (``job.lost``).
-    :param result: the result it was taken from, if the job is in a newer run by now.
+    :param ended_at: when the run ended, if known.
+    :param exc: traceback text that RQ kept of a failure.
+    :param committed: whether RQ committed it; otherwise only the callback says so, or nobody (``job.lost``).
+    :param result: the RQ result it was taken from, if the job is in a newer run by now.
     :param supersedes: id of the event that it corrects.
     """
 
@@ -115,13 +115,13 @@ def outcome_of(
 ) -> Outcome | Undecided:
     """Return how *run* ended.
 
-    :param job: the job now, ``None`` if RQ has no such job; with its results, if they were read.
+    :param job: the job's current state, with its results if they were read; ``None`` if RQ has no such job.
     :param report: what the run's callback reported, of kind ``success``, ``failure`` or ``stopped``.
-    :param following: the report of the next later run, if it has been read.
-    :param reported: the job's endings already reported, oldest first; needed only if the job is
+    :param following: the report of the job's next run, if it has been read.
+    :param reported: the job's endings that were already reported, oldest first; needed only if the job is
         absent or in another run.
-    :param patient: whether the commit may still come. ``False`` accepts a job that stays ``canceled``, and a
-        hash whose run looks older than the report's, because the clocks of machines differ.
+    :param patient: whether RQ may still commit. ``False`` accepts a job that stays ``canceled``, and a hash
+        whose run looks older than the report's, because the machines' clocks differ.
     """
     if job is None:
         return Undecided.UNCOMMITTED if report is None else by_report(report, following)
@@ -151,10 +151,10 @@ def _of_current_run(
             return Outcome(type=JOB_RETRYING, run=run)
         if job.status in _NOT_BEGUN:
             return Undecided.UNCOMMITTED
-        # It waits for its repetition, or for a retry after the work-horse died after on_success.
+        # The job waits for its repetition, or for a retry because the work-horse died after on_success.
         return _of_superseded_run(job, report, following, reported)
     if committed == JOB_CANCELED and report is not None and report.kind != "stopped" and patient:
-        return Undecided.UNCOMMITTED  # a job canceled while running becomes finished or failed at its commit
+        return Undecided.UNCOMMITTED  # a job canceled while running becomes finished or failed on commit
     exc = None
     own = own_result(job)
     if committed == JOB_FAILURE and (report is None or report.kind != "failure"):
@@ -185,7 +185,7 @@ def _of_superseded_run(
 
 
 def by_report(report: OutboxEntry, following: OutboxEntry | None = None) -> Outcome:
-    """Return what a callback reported about a run that RQ no longer knows."""
+    """Return the outcome that a callback reported for a run that RQ no longer knows."""
     if _expects_retry(report) or _was_retried(report, following):
         return Outcome(type=JOB_RETRYING, run=report.run, committed=False)
     return Outcome(
@@ -204,7 +204,7 @@ def _expects_retry(report: OutboxEntry) -> bool:
 
 
 def _was_retried(report: OutboxEntry, later: JobRecord | OutboxEntry | None) -> bool:
-    """Return whether RQ started the reported run again: every retry decrements ``retries_left``."""
+    """Return whether RQ retried the reported run: every retry reduces the retries left by one."""
     return (
         later is not None
         and report.retries_left is not None
@@ -214,9 +214,9 @@ def _was_retried(report: OutboxEntry, later: JobRecord | OutboxEntry | None) -> 
 
 
 def _result_after(report: OutboxEntry, following: OutboxEntry | None, job: JobRecord) -> JobResult | None:
-    """Return the reported run's own result: the first one after the report, unless it is a later run's.
+    """Return the reported run's own result: the first one after the report, unless a later run made it.
 
-    The execution of a run begins before its ``started_at``, on the same machine's clock.
+    The execution of a run begins before the run's ``started_at``; both times are from one machine's clock.
     """
     own = own_result(job) if job.run != report.run else None
     for result in job.results or ():
@@ -225,7 +225,7 @@ def _result_after(report: OutboxEntry, following: OutboxEntry | None, job: JobRe
         if following is not None and result.at > reported_at(following):
             return None
         if report.kind == "stopped" and result.type in ("success", "retried"):
-            return None  # a run that was stopped leaves a failure
+            return None  # a stopped run leaves a failure
         if result.started_at is not None and report.started_at is not None:
             return result if result.started_at <= parse_time(report.started_at) else None
         return result
@@ -238,7 +238,7 @@ def reported_at(report: OutboxEntry) -> datetime:
 
 
 def _began_before(run: str, other: str) -> bool:
-    """Return whether *run* looks older than *other*; never so for a job that had not been enqueued."""
+    """Return whether *run* looks older than *other*; always false if the job had never been enqueued."""
     return not run.startswith("created:") and not other.startswith("created:") and run < other
 
 
@@ -246,11 +246,11 @@ def _began_before(run: str, other: str) -> bool:
 
 
 def own_result(job: JobRecord) -> JobResult | None:
-    """Return the result of the job's current run: the newest one, if it agrees with the hash."""
+    """Return the result of the job's current run: the newest result, if it agrees with the hash."""
     if not job.results:
         return None
     last = job.results[-1]
-    # A job that waits for its repetition has committed a success.
+    # RQ has committed a success for a job that waits for its repetition.
     committed = JOB_SUCCESS if job.status == "scheduled" else TYPE_OF_STATUS.get(job.status or "")
     if committed is None or _type_of(last) != committed:
         return None
@@ -268,12 +268,12 @@ def unreported_outcomes(
     run_is_reported: bool,
     taken: Sequence[JobResult] = (),
 ) -> list[Outcome]:
-    """Return how runs before the job's current one ended, as far as RQ knows and no event reports it.
+    """Return how runs before the job's current one ended, if RQ knows it and no event has reported it.
 
-    :param run: the run that was noted last, ``None`` if none was.
+    :param run: the run that was noted last, or ``None``.
     :param since: when the first run that counts began.
-    :param run_is_reported: whether an event reports how *run* ended.
-    :param taken: results that belong to a report at hand.
+    :param run_is_reported: whether an event says how *run* ended.
+    :param taken: results already assigned to a callback's report.
     """
     own = own_result(job)
     results = [
@@ -284,7 +284,7 @@ def unreported_outcomes(
         and result not in taken
         and (result.ended_at is None or result.ended_at != job.ended_at)
     ]
-    # The current run's ending was made from the current run's result.
+    # A reported ending of the current run was made from the current run's own result.
     others = [ending for ending in reported if own is None or ending.run != job.run]
     left = _unclaimed(results, others)
     if run is None:
@@ -294,18 +294,18 @@ def unreported_outcomes(
         found = [result for result in left if result.at >= since - CLOCK_SKEW]
     open_run = None if run_is_reported else run
     if not found and left and open_run is not None and not may_have_been_retried(job):
-        # The run has ended, or the job could not be in a newer one: the clocks differ.
+        # *run* must have ended, or the job could not be in a newer run; so the clocks differ.
         found = [result for result in left[-1:] if result.at >= since - LARGE_CLOCK_SKEW]
     outcomes = []
     for result in found:
-        # An unseen run has no known identity; its end time is as unique as its enqueue time.
+        # An unseen run has no known identity; the time it ended is as unique as the time it was enqueued.
         outcomes.append(_by_result(open_run or format_time(result.ended_at or result.at), result))
         open_run = None
     return outcomes
 
 
 def may_have_been_retried(job: JobRecord) -> bool:
-    """Return whether RQ may have restarted a run of the job without committing its end."""
+    """Return whether RQ may have retried a run of the job without committing an ending."""
     return job.retries_left is not None or any(result.type == "retried" for result in job.results or ())
 
 
@@ -319,7 +319,7 @@ def _unclaimed(results: Sequence[JobResult], reported: Sequence[Reported]) -> li
             left.remove(same)
         else:
             unmatched.append(ending)
-    # Without RQ's own times: each ending takes the newest result of its type, the newest ending first.
+    # For results without RQ's times: each ending, newest first, takes the newest result of its type.
     for ending in reversed(unmatched):
         same = next((r for r in reversed(left) if r.ended_at is None and _type_of(r) in ending.types), None)
         if same is not None:
@@ -333,7 +333,7 @@ def _is_claimed(result: JobResult, ending: Reported) -> bool:
 
 
 def _type_of(result: JobResult) -> str:
-    # RQ records a stop as a failure with a message of its own.
+    # RQ records a stop as a failure with a fixed message.
     if result.type == "failure" and (result.exc or "").startswith("Job stopped by user"):
         return JOB_STOPPED
     return _TYPE_OF_KIND[result.type]
@@ -350,10 +350,10 @@ def _ended_at(job: JobRecord, result: JobResult | None) -> datetime | None:
 
 
 def news(outcome: Outcome, reported: Iterable[Reported], *, now: datetime) -> Outcome | None:
-    """Return *outcome* in the form to publish: unchanged, as a correction, or not at all.
+    """Return *outcome* as it is to be published: unchanged, as a correction, or not at all.
 
-    A run has one ending and at most one correction. Only what RQ committed corrects what RQ had committed;
-    ``job.lost`` means that the outcome was unknown, so a callback's report corrects it, too.
+    A run has one ending and at most one correction. Only an outcome that RQ committed may correct an ending;
+    ``job.lost`` means that the outcome was not known, so a callback's report may correct it too.
     """
     if not outcome.is_final:
         return outcome
@@ -369,7 +369,7 @@ def news(outcome: Outcome, reported: Iterable[Reported], *, now: datetime) -> Ou
 
 
 def is_loss_of(ending: Reported, outcome: Outcome) -> bool:
-    """Return whether *ending* is the loss of a job nobody had seen, and *outcome* how it really ended."""
+    """Return whether *ending* reports a never-seen job as lost, and *outcome* is how it really ended."""
     if JOB_LOST not in ending.types or not ending.run.startswith("created:"):
         return False
     began = outcome.run.removeprefix("created:")

@@ -1,8 +1,8 @@
-"""Publish: outcomes become occurrences, and occurrences are stored as events with deliveries, each once.
+"""Publish: turn outcomes into occurrences, and store those as events with deliveries, each once.
 
-Shared by ingest, reconcile, ``send`` and the test ping. The host's own functions, scrub and payload
-formats, are called in such a way that their errors lose no event. Emits ``event_recorded`` after the commit.
-Does not decide how a run ended: :mod:`~flask_rq_webhooks.observe.outcomes` does.
+Shared by ingest, reconcile, ``send`` and the test ping. Calls the host's own functions (scrub and payload
+formats) in such a way that their errors lose no event. Emits ``event_recorded`` after the commit. Does not
+decide how a run ended: :mod:`~flask_rq_webhooks.observe.outcomes` does.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Maximum length of a run's name, in characters.
+#: Maximum length of a run's name in characters.
 MAX_RUN_NAME = 512
 
 #: What a scrub function may change.
@@ -63,30 +63,30 @@ _EDITABLE = ("runid", "result", "error", "progress", "data")
 
 
 class Consignee(Protocol):
-    """The sender, in the same process, of the deliveries that are stored here."""
+    """The sender in the same process that takes the deliveries stored here."""
 
     def wake(self) -> None:
-        """Learn, from any thread, that deliveries have become due."""
+        """Tell the sender, from any thread, that deliveries have become due."""
 
     def offer(self) -> AdvanceClaim | None:
-        """Offer free slots for deliveries that are about to be stored; ``None`` if they have to be claimed.
+        """Offer places for deliveries about to be stored; ``None`` if they must be claimed later instead.
 
         Each claim is returned by one call of :meth:`take` or :meth:`withdraw`.
         """
 
     def take(self, claim: AdvanceClaim) -> None:
-        """Send the deliveries that were stored with *claim* and committed."""
+        """Send the deliveries that were stored and committed with *claim*."""
 
     def withdraw(self, claim: AdvanceClaim) -> None:
-        """Free the slots of *claim*; deliveries may or may not have been stored with it."""
+        """Free the places of *claim*, whether or not anything was stored with it."""
 
 
 class Publisher:
     """Store occurrences, each once.
 
     :param state: the app's state.
-    :param sender: of this process, if there is one. It gets new deliveries without having to claim them.
-    :param on_ended: called with the ids of jobs whose endings were stored: their trees may have ended.
+    :param sender: this process's sender, if any. It gets new deliveries without having to claim them.
+    :param on_ended: called with the ids of jobs whose endings were stored: their trees may be over now.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Publisher:
 
     @property
     def database(self) -> Database:
-        """Return where events are stored."""
+        """Return the database that stores the events."""
         return self._state.database
 
     def publish(
@@ -113,7 +113,7 @@ class Publisher:
     ) -> list[IngestedEvent]:
         """Store *items* in one transaction, then emit ``event_recorded`` for those that are new.
 
-        :param max_attempts: for deliveries to endpoints that set none; ``MAX_ATTEMPTS`` by default.
+        :param max_attempts: attempts per delivery if the endpoint sets none; ``MAX_ATTEMPTS`` by default.
         :param held: the transaction, if it has already begun.
         :raises StorageUnavailableError: when SQL cannot be reached; none of *items* is stored.
         """
@@ -130,12 +130,12 @@ class Publisher:
                     scrub=self._scrub,
                     begin=spans.begin,
                     claim=claim,
-                    repeated=self._sender is not None,  # a dispatcher retries until it works
+                    repeated=self._sender is not None,  # a dispatcher retries until it succeeds
                     held=held,
                 )
         except BaseException:
             if self._sender is not None and claim is not None:
-                self._sender.withdraw(claim)  # the commit may have succeeded even if its response was lost
+                self._sender.withdraw(claim)  # the commit may have succeeded and its answer been lost
             raise
         reached("event stored")
         if self._sender is not None and claim is not None:
@@ -145,9 +145,9 @@ class Publisher:
         return events
 
     def publish_within(self, connection: Connection, items: Sequence[IngestItem]) -> list[IngestedEvent]:
-        """Store *items* within the caller's transaction.
+        """Store *items* as part of the caller's transaction.
 
-        :returns: what to pass to :meth:`announce` after the commit.
+        :returns: the events to pass to :meth:`announce` after the commit.
         """
         state = self._state
         with state.app.app_context():
@@ -161,9 +161,9 @@ class Publisher:
             )
 
     def announce(self, events: Sequence[IngestedEvent], *, to_be_claimed: bool = True) -> None:
-        """Wake the sender and emit ``event_recorded`` for what is stored.
+        """Wake the sender and emit ``event_recorded`` for the stored events.
 
-        :param to_be_claimed: whether the sender has to look for new deliveries.
+        :param to_be_claimed: whether the sender must claim new deliveries.
         """
         state = self._state
         with state.app.app_context():
@@ -188,8 +188,8 @@ class Publisher:
 def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
     """Return the host's scrub function, wrapped so that it never raises and always returns JSON; or ``None``.
 
-    If it fails, result, error, progress and data are left out: sending too little is better
-    than sending what it should have removed.
+    If it fails, result, error, progress and data are left out: it is better to send too little than to send
+    what it should have removed.
     """
     scrub = state.hooks.scrub_function
     if scrub is None:
@@ -201,7 +201,7 @@ def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | Non
             edited = payload if edited is None else edited
             kept = {name: to_json_safe(edited.get(name)) for name in _EDITABLE}
             if kept["runid"] is not None:
-                # Limit it to what a PostgreSQL index can hold.
+                # Make it fit into a PostgreSQL index.
                 kept["runid"] = safe_text(kept["runid"], MAX_RUN_NAME).replace("\0", "")
             return kept
         except Exception:
@@ -218,8 +218,8 @@ def safe_scrub(state: State) -> Callable[[dict[str, Any]], dict[str, Any]] | Non
 def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes | Rendered]:
     """Return :meth:`State.render`, wrapped so that it never raises.
 
-    If the host's format fails or is not registered here, the event is rendered in the format ``job``
-    without result, error and progress.
+    If the host's format fails or is not registered here, the event is rendered in the format ``job``, without
+    result, error and progress.
     """
 
     def render(endpoint: EndpointRow, event_id: str, occurrence: Occurrence) -> bytes | Rendered:
@@ -251,19 +251,19 @@ def safe_render(state: State) -> Callable[[EndpointRow, str, Occurrence], bytes 
 #: Stores occurrences as events and deliveries, each once, in one transaction.
 Publish = Callable[[Sequence[IngestItem]], object]
 
-#: Occurrences published in one transaction.
+#: The most occurrences published in one transaction.
 AT_ONCE = 200
 
 
 @dataclass(slots=True)
 class ReconcileReport:
-    """What one pass of reconcile did.
+    """What one pass did.
 
     :param looked_at: watches compared with RQ's state.
     :param reported: occurrences published, by type; some may have been published before.
-    :param silent_successes: finished jobs that carry our callbacks but left no report in the outbox.
+    :param silent_successes: jobs that carry our callbacks and finished without a report in the outbox.
     :param adopted: reserved watches whose job was found.
-    :param cleaned_queues: queues in which RQ ended jobs whose workers were gone.
+    :param cleaned_queues: number of queues in which RQ ended jobs whose worker was gone.
     """
 
     looked_at: int = 0
@@ -274,7 +274,7 @@ class ReconcileReport:
 
 
 class PendingEvents:
-    """The occurrences found for one page of watches."""
+    """The occurrences of one page of watches."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -282,14 +282,14 @@ class PendingEvents:
         self._losses: dict[str, Occurrence] = {}
 
     def add(self, row: WatchRow, occurrence: Occurrence) -> None:
-        """Note that *occurrence* goes to the endpoint of *row*."""
+        """Note that *occurrence* is for the endpoint of *row*."""
         key = occurrence.run_key or ""
         _first, receivers = self._found.setdefault(key, (occurrence, {}))
-        # True: the watch stays open, and would make us publish a known event again in every pass.
+        # A watch that stays open would otherwise make us publish the event again in every pass.
         receivers[row.endpoint_id or ""] = row.scope == "tree" or occurrence.type not in TERMINAL_TYPES
 
     def add_loss(self, row: WatchRow, occurrence: Occurrence) -> None:
-        """Note that a job is lost: always the same run of a job, whichever watch it is found by."""
+        """Note that a job is lost; all watches of a job report the same run, that of the first loss."""
         self.add(row, self._losses.setdefault(row.job_id, occurrence))
 
     def publish(self, publish: Publish) -> Counter[str]:
@@ -305,7 +305,7 @@ class PendingEvents:
         return Counter(item.occurrence.type for item in published)
 
     def _new_items(self) -> list[IngestItem]:
-        """Return the items, except those that are already stored and settle nothing."""
+        """Return the items, except those that are already stored and settle no watch."""
         idle = [key for key, (_, receivers) in self._found.items() if all(receivers.values())]
         known = reported_runs.known_keys(self._database, idle) if idle else set()
         return [
@@ -316,7 +316,7 @@ class PendingEvents:
 
 
 def publish_some(publish: Publish, items: Sequence[IngestItem]) -> Sequence[IngestItem]:
-    """Publish *items*, and return those that were stored: one that cannot be stored blocks no other."""
+    """Publish *items* and return those that were stored: one that cannot be does not stop the others."""
     try:
         publish(items)
     except Exception as exc:
@@ -370,7 +370,7 @@ def occurrence_of_report(
 
 
 def _progress(job: JobRecord | None, outcome: Outcome, settings: Settings) -> Any:
-    """Return the progress in the job's meta, if the job is still in the run that *outcome* is about."""
+    """Return the progress in the job's meta if the job is still in the run that the outcome belongs to."""
     shown = outcome.type in TERMINAL_TYPES or outcome.type == JOB_PROGRESS
     if job is None or not job.meta or not shown or job.run != outcome.run:
         return None
@@ -378,7 +378,7 @@ def _progress(job: JobRecord | None, outcome: Outcome, settings: Settings) -> An
 
 
 def occurrence_of_loss(job_id: str, outcome: Outcome, *, now: datetime) -> Occurrence:
-    """Return an occurrence saying that a job is gone and that it is not known how it ended."""
+    """Return the occurrence for a job that is gone: how it ended is not known."""
     return Occurrence(
         type=outcome.type,
         occurred_at=now,
@@ -390,7 +390,7 @@ def occurrence_of_loss(job_id: str, outcome: Outcome, *, now: datetime) -> Occur
 
 
 class OccurrenceReader:
-    """Builds occurrences from what RQ keeps, with results unless ``INCLUDE_RESULT`` is off."""
+    """Build occurrences from what RQ keeps, with results unless ``INCLUDE_RESULT`` is false."""
 
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._redis = redis
@@ -401,7 +401,7 @@ class OccurrenceReader:
     ) -> Occurrence:
         """Return how a run of a job ended, according to what RQ committed.
 
-        :param report: what the run's callback reported; it may hold more of the result than RQ keeps.
+        :param report: what the run's callback reported, which may know the result better than RQ does.
         """
         is_current = outcome.result is None and outcome.run == job.run
         result, truncated, error = None, False, None
@@ -436,7 +436,7 @@ class OccurrenceReader:
             return None, False
         if report is not None and report.kind == "success":
             return _reported_result(report, self.settings.max_payload_bytes)
-        # RQ keeps one return value per job: that of the newest success.
+        # RQ keeps only one return value per job: that of the newest success.
         newest = next((result for result in reversed(job.results or ()) if result.type == "success"), None)
         if not is_current and outcome.supersedes is None and newest is not outcome.result:
             return None, True
@@ -447,7 +447,7 @@ class OccurrenceReader:
 
 
 def _reported_result(report: OutboxEntry, max_payload_bytes: int) -> tuple[Any, bool]:
-    """Return the result in a report: already JSON, and no larger than the report it was read from."""
+    """Return the result in a report; it is already JSON, and no larger than the report it was read from."""
     too_large = (
         not 0 < report.size <= max_payload_bytes
         and len(json.dumps(report.result, separators=(",", ":"))) > max_payload_bytes
@@ -456,7 +456,7 @@ def _reported_result(report: OutboxEntry, max_payload_bytes: int) -> tuple[Any, 
 
 
 def _began(outcome: Outcome) -> datetime | None:
-    """Return when an earlier run was enqueued; ``None`` for an unseen run, as it is not known."""
+    """Return when an earlier run was enqueued, or ``None`` for an unseen run: its time is not known."""
     run = outcome.run.removeprefix("created:")
     began = parse_time(run)
     return None if outcome.ended_at is not None and began >= outcome.ended_at else began

@@ -1,16 +1,16 @@
-"""Reconcile: find every ending no callback reported, and every run whose verdict RQ changed.
+"""Reconcile: find every ending that no callback reported, and every run whose ending RQ has changed.
 
-Owns the order of one pass: settled watches first, then open and reserved ones
+Defines the order of one pass: settled watches first, then open and reserved ones
 (:mod:`~flask_rq_webhooks.observe.open_watches`), trees (:mod:`~flask_rq_webhooks.observe.job_trees`), and
-last the jobs that RQ should end itself (:mod:`~flask_rq_webhooks.queue.abandoned_jobs`). Reads jobs by the
-watched ids, many in one round trip; never scans Redis.
+last the jobs that RQ itself is to end (:mod:`~flask_rq_webhooks.queue.abandoned_jobs`). Reads jobs by the ids
+it watches, many in one round trip; never searches Redis.
 
 While RQ keeps the job of a settled watch, every pass checks whether it is in another run. Jobs that RQ has
-forgotten can only come back under the same id, such as those of a cron; a sweep over them finds these within
-minutes. Pages come from SQL, so memory does not grow with the number of runs.
+forgotten come back only if their id is used again, for example by a cron; a sweep finds them within minutes.
+Pages come from SQL, so memory does not grow with the number of runs.
 
 A pass may be interrupted anywhere and repeated by any dispatcher: events are unique by their run key, and a
-watch is updated only after its event is stored.
+watch is updated after its event is stored.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ if TYPE_CHECKING:
 
 __all__ = ["PAGE", "ReconcileReport", "Reconciler"]
 
-#: Watches per page: one statement and one round trip to Redis.
+#: Watches per page; a page takes one SQL statement and one round trip to Redis.
 PAGE = 1000
 
 
 class Reconciler:
-    """Compare what was promised with what RQ committed, and report what nobody reported.
+    """Compare the watches with what RQ committed, and report the endings that nobody reported.
 
-    One at a time: the caller holds the reconcile lease. Two at once would do no harm, only duplicate work.
+    One at a time: the caller holds the reconcile lease. Two at once would be harmless, but do the work twice.
 
     :param publish: stores occurrences as events and deliveries, each once.
-    :param outbox_key: the stream of callbacks' reports; while one of them may be about a job, the absence
-        of the job proves nothing.
-    :param clock: aware UTC now.
+    :param outbox_key: the stream of the callbacks' reports; while it may hold a report about a job, the job's
+        absence proves nothing.
+    :param clock: returns the current time, aware and in UTC.
     """
 
     def __init__(
@@ -74,20 +74,20 @@ class Reconciler:
         self._open = OpenWatches(database, redis, publish=publish, occurrences=occurrences)
         self._settled = SettledWatches(database, redis, self._open)
         self.trees = TreeReporter(database, redis, publish=publish, settings=settings, clock=clock)
-        #: When the last complete pass ended, on Redis' clock and on ours.
+        #: When the last complete pass ended, by Redis' clock and by our monotonic clock.
         self._last_pass: tuple[datetime, float] | None = None
 
     def run_once(self, should_stop: Callable[[], bool] = lambda: False) -> ReconcileReport:
         """Make one pass over every open, reserved and kept settled watch, and every open tree.
 
-        :param should_stop: called between pages.
-        :raises redis.RedisError: when Redis cannot be reached; nothing is lost, call again.
+        :param should_stop: asked between pages.
+        :raises redis.RedisError: when Redis cannot be asked; nothing is lost, call again.
         :raises StorageUnavailableError: when SQL cannot be used; nothing is lost, call again.
         """
         report = ReconcileReport()
         now = self._clock()
         outbox = self._look_at_outbox()
-        # First, so that a new run of a settled job is judged in this same pass.
+        # First, so that a new run of a settled job is judged in this very pass.
         self._settled.look_again(report, now, outbox=outbox, page=PAGE, should_stop=should_stop)
         queues: set[str] = set()
         for page in self._waiting_pages():
@@ -101,7 +101,7 @@ class Reconciler:
         return report
 
     def publish_progress(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Publish the progress of running jobs, and check nothing else; for short intervals."""
+        """Publish only the progress of running jobs; meant to be called at short intervals."""
         now = self._clock()
         for page in self._waiting_pages((OPEN,), wanting=JOB_PROGRESS):
             if should_stop():
@@ -116,8 +116,8 @@ class Reconciler:
         asked_at = server_time(self._redis)
         until = read_until(self._redis, self._outbox_key)
         absent_since = server_time(self._redis)
-        # A job missed in the previous pass was absent when that pass ended. If that was longer ago, another
-        # dispatcher may have made a pass since, so only the current time is certain.
+        # A job missing in the previous pass was absent when that pass ended. If our last pass is too old,
+        # another dispatcher may have made one since, so only the present time is certain.
         if self._last_pass is not None:
             ended_at, noted = self._last_pass
             if time.monotonic() - noted < 2 * self._settings.reconcile_interval:
@@ -153,15 +153,15 @@ class Reconciler:
 
 #: A settled watch counts as kept for at least this long: a lost job may come back.
 _FRESH = timedelta(minutes=10)
-#: Maximum number of watches, of jobs RQ keeps, checked in one pass. If there are more, they take turns.
+#: Watches whose jobs RQ keeps that are examined in one pass. If there are more, they take turns.
 KEPT_AT_ONCE = 100_000
-#: Maximum number of watches, of jobs RQ has forgotten, checked in one pass. A million take twelve passes; RQ
-#: keeps the result of a job that ran again for 500 s.
+#: Watches whose jobs RQ has forgotten that are examined in one pass. A million take twelve passes; RQ keeps
+#: the result of a job that ran again for 500 s.
 FORGOTTEN_AT_ONCE = 100_000
 
 
 class SettledWatches:
-    """Find the settled watches for whose jobs RQ has something new."""
+    """Find the settled watches whose jobs have changed in RQ."""
 
     def __init__(self, database: Database, redis: Redis, watches: OpenWatches) -> None:
         self._database = database
@@ -178,10 +178,10 @@ class SettledWatches:
         page: int,
         should_stop: Callable[[], bool],
     ) -> None:
-        """Check the kept ones, then the next part of the forgotten ones.
+        """Examine the kept watches, then the next part of the forgotten ones.
 
-        :param page: watches per statement and round trip.
-        :param should_stop: called between pages.
+        :param page: watches per SQL statement and round trip.
+        :param should_stop: asked between pages.
         """
         for kept, at_once in ((True, KEPT_AT_ONCE), (False, FORGOTTEN_AT_ONCE)):
             for _ in range(max(1, at_once // page)):

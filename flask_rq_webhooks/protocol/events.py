@@ -1,6 +1,6 @@
 """What happened: event types and the occurrence that becomes an event.
 
-Owns the vocabulary and the run key. Knows nothing of how events are stored, rendered or sent.
+Defines the vocabulary and the run key. Does not know how events are stored, rendered or sent.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ DELIVERY_EXHAUSTED = "webhook.delivery_exhausted"
 
 #: Every run ends with one of these.
 TERMINAL_TYPES = frozenset({JOB_SUCCESS, JOB_FAILURE, JOB_STOPPED, JOB_CANCELED, JOB_LOST})
-#: Sent only to those who subscribe to them by name.
+#: Sent only to endpoints that subscribe to them by name.
 OPTIONAL_TYPES = frozenset({JOB_RETRYING, JOB_BLOCKED, JOB_STARTED, JOB_PROGRESS, JOB_STALLED})
-#: About a run in progress: never stored after its ending, and no longer sent.
+#: Events about a run in progress: never stored after its ending, and no longer sent then.
 RUNNING_TYPES = frozenset({JOB_STARTED, JOB_PROGRESS, JOB_STALLED})
 JOB_TYPES = TERMINAL_TYPES | OPTIONAL_TYPES
-#: In the event list of an endpoint: every type except ``job.progress``, application types included.
+#: In an endpoint's event list: every type except ``job.progress``, application types included.
 EVERY_TYPE = "*"
-#: About deliveries, for the standing endpoints of operators that subscribe to them by name.
+#: Events about deliveries, for operators' standing endpoints that subscribe to them by name.
 OPERATOR_TYPES = frozenset({ENDPOINT_DISABLED, DELIVERY_EXHAUSTED})
 
 #: How far apart the clocks of web hosts, workers and databases may be. A run may seem to begin this long
-#: before the registration that caused it. If exceeded: where only times can tell, which is for a job without
-#: our callbacks, a run that began just after registration may be taken for one before it.
+#: before the registration that caused it. If they differ more and only times can tell, as for a job without
+#: our callbacks, a run that began just after registration may be taken for an earlier one.
 CLOCK_SKEW = timedelta(seconds=1)
 
-#: How we learned of it.
+#: How we learned about the occurrence.
 SOURCE_CALLBACK = "callback"
 SOURCE_RECONCILED = "reconciled"
 SOURCE_APPLICATION = "application"
@@ -63,7 +63,7 @@ def is_application_type(event_type: str) -> bool:
     )
 
 
-#: A cache, because ingest reads and writes each time of a job several times.
+#: Cached, because ingest parses and formats each timestamp of a job several times.
 _few = lru_cache(maxsize=4096)
 
 
@@ -71,7 +71,7 @@ _few = lru_cache(maxsize=4096)
 def format_time(moment: datetime) -> str:
     """Return *moment* as RQ writes it into a job's hash: ``2024-01-01T00:00:00.000000Z``.
 
-    :param moment: aware; a naive one is taken as UTC, as RQ before 2.0 returns it.
+    :param moment: aware; a naive one is taken as UTC, because RQ before 2.0 returns such times.
     """
     if moment.tzinfo is not None and moment.tzinfo is not UTC:
         moment = moment.astimezone(UTC)
@@ -82,7 +82,7 @@ def format_time(moment: datetime) -> str:
 def parse_time(text: str) -> datetime:
     """Return the aware UTC time that :func:`format_time` or RQ wrote.
 
-    :raises ValueError: when *text* is not such a time, or one so far away that adding days to it overflows.
+    :raises ValueError: when *text* is not such a time, or is so far away that adding days to it overflows.
     """
     moment = datetime.fromisoformat(text)
     if not 1 < moment.year < 9999:
@@ -98,8 +98,8 @@ def run_of(enqueued_at: datetime | None, created_at: datetime) -> str:
 def is_wanted(event_type: str, names: Collection[str] | None) -> bool:
     """Return whether an endpoint with the event list *names* gets events of *event_type*.
 
-    Without a list: every terminal type. With one: the types it names; :data:`EVERY_TYPE` names everything
-    except ``job.progress``, of which a long job has very many.
+    Without a list, it gets every terminal type. With a list, it gets the types named; :data:`EVERY_TYPE`
+    stands for everything except ``job.progress``, because a long job has very many of those.
     """
     if names is None:
         return event_type in TERMINAL_TYPES
@@ -119,23 +119,23 @@ def run_key(job_id: str, run: str, event_type: str, *, correction: bool = False)
     return f"{job_id}|{run}|{event_type}"
 
 
-# Not frozen: that would take three times as long, for every entry.
+# Not frozen: creating a frozen one takes three times as long, for every entry.
 @dataclass(slots=True, kw_only=True)
 class Occurrence:
     """One thing that happened, before it is stored as an event.
 
     :param type: one of :data:`JOB_TYPES`, :data:`WEBHOOK_PING` or an application type.
-    :param occurred_at: aware UTC; the end of the run if it is known.
+    :param occurred_at: aware UTC; the end of the run, if known.
     :param source: ``"callback"``, ``"reconciled"`` or ``"application"``.
     :param job_id: RQ's id, ``None`` for application events.
     :param run: identity of the run, see :func:`run_key`.
-    :param runid: what the host calls the run: from ``job.meta["runid"]`` or the first positional
+    :param runid: the host's name for the run: from ``job.meta["runid"]`` or the first positional
         argument; an endpoint's own run id takes precedence when a payload is rendered.
     :param result: JSON-safe return value; ``None`` unless the type is ``job.success``.
     :param error: ``{"type", "message", "traceback"}``; only with ``job.failure``.
     :param jobs: for trees, counts by status.
-    :param supersedes: id of the event this one corrects.
-    :param progress: JSON-safe value in the job's meta, if it is known.
+    :param supersedes: id of the event that this one corrects.
+    :param progress: JSON-safe value from the job's meta, if known.
     :param data: an application event's own object.
     :param sequence: 1, 2, 3 … among the job's events, assigned when it is stored.
     """
@@ -163,7 +163,7 @@ class Occurrence:
 
     @property
     def run_key(self) -> str | None:
-        """Return the key unique in SQL, or ``None`` if an occurrence may be stored again and again."""
+        """Return the key unique in SQL, or ``None`` if the occurrence may be stored any number of times."""
         if self.job_id is None or self.run is None:
             return None
         key = run_key(self.job_id, self.run, self.type, correction=self.supersedes is not None)

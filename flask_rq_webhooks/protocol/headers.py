@@ -1,7 +1,7 @@
 """Which headers and secrets a client may supply, and which header values may be shown.
 
-Everything is checked when the client asks, so that no bad value surfaces hours later in the sender. Source of
-the grammar: RFC 9110, sections 5.1, 5.5 and 5.6.2.
+Everything is checked at the client's request, so that no bad value surfaces hours later in the sender. Source
+of the grammar: RFC 9110, sections 5.1, 5.5 and 5.6.2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_VALUE_BYTES = 4096
 MAX_TOTAL_BYTES = 16 * 1024
 MAX_SECRET_BYTES = 512
 
-#: What is shown in place of a header's value.
+#: Shown in place of a header's value.
 MASK = "***"
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -33,7 +33,7 @@ _REFUSED = frozenset({
     "transfer-encoding", "upgrade", "user-agent",
 })  # fmt: skip
 _REFUSED_FAMILIES = ("content-", "proxy-", "webhook-")
-#: Headers that servers inside a network trust: a request with them may be mistaken for one from its proxy,
+#: Headers that servers inside a network trust: a request with them may pass as one from the network's proxy,
 #: from another client, for another path, or from a machine that may read cloud metadata (SECURITY 22).
 _TRUSTED_INSIDE = frozenset({
     "cdn-loop", "client-ip", "fastly-client-ip", "forwarded", "fly-client-ip", "front-end-https",
@@ -51,13 +51,13 @@ _TRUSTED_INSIDE_FAMILIES = (
     "x-azure-", "x-envoy-internal", "x-forwarded-", "x-goog-", "x-google-", "x-ms-client-principal",
     "x-original-", "x-remote-", "x-ssl-", "x-webauth-",
 )  # fmt: skip
-#: Signatures of other senders: their receivers must not mistake our request for theirs.
+#: Signature headers of other senders: their receivers must not take our request for one of theirs.
 _SIGNATURE = re.compile(
     r"(?:.*-)?(?:signature|sig|hmac|signed)(?:-.*)?"
     r"|x-gitlab-token|x-goog-channel-token|x-telegram-bot-api-secret-token|aws-signature|svix-.*"
 )
 
-#: Headers whose values reveal nothing about the client; they are shown unmasked.
+#: Headers whose values reveal nothing about the client; they are shown unchanged.
 _SHOWN = frozenset(
     {"accept", "content-type", "user-agent", "accept-encoding", "webhook-id", "webhook-timestamp"}
 )
@@ -65,10 +65,10 @@ _SHOWN_OF_FAMILY = ("event", "delivery", "attempt", "timestamp")
 
 
 def validate_headers(mapping: object, *, header_prefix: str = "X-Webhook") -> dict[str, str]:
-    """Return the client's headers if every one of them may be sent.
+    """Return the client's headers if all of them may be sent.
 
     :param mapping: untrusted; names to values.
-    :param header_prefix: our own family of headers, which a client cannot set.
+    :param header_prefix: prefix of our own headers, which a client cannot set.
     :raises InvalidWebhookError: with every reason under ``details["webhook_headers"]``.
     """
     if not isinstance(mapping, Mapping):
@@ -97,7 +97,7 @@ def validate_headers(mapping: object, *, header_prefix: str = "X-Webhook") -> di
 
 
 def validate_secret(text: object) -> str:
-    """Return the client's signing secret, unchanged, if it is acceptable.
+    """Return the client's signing secret unchanged, if it is valid.
 
     :param text: untrusted; 1 to 512 bytes in UTF-8. Never trimmed.
     :raises InvalidWebhookError: with the reason under ``details["webhook_secret"]``; the secret is not shown.
@@ -117,10 +117,10 @@ def validate_secret(text: object) -> str:
 
 
 def mask_headers(mapping: Mapping[str, str], *, header_prefix: str = "X-Webhook") -> dict[str, str]:
-    """Return the headers in the form to store and show: all names, but only harmless values of our own.
+    """Return the headers as they may be stored and shown: all names, but only harmless values of our own.
 
     :param mapping: headers that were or will be sent.
-    :param header_prefix: our own family of headers.
+    :param header_prefix: prefix of our own headers.
     """
     shown = _shown_names(header_prefix)
     return {
@@ -145,7 +145,7 @@ def _refusal(name: Any, value: Any, header_prefix: str) -> str | None:
         return f"{_shown(name)} is not a header name."
     if len(name) > MAX_NAME_BYTES:
         return f"{_shown(name)} is longer than {MAX_NAME_BYTES} bytes."
-    # A server that maps both to one variable (CGI, WSGI) reads Content_Length as Content-Length.
+    # Servers that map both to one variable (CGI, WSGI) take Content_Length for Content-Length.
     folded = name.lower().replace("_", "-")
     families = (*_REFUSED_FAMILIES, f"{header_prefix.lower()}-")
     if folded in _REFUSED or folded.startswith(families) or folded == header_prefix.lower():

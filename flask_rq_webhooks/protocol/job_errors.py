@@ -1,7 +1,7 @@
 """The error of a failed job as ``type``, ``message`` and ``traceback``: from an exception or from RQ's text.
 
-:func:`error_texts` runs inside users' workers, so this imports only what RQ has already loaded. It is
-separate from :mod:`flask_rq_webhooks.callbacks`, so that jobs that succeed do not pay for it.
+:func:`error_texts` runs inside users' workers, so this module imports only what RQ has already loaded. It is
+separate from :mod:`flask_rq_webhooks.callbacks` so that successful jobs need not import it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHAINED = (
     "The above exception was the direct cause of the following exception:",
 )
 
-#: The beginning or a part of a sentence of RQ's own → the type we give it. RQ 1.16 to 3.0.
+#: Beginning or part of an RQ message → the error type we give it. RQ 1.16 to 3.0.
 _SENTENCES = (
     ("Work-horse terminated unexpectedly", "WorkHorseTerminated"),
     ("Work-horse process was terminated unexpectedly", "WorkHorseTerminated"),
@@ -35,8 +35,8 @@ _SENTENCES = (
 def error_from_text(text: str | None) -> dict[str, str]:
     """Return ``{"type", "message", "traceback"}`` from the text RQ keeps of a failure.
 
-    :param text: a formatted traceback, a sentence of RQ's own, or ``None`` if RQ kept nothing, as after a
-        job that returned ``Retry`` too often.
+    :param text: a formatted traceback, a message of RQ's own, or ``None`` if RQ kept nothing, for example
+        after a job that returned ``Retry`` too often.
     """
     stripped = (text or "").strip()
     if not stripped:
@@ -50,12 +50,12 @@ def error_from_text(text: str | None) -> dict[str, str]:
 
 
 def _exception(text: str) -> tuple[str, str]:
-    """Return type and message. Messages may span several lines, and so may notes, which follow them."""
+    """Return type and message. A message may have several lines, and so may the notes that follow it."""
     lines = text.splitlines()
     start = 0
     while (ending := _exception_line(lines, start)) is not None:
         start = ending
-        # Another one follows if this one was its cause, or was being handled.
+        # Another exception follows if this one was its cause or was being handled.
         chained = next((number for number in range(start, len(lines)) if lines[number] in _CHAINED), None)
         if chained is None:
             break
@@ -68,7 +68,7 @@ def _exception(text: str) -> tuple[str, str]:
 
 
 def _exception_line(lines: list[str], start: int) -> int | None:
-    """Return the number of the next traceback's exception line: the first one that is not indented."""
+    """Return the line of the next traceback's exception: the first line that is not indented."""
     header = next((number for number in range(start, len(lines)) if _is_header(lines[number])), None)
     if header is None:
         return None
@@ -81,12 +81,12 @@ def _exception_line(lines: list[str], start: int) -> int | None:
 
 
 def _is_header(line: str) -> bool:
-    # The first line of a text has lost its indentation. Deeper headers are those of a group's members.
+    # The first line of the text was stripped of its indentation. Deeper headers are those of group members.
     return line in (_TRACEBACK, f"+ Exception Group {_TRACEBACK}", f"  + Exception Group {_TRACEBACK}")
 
 
 def _undrawn(lines: list[str]) -> list[str]:
-    """Return the lines of one exception; for a group, those behind its bar, without its members."""
+    """Return the lines of one exception; for a group, those after its bar, without its members."""
     if not lines or not lines[0].startswith("  | "):
         return lines
     own = []
@@ -99,7 +99,7 @@ def _undrawn(lines: list[str]) -> list[str]:
 
 # -- from an exception ------------------------------------------------------------------------------------
 
-#: Maximum characters kept of an exception's class, of its message and of its traceback.
+#: Maximum characters kept of an exception's class, message and traceback.
 MAX_TYPE_CHARS, MAX_MESSAGE_CHARS, MAX_TRACEBACK_CHARS = 512, 10_000, 65_536
 
 
@@ -125,7 +125,7 @@ def error_texts(kind: Any = None, value: Any = None, tb: Any = None) -> dict[str
 
 
 def _get(read: Callable[[], Any]) -> Any:
-    """Return ``read()``, or ``None`` if it fails: objects of other people's programs are read here."""
+    """Return ``read()``, or ``None`` if it fails: it reads objects of other people's programs."""
     try:
         return read()
     except Exception:

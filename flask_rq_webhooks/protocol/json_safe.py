@@ -1,19 +1,19 @@
-"""Any Python value as JSON, without ever raising, and with bounded work.
+"""Convert any Python value to JSON, without ever raising, and with bounded work.
 
-Owns the conversion of results and error texts. Runs inside users' forked work-horses, once per job, so
-it imports only what RQ has already loaded and recognises everything else (dataclasses, numpy, RQ jobs)
-by the shape of its class. Knows nothing of what the values are for.
+Converts results and error texts. Runs inside users' forked work-horses, once per job, so it imports only
+what RQ has already loaded and recognises everything else (dataclasses, numpy, RQ jobs) by the shape of its
+class. It must not know what the values are for.
 
-What becomes what:
+Conversions:
 
 ====================================  ===================================================================
 ``None``, ``bool``, finite numbers    themselves; NaN and infinities ``null``; integers beyond 2048 bits
-                                      their hexadecimal text, since many JSON parsers refuse the number
+                                      a hexadecimal string, since many JSON parsers refuse the number
 ``str``                               itself; lone surrogates as the text ``\\udc80``
-``dict``                              object; a key that is not a string becomes the text of its JSON
+``dict``                              object; a key that is not a string becomes its JSON as a string
 ``list``, ``tuple``                   array
 ``set``, ``frozenset``                array, sorted
-``bytes`` and similar                 ``"<bytes length=1234>"``, never their content
+``bytes`` and similar types           ``"<bytes length=1234>"``, never their content
 ``datetime``, ``date``, ``time``      ISO 8601
 ``timedelta``                         seconds
 ``Enum``                              its value
@@ -24,7 +24,7 @@ anything else                         ``str()``: ``Path``, ``UUID``, ``Decimal``
 ====================================  ===================================================================
 
 A value nested deeper than 50 levels, a container that contains itself, and an object that cannot be
-turned into text are replaced by a text in angle brackets that says so; everything around them is kept.
+converted to text are replaced by a note in angle brackets; the values around them are kept.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-#: Maximum nesting of containers; what is deeper is cut off. Common JSON parsers stop at 64.
+#: Maximum depth of nested containers; deeper ones are cut off. Common JSON parsers stop at 64.
 MAX_DEPTH = 50
 #: Maximum characters kept of the text of an object that is not itself a string.
 MAX_TEXT = 10_000
-#: Maximum bytes of JSON that :func:`to_json_safe` makes.
+#: Maximum bytes of JSON that :func:`to_json_safe` produces.
 MAX_BYTES = 4 * 2**20
 
 _MAX_INT_BITS = 2048
 
-# Read through the descriptors of ``type`` itself: a metaclass cannot answer in their place.
+# Read through the descriptors of ``type`` itself, which a metaclass cannot override.
 _mro_of: Callable[[type], tuple[type, ...]] = type.__dict__["__mro__"].__get__
 _name_of: Callable[[type], str] = type.__dict__["__name__"].__get__
 _module_of: Callable[[type], Any] = type.__dict__["__module__"].__get__
 _namespace_of: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
 
-#: Marks a value that is best shown by its ``str()``.
+#: Stands for a value that is best shown by its ``str()``.
 _ITS_TEXT = object()
 
 
@@ -60,17 +60,17 @@ class _TooLarge(Exception):  # noqa: N818  (a jump, not an error anyone sees)
 
 
 class _Interrupted(Exception):  # noqa: N818
-    """The process was asked to stop while foreign code ran; no more of that code may be called."""
+    """The process was asked to stop while foreign code ran; no more foreign code may be called."""
 
 
 def to_json_safe(value: Any) -> Any:
     """Return *value* as plain ``dict``, ``list``, ``str``, ``int``, ``float``, ``bool`` and ``None``.
 
-    Never raises, whatever the value does. A value of more than :data:`MAX_BYTES` becomes one text that
-    says so; use :func:`dumps_capped` where that must be noticed. Only an operator's Ctrl-C
+    Never raises, whatever the value does. A value of more than :data:`MAX_BYTES` becomes one string that
+    says so; use :func:`dumps_capped` if the caller must notice that. Only an operator's Ctrl-C
     (:exc:`KeyboardInterrupt`) and the end of a coroutine (:exc:`GeneratorExit`) pass through.
 
-    :param value: anything. Generators and iterators are not consumed, files not read.
+    :param value: anything. Generators and iterators are not consumed, and files are not read.
     """
     try:
         return _convert(value, MAX_BYTES)
@@ -83,11 +83,11 @@ def to_json_safe(value: Any) -> Any:
 def dumps_capped(value: Any, max_bytes: int) -> tuple[Any, bool]:
     """Return *value* JSON-safe and ``False``, or ``None`` and ``True`` if it is too large.
 
-    All or nothing: a result without its end would be mistaken for the whole. The work stops as soon as
-    the limit is exceeded, however large the value is. A value whose own code was interrupted (RQ's job
-    timeout, ``sys.exit``) counts as too large: its text would be accidental.
+    All or nothing: a truncated result would be taken for the whole. The work stops as soon as the limit is
+    exceeded, however large the value is. A value whose own code was interrupted (RQ's job timeout,
+    ``sys.exit``) counts as too large, because its text would be arbitrary.
 
-    :param value: anything, whether already converted or not.
+    :param value: anything, already converted or not.
     :param max_bytes: limit for the compact ASCII JSON of the value.
     """
     try:
@@ -101,7 +101,7 @@ def dumps_capped(value: Any, max_bytes: int) -> tuple[Any, bool]:
 def safe_text(value: Any, max_chars: int = MAX_TEXT) -> str:
     """Return ``str(value)``, cut to *max_chars*, or a text that names the class if that fails.
 
-    Never raises, whatever the value does, like :func:`to_json_safe`.
+    Like :func:`to_json_safe`, never raises, whatever the value does.
 
     :param value: anything; a class name, a message, an exception.
     """
@@ -112,10 +112,10 @@ def safe_text(value: Any, max_chars: int = MAX_TEXT) -> str:
 
 
 def _convert(value: Any, budget: int) -> Any:
-    """Convert within *budget*, and catch what our own guards cannot foresee.
+    """Convert within *budget*, and also catch what our own guards cannot foresee.
 
-    RQ ends a job or callback that is out of time with an exception from a signal handler, which can arrive
-    between any two instructions here, and a value at the limit of the interpreter's stack can fail anywhere.
+    RQ ends a job or callback that exceeds its time by an exception from a signal handler, which can arrive
+    between any two instructions here, and a value near the interpreter's stack limit can fail anywhere.
     """
     converter = _Converter(budget)
     try:
@@ -129,14 +129,14 @@ def _convert(value: Any, budget: int) -> Any:
 
 
 class _Converter:
-    """One conversion: the remaining budget, and the containers that are open."""
+    """One conversion: the remaining budget, and the containers being converted."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.open: set[int] = set()
 
     def spend(self, amount: int) -> None:
-        """Count *amount* bytes of JSON, never more than will really be written.
+        """Count *amount* bytes of JSON, never more than are really written.
 
         :raises _TooLarge: when the budget is used up.
         """
@@ -197,7 +197,7 @@ class _Converter:
                 return _sorted(self.items(base.__iter__(value), depth))
             return self.items((list if issubclass(kind, list) else tuple).__iter__(value), depth)
         except RuntimeError as exc:
-            # Foreign code, or another thread, changed the container while we read it.
+            # Foreign code or another thread changed the container during the conversion.
             return self.string(f"<{_class_name(value)} not converted: {_class_name(exc)}>")
         finally:
             self.open.discard(marker)
@@ -205,7 +205,7 @@ class _Converter:
     def items(self, values: Iterable[Any], depth: int) -> list[Any]:
         converted: list[Any] = []
         for item in values:
-            # The comma; so the budget also ends a list of any length.
+            # Count the comma; the budget stops a list of any length.
             if converted:
                 self.spend(1)
             converted.append(self.convert(item, depth + 1))
@@ -224,11 +224,11 @@ class _Converter:
         safe = self.convert(key, depth + 1)
         if isinstance(safe, str):
             return safe
-        # As json.dumps writes numbers, true, false and null as keys; containers likewise.
+        # The way json.dumps writes numbers, true, false and null as keys; the same for containers.
         return json.dumps(safe, separators=(",", ":"), allow_nan=False)
 
     def object(self, value: Any, depth: int) -> Any:
-        """Convert what is not one of JSON's own types, calling its code under guard."""
+        """Convert a value that is not one of JSON's own types; guard the calls into its code."""
         marker = id(value)
         if marker in self.open:
             return self.string(f"<{_class_name(value)} inside itself>")
@@ -237,14 +237,14 @@ class _Converter:
             replaced = _guarded(_replacement, value)
             if replaced is _ITS_TEXT or type(replaced) is type(value):
                 return self.string(_text(value, MAX_TEXT))
-            # Counted as a level: an object may be replaced by others without end.
+            # Count a level: objects may be replaced by one another without end.
             return self.convert(replaced, depth + 1)
         finally:
             self.open.discard(marker)
 
 
 def _replacement(value: Any) -> Any:
-    """Return what represents *value*, or :data:`_ITS_TEXT`."""
+    """Return the replacement for *value*, or :data:`_ITS_TEXT`."""
     kind = type(value)
     if issubclass(kind, Enum):
         return value._value_
@@ -264,7 +264,7 @@ def _replacement(value: Any) -> Any:
             return _ITS_TEXT if has_unit else value.item()
         fields = _namespace_of(base).get("__dataclass_fields__")
         if type(fields) is dict:
-            # Only real fields: the table also lists class and init-only variables.
+            # Take only real fields: the table also lists class and init-only variables.
             return {
                 name: _guarded(partial(_attribute, name), value)
                 for name, field in fields.items()
@@ -280,10 +280,10 @@ def _attribute(name: str, owner: Any) -> Any:
 def _guarded(function: Callable[[Any], Any], value: Any) -> Any:
     """Return ``function(value)``, which may run any code, or a text that says why there is no value.
 
-    :raises _Interrupted: when the process was asked to stop meanwhile. RQ's timeouts come from a one-shot
-        alarm: mistaken for a broken ``__str__``, the alarm would be used up and the next slow object would
-        hang the worker forever. ``SystemExit`` in a work-horse can only come from the value itself, and would
-        turn a good job into a failed one; a SimpleWorker has noted the stop before it raises it.
+    :raises _Interrupted: when the process was asked to stop in the meantime. RQ's timeouts come from a
+        one-shot alarm: if one were taken for a broken ``__str__``, it would be used up and the next slow
+        object would hang the worker forever. ``SystemExit`` in a work-horse can only come from the value
+        itself and would turn a good job into a failed one; a SimpleWorker records the stop before raising it.
     """
     try:
         return function(value)

@@ -1,7 +1,7 @@
-"""From an occurrence to the bytes that are stored, signed and sent.
+"""Turn an occurrence into the bytes that are stored, signed and sent.
 
-Owns the wire contracts (``job``, ``task``, ``standard``, ``cloudevents``), how they are made to fit
-``MAX_PAYLOAD_BYTES``, and the canonical JSON kept of every event. Knows nothing of endpoints, headers or
+Defines the wire contracts (``job``, ``task``, ``standard``, ``cloudevents``), how payloads are made to fit
+``MAX_PAYLOAD_BYTES``, and the canonical JSON kept of every event. Does not know about endpoints, headers or
 signatures.
 
 A body is serialised once, ASCII and compact; the stored bytes are sent unchanged on every attempt.
@@ -62,13 +62,13 @@ JSON = "application/json"
 
 
 class Rendered(NamedTuple):
-    """The body of a delivery and its media type: stored, signed and sent as they are."""
+    """The body of a delivery and its media type: stored, signed and sent unchanged."""
 
     body: bytes
     content_type: str = JSON
 
 
-#: Plain bytes are JSON.
+#: Plain bytes mean a JSON body.
 PayloadFormat = Callable[[Occurrence, RenderContext], bytes | Rendered]
 
 #: RFC 9110, "Media Type", printable and on one line.
@@ -77,7 +77,7 @@ _MEDIA_TYPE = re.compile(
 )
 MAX_CONTENT_TYPE_CHARS = 128
 
-#: ``task`` format: event type → (event_type, status). The states are those of Celery.
+#: ``task`` format: event type → (event_type, status). The statuses are Celery's states.
 _TASK_WORDS = MappingProxyType(
     {
         JOB_SUCCESS: ("task.completed", "SUCCESS"),
@@ -93,7 +93,7 @@ _TASK_WORDS = MappingProxyType(
     }
 )
 
-#: Used where RQ has left no message of its own.
+#: Messages used if RQ has left none of its own.
 _MESSAGES = MappingProxyType(
     {
         JOB_FAILURE: "The job failed; RQ has kept no error.",
@@ -110,13 +110,13 @@ _CUT = "[cut]\n"
 
 
 def job_payload(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
-    """Return the ``job`` payload, keys in the order of the contract, small enough for *context*.
+    """Return the ``job`` payload, with its keys in the order of the contract, small enough for *context*.
 
-    ``event``, ``job_id``, ``runid``, ``timestamp`` (unix seconds); ``result`` of a success, ``error`` of a
-    failure and wherever else one is known, ``data`` of application events; then ``id``, ``func``,
+    ``event``, ``job_id``, ``runid``, ``timestamp`` (unix seconds); ``result`` for a success, ``error`` for a
+    failure and wherever else one is known, ``data`` for application events; then ``id``, ``func``,
     ``queue``, ``enqueued_at``, ``started_at``, ``ended_at``, ``source``, ``reference``, for a correction
-    ``supersedes``, for a tree ``scope`` and ``jobs``. What only concerns a job is absent from application
-    events and pings, but ``job_id`` is always present.
+    ``supersedes``, for a tree ``scope`` and ``jobs``. Application events and pings lack the keys that concern
+    only jobs, but always have ``job_id``.
     """
     return fit(_job, occurrence, context)[0]
 
@@ -130,12 +130,12 @@ def render_task(occurrence: Occurrence, context: RenderContext) -> bytes:
     """Return the body of ``format="task"``: sorted keys, compact, ASCII.
 
     ``event_type``, ``timestamp`` (ISO 8601, UTC), ``task`` with ``id``, ``name`` (last component of the
-    function) and ``status``; then ``result`` of a success, else ``error``, a message. A stopped or
-    canceled job is ``task.cancelled``, a lost one ``task.failed`` with a message that says the outcome is
-    unknown; ``task.retrying`` (``RETRY``), ``task.blocked`` (``PENDING``), ``task.started``,
-    ``task.progress`` and ``task.stalled`` (``STARTED``) only for those who subscribe to them. Application
-    events and pings have ``event_type``, ``timestamp`` and ``data``. ``reference``, ``supersedes`` and
-    ``progress`` are added if there is one.
+    function) and ``status``; then ``result`` for a success, otherwise ``error``, a message. A stopped or
+    canceled job is ``task.cancelled``, a lost one ``task.failed`` with a message that says that the outcome
+    is unknown; ``task.retrying`` (``RETRY``), ``task.blocked`` (``PENDING``), ``task.started``,
+    ``task.progress`` and ``task.stalled`` (``STARTED``) are sent only to those who subscribe to them.
+    Application events and pings have ``event_type``, ``timestamp`` and ``data``. ``reference``,
+    ``supersedes`` and ``progress`` are added if they have a value.
     """
     return fit(_task, occurrence, context, sort_keys=True)[1]
 
@@ -143,7 +143,7 @@ def render_task(occurrence: Occurrence, context: RenderContext) -> bytes:
 def render_standard(occurrence: Occurrence, context: RenderContext) -> bytes:
     """Return the body of ``format="standard"``: ``type``, ``timestamp`` (ISO 8601, UTC) and ``data``.
 
-    ``data`` is the ``job`` payload without ``event`` and ``timestamp``; of an application event or a ping
+    ``data`` is the ``job`` payload without ``event`` and ``timestamp``; for an application event or a ping
     it is the application's own object, unchanged.
 
     Source: Standard Webhooks, "Payload structure".
@@ -154,8 +154,8 @@ def render_standard(occurrence: Occurrence, context: RenderContext) -> bytes:
 def render_cloudevents(occurrence: Occurrence, context: RenderContext) -> Rendered:
     """Return the body of ``format="cloudevents"``: one event in the structured JSON mode.
 
-    ``id`` is the event's id, ``type`` and ``time`` are those of the occurrence, ``subject`` is the job's id,
-    ``source`` names the queue. ``data`` is that of ``format="standard"``.
+    ``id`` is the event's id, ``type`` and ``time`` come from the occurrence, ``subject`` is the job's id, and
+    ``source`` names the queue. ``data`` is the same as in ``format="standard"``.
 
     Source: CloudEvents 1.0.2, "Required Attributes"; JSON Event Format 1.0.2, "Envelope".
     """
@@ -169,7 +169,7 @@ FORMATS: Mapping[str, PayloadFormat] = MappingProxyType(
 
 
 def as_rendered(made: bytes | Rendered) -> Rendered:
-    """Return the output of a format as body and media type."""
+    """Return what a format returned, as body and media type."""
     return made if isinstance(made, Rendered) else Rendered(made)
 
 
@@ -179,7 +179,7 @@ CustomFormat = Callable[[dict[str, Any]], Mapping[str, Any] | bytes | tuple[byte
 def custom_format(function: CustomFormat) -> PayloadFormat:
     """Return a format that passes the ``job`` payload to *function* and sends what it returns.
 
-    :param function: takes the payload as its own dict; returns a dict, sent as compact JSON, the bytes
+    :param function: receives its own dict with the payload; returns a dict, sent as compact JSON, the bytes
         of a JSON body, or ``(bytes, content type)``. Its exceptions reach the caller; the size of what it
         returns is not limited here.
     """
@@ -217,11 +217,11 @@ def fit(
     *,
     sort_keys: bool = False,
 ) -> tuple[dict[str, Any], bytes]:
-    """Return what *build* makes of *occurrence*, and its bytes, at most ``context.max_bytes`` of them.
+    """Return the payload that *build* makes of *occurrence*, and its bytes, at most ``context.max_bytes``.
 
-    What is large and least missed is cut first: the progress, the result or the data as a whole
-    (``null``, and ``result_truncated`` or ``data_truncated`` says so), then the beginning of the
-    traceback, the end of the error message, then of other texts. The job's id is never cut.
+    Large and least important parts go first: the progress, the whole result or data (``null``, and
+    ``result_truncated`` or ``data_truncated`` says so), the beginning of the traceback, the end of the error
+    message, then of other texts. The job's id is never cut.
     """
     payload = build(occurrence, context)
     body = _serialise(payload, sort_keys=sort_keys)
@@ -242,13 +242,13 @@ def _smaller(
     """Yield ever smaller versions of a payload that is *excess* bytes too large."""
     error = occurrence.error
     if error is None:
-        # Only the result, an application's data, or absurd names can be large.
+        # Only the result, an application's data or absurdly long names can be large.
         occurrence = replace(occurrence, result=None, data={}, result_truncated=True, progress=None)
         yield occurrence, context
     else:
         occurrence = replace(occurrence, progress=None)
         traceback = error.get("traceback") or ""
-        # One character is at least one byte of JSON, so cutting the excess may be enough.
+        # One character takes at least one byte of JSON, so cutting the excess may be enough.
         enough = len(traceback) - excess - len(_CUT) - 1
         for keep in (enough, context.max_bytes // 2, context.max_bytes // 8, context.max_bytes // 16):
             if 0 < keep < len(traceback):
@@ -288,7 +288,7 @@ def _serialise(payload: dict[str, Any], *, sort_keys: bool = False) -> bytes:
     try:
         text = encode(payload)
     except (ValueError, TypeError, RecursionError):
-        # NaN in an outbox entry, an object in a scrubbed payload: converted rather than lost.
+        # For example NaN in an outbox entry or an object in a scrubbed payload: convert it, lose nothing.
         text = encode(to_json_safe(payload))
     return text.encode("ascii")
 
@@ -401,7 +401,7 @@ def _error(occurrence: Occurrence, context: RenderContext) -> dict[str, str | No
 
 
 def _last_frame(traceback: str) -> str:
-    """Return the innermost frame and the exception, with which a traceback ends."""
+    """Return the end of a traceback: the innermost frame and the exception."""
     start = traceback.rfind('\n  File "')
     if start >= 0:
         return traceback[start + 1 :]
@@ -409,7 +409,7 @@ def _last_frame(traceback: str) -> str:
 
 
 def _particulars(occurrence: Occurrence, context: RenderContext) -> dict[str, Any]:
-    """Return the keys that were added to the contract; they always come last."""
+    """Return the keys that were added to the contract; these always come last."""
     payload: dict[str, Any] = {"id": context.event_id}
     if occurrence.type in JOB_TYPES:
         payload["func"] = occurrence.func
@@ -441,7 +441,7 @@ _OBJECTS = ("error", "jobs", "data")
 
 
 def occurrence_to_json(occurrence: Occurrence) -> str:
-    """Return the canonical JSON of *occurrence*, ASCII: the form in which an event is stored."""
+    """Return the canonical JSON of *occurrence*, as it is stored for an event; ASCII."""
     values = dict(zip(_FIELDS, _all_of(occurrence), strict=True))
     for name in _TIMES:
         values[name] = _time(values[name])
@@ -453,8 +453,8 @@ def occurrence_to_json(occurrence: Occurrence) -> str:
 def occurrence_from_json(text: str) -> Occurrence:
     """Return the occurrence that :func:`occurrence_to_json` wrote.
 
-    Fields that a newer version may have added are ignored; fields that an older one did not know get their
-    defaults.
+    Fields added by a newer version are left out; fields that an older version did not know get their
+    default.
 
     :raises ValueError: when *text* is not such JSON.
     """

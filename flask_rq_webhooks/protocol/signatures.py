@@ -1,10 +1,10 @@
-"""Signatures of a webhook, and how a key is derived from a secret.
+"""Webhook signatures, and how a secret becomes a key.
 
-Two families over the same bytes: Standard Webhooks (``webhook-signature``, over id, timestamp and body;
-``v1`` with a shared secret, ``v1a`` with an Ed25519 key of the server) and the plain one many receivers know
-(``X-Webhook-Signature: sha256=…``, over the body alone). Where secrets are kept and which of them are live is
-decided elsewhere. The receiver imports this module, so it needs only the standard library, and
-``cryptography`` where an Ed25519 key is used.
+Two families of signatures of the same body: Standard Webhooks (``webhook-signature``, over id, timestamp and
+body; ``v1`` with a shared secret, ``v1a`` with an Ed25519 key of the server) and the plain one that many
+receivers know (``X-Webhook-Signature: sha256=…``, over the body alone). Where secrets are kept and which are
+live is decided elsewhere. The receiver imports this module, so it needs only the standard library, plus
+``cryptography`` if an Ed25519 key is used.
 
 Source: Standard Webhooks, "Signature scheme" (symmetric ``v1``, asymmetric ``v1a``).
 """
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-#: Header of the Standard Webhooks family; the others are named after the configured prefix.
+#: Header of the Standard Webhooks family; the other headers are named after the configured prefix.
 STANDARD_SIGNATURE_HEADER = "webhook-signature"
 
 #: Prefixes of Standard Webhooks: a shared secret, an Ed25519 private key, an Ed25519 public key.
@@ -34,18 +34,18 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/]*")
 
 
 def generate_secret() -> str:
-    """Return a new secret, ``whsec_`` and the base64 of 32 random bytes."""
+    """Return a new secret: ``whsec_`` and the base64 of 32 random bytes."""
     return _WHSEC + base64.b64encode(random_secrets.token_bytes(32)).decode("ascii")
 
 
 def standard_key(secret: str | bytes) -> bytes:
     """Return the key of the ``v1`` signature.
 
-    ``whsec_`` followed by base64 (padded or not) stands for the bytes it encodes; anything else is used as
-    its UTF-8 bytes. The official libraries know only base64: given ``whsec_`` + base64 of such a plain
-    secret, they arrive at the same key.
+    ``whsec_`` followed by base64 (padded or not) stands for the bytes it encodes; any other secret stands
+    for its UTF-8 bytes. The official libraries know only base64: give them ``whsec_`` + base64 of such a
+    plain secret, and they use the same key.
 
-    :raises ValueError: if the secret is empty or contains a lone surrogate.
+    :raises ValueError: when the secret is empty or contains a lone surrogate.
     """
     key = body_key(secret)
     if key.startswith(_WHSEC.encode()):
@@ -56,7 +56,7 @@ def standard_key(secret: str | bytes) -> bytes:
 def body_key(secret: str | bytes) -> bytes:
     """Return the key of the ``sha256=`` signature: the secret's UTF-8 bytes, unchanged.
 
-    :raises ValueError: if the secret is empty or contains a lone surrogate.
+    :raises ValueError: when the secret is empty or contains a lone surrogate.
     """
     key = secret.encode() if isinstance(secret, str) else bytes(secret)
     if not key:
@@ -69,7 +69,7 @@ class SigningKey:
     """An Ed25519 key of the server: ``whsk_`` and base64 of its seed (32 bytes), or seed and public key (64).
 
     :param text: the key as configured.
-    :raises ValueError: if *text* is not such a key, or its public half belongs to another seed.
+    :raises ValueError: when *text* is not such a key, or its public half belongs to another seed.
     """
 
     text: str = field(repr=False)
@@ -83,17 +83,17 @@ class SigningKey:
 
     @classmethod
     def generate(cls) -> SigningKey:
-        """Return a new key, as 64 bytes: the form that the official libraries read."""
+        """Return a new key of 64 bytes, the form that the official libraries read."""
         seed_only = cls(PRIVATE_KEY + base64.b64encode(random_secrets.token_bytes(32)).decode("ascii"))
         return cls(PRIVATE_KEY + base64.b64encode(seed_only._seed + seed_only._public_bytes).decode("ascii"))
 
     @property
     def public(self) -> str:
-        """Return the public key, ``whpk_…``: what receivers verify with."""
+        """Return the public key, ``whpk_…``, with which receivers verify."""
         return PUBLIC_KEY + base64.b64encode(self._public_bytes).decode("ascii")
 
     def signature(self, event_id: str, timestamp: int, body: bytes) -> str:
-        """Return the ``v1a,<base64>`` entry over the same text as ``v1``."""
+        """Return the ``v1a,<base64>`` entry; it signs the same content as ``v1``."""
         signed = self._private.sign(_signed_content(event_id, timestamp, body))
         return "v1a," + base64.b64encode(signed).decode("ascii")
 
@@ -113,7 +113,7 @@ class SigningKey:
 
 
 def public_key(text: str) -> Ed25519PublicKey:
-    """Return the Ed25519 key that ``whpk_…`` encodes.
+    """Return the Ed25519 public key that ``whpk_…`` stands for.
 
     :raises ValueError: when *text* is not such a key.
     :raises ImportError: when ``cryptography`` is not installed.
@@ -176,19 +176,19 @@ def signature_headers(
     timestamp_header: str | None = None,
     signing_keys: Sequence[SigningKey] = (),
 ) -> dict[str, str]:
-    """Return the headers that prove one attempt; none if there is neither a secret nor a key.
+    """Return the signature headers of one attempt; none if there is neither a secret nor a key.
 
-    ``webhook-signature`` has one ``v1`` entry per secret, so that receivers can switch at any time
-    during a rotation, and one ``v1a`` entry of the newest server key. The plain signature only has room for
-    one and uses the newest secret.
+    ``webhook-signature`` has one ``v1`` entry per secret, so that receivers can switch at any time during a
+    rotation, and one ``v1a`` entry for the newest server key. The plain signature has room for only one and
+    uses the newest secret.
 
     :param secrets: live secrets, newest first.
     :param timestamp: unix seconds of this attempt; the same as ``webhook-timestamp``.
     :param iso_timestamp: write the plain signature's time as ISO 8601 instead of unix seconds.
-    :param signature_header: full name of the plain signature's header; ``<prefix>-Signature`` otherwise.
-    :param timestamp_header: full name of its time's header; ``<prefix>-Timestamp`` otherwise.
+    :param signature_header: full name of the plain signature's header; ``<prefix>-Signature`` by default.
+    :param timestamp_header: full name of the header with its time; ``<prefix>-Timestamp`` by default.
     :param signing_keys: the server's keys, newest first.
-    :raises ValueError: if a secret cannot sign. There is no unsigned fallback.
+    :raises ValueError: when a secret cannot sign. There is no unsigned fallback.
     """
     entries = [standard_signature(secret, event_id, timestamp, body) for secret in secrets]
     entries += [key.signature(event_id, timestamp, body) for key in signing_keys[:1]]
@@ -203,7 +203,7 @@ def signature_headers(
 
 
 def _decoded(text: bytes) -> bytes | None:
-    """Return what the base64 *text* encodes; ``None`` if it is not complete, standard base64."""
+    """Return what base64 *text* encodes; ``None`` if it is not complete, standard base64."""
     digits = text.rstrip(b"=")
     padding = len(text) - len(digits)
     if _BASE64.fullmatch(digits.decode("latin-1")) is None or len(digits) % 4 == 1:

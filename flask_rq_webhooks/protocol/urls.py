@@ -1,8 +1,8 @@
 """Which URLs and addresses a webhook may go to.
 
-Owns parsing, the policy, and what part of a URL may be shown. A URL is checked by :meth:`UrlPolicy.check_url`
-before it is stored and again before it is used, and every address of its name by
-:meth:`UrlPolicy.check_address` before a connection is opened. Knows nothing of DNS, sockets or SQL.
+Contains parsing, the policy, and what may be shown of a URL. :meth:`UrlPolicy.check_url` checks a URL before
+it is stored and again before it is used; :meth:`UrlPolicy.check_address` checks every address of its name
+before a connection is opened. Does not know about DNS, sockets or SQL.
 
 The standard library's ``is_global`` is not used: its answers differ between Python versions and miss ranges
 (multicast, 168.63.129.16, NAT64, 6to4, IPv4-compatible addresses).
@@ -26,7 +26,7 @@ from ..errors import BlockedURLError, ConfigurationError
 MAX_URL_LENGTH = 2048
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
-#: Names that mean the machine itself or the cloud's metadata service, whatever DNS says.
+#: Names of the machine itself or of the cloud's metadata service, whatever DNS says.
 _LOCAL_NAMES = frozenset((
     "localhost.localdomain", "localhost6.localdomain6", "metadata.google.internal", "metadata.goog",
     "instance-data.ec2.internal",
@@ -46,7 +46,7 @@ _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _DOTTED_QUAD = re.compile(rf"{_OCTET}(?:\.{_OCTET}){{3}}")
 _IPV6_TEXT = re.compile(r"[0-9A-Fa-f:.]{2,45}")
-#: What may not appear unescaped in a path or query (RFC 3986, 3.3 and 3.4); urllib3 sends the rest unchanged.
+#: Characters not allowed unescaped in a path or query (RFC 3986, 3.3 and 3.4); urllib3 sends others as is.
 _UNSAFE = re.compile(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~!$&'()*+,;=:@/?%-]")
 
 _MESSAGES = {
@@ -84,7 +84,7 @@ class CheckedURL:
     :param scheme: ``"http"`` or ``"https"``.
     :param host: ASCII, lower case, without brackets or trailing dot.
     :param port: the given port, or the scheme's default.
-    :param target: path and query, as in the request line.
+    :param target: path and query, as they appear in the request line.
     :param host_key: identifies one destination: the host, with its port unless that is the scheme's default.
     """
 
@@ -101,15 +101,15 @@ class UrlPolicy:
 
     Immutable; one instance serves all threads.
 
-    :param allow_http: development and tests: ``http://`` to loopback and to *allow_networks* becomes
-        possible, and loopback addresses reachable.
+    :param allow_http: for development and tests: allows ``http://`` to loopback and to *allow_networks*, and
+        makes loopback addresses reachable.
     :param allow_networks: private networks that may be reached.
     :param deny_networks: networks that may not be reached; wins over *allow_networks*.
     :param allowed_domains: if any is given, only these hosts and their sub-domains. ``"*.example.com"`` or
         ``".example.com"`` means only the sub-domains.
     :param blocked_ports: ports that may not be reached.
     :param allow_nat64: allow addresses in ``64:ff9b::/96`` that carry a public IPv4 address.
-    :raises ConfigurationError: naming the entry that is not a domain.
+    :raises ConfigurationError: names the entry that is not a domain.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class UrlPolicy:
         )
 
     def check_url(self, url: str) -> CheckedURL:
-        """Parse *url* strictly and refuse what may not be a destination.
+        """Parse *url* strictly and refuse it if it may not be a destination.
 
-        A literal address is judged here; a name is judged only when :meth:`check_address` sees what it
+        A literal address is judged here already; for a name, :meth:`check_address` judges the addresses it
         resolves to.
 
         :param url: untrusted text.
@@ -183,8 +183,8 @@ class UrlPolicy:
     ) -> None:
         """Refuse an address to which no connection may be opened.
 
-        Must be called with every address a name resolved to, before the first packet. An address within a
-        NAT64 prefix leads to the IPv4 address it carries, so that one is judged, too.
+        Call it with every address that a name resolved to, before the first packet. An address within a
+        NAT64 prefix leads to the IPv4 address it contains, so that one is judged too.
 
         :param ip: the address as text, without zone.
         :param port: the port to connect to.
@@ -223,7 +223,7 @@ class UrlPolicy:
                 _refuse("local_name")
             return
         if self._allow_networks:
-            return  # an operator's own names, in any form, may lead there; their addresses are judged
+            return  # operators' own names, of any form, may lead to these networks; addresses are judged
         if scheme == "http":
             _refuse("http")
         if host in _LOCAL_NAMES or ("." not in host and not self._allowed_domains):
@@ -233,10 +233,10 @@ class UrlPolicy:
 def redact_url(url: object) -> str:
     """Return the part of *url* that may be shown to people and written to logs.
 
-    Scheme, host and port are kept; user name, query and fragment are removed; of the path only plain words,
-    versions and short numbers are kept, because many services put their secret there. Never raises.
+    Keeps scheme, host and port; drops user name, query and fragment; keeps only plain words, versions and
+    short numbers of the path, because many services put their secret there. Never raises.
 
-    :param url: any text, even a malformed URL.
+    :param url: any text, also a malformed URL.
     """
     form = r"([A-Za-z][A-Za-z0-9+.-]{0,15})://([^/?#]*)([^?#]*)"
     match = re.match(form, url, re.ASCII | re.DOTALL) if isinstance(url, str) else None
@@ -266,7 +266,7 @@ def _is_plain_segment(segment: str) -> bool:
 
 
 def _split(url: Any) -> tuple[str, str, str]:
-    """Return scheme, authority and the rest, which is empty or begins with ``/``, ``?`` or ``#``."""
+    """Return scheme, authority and the rest, which is empty or starts with ``/``, ``?`` or ``#``."""
     if not isinstance(url, str):
         _refuse("not_text")
     if not url:
@@ -320,7 +320,7 @@ def _parse_literal(host: str) -> ipaddress.IPv6Address | None:
 def _ascii_host(host: str, underscores: bool) -> str:
     """Return the host name in lower case and ASCII, without trailing dot.
 
-    :param underscores: accept them, because an operator's own network may have such names.
+    :param underscores: whether to accept them, because an operator's own network may have such names.
     """
     if len(host) > 254:
         _refuse("host")
@@ -329,7 +329,7 @@ def _ascii_host(host: str, underscores: bool) -> str:
         labels.pop()
     ascii_labels = [_ascii_label(label, underscores) for label in labels]
     if not host.isascii() and not any(label.startswith("xn--") for label in ascii_labels):
-        _refuse("idna")  # other programs may see another host in it than we do, such as 127。0。0。1
+        _refuse("idna")  # other programs may read another host than we do, as in 127。0。0。1
     name = ".".join(ascii_labels)
     if len(name) > 253:
         _refuse("host")
@@ -337,7 +337,7 @@ def _ascii_host(host: str, underscores: bool) -> str:
 
 
 def _ascii_label(label: str, underscores: bool) -> str:
-    """Return one label as an A-label or as letters, digits and hyphens (RFC 5890, 2.3)."""
+    """Return one label as an A-label, or as letters, digits and hyphens (RFC 5890, 2.3)."""
     try:
         if label.isascii():
             label = label.lower()
@@ -355,13 +355,13 @@ def _ascii_label(label: str, underscores: bool) -> str:
 
 
 def _target(rest: str) -> str:
-    """Return path and query as sent over the wire; escapes are kept as received, as URLs may be signed."""
+    """Return path and query as sent over the wire; existing escapes stay, because URLs may be signed."""
     path, mark, query = rest.partition("#")[0].partition("?")
     return _UNSAFE.sub(lambda found: quote(found[0], safe=""), (path or "/") + mark + query)
 
 
 def _check_agreement(url: str, host: str, port: str | None) -> None:
-    """Refuse what the two other parsers on the way to the socket read differently from us."""
+    """Refuse a URL that either of the two parsers used before the socket reads differently from us."""
     expected = (host.strip("[]").lower(), None if port is None else int(port), None)
     try:
         by_stdlib = urlsplit(url)
@@ -416,8 +416,8 @@ def _covered(host: str, domains: tuple[str, ...]) -> bool:
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-#: No public receiver has these addresses. Source: IANA IPv4 Special-Purpose Address Registry,
-#: plus multicast, the deprecated 6to4 relays, and two addresses outside of it on which clouds serve secrets.
+#: Networks without public receivers. Source: IANA IPv4 Special-Purpose Address Registry, plus multicast,
+#: the deprecated 6to4 relays, and two addresses outside the registry on which clouds serve secrets.
 _IPV4_DENIED = tuple(map(ipaddress.IPv4Network, (
     "0.0.0.0/8",  # "this network"; Linux connects 0.0.0.0 to itself
     "10.0.0.0/8", "127.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16",
@@ -428,7 +428,7 @@ _IPV4_DENIED = tuple(map(ipaddress.IPv4Network, (
     "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.175.48.0/24",
     "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
 )))  # fmt: skip
-#: The rest of IPv6 is not, or not yet, the public internet.
+#: The rest of IPv6 is not, or not yet, part of the public internet.
 _IPV6_PUBLIC = ipaddress.IPv6Network("2000::/3")
 _IPV6_DENIED = tuple(map(ipaddress.IPv6Network, (
     "2001::/23",  # Teredo, ORCHID, benchmarking
@@ -459,7 +459,7 @@ def nat64_ipv4(
 ) -> ipaddress.IPv4Address | None:
     """Return the IPv4 address to which a NAT64 gateway translates *address*; ``None`` for any other.
 
-    :param prefixes: of this network, in addition to the well-known one.
+    :param prefixes: NAT64 prefixes of this network, in addition to the well-known one.
     """
     if isinstance(address, ipaddress.IPv6Address):
         for prefix in (_NAT64, *prefixes):
@@ -469,6 +469,6 @@ def nat64_ipv4(
 
 
 def embedded_ipv4(address: ipaddress.IPv6Address, length: int) -> ipaddress.IPv4Address:
-    """Return the four bytes after the prefix, without the byte that is always zero (RFC 6052, 2.2)."""
+    """Return the IPv4 address after the prefix, skipping the byte that is always zero (RFC 6052, 2.2)."""
     after = [byte for index, byte in enumerate(address.packed) if index >= length // 8 and index != 8]
     return ipaddress.IPv4Address(bytes(after[:4]))

@@ -1,6 +1,6 @@
-"""Abandoned jobs: RQ calls them started, but their worker is gone (``CLEAN_ABANDONED``).
+"""Abandoned jobs: their RQ status is ``started``, but their worker is gone (``CLEAN_ABANDONED``).
 
-Decides when RQ cleans its registry. How the jobs end, and which callbacks run, is up to RQ.
+Decides when RQ cleans its registry. RQ decides how the jobs end and which callbacks run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
-    """Let RQ end the jobs of *queues* whose worker is gone: it runs their failure callbacks here, now.
+    """Let RQ end the jobs of *queues* whose worker is gone; it runs their failure callbacks in this process.
 
-    :returns: how many queues had any.
+    :returns: how many queues with such jobs were cleaned.
     """
     if threading.current_thread() is not threading.main_thread():
-        # RQ before 3.0 raises in other threads, and 3.0 never runs the callback there.
+        # In other threads RQ before 3.0 raises, and 3.0 never runs the callback.
         logger.warning("Abandoned jobs are cleaned in the main thread only; this pass leaves them.")
         return 0
     cleaned = 0
@@ -48,16 +48,16 @@ def end_abandoned(redis: Redis, queues: Iterable[str]) -> int:
 
 
 def expired_jobs(redis: Redis, queue: str) -> set[str]:
-    """Return the started jobs of *queue* whose worker sends no heartbeat: RQ has not cleaned them up yet."""
+    """Return the started jobs of *queue* whose worker sends no heartbeat and that RQ has not cleaned yet."""
     key = StartedJobRegistry(queue, connection=redis).key
-    # Workers write these times by their own clocks.
+    # Workers write these times according to their own clocks.
     until = (server_time(redis) - CLOCK_SKEW).timestamp()
     expired = _job_ids(redis.zrangebyscore(key, "-inf", until))
     return expired - _job_ids(redis.zrangebyscore(key, f"({until}", "+inf")) if expired else expired
 
 
 def _job_ids(entries: Any) -> set[str]:
-    """Return the ids that *entries* stand for: ``<job id>``, from RQ 2 on ``<job id>:<execution id>``."""
+    """Return the job ids in *entries*: these are ``<job id>``, since RQ 2 ``<job id>:<execution id>``."""
     texts = [entry.decode("utf-8", "replace") if isinstance(entry, bytes) else entry for entry in entries]
     return {id_ for text in texts for id_ in (text, text.rpartition(":")[0]) if id_}
 
@@ -65,7 +65,7 @@ def _job_ids(entries: Any) -> set[str]:
 def _uses_pickle(redis: Redis, queue: str) -> bool:
     """Return whether the started jobs of *queue* were written by RQ's default serializer.
 
-    Judged by one of them; ``True`` if there is none to judge by.
+    Checks one of them; ``True`` if there is none to check.
     """
     for job_id in _job_ids(redis.zrange(StartedJobRegistry(queue, connection=redis).key, 0, 0)):
         data: Any = redis.execute_command("HGET", job_key(job_id), "data", NEVER_DECODE=True)  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""Observe every job that a piece of code enqueues, in whatever way; for tests.
+"""Observe every job that a piece of code enqueues, by whatever means; for tests.
 
-Wraps the three methods of a queue through which RQ creates and enqueues jobs, while the code runs.
+While the code runs, wraps the three methods of a queue through which RQ creates and enqueues jobs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .job_callbacks import Queue, is_attached, is_instrumented
 class SeenJob:
     """One job that was enqueued.
 
-    :param attachable: whether its queue attaches a webhook where one is asked for.
-    :param made_elsewhere: whether it was created without a queue (``Job.create``), so that no queue can.
+    :param attachable: whether its queue attaches a webhook when one is requested.
+    :param made_elsewhere: whether it was made without a queue (``Job.create``), so none can be attached.
     :param by_helper: whether ``enqueue_with_webhook`` enqueued it.
     """
 
@@ -36,7 +36,7 @@ class SeenJob:
 
 @contextmanager
 def observe(note: Callable[[SeenJob], None]) -> Iterator[None]:
-    """Call *note* for every job that any queue of this process enqueues, in the thread that enqueues it."""
+    """Call *note* for every job that any queue of this process enqueues, in the enqueuing thread."""
     watcher = _Watcher(note)
     originals = {name: getattr(rq.Queue, name) for name in _METHODS}
     wrappers = {name: watcher.wrap(name, original) for name, original in originals.items()}
@@ -47,7 +47,7 @@ def observe(note: Callable[[SeenJob], None]) -> Iterator[None]:
     finally:
         watcher.active = False
         for name, wrapper in wrappers.items():
-            # If our wrapper has been wrapped by others, it stays inside, without effect.
+            # If someone has wrapped our wrapper, it stays inside and has no effect.
             if rq.Queue.__dict__.get(name) is wrapper:
                 setattr(rq.Queue, name, originals[name])
 
@@ -63,7 +63,7 @@ class _Watcher:
         self._seen: dict[str, SeenJob] = {}
 
     def wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return *original*, the queue method *name*, wrapped so that the job is observed."""
+        """Return *original*, the method *name* of a queue, wrapped so that it notes the job."""
 
         @functools.wraps(original)
         def wrapper(queue: rq.Queue, *args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,12 @@
-"""Puts our callbacks on the jobs that are enqueued while a webhook is asked for.
+"""Attach our callbacks to the jobs that are enqueued while a webhook is requested.
 
-Owns the hook into ``Queue.create_job``, through which RQ creates every job that a queue enqueues, and what is
-known about the jobs created there, most of which ``Queue.enqueue_job`` has written. Knows nothing of
-requests, SQL, or what an endpoint is.
+Hooks into ``Queue.create_job``, through which RQ creates every job that a queue enqueues, and records what is
+known about the jobs created there; for most of them, that ``Queue.enqueue_job`` has written them. Does not
+know about requests, SQL, or what an endpoint is.
 
-The user's own callbacks stay in charge: ours run after them and carry their dotted path in our own name
-(:mod:`flask_rq_webhooks.callbacks`). Nothing else in a job is changed, except the id of the first one that
-has none.
+The user's own callbacks keep their effect: ours run after them and carry their dotted path in our own name
+(:mod:`flask_rq_webhooks.callbacks`). Nothing else about a job is changed, except that the first job without
+an id gets one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CALLBACKS = "flask_rq_webhooks.callbacks"
 _OPTIONS = {"on_success": "success", "on_failure": "failure", "on_stopped": "stopped"}
 #: Position of ``job_id`` among the positional arguments of ``create_job``, the same in every RQ version.
 _JOB_ID_POSITION = 9
-#: Key of the last database in which jobs with webhooks were refused.
+#: Redis key for the name of the last database in which jobs were refused webhooks.
 _REFUSED_KEY = "rq_webhooks:refused"
 
 
@@ -54,17 +54,17 @@ class Attachment:
     :param endpoint_id: id of the endpoint; ``None`` for jobs that are reported to standing endpoints only.
     :param token: the endpoint's part of the dotted name, see :func:`make_token`.
     :param reserved_job_id: id for the first job that is created without one.
-    :param same_database: says whether a queue's connection leads to the configured database;
-        :class:`SameDatabase` does.
-    :param chosen: decides by the dotted name of its function whether a job is reported; ``None``: all are.
-    :param on_created: called with each job if no request asks for them; must not raise.
-    :param jobs: the attached jobs, in order of creation. A created job is not yet an enqueued job.
-    :param written: for each job with an id that nobody else can use yet, whether RQ has written it.
+    :param same_database: tells whether a queue's connection leads to the configured database, for example
+        :class:`SameDatabase`.
+    :param chosen: tells, given the dotted name of a job's function, whether to report it; ``None``: all.
+    :param on_created: called with each attached job that no request asks for; must not raise.
+    :param jobs: the attached jobs, in the order of creation. A created job is not necessarily enqueued.
+    :param written: for each job with an id that no one else can use yet, whether RQ has written it.
     :param watched: ids of jobs that are reported although they do not carry our callbacks.
     :param passed_over: functions of the jobs that were not *chosen*.
-    :param refused: whether a job could not be attached, because of its id or its queue's database (logged).
-    :param unfit_id: the latest job id that our tables cannot hold.
-    :param closed: whether the view is over, so that nobody will read *jobs* any more.
+    :param refused: whether a job could not be attached because of its id or its queue's database (logged).
+    :param unfit_id: the last job id that our tables cannot hold.
+    :param closed: whether the view has ended, so that nobody will look at *jobs* any more.
     """
 
     endpoint_id: str | None
@@ -95,7 +95,7 @@ class Attachment:
             self._reserved_taken = False
 
 
-#: What the running request asks for. Reaches views, sync and async, and the tasks they start.
+#: What the running request asks for. Visible in views, sync and async, and in the tasks they start.
 current_attachment: ContextVar[Attachment | None] = ContextVar("rq_webhooks_attachment", default=None)
 
 _default_attachment: Callable[[], Attachment | None] | None = None
@@ -104,7 +104,7 @@ _default_attachment: Callable[[], Attachment | None] | None = None
 def set_default_attachment(function: Callable[[], Attachment | None] | None) -> None:
     """Set what jobs are attached to while no request asks for a webhook (``RQ_WEBHOOKS_ATTACH="all"``).
 
-    :param function: called for every job; its attachments do not collect jobs. ``None`` to attach nothing.
+    :param function: called for every job; its attachments do not collect jobs. ``None`` attaches nothing.
     """
     global _default_attachment
     _default_attachment = function
@@ -115,7 +115,7 @@ def make_token(endpoint: str, maxlen: int = DEFAULT_MAXLEN, *, ignores_argument:
 
     :param endpoint: endpoint id, or ``ep<namespace>_all``.
     :param maxlen: ``RQ_WEBHOOKS_OUTBOX_MAXLEN``.
-    :param ignores_argument: whether the job's first argument never names its run.
+    :param ignores_argument: whether the job's first argument must not be used as the name of its run.
     """
     if ignores_argument:
         return f"{endpoint}~{maxlen}n"
@@ -126,13 +126,13 @@ def make_token(endpoint: str, maxlen: int = DEFAULT_MAXLEN, *, ignores_argument:
 
 
 class Queue(rq.Queue):
-    """A drop-in for :class:`rq.Queue` whose jobs carry the webhook of the request that enqueues them.
+    """A drop-in replacement for :class:`rq.Queue` whose jobs carry the webhook of the enqueuing request.
 
-    Outside such a request it is just an :class:`rq.Queue`.
+    Outside such a request it behaves exactly like :class:`rq.Queue`.
     """
 
     def create_job(self, *args: Any, **kwargs: Any) -> Job:
-        """Create a job as RQ does, with our callbacks where a webhook is asked for."""
+        """Create a job as RQ does, with our callbacks if a webhook is requested."""
         return _create_job(super().create_job, self, args, kwargs)
 
     def enqueue_job(self, *args: Any, **kwargs: Any) -> Job:
@@ -141,7 +141,7 @@ class Queue(rq.Queue):
 
 
 def attached(queue: rq.Queue) -> rq.Queue:
-    """Return a copy of any queue that does what :class:`Queue` does; *queue* itself is not changed."""
+    """Return a copy of any queue that behaves like :class:`Queue`; *queue* itself is not changed."""
     twin = copy.copy(queue)
     twin.create_job = functools.partial(_create_twin_job, queue)  # type: ignore[method-assign]
     return twin
@@ -162,10 +162,10 @@ _instrumented = False
 
 
 def instrument() -> None:
-    """Make every :class:`rq.Queue` of this process do what :class:`Queue` does.
+    """Make every :class:`rq.Queue` of this process behave like :class:`Queue`.
 
-    Safe to call again, from any thread, and together with other wrappers, around or inside this one: it
-    replaces ``create_job``, which ``enqueue``, ``enqueue_call`` and all the others call, and ``enqueue_job``.
+    Safe to call again, from any thread, and together with other wrappers around or inside this one. Replaces
+    ``create_job``, which ``enqueue``, ``enqueue_call`` and all the others call, and ``enqueue_job``.
     """
     global _instrumented
     with _instrument_lock:
@@ -179,7 +179,7 @@ def instrument() -> None:
 def uninstrument() -> None:
     """Undo :func:`instrument`.
 
-    If the host has since put its own wrapper around ours, ours stays inside, without effect.
+    If the host has put its own wrapper around ours since then, ours stays inside but has no effect.
     """
     global _instrumented
     with _instrument_lock:
@@ -196,7 +196,7 @@ def is_instrumented() -> bool:
 
 
 class _Instrumented:
-    """A method of ``rq.Queue`` wrapped by ours; a descriptor, as functions are."""
+    """A method of ``rq.Queue`` wrapped in our function; a descriptor, as functions are."""
 
     def __init__(self, original: Callable[..., Job], function: Callable[..., Job]) -> None:
         functools.update_wrapper(self, original)
@@ -250,7 +250,7 @@ def _create_job(
     try:
         job = original(*args, **kwargs)
     finally:
-        if job is None and reserved:  # refused by RQ; the next job may use it
+        if job is None and reserved:  # refused by RQ; the next job may use the id
             attachment._give_reserved_id_back()
     if requested is not None:
         requested.jobs.append(job)
@@ -273,14 +273,14 @@ def _enqueue_job(
 
 
 def why_unfit(job_id: Any) -> str | None:
-    """Return why our tables and indexes cannot hold *job_id*, though RQ accepts it; ``None`` if they can."""
+    """Return why our tables and indexes cannot hold *job_id*, although RQ can; ``None`` if they can."""
     if not isinstance(job_id, str) or (len(job_id) <= MAX_JOB_ID and "\0" not in job_id):
         return None
     return f"Its id {job_id[:60]!r}… has {len(job_id)} characters. Use at most {MAX_JOB_ID}, and no NUL."
 
 
 def is_unfit(job_id: Any, attachment: Attachment) -> bool:
-    """Return whether our tables cannot hold *job_id*; log it once, as a job may come here several times."""
+    """Return whether our tables cannot hold *job_id*; log it only once if a job gets here several times."""
     why = why_unfit(job_id)
     if why is not None and attachment.unfit_id != job_id:
         attachment.refused, attachment.unfit_id = True, job_id
@@ -289,7 +289,7 @@ def is_unfit(job_id: Any, attachment: Attachment) -> bool:
 
 
 def name_of(func: Any) -> str:
-    """Return the dotted name of a job's function, as passed to a queue."""
+    """Return the dotted name of a job's function, given as it is passed to a queue."""
     if isinstance(func, str):
         return func
     name = getattr(func, "__qualname__", type(func).__qualname__)
@@ -308,7 +308,7 @@ def _default() -> Attachment | None:
 
 
 def _is_attached(callback: Any, attachment: Attachment) -> bool:
-    """Return whether an outer layer (our :class:`Queue` over an instrumented one) has already been here."""
+    """Return whether an outer layer (our :class:`Queue` over an instrumented one) has attached the job."""
     if not isinstance(callback, Callback) or not isinstance(callback.func, str):
         return False
     name = f"{CALLBACKS}.success.{attachment.token}"
@@ -316,9 +316,9 @@ def _is_attached(callback: Any, attachment: Attachment) -> bool:
 
 
 def _chained(option: str, kind: str, token: str, callback: Any) -> Callback:
-    """Return our callback, with the user's own in its name and the user's own timeout.
+    """Return our callback, with the user's callback in its name and the user's timeout.
 
-    What RQ refuses as a callback is refused here with the same message, and its warnings are issued, too.
+    Refuses what RQ refuses as a callback, with the same message, and gives the same warnings.
     """
     name = f"{CALLBACKS}.{kind}.{token}"
     if not callback:
@@ -337,10 +337,10 @@ def _chained(option: str, kind: str, token: str, callback: Any) -> Callback:
 
 
 class SameDatabase:
-    """Tells whether a connection leads to the configured Redis database.
+    """Tell whether a connection leads to the configured Redis database.
 
-    Compares run id and database number, so that one server under two names counts as one. If a server hides
-    its run id, both clients must use the same address.
+    Compares run id and database number, so one server under two names counts as one. If a server hides its
+    run id, both clients must use the same address.
 
     :param configured: a client for ``RQ_WEBHOOKS_REDIS_URL``.
     """
@@ -351,23 +351,23 @@ class SameDatabase:
 
     @property
     def configured_name(self) -> str:
-        """Return the configured database's name for people."""
+        """Return the human-readable name of the configured database."""
         return database_name(self._configured)
 
     def note_refusal(self, name: str) -> None:
-        """Note for ``doctor`` that jobs were enqueued in the database *name*; kept for a day."""
+        """Record for ``doctor`` that jobs were enqueued in the database *name*; kept for a day."""
         try:
             self._configured.set(_REFUSED_KEY, name, ex=86400)
         except RedisError:
             logger.debug("The refusal could not be noted.", exc_info=True)
 
     def refusals(self) -> list[str]:
-        """Return the last name noted, if any."""
+        """Return the name recorded last, if any, as a list."""
         name = self._configured.get(_REFUSED_KEY)
         return [_text(name)] if isinstance(name, str | bytes) else []
 
     def __call__(self, connection: Redis) -> bool:
-        """Return whether *connection* leads there.
+        """Return whether *connection* leads to the configured database.
 
         :raises redis.RedisError: when the server of *connection* cannot be reached.
         """
@@ -384,7 +384,7 @@ class SameDatabase:
             # Not cached: a restarted server has a new run id.
             same = identity is not None and identity == redis_identity(self._configured)
         except RedisError:
-            # The queue's server answers and the configured one does not: not the same address, at any rate.
+            # The queue's server answers and the configured one does not, so their addresses differ at least.
             same = False
         if same:
             self._known.add(parameters)
@@ -395,15 +395,15 @@ _refused_databases: set[str] = set()
 
 
 def databases_elsewhere(same_database: SameDatabase, *owners: Mapping[str, Any]) -> list[str]:
-    """Return the names of other databases in which this app has queues, or recently enqueued jobs.
+    """Return the names of other databases in which this app has queues or has recently enqueued jobs.
 
-    :param owners: where the app keeps its queues, besides the loaded modules; a list or a mapping in there,
-        or an extension, may hold them, too.
+    :param owners: where the app keeps its queues, besides its loaded modules; a list, a mapping or an
+        extension in there may hold them too.
     """
     found = set(same_database.refusals())
     modules = [value for module in list(sys.modules.values()) for value in list(vars(module).values())]
     kept = [value for owner in owners for value in owner.values()]
-    # Only these exact types: a proxy of another extension may fail outside its requests.
+    # Check the exact types: another extension's proxy may fail outside its requests.
     kept += [vars(value) for value in kept if type(value).__dictoffset__]
     for value in (*modules, *kept):
         values = (
@@ -440,17 +440,17 @@ def _leads_to_database(attachment: Attachment, connection: Redis) -> bool:
 
 # -- confirmation -------------------------------------------------------------------------------------------
 
-#: Statuses that a job object has only after it was handed to RQ; every new one says ``queued``.
+#: Statuses that a job object has only after it was handed to RQ; every new one has ``queued``.
 _HANDED_OVER = ("deferred", "scheduled", "ready_to_enqueue", "rate_limited")
 
 
 def look_at_jobs(redis: Redis, attachment: Attachment, jobs: Iterable[Job]) -> tuple[list[str], list[str]]:
-    """Return which of the jobs created under an attachment really exist, in at most one round trip.
+    """Find which of the jobs created under an attachment really exist, in one round trip at most.
 
-    A created job may never have been enqueued: RQ refuses a duplicate (``unique=True``) only
-    afterwards, and a pipeline may not have been executed yet. A hash without our endpoint belongs to an
-    earlier job with the same id and does not count, unless that job is watched. A job with an id of its
-    own, which RQ has written and which was handed over, exists without a check.
+    A created job may never have been enqueued: RQ refuses a duplicate (``unique=True``) only afterwards, and
+    a pipeline may not have been executed yet. A hash without our endpoint belongs to an earlier job with the
+    same id and is ignored, unless that job is watched. A job with an id of its own that RQ has written and
+    that was handed over counts as existing without a look.
 
     :param jobs: some of :attr:`Attachment.jobs`.
     :returns: ids of the jobs that exist and will be reported, and ids of those without a hash.
@@ -471,9 +471,9 @@ def look_at_jobs(redis: Redis, attachment: Attachment, jobs: Iterable[Job]) -> t
 
 
 def was_handed_over(job: Job) -> bool:
-    """Return whether a job object shows that its job was enqueued, so that it is on its way, or already gone.
+    """Return whether a job object shows that its job was enqueued, so it is on its way or already gone.
 
-    ``enqueued_at`` is set before RQ sends anything, a status other than ``queued`` while it does.
+    ``enqueued_at`` is set before RQ sends anything; a status other than ``queued`` is set while it sends.
     """
     return job.enqueued_at is not None or job.get_status(refresh=False) in _HANDED_OVER
 

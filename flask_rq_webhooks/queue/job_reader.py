@@ -1,10 +1,10 @@
 """What RQ has committed: the only reader of RQ's hashes and results.
 
 Reads fields of job hashes and entries of result streams, many jobs in one round trip, on every supported RQ
-version. Works with clients that decode and with those that do not. Changes nothing, and never uses RQ's
-registries, whose reading methods clean them. ``Job.fetch`` would import and call whatever a Redis writer
-registries, whose reading methods clean them. ``Job.fetch`` would import and call whatever a client that can
-write to Redis names; :mod:`~flask_rq_webhooks.queue.safe_pickle` reads calls, meta and return values instead.
+version. Works with clients that decode responses and with those that do not. Changes nothing, and never uses
+RQ's registries, because reading them also cleans them. ``Job.fetch`` would import and call whatever a Redis
+writer names; :mod:`~flask_rq_webhooks.queue.safe_pickle` reads calls, meta and return values instead.
+
 One broken job never stops the others: a key of another type, or a hash that RQ cannot have written, is
 logged once and reported in :attr:`Jobs.unreadable`.
 """
@@ -31,19 +31,19 @@ from .safe_pickle import MAX_BYTES, UNKNOWN, inflated, load_plain, plain_call
 
 logger = logging.getLogger(__name__)
 
-#: Jobs per pipeline, which keeps a round trip at a reasonable size.
+#: Jobs per pipeline: keeps one round trip at a reasonable size.
 _CHUNK = 500
-#: Jobs per transaction: the server serves nobody else meanwhile.
+#: Jobs per transaction: the server answers nobody else in the meantime.
 _TRANSACTION = 100
 #: RQ keeps the last ten results of a job.
 _RESULTS = 10
-#: Bytes of a traceback text that are read; characters of a function's, a queue's and a run's name.
+#: Bytes read of a traceback text; maximum characters of the name of a function, a queue or a run.
 _MAX_EXC_BYTES, MAX_NAME = 2**20, 512
-#: Number of unreadable jobs that are remembered, so that each is logged once.
+#: How many unreadable jobs are remembered, so that each is logged only once.
 _MAX_LOGGED = 10_000
 
 _PROBE_FIELDS = ("status", "enqueued_at", "created_at", "origin")
-#: Fields that say how a run ended if it ended as reported, and those that say it for every run.
+#: Fields that suffice if a run ended as its callback reported, and fields that suffice for every run.
 _REPORTED_FIELDS = ("status", "created_at", "enqueued_at", "ended_at", "meta")
 _ENDING_FIELDS = (*_REPORTED_FIELDS, "retries_left", "exc_info")
 _CALLBACK_FIELDS = ("success_callback_name", "failure_callback_name", "stopped_callback_name")
@@ -52,7 +52,7 @@ _FIELDS = (
     "dependency_ids", "dependency_id", "allow_dependency_failures", "data",
 )  # fmt: skip
 _TOKEN = re.compile(r"flask_rq_webhooks\.callbacks\.(?:success|failure|stopped)\.(ep[0-9a-z]+_[0-9a-z]+)")
-#: Callback names of jobs whose first argument does not name their run.
+#: The names of jobs whose first argument does not name their run.
 _IGNORES_ARGUMENT = re.compile(r"flask_rq_webhooks\.callbacks\.[a-z]+\.ep[0-9a-z]+_[0-9a-z]+~[0-9]+n(?:\.|$)")
 
 
@@ -74,23 +74,23 @@ class JobResult:
     ended_at: datetime | None = None
 
 
-# Not frozen: that would take three times as long, for every entry.
+# Not frozen: creating a frozen one takes three times as long, for every entry.
 @dataclass(slots=True, kw_only=True)
 class JobRecord:
     """One existing job's hash. Times are aware UTC.
 
-    :param status: RQ's own: ``"queued"``, ``"started"``, ``"finished"``, ``"failed"``, ``"stopped"``,
-        ``"canceled"``, ``"deferred"``, ``"scheduled"``, ``"created"``, from RQ 3 also
+    :param status: RQ's own status: ``"queued"``, ``"started"``, ``"finished"``, ``"failed"``, ``"stopped"``,
+        ``"canceled"``, ``"deferred"``, ``"scheduled"``, ``"created"``, since RQ 3 also
         ``"ready_to_enqueue"`` and ``"rate_limited"``.
     :param run: identity of the current run, see :func:`~flask_rq_webhooks.protocol.events.run_key`.
-    :param func: dotted name of the function, where the call or RQ's own description shows it.
+    :param func: dotted name of the function, if the call or RQ's own description shows it.
     :param runid: what a callback would call the run, see :func:`~flask_rq_webhooks.callbacks.run_name`.
     :param retries_left: ``None`` if the job was enqueued without ``Retry``.
     :param tokens: ids of the endpoints its callbacks report to.
-    :param exc: traceback text in the hash: RQ before 2.0 keeps the one of an abandoned job only there.
+    :param exc: traceback text in the hash: RQ before 2.0 keeps that of an abandoned job only there.
     :param meta: as RQ serialized it, see :func:`~.safe_pickle.progress_in`.
     :param children: ids in meta under the requested prefix.
-    :param results: RQ's results of the job at the same moment, oldest first; ``None`` if not requested.
+    :param results: the job's results at the same moment, oldest first; ``None`` if not requested.
     """
 
     job_id: str
@@ -116,7 +116,7 @@ class JobRecord:
 class Jobs(dict[str, JobRecord]):
     """The jobs that exist, by id.
 
-    :ivar unreadable: job id → why its key cannot be read; such a job is not among the others.
+    :ivar unreadable: job id → why its key cannot be read; such a job is not in the dict itself.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class Jobs(dict[str, JobRecord]):
         self.unreadable: dict[str, str] = {}
 
 
-#: RQ's ``Result.Type``: 4 and 5 are of RQ 2; 5 is a job that returned ``Retry`` too often.
+#: RQ's ``Result.Type``; 4 and 5 belong to RQ 2, and 5 is a job that returned ``Retry`` too often.
 _RESULT_TYPES = {"1": "success", "2": "failure", "3": "stopped", "4": "retried", "5": "failure"}
 
 
@@ -133,8 +133,8 @@ def read_jobs(
 ) -> Jobs:
     """Return the jobs that exist, in one pipelined round trip (per 500 jobs).
 
-    :param results: also read each job's results, in one transaction with its hash. What is judged together
-        must be from the same moment: between two reads a retry may begin and end.
+    :param results: also read each job's results, in one transaction with its hash. Data judged together must
+        be from the same moment: between two reads a retry may begin and end.
     :param child_prefix: also read the children named in meta under keys with this prefix.
     :raises redis.RedisError: when Redis cannot be asked.
     """
@@ -144,9 +144,9 @@ def read_jobs(
 def read_endings(redis: Redis, job_ids: Iterable[str], *, results: bool = False) -> Jobs:
     """Return the jobs that exist, with only the fields that say how the run ended.
 
-    For ingest, which reads very many jobs: a third of the work of :func:`read_jobs`, whose parameters it has.
+    For ingest, which reads very many jobs: a third of the work of :func:`read_jobs`, with its parameters.
 
-    :param results: if false, RQ's remaining retries and its traceback are not read either.
+    :param results: also read the results; without them, retries left and traceback are not read either.
     """
     return _read(redis, job_ids, _ENDING_FIELDS if results else _REPORTED_FIELDS, results=results)
 
@@ -154,7 +154,7 @@ def read_endings(redis: Redis, job_ids: Iterable[str], *, results: bool = False)
 def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes, bytes] | None]:
     """Return status, run and queue of many jobs, undecoded and as cheaply as possible; ``None`` if absent.
 
-    The run is ``enqueued_at``, or empty for a job that was not enqueued yet.
+    The run is ``enqueued_at``, or empty for a job that has not been enqueued yet.
     """
     if not job_ids:
         return []
@@ -164,7 +164,7 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
             pipeline.execute_command("HMGET", prefix + job_id, *_PROBE_FIELDS)  # type: ignore[no-untyped-call]
         answers = _executed(pipeline)
     return [
-        # A late heartbeat leaves a hash without `created_at`; an error shows up again in `read_jobs`.
+        # A late heartbeat leaves a hash without `created_at`; an error occurs again in `read_jobs`.
         None
         if isinstance(answer, Exception) or answer[2] is None
         else (_bytes(answer[0]), _bytes(answer[1]), _bytes(answer[3]))
@@ -173,7 +173,7 @@ def probe_jobs(redis: Redis, job_ids: Sequence[str]) -> list[tuple[bytes, bytes,
 
 
 def any_exists(redis: Redis, job_ids: Sequence[str]) -> bool:
-    """Return whether any of the jobs has a hash: one command for all, a tenth of the cost of a probe."""
+    """Return whether any of the jobs has a hash: one command for all, at a tenth of the cost of a probe."""
     prefix = job_key("")
     return bool(job_ids) and bool(redis.exists(*[prefix + job_id for job_id in job_ids]))
 
@@ -185,7 +185,7 @@ def read_statuses(redis: Redis, job_ids: Iterable[str]) -> dict[str, str | None]
 
 
 def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResult]]:
-    """Return the results that RQ keeps of each job, oldest first, without their return values."""
+    """Return what RQ keeps of each job's results, oldest first, without their return values."""
     results = {}
     for chunk, answers in _pipelined(redis, job_ids, _last_results):
         for job_id, entries in zip(chunk, answers, strict=True):
@@ -196,13 +196,13 @@ def read_results(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[JobResu
 def read_result_value(redis: Redis, job_id: str) -> Any:
     """Return the return value of a job's latest success, or :data:`~.safe_pickle.UNKNOWN`.
 
-    Only plain values are read: texts, numbers, containers, dates, ``Decimal``, ``UUID``, paths as texts.
+    Only plain values are read: strings, numbers, containers, dates, ``Decimal``, ``UUID``, paths as strings.
     """
     ((_chunk, (entries,)),) = _pipelined(redis, [job_id], _last_results)
     for _entry_id, raw in [] if isinstance(entries, Exception) else entries or []:  # newest first
         fields = _fields(raw)
         if _text(fields.get("type")) == "1":
-            if "return_value" not in fields:  # RQ leaves None out
+            if "return_value" not in fields:  # RQ omits None
                 return None
             data = _from_base64(fields["return_value"])
             return UNKNOWN if data is None else load_plain(data, whole=True)
@@ -210,7 +210,7 @@ def read_result_value(redis: Redis, job_id: str) -> Any:
 
 
 def read_callback_names(redis: Redis, keys: Sequence[str]) -> list[frozenset[str] | None]:
-    """Return, for each key of a job's hash, the endpoints its callbacks report to; ``None`` without a hash.
+    """Return, for each key of a job hash, which endpoints its callbacks report to; ``None`` if no hash.
 
     :raises redis.RedisError: when Redis cannot be asked.
     """
@@ -232,7 +232,7 @@ def read_metas(redis: Redis, job_ids: Sequence[str]) -> list[bytes | None]:
 
 
 def read_dependents(redis: Redis, job_ids: Sequence[str]) -> dict[str, list[str]]:
-    """Return the ids of the jobs that wait for each job, in one round trip."""
+    """Return, for each job, the ids of the jobs that wait for it, in one round trip."""
     if not job_ids:
         return {}
     with redis.pipeline(transaction=False) as pipeline:
@@ -262,7 +262,7 @@ def _read(
     child_prefix: str | None = None,
 ) -> Jobs:
     jobs = Jobs()
-    # Encoded once here, not by the client for every job.
+    # Encode once here instead of letting the client do it for every job.
     names = [name.encode() for name in fields]
     for job_id, values, entries in _answers(redis, list(dict.fromkeys(job_ids)), names, results=results):
         try:
@@ -282,7 +282,7 @@ def _read(
 def _answers(
     redis: Redis, job_ids: Sequence[str], names: Sequence[bytes], *, results: bool
 ) -> Iterable[tuple[str, Any, Any]]:
-    """Yield the fields of each job, and its last results from the same moment."""
+    """Yield the fields of each job, and its last results if requested, both from the same moment."""
     if not results:
         for chunk, answers in _pipelined(redis, job_ids, lambda job_id: ("HMGET", job_key(job_id), *names)):
             yield from ((job_id, values, None) for job_id, values in zip(chunk, answers, strict=True))
@@ -293,7 +293,7 @@ def _answers(
             for job_id in chunk:
                 pipeline.execute_command("HMGET", job_key(job_id), *names)  # type: ignore[no-untyped-call]
                 pipeline.execute_command(*_last_results(job_id))  # type: ignore[no-untyped-call]
-            # The answers of a transaction arrive as one: they are left undecoded all together, or not at all.
+            # A transaction's answers arrive as one, so either all are undecoded or none.
             undecoded = functools.partial(pipeline.parse_response, NEVER_DECODE=True)
             pipeline.parse_response = undecoded  # type: ignore[method-assign]
             answers = _executed(pipeline)
@@ -313,7 +313,7 @@ def _pipelined(
 
 
 def _executed(pipeline: Any) -> list[Any]:
-    """Return the answers; an error that concerns only its own key takes the place of its answer."""
+    """Return the answers; an error about a single key takes the place of its answer, others are raised."""
     answers: list[Any] = pipeline.execute(raise_on_error=False)
     for answer in answers:
         if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
@@ -364,7 +364,7 @@ def _record(
 
 
 def _call(fields: dict[str, Any], child_prefix: str | None) -> tuple[str | None, str | None, tuple[str, ...]]:
-    """Return the function's name, what the job calls its run, and its children."""
+    """Return the function's name, the job's name for its run, and its children."""
     data = inflated(fields["data"]) if fields["data"] else b""
     func, argument = plain_call(data, (_text(fields["description"]) or "")[:1000])
     if any(_IGNORES_ARGUMENT.match(_text(fields.get(name)) or "") for name in _CALLBACK_FIELDS):
@@ -377,7 +377,7 @@ def _call(fields: dict[str, Any], child_prefix: str | None) -> tuple[str | None,
 
 
 def _name(text: Any) -> str | None:
-    """Return *text* in the form callbacks report it: one that SQL and a PostgreSQL index can hold."""
+    """Return *text* as callbacks report it, in a form that SQL and a PostgreSQL index can hold."""
     return safe_text(text.replace("\0", ""), MAX_NAME) or None if isinstance(text, str) else None
 
 
@@ -395,7 +395,7 @@ def _dependencies(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _is_job_id(item: Any) -> bool:
-    """Return whether *item* can be a job's id, for which Redis and SQL can be queried."""
+    """Return whether *item* can be a job's id, one that can be looked up in Redis and SQL."""
     return isinstance(item, str) and 0 < len(item) <= MAX_NAME and _name(item) == item
 
 
@@ -414,7 +414,7 @@ def _last_results(job_id: str) -> tuple[Any, ...]:
 
 
 def _results(job_id: str, entries: Any) -> list[JobResult]:
-    """Return the results in the answer to :func:`_last_results`, oldest first."""
+    """Return the results in the answer to the command of :func:`_last_results`, oldest first."""
     if isinstance(entries, Exception):
         _log_once(job_id, f"its results cannot be read ({entries})")
         return []
@@ -445,7 +445,7 @@ def _result(job_id: str, entry: Any) -> JobResult | None:
 
 
 def pairs_in(answer: Any) -> Iterable[tuple[Any, Any]]:
-    """Return the names and values of an answer that is a map, in whichever shape the protocol returns it."""
+    """Return the names and values of a map answer, whatever the protocol version's response shape."""
     return answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=False)
 
 
@@ -486,7 +486,7 @@ def _count(value: Any) -> int | None:
 
 
 def _from_base64(value: Any) -> bytes | None:
-    """Return the bytes that *value* encodes; ``None`` if it is not base64, or too long."""
+    """Return *value* decoded; ``None`` if it is not base64, or too long."""
     if len(value) > 2 * MAX_BYTES:
         return None
     try:
@@ -496,5 +496,5 @@ def _from_base64(value: Any) -> bytes | None:
 
 
 def _inflated_text(value: Any) -> str | None:
-    """Return a traceback as RQ compressed it, or as old releases wrote it."""
+    """Return a traceback text, whether RQ compressed it or, as old releases do, did not."""
     return inflated(_bytes(value), _MAX_EXC_BYTES).decode("utf-8", "replace") if value else None

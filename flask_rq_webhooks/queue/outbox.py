@@ -1,7 +1,7 @@
 """The outbox: one Redis stream between the callbacks in users' workers and the dispatchers.
 
-Owns the stream's keys and its consumer group. Knows nothing of the content of an entry
-(:mod:`~flask_rq_webhooks.queue.outbox_entry`), nor of what happens to it.
+Owns the stream's keys and its consumer group. Does not know what an entry says
+(:mod:`~flask_rq_webhooks.queue.outbox_entry`) or what happens to it.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from ..errors import OutboxEntryError
 from .job_reader import pairs_in
 from .outbox_entry import OutboxEntry, dump_entry, parse_entry
 
-#: The consumer group to which all dispatchers of one SQL database belong.
+#: The consumer group of all dispatchers of one SQL database.
 GROUP = "dispatchers"
-#: Maximum number of entries in the stream of rejected ones, and bytes kept of each.
+#: Entries kept in the stream of rejected entries, and bytes kept of each.
 MAX_REJECTED, MAX_REJECTED_BYTES = 1000, 65_536
-#: Milliseconds after which an entry that a reader took but did not finish goes to another reader. A living
-#: reader keeps one for at most 5 s while SQL is available; reading it twice does no harm.
+#: Milliseconds after which an entry that a reader took but did not finish goes to another reader. A live
+#: reader holds an entry for 5 s at most while SQL is reachable; reading it twice does no harm.
 TAKE_OVER_IDLE_MS = 15_000
-#: Seconds between two checks for such entries, and for readers that are gone for good.
+#: Seconds between two searches for such entries, and for readers that are gone for good.
 TAKE_OVER_EVERY_S, FORGET_EVERY_S = 5.0, 3600.0
-#: Shortest wait requested from the server, in milliseconds. The server may end a wait :data:`TICK_MS` late
-#: (Redis and Valkey check ten times a second); shorter waits are slept through here.
+#: Shortest wait requested from the server, in milliseconds; shorter ones are slept here. The server may end
+#: a wait :data:`TICK_MS` too late, because Redis and Valkey check only ten times a second.
 SHORTEST_WAIT_MS, TICK_MS = 20, 100
-#: Milliseconds of silence after which a reader without entries is forgotten.
+#: Milliseconds of inactivity after which a reader that holds no entries is forgotten.
 FORGET_IDLE_MS = 24 * 3600 * 1000
 
-#: Number of jobs without a callback report from which on this is reported, and seconds for which they are
-#: counted. A few mean nothing: a callback that meets a server shutting down leaves no report either.
+#: Number of jobs without a callback's report from which a problem is reported, and seconds for which they are
+#: counted. A few mean nothing: a callback that runs while its server shuts down leaves no report either.
 SILENT_CALLBACKS, SILENCE_S = 3, 3600
 
-#: How servers report that the stream or its group does not exist, or was deleted while we waited for it. The
-#: last one is fakeredis's.
+#: Server messages that mean that the stream or its group does not exist, or was deleted while we waited. The
+#: last one comes from fakeredis.
 _NO_GROUP = ("NOGROUP", "UNBLOCKED", "requires the key to exist")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry as read from the stream.
+    """One entry as it was read.
 
     :param id: its id in the stream; pass it to :meth:`Outbox.done` or :meth:`Outbox.reject`.
-    :param entry: its content, or ``None`` if it is not valid.
+    :param entry: the parsed entry, or ``None`` if it is not valid.
     :param error: why it is not valid.
     :param raw: its bytes, if there are any.
     """
@@ -63,9 +63,9 @@ class Entry:
 class Outbox:
     """The stream of one SQL database's endpoints. Any thread may append, but only one at a time may read.
 
-    :param redis: a client for the database that RQ uses, decoding or not.
-    :param namespace: the prefix of the SQL database's endpoint ids, after ``ep``.
-    :param maxlen: number of entries kept while nobody reads.
+    :param redis: a client for the database RQ uses; it may decode responses or not.
+    :param namespace: what the SQL database's endpoint ids begin with, after ``ep``.
+    :param maxlen: entries kept while nobody reads.
     """
 
     def __init__(self, redis: Redis, namespace: str, *, maxlen: int = DEFAULT_MAXLEN) -> None:
@@ -75,7 +75,7 @@ class Outbox:
         self._redis = redis
         self._maxlen = maxlen
         self._prefix = f"ep{namespace}_"
-        #: Consumer → last id of its own unfinished entries that was read again after a start.
+        #: Consumer → id of the last of its own unfinished entries that was read again after a start.
         self._recovered: dict[str, str | None] = {}
         self._take_over_at = self._forget_at = 0.0
         self._take_over_cursor = "0-0"
@@ -88,7 +88,7 @@ class Outbox:
         self._redis.xadd(self.key, {"entry": dump_entry(entry)}, maxlen=self._maxlen, approximate=True)
 
     def length(self) -> int:
-        """Return how many entries are in the stream: new ones, and taken but unfinished ones."""
+        """Return how many entries are in the stream: new ones, and ones taken but not finished."""
         return int(self._redis.xlen(self.key))
 
     def rejected(self) -> int:
@@ -96,19 +96,19 @@ class Outbox:
         return int(self._redis.xlen(self.rejected_key))
 
     def note_silent_callbacks(self, count: int) -> None:
-        """Count jobs that ended without the report their callbacks should have appended; kept for an hour."""
+        """Count jobs that ended without the report their callbacks should have appended; kept one hour."""
         with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.incrby(self._silent_key, count)
             pipeline.expire(self._silent_key, SILENCE_S)
             pipeline.execute()
 
     def silent_callbacks(self) -> int:
-        """Return the number of such jobs; 0 while there are too few to mean anything."""
+        """Return how many such jobs there were; 0 while there are too few to be significant."""
         count = int(self._redis.get(self._silent_key) or 0)
         return count if count >= SILENT_CALLBACKS else 0
 
     def refused_user(self) -> str | None:
-        """Return a Redis user whose commands on the stream were refused recently, if the server says so.
+        """Return a Redis user whose commands on the stream were refused recently, if the server reports one.
 
         Only ``ACL LOG`` proves it, and not every user may read that; ``None`` means unknown.
         """
@@ -123,12 +123,12 @@ class Outbox:
         return None
 
     def read(self, consumer: str, count: int, block_ms: float) -> list[Entry]:
-        """Return up to *count* entries: first what this reader left unfinished before a restart, then what
+        """Return up to *count* entries: first those this reader left unfinished before a restart, then those
         a dead reader left, then new ones.
 
         An entry may be returned again until it is done; processing it twice must do no harm.
 
-        :param consumer: name of this reader, unique among living ones.
+        :param consumer: name of this reader, unique among the live ones.
         :param block_ms: how long to wait for a new entry; kept below the client's socket timeout.
         :raises redis.RedisError: when Redis cannot be reached. Nothing is lost.
         """
@@ -152,10 +152,10 @@ class Outbox:
             pipeline.execute()
 
     def reject(self, id: str, raw: bytes | str, why: str) -> None:  # noqa: A002
-        """Set an entry aside in the stream of rejected ones, where an operator can look at it.
+        """Move an entry to the stream of rejected entries, where an operator can look at it.
 
-        :param raw: its bytes; truncated if there are many.
-        :param why: one sentence.
+        :param raw: its bytes; cut if there are too many.
+        :param why: the reason, one sentence.
         """
         raw = raw.encode("utf-8", "backslashreplace") if isinstance(raw, str) else raw
         fields: Any = {
@@ -166,7 +166,7 @@ class Outbox:
         with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.xadd(self.rejected_key, fields, maxlen=MAX_REJECTED, approximate=True)
             pipeline.execute()
-        # Only now: an entry set aside twice is better than one that is lost.
+        # Delete it only now: an entry set aside twice is better than a lost one.
         self.done([id])
 
     def _read(self, consumer: str, count: int, block_ms: float) -> list[Entry]:
@@ -184,7 +184,7 @@ class Outbox:
         started = time.monotonic()
         found = self._read_group(consumer, count, ">", wait_ms)
         left_s = min(block_ms, TICK_MS) / 1000 - (time.monotonic() - started)
-        if not found and left_s > 0:  # it does not wait (fakeredis)
+        if not found and left_s > 0:  # the server did not block (fakeredis)
             time.sleep(left_s)
         return found
 
@@ -214,7 +214,7 @@ class Outbox:
             "XAUTOCLAIM", self.key, GROUP, consumer, TAKE_OVER_IDLE_MS, self._take_over_cursor, "COUNT", count
         )
         self._take_over_cursor = _text(answer[0])
-        if self._take_over_cursor == "0-0":  # all have been looked at
+        if self._take_over_cursor == "0-0":  # all entries have been examined
             self._take_over_at = time.monotonic() + TAKE_OVER_EVERY_S
             self._forget_readers()
         return self._entries(answer[1])
@@ -230,7 +230,7 @@ class Outbox:
     def _entries(self, pairs: Iterable[Any], seen: list[str] | None = None) -> list[Entry]:
         entries, gone = [], []
         for pair in pairs:
-            if pair is None or pair[0] is None:  # servers before 7 say so of a deleted entry
+            if pair is None or pair[0] is None:  # how servers before 7 return a deleted entry
                 continue
             entry_id, fields = _text(pair[0]), pair[1]
             if seen is not None:
@@ -261,8 +261,8 @@ class Outbox:
         return Entry(entry_id, entry, None, raw)
 
     def _longest_wait_ms(self) -> int:
-        """Return how long we may safely wait for the server within the client's socket timeout."""
-        # Without a timeout of its own, a connection has redis-py's: none before release 8, 5 seconds since.
+        """Return how long we can safely wait for the server within the client's socket timeout."""
+        # Connections without a timeout of their own use redis-py's: none before release 8, 5 seconds since.
         timeout_s = self._redis.connection_pool.connection_kwargs.get("socket_timeout", 5)
         return max(1, int(timeout_s * 500) - TICK_MS) if timeout_s else 60_000
 
@@ -274,14 +274,14 @@ class Outbox:
                 raise
 
     def _raw(self, *command: Any) -> Any:
-        # Undecoded even if the client decodes: bytes that are not text must not fail the whole read.
+        # Undecoded even if the client decodes: bytes that are not text must not make the whole read fail.
         return self._redis.execute_command(*command, NEVER_DECODE=True)  # type: ignore[no-untyped-call]
 
 
 def missing_reports(outbox: Outbox, count: int) -> tuple[str, str]:
     """Return what is known about jobs whose callbacks left no report, and what to do about it.
 
-    :param count: :meth:`Outbox.silent_callbacks`.
+    :param count: the number from :meth:`Outbox.silent_callbacks`.
     """
     what = f"{count:,} jobs finished within an hour without a callback report in the outbox"
     user = outbox.refused_user()
@@ -297,7 +297,7 @@ def missing_reports(outbox: Outbox, count: int) -> tuple[str, str]:
 
 
 def age_of_oldest(redis: Redis, key: str) -> float | None:
-    """Return for how many seconds the oldest entry of a stream has waited; ``None`` if the stream is empty.
+    """Return for how many seconds the oldest entry of a stream has waited, ``None`` if the stream is empty.
 
     :param key: the stream's key, :attr:`Outbox.key`.
     """
@@ -314,7 +314,7 @@ def age_of_oldest(redis: Redis, key: str) -> float | None:
 def read_until(redis: Redis, key: str | None) -> datetime | None:
     """Return when Redis received the oldest unfinished entry: every earlier one is stored in SQL by now.
 
-    Entries stay until they are stored, whether nobody has read them yet or their reader died.
+    Entries stay in the stream until they are done, whether nobody has read them or their reader has died.
 
     :param key: the stream's key, :attr:`Outbox.key`.
     :returns: ``None`` if the stream is empty.
@@ -327,7 +327,7 @@ def read_until(redis: Redis, key: str | None) -> datetime | None:
 
 
 def server_time(redis: Redis) -> datetime:
-    """Return the time on Redis' clock."""
+    """Return the time by Redis' clock."""
     answer: Any = redis.time()
     seconds, microseconds = answer
     return datetime.fromtimestamp(int(seconds), UTC) + timedelta(microseconds=int(microseconds))
@@ -338,11 +338,11 @@ def _milliseconds(entry_id: str) -> int:
 
 
 def _only_stream(answer: Any) -> Any:
-    """Return the entries of the one stream requested, in whichever shape the protocol version has them."""
+    """Return the entries of the requested stream, whatever the protocol version's response shape."""
     if not answer:
         return []
     entries = next(iter(answer.values())) if isinstance(answer, dict) else answer[0][1]
-    # redis-py 5 wraps them once more under RESP3.
+    # redis-py 5 adds another level of nesting under RESP3.
     if (
         len(entries) == 1
         and isinstance(entries[0], list)

@@ -1,6 +1,6 @@
-"""The format of a valid outbox entry, as written by our callbacks and by web processes.
+"""The format of outbox entries, which our callbacks and web processes write, and its validation.
 
-Any Redis client with write access can write to the stream, so entries are validated like any input. Pure.
+Every Redis client with write access can write to the stream, so entries are validated like any input. Pure.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ..errors import OutboxEntryError
 from ..protocol.events import parse_time
 from ..tracing import checked
 
-#: Maximum bytes of a valid entry: a result of 1 MiB, an escaped traceback of 64 Ki characters, and the rest.
+#: Maximum bytes of an entry: a result of 1 MiB, an escaped traceback of 64 Ki characters, and the rest.
 MAX_ENTRY_BYTES = 2 * 2**20
-#: Maximum lists and objects of an entry, and brackets in its texts: an empty one takes thirty times its size.
+#: Maximum lists and objects, including brackets in strings: in memory, an empty one takes 30 times its bytes.
 MAX_CONTAINERS = 200_000
-#: Maximum nesting of containers. Results arrive cut at 50.
+#: Maximum depth of nested containers. Results arrive already cut at 50.
 MAX_DEPTH = 60
-#: Maximum characters of a job's id: what a PostgreSQL index holds beside the rest of its row.
+#: Maximum characters of a job's id: what a PostgreSQL index can hold besides the rest of its row.
 MAX_JOB_ID = 512
-#: Maximum number of job ids in one ``confirm`` entry.
+#: Maximum job ids in one ``confirm`` entry.
 MAX_JOBS = 10_000
 
 _KINDS = frozenset({"success", "failure", "stopped"})
@@ -40,23 +40,23 @@ _JOB_FIELDS = dict.fromkeys((
 _CONFIRM_FIELDS = dict.fromkeys(("v", "kind", "endpoint", "jobs"))
 
 
-# Not frozen: that would take three times as long, for every entry.
+# Not frozen: creating a frozen one takes three times as long, for every entry.
 @dataclass(slots=True, kw_only=True)
 class OutboxEntry:
-    """One valid entry. Times are texts as RQ writes them, or ``None``.
+    """One valid entry. Times are strings as RQ writes them, or ``None``.
 
     :param kind: ``"success"``, ``"failure"``, ``"stopped"``: a callback's report; ``"confirm"``: jobs whose
         watches the web process could not confirm in SQL.
-    :param endpoint: endpoint id, or ``ep<namespace>_all`` for a job whose events only standing endpoints get.
+    :param endpoint: endpoint id, or ``ep<namespace>_all`` for a job reported to standing endpoints only.
     :param job_id: RQ's id; empty for ``"confirm"``.
     :param run: identity of the run, see :func:`~flask_rq_webhooks.protocol.events.run_key`; empty for
         ``"confirm"``.
-    :param at: when Redis received the entry, unix seconds: RQ's results are stamped by the same clock.
-    :param retries_left: the value that the failing run left; more than 0 means RQ will retry.
+    :param at: when Redis received the entry, unix seconds; the same clock timestamps RQ's results.
+    :param retries_left: the value after the failing run; more than 0 means RQ will retry.
     :param error: ``{"type", "message", "traceback"}`` with kind ``"failure"``.
-    :param trace: of the span in which the callback ran, if the worker has OpenTelemetry; otherwise absent.
+    :param trace: trace of the span in which the callback ran, if the worker has OpenTelemetry; else absent.
     :param jobs: job ids, only with ``"confirm"``.
-    :param seal: what a web process encrypted, only with ``"confirm"``; see :func:`confirm_entry`.
+    :param seal: encrypted by a web process, only with ``"confirm"``; see :func:`confirm_entry`.
     :param size: bytes of the JSON it was read from; 0 if it was not read from JSON.
     """
 
@@ -81,7 +81,7 @@ class OutboxEntry:
     size: int = field(default=0, compare=False)
 
     def to_json(self) -> str:
-        """Return the entry in the form that :func:`parse_entry` reads."""
+        """Return the entry as JSON that :func:`parse_entry` can read."""
         if self.kind == "confirm":
             return dump_entry(confirm_entry(self.endpoint, self.jobs, seal=self.seal))
         fields = {name: getattr(self, name) for name in _JOB_FIELDS if name != "v"}
@@ -90,13 +90,13 @@ class OutboxEntry:
 
 
 def confirm_entry(endpoint: str, jobs: Sequence[str], *, seal: str | None = None) -> dict[str, Any]:
-    """Return the entry with which a web process that cannot write to SQL asks for its watches' confirmation.
+    """Return the entry with which a web process that cannot write to SQL asks to confirm its watches.
 
     :param endpoint: endpoint id.
     :param jobs: ids of the jobs the request enqueued.
-    :param seal: the same data again, encrypted, with each job's run and the ids of those that were not in
-        Redis yet: proof that the entry comes from a web process. Without it, the entry counts only for jobs
-        whose own hash names the endpoint.
+    :param seal: the same data again, encrypted, with each job's run and the ids of the jobs that were not in
+        Redis yet: it proves that the entry comes from a web process. Without it, the entry counts only for
+        jobs whose own hash names the endpoint.
     """
     entry = {"v": ENTRY_VERSION, "kind": "confirm", "endpoint": endpoint, "jobs": list(jobs)}
     return entry if seal is None else {**entry, "seal": seal}
@@ -108,11 +108,11 @@ def dump_entry(entry: Mapping[str, Any]) -> str:
 
 
 def parse_entry(raw: bytes, *, at: float | None = None) -> OutboxEntry:
-    """Return the entry that *raw* encodes.
+    """Return the entry that *raw* contains.
 
     :param raw: ASCII JSON with exactly the fields of its kind.
-    :param at: when Redis received it (unix seconds); by default what the entry itself says.
-    :raises OutboxEntryError: saying what is wrong with it, without repeating its content at length.
+    :param at: when Redis received it (unix seconds); by default, the time in the entry itself.
+    :raises OutboxEntryError: says what is wrong with the entry, without repeating its content at length.
     """
     fields = _loads(raw)
     version = fields.get("v")
@@ -178,7 +178,7 @@ def _loads(raw: bytes) -> dict[str, Any]:
         fields = _DECODER.decode(raw.decode("ascii"))
     except RecursionError:
         raise OutboxEntryError("it is nested too deeply.") from None
-    except ValueError as exc:  # includes UnicodeDecodeError, JSONDecodeError, and a number that is too long
+    except ValueError as exc:  # also UnicodeDecodeError, JSONDecodeError, and a number too long
         raise OutboxEntryError(f"it is not JSON ({type(exc).__name__}).") from exc
     if not isinstance(fields, dict):
         raise OutboxEntryError("it is not a JSON object.")
@@ -206,12 +206,12 @@ def _finite(text: str) -> float:
     return number
 
 
-# Built once: building one takes longer than reading a small entry.
+# Built once: building a decoder takes longer than reading a small entry.
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _check_values(fields: dict[str, Any]) -> None:
-    """Reject what JSON can express but SQL or a receiver cannot handle: depth and lone surrogates."""
+    """Refuse what JSON allows but SQL or a receiver does not: deep nesting and lone surrogates."""
     level: list[Any] = [fields]
     for _depth in range(MAX_DEPTH):
         deeper: list[Any] = []
@@ -284,7 +284,7 @@ def _is_moment(text: str) -> bool:
 
 
 def _unix_time(value: Any) -> float:
-    # From 2001 to 2286: what every datetime can hold, in every time zone.
+    # From 2001 to 2286, which every datetime can hold in every time zone.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e9 <= value < 1e10:
         raise OutboxEntryError(f"its at {_short(value)} is no unix time.")
     return float(value)

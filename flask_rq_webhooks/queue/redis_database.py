@@ -1,4 +1,4 @@
-"""Our own Redis client, and which database a client leads to: to compare two, and to name one."""
+"""Create our own Redis client, and identify the database behind a client, to compare or name databases."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from redis.retry import Retry
 def redis_identity(connection: Redis) -> str | None:
     """Return what identifies a Redis database: the server's run id and the database number.
 
-    A restarted server has a new one, so it is good for comparing, but not for storing.
+    A restarted server has a new run id, so use the result for comparing only, and do not store it.
 
-    :returns: ``None`` where the server hides it (an ACL or a proxy forbids ``INFO``, fakeredis).
+    :returns: ``None`` if the server hides it (an ACL or a proxy forbids ``INFO``, fakeredis).
     :raises redis.RedisError: when Redis cannot be reached.
     """
     try:
@@ -29,9 +29,9 @@ def redis_identity(connection: Redis) -> str | None:
 
 
 def redis_parameters(connection: Redis) -> tuple[Any, ...]:
-    """Return the address *connection* was made for; equal for two clients of one database.
+    """Return the address *connection* was created for; if two are equal, the database is the same.
 
-    Different addresses may still lead to the same database, under another name.
+    Two different addresses may still lead to the same database, under different names.
     """
     pool = connection.connection_pool
     kwargs = pool.connection_kwargs
@@ -51,7 +51,7 @@ def redis_parameters(connection: Redis) -> tuple[Any, ...]:
 
 
 def database_name(connection: Redis) -> str:
-    """Return a display name of the database, without user name and password."""
+    """Return a human-readable name of the database, without user name and password."""
     kind, where, *more = redis_parameters(connection)
     database = more[-1]
     if kind == "tcp":
@@ -66,19 +66,19 @@ def _database_number(connection: Redis) -> int:
 
 
 def connect(url: str) -> Redis:
-    """Return our own client for *url*; nothing is opened yet.
+    """Return our own client for *url*; it opens no connection yet.
 
-    After a failover an open connection may lead to a server that is now a replica. Outside Sentinel, redis-py
-    keeps it and keeps failing; here it is closed, and the command is sent again on a new one.
+    After a failover an open connection may lead to a server that is now a replica. Without Sentinel, redis-py
+    keeps that connection and keeps failing; here it is closed and the command is sent again on a new one.
     """
     client = Redis.from_url(
         url,
         socket_connect_timeout=2,
         socket_timeout=10,
         health_check_interval=30,
-        # The client's default retries block a caller for seconds while Redis is down.
+        # The client's default retries block the caller for seconds while Redis is down.
         retry=Retry(NoBackoff(), 1),
-        retry_on_error=[RedisConnectionError],  # redis-py before 6 retries nothing by itself
+        retry_on_error=[RedisConnectionError],  # redis-py before 6 retries nothing by default
     )
     pool = client.connection_pool
     pool.connection_class = type("WritableConnection", (_ClosedByReadOnly, pool.connection_class), {})
@@ -86,10 +86,10 @@ def connect(url: str) -> Redis:
 
 
 class _ClosedByReadOnly:
-    """A connection, over any transport, that is not used again after it answered ``READONLY``."""
+    """A connection, over any transport, that is not used again after a ``READONLY`` answer."""
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        """Read a response as the client does."""
+        """Read an answer like the client does, but close the connection on ``READONLY``."""
         try:
             return super().read_response(*args, **kwargs)  # type: ignore[misc]
         except ReadOnlyError as exc:

@@ -1,8 +1,8 @@
-"""Read plain data out of pickles that anybody who can write to Redis may have written.
+"""Read plain data from pickles that anybody who can write to Redis may have written.
 
 ``pickle.load`` is never called on them. ``pickletools.genops`` splits a pickle into opcodes, and the small
-machine here builds texts, numbers, dates and containers from them. It imports nothing, calls nothing a pickle
-names, and returns no class: the constructors below are our own functions. Whatever is not plain data
+machine here builds strings, numbers, dates and containers from them. It imports nothing, calls nothing that a
+pickle names, and returns no class: the constructors below are our own functions. Whatever is not plain data
 becomes :data:`UNKNOWN`. Work and memory are bounded: see :data:`MAX_BYTES` and :data:`MAX_STEPS`.
 
 RQ's ``JSONSerializer`` writes JSON instead; :func:`load_plain` reads that too.
@@ -24,18 +24,18 @@ from uuid import UUID
 
 from ..protocol.json_safe import dumps_capped
 
-#: Maximum size of a pickle, and of JSON, in bytes. Each byte of a text may take four bytes of memory.
+#: Maximum bytes of a pickle, and of JSON. Each byte of a string may take four bytes of memory.
 MAX_BYTES, MAX_JSON_BYTES = 4 * 2**20, 2**20
-#: Maximum number of opcodes executed, which bounds the number of objects: about 0.2 s and 15 MB.
+#: Maximum opcodes executed, which limits the number of objects: about 0.2 s and 15 MB.
 MAX_STEPS = 200_000
-#: Steps that a set costs: an empty one takes four times the memory of a list or dict.
+#: Steps charged for a set: an empty one takes four times the memory of a list or dict.
 _SET_STEPS = 4
-#: Maximum number of keys and set members whose hashes can be made to collide: n of them take n² comparisons.
+#: Maximum keys and set members whose hashes can be made to collide: n of them take n² comparisons.
 _MAX_WEAK_KEYS = 1000
-#: Maximum number of values in one tuple used as a key: each container of shared tuples doubles the hashing.
+#: Maximum values within one tuple used as a key: each level of shared tuples doubles the cost of hashing it.
 _MAX_KEY_VALUES = 64
 
-#: Maximum size of a job's progress, in bytes of JSON.
+#: Maximum bytes of the JSON of a job's progress.
 MAX_PROGRESS_BYTES = 4096
 
 #: How RQ's own description of a job begins.
@@ -49,16 +49,16 @@ class _Unknown(Enum):
         return "UNKNOWN"
 
 
-#: A value that is no longer kept, or that only its own program could read.
+#: A value that is no longer stored, or that only its own program could read.
 UNKNOWN: Final = _Unknown.UNKNOWN
 
 
 class _UnsafeError(Exception):
-    """The pickle does something that no pickle of plain data does, or too much of it."""
+    """The pickle does something that no pickle of plain data does, or does too much."""
 
 
 def load_plain(raw: bytes, *, whole: bool = False) -> Any:
-    """Return what *raw* holds, with :data:`UNKNOWN` in place of each value that is not plain data.
+    """Return what *raw* contains, with :data:`UNKNOWN` in place of each value that is not plain data.
 
     :param raw: written by RQ's pickle or JSON serializer; already decompressed.
     :param whole: return :data:`UNKNOWN` for the whole value if any part of it is unknown.
@@ -71,7 +71,7 @@ def load_plain(raw: bytes, *, whole: bool = False) -> Any:
             return UNKNOWN
         machine = _Machine()
         value = machine.run(raw)
-    # A broken pickle raises nearly anything, in `genops` as in the constructors.
+    # A broken pickle may raise nearly anything, both in `genops` and in the constructors.
     except Exception:  # noqa: BLE001
         return UNKNOWN
     return UNKNOWN if whole and machine.met_unknown else value
@@ -81,7 +81,7 @@ def plain_call(data: bytes, description: str | None = None) -> tuple[str | None,
     """Return a job's function name and its first positional argument, without importing what they name.
 
     :param data: the job's call as RQ serialized it.
-    :param description: RQ's own description begins with the name; it is used where *data* cannot be read.
+    :param description: RQ's own description begins with the name; used if *data* cannot be read.
     :returns: ``None`` for what is not known. The argument is a plain value or :data:`UNKNOWN`.
     """
     call = load_plain(data)
@@ -95,9 +95,9 @@ def plain_call(data: bytes, description: str | None = None) -> tuple[str | None,
 def progress_in(meta: bytes | None, key: str) -> Any:
     """Return the value under *key* in a job's meta, JSON-safe; ``None`` if it has no such key.
 
-    A value that cannot be read, or takes more than :data:`MAX_PROGRESS_BYTES`, counts as absent.
+    A value that cannot be read or takes more than :data:`MAX_PROGRESS_BYTES` counts as none.
     """
-    # Both serializers write an ordinary key verbatim.
+    # Both serializers write an ordinary key unchanged.
     if not meta or (key.isidentifier() and key.isascii() and key.encode() not in meta):
         return None
     values = load_plain(meta)
@@ -108,7 +108,7 @@ def progress_in(meta: bytes | None, key: str) -> Any:
 def inflated(value: bytes, limit: int = MAX_BYTES) -> bytes:
     """Return *value* decompressed, or unchanged if RQ did not compress it.
 
-    :param limit: in bytes; a few compressed ones may expand to gigabytes, so the rest is cut off.
+    :param limit: maximum bytes; a few compressed bytes may expand to gigabytes, so the rest is cut off.
     """
     try:
         return zlib.decompressobj().decompress(value, limit)
@@ -120,7 +120,7 @@ def inflated(value: bytes, limit: int = MAX_BYTES) -> bytes:
 
 
 def _dated(kind: Any) -> Callable[..., Any]:
-    """Return a constructor for one of the types of :mod:`datetime`, from the bytes in its own pickles."""
+    """Return a constructor that builds a :mod:`datetime` type from the bytes in that type's pickles."""
 
     def dated(state: Any, *zone: Any) -> Any:
         if type(state) is not bytes or not all(isinstance(part, timezone) for part in zone):
@@ -151,7 +151,7 @@ def _decimal(text: Any) -> Decimal:
 
 
 def _path(kind: Callable[..., Any]) -> Callable[..., str]:
-    """Return a constructor that returns the path's text: nothing else is needed."""
+    """Return a constructor that returns only the path's text."""
 
     def path(*parts: Any) -> str:
         if any(type(part) is not str for part in parts) or sum(map(len, parts)) > 4096:
@@ -161,11 +161,11 @@ def _path(kind: Callable[..., Any]) -> Callable[..., str]:
     return path
 
 
-# These return what they are given: with four bytes a pickle could request a copy of a large value.
+# These return their argument itself: with copies, a pickle could duplicate a large value for four bytes.
 
 
 def _bytearray(content: Any = b"") -> bytes:
-    if type(content) is not bytes:  # a number would allocate that many bytes
+    if type(content) is not bytes:  # a number would allocate as many bytes
         raise _UnsafeError
     return content
 
@@ -213,7 +213,7 @@ _SETS: dict[tuple[str, str], Callable[[list[Any]], Any]] = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
 }
-#: Created by NEWOBJ and filled by BUILD, in its own way; nothing else may be filled.
+#: Created by NEWOBJ and filled by BUILD in its own way; nothing else may be filled.
 _UUID = ("uuid", "UUID")
 
 
@@ -221,7 +221,7 @@ _UUID = ("uuid", "UUID")
 
 
 class _Global:
-    """What a pickle named, and nothing more: it cannot be called."""
+    """Just the name that a pickle gave: it cannot be called."""
 
     __slots__ = ("path",)
 
@@ -230,7 +230,7 @@ class _Global:
 
 
 _MARK = object()
-#: Opcodes whose argument, as ``genops`` reads it, is already the value.
+#: Opcodes whose argument, as ``genops`` reads it, is the value.
 _VALUES = frozenset(
     (
         "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
@@ -268,7 +268,7 @@ class _Machine:
             elif name == "MEMOIZE":
                 memo[len(memo)] = self._top()
             elif name in _PUTS:
-                memo[argument] = self._top()  # a dict: an index of four billion takes no more room
+                memo[argument] = self._top()  # a dict: an index of four billion takes no extra space
             elif name in _GETS:
                 stack.append(memo[argument])
             elif name in _CONSTANTS:
@@ -292,7 +292,7 @@ class _Machine:
     # -- the stack ------------------------------------------------------------------------------------
 
     def _value(self, item: Any) -> Any:
-        """Return *item* as a value; a bare name is refused."""
+        """Return *item* as a value; a bare name becomes :data:`UNKNOWN`."""
         if item is _MARK:
             raise _UnsafeError
         if item is UNKNOWN or isinstance(item, _Global):
@@ -355,8 +355,8 @@ class _Machine:
     def _key(self, key: Any) -> Any:
         """Return *key*, which is about to be hashed, if hashing it is cheap.
 
-        The author of a pickle cannot choose the hashes of texts and bytes, and hardly any two floats
-        or small integers share one. Tuples, large integers, decimals and UUIDs can be made to collide.
+        The author of the pickle cannot choose the hashes of strings and bytes, and hardly any two floats or
+        small integers share one. Tuples, large integers, decimals and UUIDs can be made to collide.
         """
         kind = type(key)
         if kind is str or kind is bytes or kind is float or (kind is int and key.bit_length() < 61):
@@ -365,7 +365,7 @@ class _Machine:
         if self._weak_keys > _MAX_WEAK_KEYS:
             raise _UnsafeError
         values = [key]
-        for seen, value in enumerate(values):  # grows while it is walked
+        for seen, value in enumerate(values):  # the list grows during the loop
             if seen >= _MAX_KEY_VALUES:
                 raise _UnsafeError
             if isinstance(value, tuple | frozenset):
@@ -379,7 +379,7 @@ class _Machine:
     # -- names, calls and objects ---------------------------------------------------------------------
 
     def _call(self, count: int) -> None:
-        """Replace a name and its arguments with the result of our constructor for that name."""
+        """Replace a name and its arguments by what our constructor for that name returns for them."""
         if len(self._stack) < count:
             raise _UnsafeError
         called = self._stack[-count]
@@ -396,7 +396,7 @@ class _Machine:
         if path in _SETS:
             return _SETS[path](self._members(arguments))
         constructor = _CONSTRUCTORS.get(path)
-        # A defaultdict's factory is a name, and does not matter for its content.
+        # A defaultdict's factory is a name and has no influence on the content.
         if constructor is None or (UNKNOWN in arguments and constructor is not _dict):
             return self._value(UNKNOWN)
         value = constructor(*arguments)
@@ -405,7 +405,7 @@ class _Machine:
         return value
 
     def _members(self, arguments: tuple[Any, ...]) -> list[Any]:
-        """Return the members of a set as protocols before 4 write them."""
+        """Return the members of a set in the form that protocols before 4 write."""
         (items,) = arguments or ([],)
         if type(items) is not list:
             raise _UnsafeError
@@ -419,7 +419,7 @@ class _Machine:
             number = state.get("int")
             if type(number) is not int or not 0 <= number < 2**128:
                 raise _UnsafeError
-            # It may already be in the memo, so it is changed, not replaced.
+            # It may already be in the memo, so it is modified, not replaced.
             object.__setattr__(target, "int", number)
         elif target is not UNKNOWN and not isinstance(target, _Global):
             raise _UnsafeError
@@ -431,7 +431,7 @@ class _Machine:
         self._stack.append(self._value(UNKNOWN))
 
 
-#: What to do for each opcode, given the machine and the opcode's argument.
+#: The action for each opcode, given the machine and the opcode's argument.
 _OPCODES: dict[str, Callable[[_Machine, Any], Any]] = {
     "POP": lambda machine, _: machine._stack.pop(),
     "POP_MARK": lambda machine, _: machine._pop_to_mark(),
