@@ -58,21 +58,16 @@ _RESERVED: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """Return a port that refuses until a test listens at it, as :func:`reserved_port`."""
-    _RESERVED.append(reserved_port())
-    port: int = _RESERVED[-1].getsockname()[1]
-    return port
+    """Return a port that the kernel gives to nobody else while this process lives.
 
-
-def reserved_port() -> socket.socket:
-    """Return a socket whose port the kernel gives to nobody else until it is closed.
-
-    Servers that set ``SO_REUSEADDR``, as Python's do, can listen at it; while none does, it refuses.
+    Servers that set ``SO_REUSEADDR``, as Python's and Valkey do, can listen on it. Until then it refuses.
     """
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", 0))
-    return sock
+    _RESERVED.append(sock)
+    port: int = sock.getsockname()[1]
+    return port
 
 
 def wait_until(
@@ -280,7 +275,7 @@ def valkey_server(data_dir: Path | None = None, **config: Any) -> Iterator[Valke
     try:
         yield handle
     finally:
-        handle.close()
+        handle.stop()
         if data_dir is None:
             shutil.rmtree(handle.data_dir, ignore_errors=True)
 
@@ -294,8 +289,7 @@ class ValkeyHandle:
 
     def __post_init__(self) -> None:
         self.data_dir = self.data_dir or Path(tempfile.mkdtemp(prefix="rqw-valkey-"))
-        self._reserved = reserved_port()
-        self.port: int = self._reserved.getsockname()[1]
+        self.port = free_port()
 
     @property
     def url(self) -> str:
@@ -322,11 +316,6 @@ class ValkeyHandle:
         self._guard.stdin.close()
 
     kill = stop
-
-    def close(self) -> None:
-        """Stop the server, and let the kernel give its port to others."""
-        self.stop()
-        self._reserved.close()
 
 
 def execute(url: str, *statements: str) -> None:

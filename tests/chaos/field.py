@@ -25,7 +25,7 @@ from flask_rq_webhooks.state import get_state
 from tests.acceptance.host_app import create_app
 from tests.chaos import aof
 from tests.chaos.auditor import Answer, Evidence, Receipt
-from tests.servers import PostgresHandle, Process, Received, Receiver, ValkeyHandle, reserved_port, wait_until
+from tests.servers import PostgresHandle, Process, Received, Receiver, ValkeyHandle, free_port, wait_until
 
 FLASK = ("python", "-m", "flask", "--app", "tests.chaos.host_app")
 INTERVAL_S = 2.0
@@ -66,9 +66,7 @@ class Field:
     die: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Nobody else gets it while the web process is dead.
-        self._port = reserved_port()
-        self.port: int = self._port.getsockname()[1]
+        self.port = free_port()
         self.processes: dict[str, Process] = {}
         self.answers: list[Answer] = []
         self.receipts: list[Receipt] = []
@@ -323,7 +321,6 @@ class Field:
         self.redis.close()
         self._marker.close()
         self.receiver.close()
-        self._port.close()
 
 
 @contextmanager
@@ -343,4 +340,4 @@ def open_field(
         finally:
             opened.close()
     finally:
-        valkey.close()
+        valkey.stop()

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from tests.servers import Process, reserved_port, wait_until
+from tests.servers import Process, free_port, wait_until
 
 
 def test_a_failed_wait_tells_what_was_printed_meanwhile() -> None:
@@ -17,13 +17,12 @@ def test_a_failed_wait_tells_what_was_printed_meanwhile() -> None:
             wait_until(lambda: False, timeout=0, what=lambda: f"printed: {process.output.strip()}")
 
 
-def test_a_reserved_port_refuses_until_a_server_listens_and_after_it() -> None:
-    with reserved_port() as held:
-        address = held.getsockname()
-        for _ in range(2):
-            with socket.socket() as other, pytest.raises(OSError, match="in use"):
-                other.bind(address)
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(address)
-            with http.server.HTTPServer(address, http.server.BaseHTTPRequestHandler):
-                socket.create_connection(address).close()
+def test_a_free_port_refuses_until_a_server_listens_and_after_it() -> None:
+    address = ("127.0.0.1", free_port())
+    for _ in range(2):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        with http.server.HTTPServer(address, http.server.BaseHTTPRequestHandler):
+            socket.create_connection(address).close()
