@@ -186,18 +186,18 @@ def test_no_more_in_flight_than_the_limit_and_in_order(
     transport = make_transport(concurrency=concurrency)
     lock = threading.Lock()
     begun: list[int] = []
-    now = most = 0
+    answered = most = ahead = 0
 
     def script(connection: socket.socket) -> None:
-        nonlocal now, most
+        nonlocal answered, most, ahead
         while request := read_request(connection):
             with lock:
                 begun.append(int(request.split(b"/", 2)[1].split()[0]))
-                now += 1
-                most = max(most, now)
+                most = max(most, len(begun) - answered)
+                ahead = max(ahead, begun[-1] - answered)
             time.sleep(0.003)
             with lock:
-                now -= 1
+                answered += 1
             connection.sendall(EMPTY)
 
     with Attacker(script) as attacker:
@@ -207,10 +207,8 @@ def test_no_more_in_flight_than_the_limit_and_in_order(
         assert attacker.connections <= concurrency
     assert most == concurrency
     assert sorted(begun) == list(range(60))
-    started = [future.result().started_at for future in futures]
-    assert started == sorted(started)
-    if concurrency == 1:  # of several requests at once, the receiver's threads take any first
-        assert begun == sorted(begun)
+    # In whatever order the receiver's threads read: none comes while as many before it are not answered.
+    assert ahead < concurrency
 
 
 def test_many_who_submit_lose_nothing(make_transport: MakeTransport) -> None:
