@@ -230,14 +230,15 @@ class Supervisor:
         self._close_pipe(child)
         pid = child.process.pid if child.process else 0
         child.process = None
-        if not restarts:
+        if self._signals or self._burst:
             return
         if now - child.started_at >= HEALTHY_S:
             child.pause_s = FIRST_PAUSE_S
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        then = f"in {child.pause_s:.0f} s" if restarts else "only if another one gets ready"
         logger.error(
-            "Process %d (pid %d) %s. The others take over what it had claimed. Next start in %.0f s.",
-            child.number, pid, how, child.pause_s,
+            "Process %d (pid %d) %s. The others take over what it had claimed. Next start %s.",
+            child.number, pid, how, then,
         )  # fmt: skip
         child.restart_at = now + child.pause_s
         child.pause_s = min(child.pause_s * 2, LONGEST_PAUSE_S)
